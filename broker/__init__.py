@@ -1,0 +1,48 @@
+"""The contract with Redis: what producers, routers and workers agree on. A producer needs this package alone.
+
+        from broker import Client
+    with Client() as client:
+        print(client.submit("Explain quantum computing", max_tokens=64).result().text)
+"""
+
+from broker.aio import AsyncCall, AsyncClient
+from broker.client import CallHandle, Client
+from broker.errors import (
+    BrokerUnavailable,
+    CallCancelled,
+    CallEnded,
+    CallFailed,
+    Conflict,
+    EngineFailed,
+    EngineIdTaken,
+    IllegalTransition,
+    InvalidRequest,
+    RsmError,
+    UnknownCall,
+)
+from broker.models import CallRecord, CallResult, Delta, ErrorCode, RequestState
+from broker.settings import Settings
+
+__all__ = [
+    "AsyncCall",
+    "AsyncClient",
+    "BrokerUnavailable",
+    "CallCancelled",
+    "CallEnded",
+    "CallFailed",
+    "CallHandle",
+    "CallRecord",
+    "CallResult",
+    "Client",
+    "Conflict",
+    "Delta",
+    "EngineFailed",
+    "EngineIdTaken",
+    "ErrorCode",
+    "IllegalTransition",
+    "InvalidRequest",
+    "RequestState",
+    "RsmError",
+    "Settings",
+    "UnknownCall",
+]

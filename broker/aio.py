@@ -1,0 +1,371 @@
+"""The asyncio client of a producer. The same calls, scripts and guarantees as `broker.client`, without threads.
+
+1. Submissions of concurrent tasks are gathered while one is on its way, and travel together.
+2. One task reads this client's inbox: pieces and ends of all its calls, by one blocking read.
+3. A stream that misses a piece (a trimmed inbox, a Redis restart) reads it from the call's durable log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from broker import codec, scripts
+from broker.connection import BLIPS, Backoff, connect_async
+from broker.errors import BrokerUnavailable, Conflict, UnknownCall
+from broker.events import End, read_event
+from broker.ids import check_id, new_id
+from broker.keys import Keys
+from broker.models import CallRecord, CallResult, Delta
+from broker.request import Prompt, build
+from broker.settings import Settings
+from broker.transitions import Submission, Transitions
+
+_BLOCK_S = 2.0
+_READ_MANY = 1000
+_RECONCILE_S = 5.0
+# How long a stream waits for its next piece before it looks into the log by itself.
+_STREAM_PATIENCE_S = 5.0
+
+
+class AsyncCall:
+    """A submitted call. Awaiting it gives the result."""
+
+    def __init__(self, client: AsyncClient, call_id: str, session: str, stream: bool) -> None:
+        self._client = client
+        self.id = call_id
+        self.session = session
+        self.streamed = stream
+        self._ended: asyncio.Future[Mapping[bytes, bytes]] = asyncio.get_running_loop().create_future()
+        self._pushed = False
+        self._record: CallRecord | None = None
+        self._pieces: asyncio.Queue[Delta | End] | None = asyncio.Queue() if stream else None
+
+    def __repr__(self) -> str:
+        return f"AsyncCall(id={self.id!r}, session={self.session!r}, done={self.done})"
+
+    def __await__(self) -> Any:
+        return self.result().__await__()
+
+    @property
+    def done(self) -> bool:
+        return self._ended.done()
+
+    async def result(self, timeout: float | None = None) -> CallResult:
+        """Waits for the end of the call, at most `timeout` seconds.
+
+        Raises:
+            CallCancelled, CallFailed: it ended without a result.
+            TimeoutError: it has not ended; it goes on, and may be awaited again.
+        """
+        return (await self.wait(timeout)).outcome()
+
+    async def wait(self, timeout: float | None = None) -> CallRecord:
+        """Like `result`, but gives the record however the call ended."""
+        if self._record is None:
+            news = await asyncio.wait_for(asyncio.shield(self._ended), timeout)
+            self._record = await self._client._ended(self.id, news)
+        return self._record
+
+    def stream(self) -> AsyncIterator[Delta]:
+        """The pieces of the call from its first on, to its end; may be iterated once. See `AsyncClient.stream`."""
+        if self._pieces is None:
+            raise UnknownCall(f"Call {self.id} was submitted without stream=True, so it keeps no pieces.")
+        return self._client._live(self)
+
+    async def cancel(self, reason: str = "") -> bool:
+        """See `AsyncClient.cancel`."""
+        return await self._client.cancel(self.id, reason)
+
+
+class AsyncClient:
+    """Pushes calls and awaits them. Belongs to one event loop; arguments as `broker.Client`."""
+
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        *,
+        namespace: str | None = None,
+        settings: Settings | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.settings = (settings or Settings()).with_redis(redis_url, namespace)
+        self.keys = Keys(self.settings.namespace)
+        self.transitions = Transitions(self.keys, self.settings)
+        self.redis = connect_async(self.settings)
+        self._timeout_s = timeout_s
+        self._inbox = new_id()
+        self._open: dict[str, AsyncCall] = {}
+        self._outbox: list[tuple[Submission, asyncio.Future[None]]] = []
+        self._pusher: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # -- submitting
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        *,
+        session: str | None = None,
+        kind: str = "generate",
+        id: str | None = None,  # noqa: A002
+        model: str = "",
+        priority: int = 0,
+        deadline_ms: int | None = None,
+        stream: bool = False,
+        prompt_tokens: int | None = None,
+        traceparent: str = "",
+        **params: Any,
+    ) -> AsyncCall:
+        """Pushes one call; returns once Redis has it. Arguments and errors as `broker.Client.submit`."""
+        call = build(
+            prompt, max_body_bytes=self.settings.max_body_bytes, inbox=self._inbox, id=id, session=session, kind=kind,
+            model=model, priority=priority, deadline_ms=deadline_ms, stream=stream, prompt_tokens=prompt_tokens,
+            traceparent=traceparent, params=params,
+        )
+        return await self._push(call)
+
+    async def _push(self, call: Submission) -> AsyncCall:
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._read_inbox(), name="rsm-inbox")
+        r = call.request
+        handle = self._open.setdefault(r.id, AsyncCall(self, r.id, r.session, r.stream))
+        pushed = asyncio.get_running_loop().create_future()
+        self._outbox.append((call, pushed))
+        if self._pusher is None or self._pusher.done():
+            self._pusher = asyncio.create_task(self._push_all(), name="rsm-push")
+        try:
+            await pushed
+        except Exception:
+            if not handle._pushed:  # else an earlier push of this very id is still awaited
+                self._open.pop(r.id, None)
+            raise
+        handle._pushed = True
+        return handle
+
+    async def _push_all(self) -> None:
+        while self._outbox:
+            some, self._outbox = self._outbox[: self.settings.batch], self._outbox[self.settings.batch :]
+            try:
+                replies = await self._run(self.transitions.submit([call for call, _ in some]))
+            except Exception as e:
+                for _, pushed in some:
+                    if not pushed.done():
+                        pushed.set_exception(e)
+                continue
+            for (call, pushed), reply in zip(some, replies, strict=True):
+                if not pushed.done():
+                    await self._acknowledge(call, pushed, reply.code, reply.state.terminal)
+
+    async def _acknowledge(self, call: Submission, pushed: asyncio.Future[None], code: str, terminal: bool) -> None:
+        call_id = call.request.id
+        if code == "conflict":
+            pushed.set_exception(
+                Conflict(f"The id {call_id} belongs to another call with another body; choose a new id.")
+            )
+            return
+        pushed.set_result(None)
+        if terminal:
+            self._settle(call_id, await self._hash(call_id))
+
+    # -- everything else a producer does
+
+    async def record(self, call_id: str) -> CallRecord:
+        """The record of a call as it stands now.
+
+        Raises:
+            UnknownCall: there is none, or it has expired.
+        """
+        found = await self._hash(check_id(call_id, "id"))
+        if b"state" not in found:
+            raise UnknownCall(f"There is no call {call_id}; records expire after {self.settings.result_ttl_s} s.")
+        return CallRecord.from_hash(call_id, found)
+
+    async def stream(self, call_id: str, last_event_id: str = "0-0") -> AsyncIterator[Delta]:
+        """The pieces of any streamed call from behind `last_event_id` on, to its end.
+
+        Reads the call's durable log; see `broker.Client.stream`, also for the errors.
+        """
+        if not (await self.record(call_id)).stream:
+            raise UnknownCall(f"Call {call_id} was submitted without stream=True, so it keeps no pieces.")
+        reader = connect_async(self.settings, _BLOCK_S)
+        try:
+            async for delta in self._read_log(reader, call_id, last_event_id):
+                yield delta
+        finally:
+            await reader.aclose()
+        (await self.record(call_id)).outcome()
+
+    async def _read_log(self, reader: Any, call_id: str, last: str) -> AsyncIterator[Delta]:
+        key, backoff = self.keys.events(call_id), Backoff("stream")
+        while not self._closed:
+            try:
+                reply = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+            except BLIPS as e:
+                await asyncio.sleep(backoff.pause(e))
+                continue
+            backoff.recovered()
+            if not reply and (await self.record(call_id)).state.terminal and not await reader.xread({key: last}, count=1):
+                return  # ended, and the log has expired or was read to its end
+            for eid, fields in reply[0][1] if reply else ():
+                last = codec.text(eid)
+                event = read_event(call_id, fields, last)
+                if isinstance(event, End):
+                    return
+                yield event
+
+    async def _live(self, call: AsyncCall) -> AsyncIterator[Delta]:
+        """Pieces from the inbox; those it lacks, from the log."""
+        assert call._pieces is not None  # noqa: S101
+        expected, last = 0, "0-0"
+        while True:
+            try:
+                event = await asyncio.wait_for(call._pieces.get(), _STREAM_PATIENCE_S)
+            except TimeoutError:
+                event = None
+            if event is None or event.n > expected:
+                async for delta in self._catch_up(call.id, last, event.n if event else None):
+                    if delta.n >= expected:
+                        expected, last = delta.n + 1, delta.event_id
+                        yield delta
+            if isinstance(event, Delta) and event.n == expected:
+                expected, last = expected + 1, event.event_id
+                yield event
+            if isinstance(event, End) or (event is None and call.done and call._pieces.empty()):
+                break
+        (await call.wait()).outcome()
+
+    async def _catch_up(self, call_id: str, last: str, below: int | None) -> AsyncIterator[Delta]:
+        entries = await self._retry(lambda: self.redis.xrange(self.keys.events(call_id), min=f"({last}"))
+        for eid, fields in entries:
+            event = read_event(call_id, fields, codec.text(eid))
+            if isinstance(event, Delta) and (below is None or event.n < below):
+                yield event
+
+    async def cancel(self, call_id: str, reason: str = "") -> bool:
+        """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
+        done = await self._run(self.transitions.cancel(check_id(call_id, "id"), reason))
+        return done in ("cancelled", "cancelling", "noted")
+
+    async def cancel_session(self, session: str, reason: str = "") -> int:
+        """Cancels all calls of a session on all engines; returns how many it ended. See `broker.Client`."""
+        check_id(session, "session")
+        total, cursor = 0, "0"
+        while True:
+            cursor, n = await self._run(self.transitions.cancel_session(session, reason, cursor))
+            total += n
+            if cursor == "0":
+                return total
+
+    async def close(self) -> None:
+        """Ends the client's tasks. Calls go on without it."""
+        self._closed = True
+        for task in (self._reader, self._pusher):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        error = BrokerUnavailable("The client was closed while the call was awaited; the call goes on.")
+        for call in self._open.values():
+            if not call._ended.done():
+                call._ended.set_exception(error)
+                call._ended.exception()  # nobody need await it
+        await self.redis.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -- the inbox
+
+    async def _read_inbox(self) -> None:
+        reader = connect_async(self.settings, _BLOCK_S)
+        key, last, backoff = self.keys.inbox(self._inbox), "0-0", Backoff("inbox")
+        reconciled = time.monotonic()
+        try:
+            while True:
+                try:
+                    reply = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+                    if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
+                        reconciled = time.monotonic()
+                        await self._reconcile(reader)
+                except BLIPS as e:
+                    await asyncio.sleep(backoff.pause(e))
+                    continue
+                if reply:
+                    last = codec.text(reply[0][1][-1][0])
+                    self._deliver(reply[0][1])
+        finally:
+            await reader.aclose()
+
+    def _deliver(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
+        for _, fields in entries:
+            call_id = codec.text(fields[b"call"])
+            call = self._open.get(call_id)
+            if call is None:
+                continue
+            if b"state" in fields:
+                self._settle(call_id, fields)
+            elif call._pieces is not None:
+                event = read_event(call_id, fields, codec.text(fields[b"eid"]))
+                call._pieces.put_nowait(event)
+
+    def _settle(self, call_id: str, found: Mapping[bytes, bytes]) -> None:
+        call = self._open.pop(call_id, None)
+        if call is None or call._ended.done():
+            return
+        call._ended.set_result(found)
+        if call._pieces is not None:
+            call._pieces.put_nowait(End(codec.number(found.get(b"n") or found.get(b"events")), None))
+
+    async def _reconcile(self, reader: Any) -> None:
+        """Asks the records of all open calls: news may have been trimmed, or lost with a Redis that restarted."""
+        ids = [call.id for call in self._open.values() if call._pushed]
+        if ids:
+            await reader.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
+        for at in range(0, len(ids), self.settings.batch):
+            some = ids[at : at + self.settings.batch]
+            pipe = reader.pipeline(transaction=False)
+            for call_id in some:
+                pipe.hget(self.keys.call(call_id), "state")
+            for call_id, state in zip(some, await pipe.execute(), strict=True):
+                if state not in (b"PENDING", b"RUNNING"):
+                    self._settle(call_id, await reader.hgetall(self.keys.call(call_id)))
+
+    async def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
+        if b"submitted_ms" in news and not news.get(b"big"):
+            return CallRecord.from_hash(call_id, news)
+        return await self.record(call_id)
+
+    # -- Redis
+
+    async def _hash(self, call_id: str) -> Mapping[bytes, bytes]:
+        found: Mapping[bytes, bytes] = await self._retry(lambda: self.redis.hgetall(self.keys.call(call_id)))
+        return found
+
+    async def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
+        return await self._retry(lambda: scripts.arun(self.redis, command))
+
+    async def _retry(self, action: Callable[[], Awaitable[Any]]) -> Any:
+        backoff, until = Backoff("client"), time.monotonic() + self._timeout_s
+        while True:
+            try:
+                result = await action()
+            except BLIPS as e:
+                if time.monotonic() > until:
+                    raise BrokerUnavailable(
+                        f"Redis did not answer for {self._timeout_s:g} s ({type(e).__name__}). "
+                        "Check RSM_REDIS_URL; `rsm doctor` helps."
+                    ) from None
+                await asyncio.sleep(backoff.pause(e))
+            else:
+                backoff.recovered()
+                return result
+

@@ -1,0 +1,98 @@
+"""Child processes that never outlive their parent, however it dies.
+
+The kernel sends SIGTERM to the child when the thread that started it ends (prctl PR_SET_PDEATHSIG), so all children
+are started from one thread that lives as long as the process. The signal survives exec, so any program can be a child.
+Elsewhere than on Linux a child still gets the SIGTERM of an orderly stop, but not that of its parent's sudden death.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO
+
+_WRAPPER = """
+import ctypes, os, sys
+parent = int(sys.argv[1])
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 15)
+if os.getppid() != parent:
+    sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+_Order = tuple[list[str], dict[str, str], "int | IO[bytes] | None", "Path | None", "Future[subprocess.Popen[bytes]]"]
+_orders: SimpleQueue[_Order] = SimpleQueue()
+_lock = threading.Lock()
+_starter: threading.Thread | None = None
+
+
+def spawn(
+    command: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    output: int | IO[bytes] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Starts a program in a session of its own, so that Ctrl-C in the terminal reaches the parent alone.
+
+    Args:
+        command: program and arguments.
+        env: the child's whole environment; none = this process's.
+        output: where stdout and stderr go; none = this process's.
+
+    Raises:
+        OSError: the interpreter that starts the program could not be run.
+    """
+    done: Future[subprocess.Popen[bytes]] = Future()
+    _ensure_starter()
+    _orders.put((list(command), dict(os.environ if env is None else env), output, cwd, done))
+    return done.result()
+
+
+def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
+    """Ends a child: SIGTERM, and SIGKILL to its whole session after the grace. Returns the exit status."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            return process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            pass
+    _kill_session(process)
+    return process.wait()
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _ensure_starter() -> None:
+    global _starter
+    with _lock:
+        if _starter is None or not _starter.is_alive():
+            _starter = threading.Thread(target=_start_children, name="rsm-children", daemon=True)
+            _starter.start()
+
+
+def _start_children() -> None:
+    while True:
+        command, env, output, cwd, done = _orders.get()
+        wrapped = [sys.executable, "-I", "-S", "-c", _WRAPPER, str(os.getpid()), *command]
+        try:
+            done.set_result(
+                subprocess.Popen(
+                    wrapped, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd,
+                    start_new_session=True,
+                )
+            )
+        except BaseException as e:
+            done.set_exception(e)

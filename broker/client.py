@@ -1,0 +1,386 @@
+"""The synchronous client of a producer.
+
+1. `submit` pushes a call in one script: body into the record, routing fields onto the router stream.
+2. One thread reads this client's inbox: a single blocking read for the ends of all its calls.
+3. A call whose news was missed (a trimmed inbox, a Redis restart) is found again in its record, on a timer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from broker import codec, scripts
+from broker.connection import BLIPS, Backoff, connect, persist
+from broker.errors import BrokerUnavailable, Conflict, UnknownCall
+from broker.events import End, read_event
+from broker.ids import check_id, new_id
+from broker.keys import Keys
+from broker.models import CallRecord, CallResult, Delta
+from broker.request import Prompt, build
+from broker.settings import Settings
+from broker.transitions import Submission, Transitions
+
+_BLOCK_S = 2.0
+_READ_MANY = 1000
+# How old a wait must be before the record is asked directly.
+_RECONCILE_S = 5.0
+
+
+class CallHandle:
+    """A submitted call. Threads may share it."""
+
+    def __init__(self, client: Client, call_id: str, session: str, stream: bool) -> None:
+        self._client = client
+        self.id = call_id
+        self.session = session
+        self.streamed = stream
+        self._pushed = False
+        self._news: Mapping[bytes, bytes] | None = None
+        self._record: CallRecord | None = None
+
+    def __repr__(self) -> str:
+        return f"CallHandle(id={self.id!r}, session={self.session!r}, done={self.done})"
+
+    @property
+    def done(self) -> bool:
+        return self._news is not None or self._record is not None
+
+    def result(self, timeout: float | None = None) -> CallResult:
+        """Waits for the end of the call, at most `timeout` seconds.
+
+        Raises:
+            CallCancelled, CallFailed: it ended without a result.
+            TimeoutError: it has not ended; it goes on, and may be waited for again.
+        """
+        return self.wait(timeout).outcome()
+
+    def wait(self, timeout: float | None = None) -> CallRecord:
+        """Like `result`, but gives the record however the call ended."""
+        self._client._await(lambda: self.done, timeout, self.id)
+        if self._record is None:
+            self._record = self._client._ended(self.id, self._news or {})
+        return self._record
+
+    def stream(self, last_event_id: str = "0-0") -> Iterator[Delta]:
+        """The pieces of the call from behind `last_event_id` on, to its end; see `Client.stream`."""
+        return self._client.stream(self.id, last_event_id)
+
+    def cancel(self, reason: str = "") -> bool:
+        """See `Client.cancel`."""
+        return self._client.cancel(self.id, reason)
+
+    def record(self) -> CallRecord:
+        """The record as it stands now."""
+        return self._client.record(self.id)
+
+
+class Client:
+    """Pushes calls and waits for them. Threads may share one; a process should have one.
+
+    Args:
+        redis_url: redis://, rediss:// or unix://; none = RSM_REDIS_URL, else the embedded server of this user.
+        namespace: none = RSM_NAMESPACE, else "rsm".
+        timeout_s: how long a command may keep trying while Redis does not answer.
+    """
+
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        *,
+        namespace: str | None = None,
+        settings: Settings | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.settings = (settings or Settings()).with_redis(redis_url, namespace)
+        self.keys = Keys(self.settings.namespace)
+        self.transitions = Transitions(self.keys, self.settings)
+        self.redis = connect(self.settings)
+        self._timeout_s = timeout_s
+        self._inbox = new_id()
+        self._open: dict[str, CallHandle] = {}
+        self._changed = threading.Condition()
+        self._closed = threading.Event()
+        self._reader: threading.Thread | None = None
+
+    # -- submitting
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        session: str | None = None,
+        kind: str = "generate",
+        id: str | None = None,  # noqa: A002
+        model: str = "",
+        priority: int = 0,
+        deadline_ms: int | None = None,
+        stream: bool = False,
+        prompt_tokens: int | None = None,
+        traceparent: str = "",
+        **params: Any,
+    ) -> CallHandle:
+        """Pushes one call; returns at once.
+
+        Args:
+            prompt: text or token ids; for OpenAI kinds (`kind="chat.completions"`, …) the request body.
+            session: the program this call belongs to; none = a program of its own.
+            id: chosen by you, it makes a repeated push safe; none = a new one.
+            priority: lower is earlier, from -128 to 127.
+            deadline_ms: epoch milliseconds on Redis's clock; not finished by then, the call fails.
+            stream: whether pieces are kept as they come.
+            params: fields of the body, such as `max_tokens` and other sampling parameters.
+
+        Raises:
+            InvalidRequest: the call can never run.
+            Conflict: another call with another body has this id.
+            BrokerUnavailable: Redis did not answer in time. The call may have been pushed: repeat it with its id.
+        """
+        call = self.prepare(
+            prompt, id=id, session=session, kind=kind, model=model, priority=priority, deadline_ms=deadline_ms,
+            stream=stream, prompt_tokens=prompt_tokens, traceparent=traceparent, params=params,
+        )
+        return self.submit_many([call])[0]
+
+    def prepare(self, prompt: Prompt, **options: Any) -> Submission:
+        """A checked and encoded call for `submit_many`; takes what `submit` takes, body fields as `params={…}`.
+
+        Raises:
+            InvalidRequest: the call can never run.
+        """
+        return build(prompt, max_body_bytes=self.settings.max_body_bytes, inbox=self._inbox, **options)
+
+    def submit_many(self, calls: Sequence[Submission]) -> list[CallHandle]:
+        """Pushes many calls in few round trips. Raises what `submit` raises; calls before a conflict stay pushed."""
+        self._ensure_reader()
+        handles = []
+        for at in range(0, len(calls), self.settings.batch):
+            handles += self._push(calls[at : at + self.settings.batch])
+        return handles
+
+    def _push(self, calls: Sequence[Submission]) -> list[CallHandle]:
+        with self._changed:  # listening begins before the push, so no news can slip through
+            handles = [self._open.setdefault(h.id, h) for h in (self._new_handle(c) for c in calls)]
+        try:
+            replies = self._run(self.transitions.submit(calls))
+        except Exception:
+            self._forget(handles)
+            raise
+        refused = [h for h, reply in zip(handles, replies, strict=True) if reply.code == "conflict"]
+        if refused:
+            self._forget(refused)
+            raise Conflict(f"The id {refused[0].id} belongs to another call with another body; choose a new id.")
+        for handle, reply in zip(handles, replies, strict=True):
+            handle._pushed = True
+            if reply.code == "duplicate" and reply.state.terminal:
+                self._settle(handle.id, self._hash(handle.id))
+        return handles
+
+    def _new_handle(self, call: Submission) -> CallHandle:
+        return CallHandle(self, call.request.id, call.request.session, call.request.stream)
+
+    def _forget(self, handles: Sequence[CallHandle]) -> None:
+        with self._changed:
+            for handle in handles:
+                if not handle._pushed:  # else an earlier push of this very id is still awaited
+                    self._open.pop(handle.id, None)
+
+    # -- everything else a producer does
+
+    def result(self, call_id: str, timeout: float | None = None) -> CallResult:
+        """Waits for any call by its id, also one that another process pushed. Raises as `CallHandle.result`."""
+        return self.handle(call_id).result(timeout)
+
+    def handle(self, call_id: str) -> CallHandle:
+        """A handle on any call by its id.
+
+        Raises:
+            UnknownCall: there is no record with this id.
+        """
+        record = self.record(call_id)
+        with self._changed:
+            handle = self._open.get(call_id)
+            if handle is None:
+                handle = CallHandle(self, call_id, record.session, record.stream)
+                handle._pushed = True
+                if not record.state.terminal:
+                    self._open[call_id] = handle
+        if record.state.terminal:
+            handle._record = record
+        else:
+            self._ensure_reader()
+            # From now on this client is told; if the call ended just before, the reconciler finds it.
+            self._retry(lambda: self.redis.hset(self.keys.call(call_id), "inbox", self._inbox))
+            if self.record(call_id).state.terminal:
+                self._settle(call_id, self._hash(call_id))
+        return handle
+
+    def record(self, call_id: str) -> CallRecord:
+        """The record of a call as it stands now.
+
+        Raises:
+            UnknownCall: there is none, or it has expired.
+        """
+        found = self._hash(check_id(call_id, "id"))
+        if b"state" not in found:
+            raise UnknownCall(f"There is no call {call_id}; records expire after {self.settings.result_ttl_s} s.")
+        return CallRecord.from_hash(call_id, found)
+
+    def stream(self, call_id: str, last_event_id: str = "0-0") -> Iterator[Delta]:
+        """The pieces of a streamed call from behind `last_event_id` on, to its end.
+
+        Reads the call's durable log, so it may be called again, by any process, with the `event_id` of the last piece
+        seen: nothing is lost and nothing repeated. Survives Redis restarts.
+
+        Raises:
+            CallCancelled, CallFailed: the call ended so, after its last piece.
+            UnknownCall: there is no record with this id.
+        """
+        if not self.record(call_id).stream:
+            raise UnknownCall(f"Call {call_id} was submitted without stream=True, so it keeps no pieces.")
+        reader = connect(self.settings, _BLOCK_S)
+        try:
+            yield from self._read_log(reader, call_id, last_event_id)
+        finally:
+            reader.close()
+        self.record(call_id).outcome()
+
+    def _read_log(self, reader: Any, call_id: str, last: str) -> Iterator[Delta]:
+        key, backoff = self.keys.events(call_id), Backoff("stream")
+        while not self._closed.is_set():
+            try:
+                reply = reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+            except BLIPS as e:
+                time.sleep(backoff.pause(e))
+                continue
+            backoff.recovered()
+            if not reply and self.record(call_id).state.terminal and not reader.xread({key: last}, count=1):
+                return  # ended, and the log has expired or was read to its end
+            for eid, fields in reply[0][1] if reply else ():
+                last = codec.text(eid)
+                event = read_event(call_id, fields, last)
+                if isinstance(event, End):
+                    return
+                yield event
+
+    def cancel(self, call_id: str, reason: str = "") -> bool:
+        """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
+        done = self._run(self.transitions.cancel(check_id(call_id, "id"), reason))
+        return done in ("cancelled", "cancelling", "noted")
+
+    def cancel_session(self, session: str, reason: str = "") -> int:
+        """Cancels all calls of a session on all engines; returns how many it ended.
+
+        Calls that were pushed by a bare XADD and that no router has read yet end on arrival and are not counted.
+        """
+        check_id(session, "session")
+        total, cursor = 0, "0"
+        while True:
+            cursor, n = self._run(self.transitions.cancel_session(session, reason, cursor))
+            total += n
+            if cursor == "0":
+                return total
+
+    def close(self) -> None:
+        """Ends the inbox thread. Calls go on without this client."""
+        self._closed.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(_BLOCK_S + 1)
+        self.redis.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # -- the inbox
+
+    def _ensure_reader(self) -> None:
+        with self._changed:
+            if self._reader is None:
+                self._reader = threading.Thread(target=self._read_inbox, name="rsm-inbox", daemon=True)
+                self._reader.start()
+
+    def _read_inbox(self) -> None:
+        reader = connect(self.settings, _BLOCK_S)
+        key, last, backoff = self.keys.inbox(self._inbox), "0-0", Backoff("inbox")
+        reconciled = time.monotonic()
+        while not self._closed.is_set():
+            try:
+                reply = reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+                if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
+                    reconciled = time.monotonic()
+                    self._reconcile(reader)
+            except BLIPS as e:
+                self._closed.wait(backoff.pause(e))
+                continue
+            if reply:
+                last = codec.text(reply[0][1][-1][0])
+                self._deliver(reply[0][1])
+        reader.close()
+
+    def _deliver(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
+        with self._changed:
+            for _, fields in entries:
+                if b"state" in fields:
+                    handle = self._open.pop(codec.text(fields[b"call"]), None)
+                    if handle is not None:
+                        handle._news = fields
+            self._changed.notify_all()
+
+    def _reconcile(self, reader: Any) -> None:
+        """Asks the records of all open calls: news may have been trimmed, or lost with a Redis that restarted."""
+        with self._changed:
+            ids = [h.id for h in self._open.values() if h._pushed]
+        if ids:
+            reader.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
+        for at in range(0, len(ids), self.settings.batch):
+            some = ids[at : at + self.settings.batch]
+            pipe = reader.pipeline(transaction=False)
+            for call_id in some:
+                pipe.hget(self.keys.call(call_id), "state")
+            for call_id, state in zip(some, pipe.execute(), strict=True):
+                if state not in (b"PENDING", b"RUNNING"):
+                    self._settle(call_id, reader.hgetall(self.keys.call(call_id)))
+
+    def _settle(self, call_id: str, found: Mapping[bytes, bytes]) -> None:
+        with self._changed:
+            handle = self._open.pop(call_id, None)
+            if handle is not None:
+                handle._news = found
+            self._changed.notify_all()
+
+    def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
+        if b"submitted_ms" in news and not news.get(b"big"):
+            return CallRecord.from_hash(call_id, news)
+        return self.record(call_id)
+
+    def _await(self, done: Any, timeout: float | None, call_id: str) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: done() or self._closed.is_set(), timeout):
+                raise TimeoutError(f"Call {call_id} has not ended after {timeout} s; it goes on.")
+        if not done():
+            raise BrokerUnavailable("The client was closed while the call was awaited; the call goes on.")
+
+    # -- Redis
+
+    def _hash(self, call_id: str) -> Mapping[bytes, bytes]:
+        found: Mapping[bytes, bytes] = self._retry(lambda: self.redis.hgetall(self.keys.call(call_id)))
+        return found
+
+    def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
+        return self._retry(lambda: scripts.run(self.redis, command))
+
+    def _retry(self, action: Any) -> Any:
+        try:
+            return persist(action, "client", self._closed.is_set, self._timeout_s)
+        except BLIPS as e:
+            raise BrokerUnavailable(
+                f"Redis did not answer for {self._timeout_s:g} s ({type(e).__name__}). Check RSM_REDIS_URL; `rsm doctor` helps."
+            ) from None

@@ -1,0 +1,91 @@
+"""Connections to Redis, without the client defaults that bite a queue.
+
+redis-py retries every command by default, and so pushes twice when a reply is lost; its socket timeout of 5 s cuts
+blocking reads short; and from 8.0 on it speaks RESP3. Here retries are ours (every command we send may be repeated),
+a blocking read gets a client of its own, and the protocol is pinned.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import redis
+import redis.asyncio
+from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, TimeoutError
+
+from broker.settings import Settings
+
+T = TypeVar("T")
+log = logging.getLogger("rsm.redis")
+
+# What a restart, a fail-over or a cut line looks like from here; anything else is an error of ours.
+BLIPS = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError)
+
+COMMAND_TIMEOUT_S = 10.0
+
+
+def connect(settings: Settings, block_s: float | None = None) -> redis.Redis:
+    """A client for ordinary commands, or, with `block_s`, one for reads that block up to so many seconds."""
+    from redis.retry import Retry
+
+    return redis.Redis.from_url(settings.url(), retry=Retry(NoBackoff(), 0), **_options(block_s))
+
+
+def connect_async(settings: Settings, block_s: float | None = None) -> redis.asyncio.Redis:
+    """The same for asyncio."""
+    from redis.asyncio.retry import Retry
+
+    return redis.asyncio.Redis.from_url(settings.url(), retry=Retry(NoBackoff(), 0), **_options(block_s))
+
+
+def _options(block_s: float | None) -> dict[str, Any]:
+    timeout = COMMAND_TIMEOUT_S + (block_s or 0.0)
+    return {"protocol": 2, "socket_timeout": timeout, "socket_connect_timeout": COMMAND_TIMEOUT_S}
+
+
+class Backoff:
+    """Pauses between tries: 20 ms, doubling, at most one second. Logs the first failure of a row and the recovery."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._tries = 0
+
+    def pause(self, error: Exception) -> float:
+        """The seconds to wait before the next try."""
+        self._tries += 1
+        if self._tries == 1:
+            log.warning("%s: Redis is not reachable (%s); trying again until it is", self._what, type(error).__name__)
+        return float(min(1.0, 0.02 * 2 ** min(self._tries, 6)))
+
+    def recovered(self) -> bool:
+        """Notes a success; True if it ended a row of failures."""
+        if not self._tries:
+            return False
+        log.warning("%s: Redis is back after %d tries", self._what, self._tries)
+        self._tries = 0
+        return True
+
+
+def persist(action: Callable[[], T], what: str, stopped: Callable[[], bool], timeout_s: float | None = None) -> T | None:
+    """Repeats `action` until Redis answers, for a blip is not a death. None if `stopped()` came true meanwhile.
+
+    Raises:
+        redis.ConnectionError or its kin: `timeout_s` seconds have passed.
+    """
+    backoff = Backoff(what)
+    until = None if timeout_s is None else time.monotonic() + timeout_s
+    while not stopped():
+        try:
+            result = action()
+        except BLIPS as e:
+            if until is not None and time.monotonic() > until:
+                raise
+            time.sleep(backoff.pause(e))
+        else:
+            backoff.recovered()
+            return result
+    return None

@@ -1,0 +1,82 @@
+"""The names of all keys of one namespace. Lua builds the same names (lua/lib.lua); nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from broker.ids import check_id
+
+ROUTER_GROUP = "router"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Key names of a namespace. The hash tag keeps a whole namespace in one Redis Cluster slot."""
+
+    namespace: str = "rsm"
+
+    def __post_init__(self) -> None:
+        check_id(self.namespace, "namespace")
+
+    @property
+    def prefix(self) -> str:
+        return f"{{{self.namespace}}}:"
+
+    @property
+    def calls(self) -> str:
+        return f"{self.prefix}calls"
+
+    @property
+    def engines(self) -> str:
+        return f"{self.prefix}engines"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.prefix}dead"
+
+    @property
+    def deadlines(self) -> str:
+        return f"{self.prefix}deadlines"
+
+    @property
+    def stats(self) -> str:
+        return f"{self.prefix}stats"
+
+    def call(self, call_id: str) -> str:
+        return f"{self.prefix}call:{call_id}"
+
+    def events(self, call_id: str) -> str:
+        return f"{self.prefix}call:{call_id}:events"
+
+    def inbox(self, client_id: str) -> str:
+        return f"{self.prefix}inbox:{client_id}"
+
+    def engine(self, engine_id: str) -> str:
+        return f"{self.prefix}engine:{engine_id}"
+
+    def queue(self, engine_id: str) -> str:
+        return f"{self.prefix}engine:{engine_id}:queue"
+
+    def running(self, engine_id: str) -> str:
+        return f"{self.prefix}engine:{engine_id}:running"
+
+    def bell(self, engine_id: str) -> str:
+        return f"{self.prefix}engine:{engine_id}:bell"
+
+    def control(self, engine_id: str) -> str:
+        return f"{self.prefix}engine:{engine_id}:control"
+
+    def session(self, session_id: str) -> str:
+        return f"{self.prefix}session:{session_id}"
+
+    def session_calls(self, session_id: str) -> str:
+        return f"{self.prefix}session:{session_id}:calls"
+
+    def session_recent(self, session_id: str) -> str:
+        return f"{self.prefix}session:{session_id}:recent"
+
+    def affinity(self, session_id: str) -> str:
+        return f"{self.prefix}affinity:{session_id}"
+
+    def parked(self, model: str) -> str:
+        return f"{self.prefix}parked:{model}"

@@ -1,0 +1,24 @@
+--- @include lib terminal stop
+-- Cancels all calls of a session, on every engine. Calls that are still on the router stream end on arrival:
+-- the session remembers up to which entry it is cancelled. Large sessions take several rounds.
+--
+-- ARGV     session reason cursor ("0" starts a cancel) batch
+-- Returns  {cursor ("0" = done), calls ended or flagged in this round}
+-- Emits    one op=cancel per running call to its worker
+local session, reason, cursor, batch = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+local key = session_key(session)
+if cursor == '0' then
+  local last = redis.call('XREVRANGE', CALLS, '+', '-', 'COUNT', 1)
+  if last[1] then
+    redis.call('HSET', key, 'cancel_before', last[1][1], 'cancel_reason', reason)
+    redis.call('PEXPIRE', key, SESSION_TTL)
+  end
+end
+local scan = redis.call('SSCAN', session_calls_key(session), cursor, 'COUNT', batch)
+local n = 0
+for _, id in ipairs(scan[2]) do
+  local done = stop_call(id, 'user', reason)
+  if done == 'ended' or done == 'flagged' then n = n + 1 end
+end
+write_counters()
+return {scan[1], n}

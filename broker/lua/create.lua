@@ -1,0 +1,32 @@
+-- create_call: the one place where a call's record is born.
+--
+-- entry: the id of its entry on the router stream; it doubles as the generation of the call, so that
+-- a re-used call id is never hit by a cancel or a publish meant for its predecessor (rule 3).
+-- body_field: "json" (text) or "body" (msgpack); it also says how the result will be encoded.
+--
+-- Returns "new", "duplicate" (same id, same content: the retry of a push) or "conflict", and the state.
+local function create_call(entry, c, body_field, body)
+  local key = call_key(c.id)
+  local seen = redis.call('HMGET', key, 'state', 'digest', 'cancel_before')
+  if seen[1] then
+    if seen[2] ~= c.digest then return 'conflict', seen[1] end
+    -- The producer came back, perhaps as a new process: it wants the news where it listens now.
+    if c.inbox ~= '' then redis.call('HSET', key, 'inbox', c.inbox) end
+    return 'duplicate', seen[1]
+  end
+  redis.call('HSET', key,
+    'state', 'PENDING', 'session', c.session, 'kind', c.kind, 'model', c.model,
+    'priority', c.priority, 'prompt_tokens', c.prompt_tokens, 'deadline_ms', c.deadline_ms,
+    'stream', c.stream, 'inbox', c.inbox, 'traceparent', c.traceparent, 'digest', c.digest,
+    'gen', entry, 'attempt', 1, 'failures', 0, 'events', 0, 'submitted_ms', int(NOW), 'engine', '',
+    body_field, body)
+  if seen[3] then redis.call('PERSIST', key) end
+  if c.deadline_ms ~= '' then redis.call('ZADD', DEADLINES, c.deadline_ms, c.id) end
+  local session = session_key(c.session)
+  redis.call('HSET', session, 'last_arrival_ms', int(NOW))
+  redis.call('HINCRBY', session, 'arrivals', 1)
+  redis.call('PEXPIRE', session, SESSION_TTL)
+  redis.call('SADD', session_calls_key(c.session), c.id)
+  count_total('submitted')
+  return 'new', 'PENDING'
+end

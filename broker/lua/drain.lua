@@ -1,0 +1,16 @@
+--- @include lib terminal attempts
+-- Takes an engine out of service: no new calls, its waiting ones go to others, its running ones finish.
+--
+-- ARGV     engine op ("drain" | "stop": leave when the running calls are done, or at the end of the grace) limit
+-- Returns  calls given back in this round, -1 = no such engine
+-- Emits    the op to the worker, on the first round
+local e, op, limit = ARGV[4], ARGV[5], tonumber(ARGV[6])
+local state = redis.call('HGET', engine_key(e), 'state')
+if not state or state == 'STOPPED' or state == 'DEAD' then return -1 end
+if state ~= 'DRAINING' or op == 'stop' then
+  redis.call('HSET', engine_key(e), 'state', 'DRAINING')
+  order(e, 'op', op)
+end
+local n = give_back_queue(e, limit)
+write_counters()
+return n

@@ -1,0 +1,18 @@
+--- @include lib
+-- Renews a worker's lease and reports its load. Only the incarnation that registered may do so.
+--
+-- ARGV     engine incarnation state ("STARTING" | "READY" | "DRAINING" | "STOPPED"), then field value … of the load
+-- Returns  "ok" | "fenced" (the lease was lost: drop every call and register anew)
+local e, incarnation, state = ARGV[4], ARGV[5], ARGV[6]
+local key = engine_key(e)
+local r = redis.call('HMGET', key, 'incarnation', 'state')
+if r[1] ~= incarnation or r[2] == 'DEAD' or r[2] == 'STOPPED' then return 'fenced' end
+-- An operator's drain holds until the worker has seen it.
+if r[2] == 'DRAINING' and state == 'READY' then state = 'DRAINING' end
+local fields = {}
+for i = 7, #ARGV do fields[#fields + 1] = ARGV[i] end
+redis.call('HSET', key, 'state', state, unpack(fields))
+redis.call('ZADD', ENGINES, int(NOW), e)
+-- It stays listed for a while: its model is known, so calls wait for it to come back.
+if state == 'STOPPED' then redis.call('PEXPIRE', key, SESSION_TTL) end
+return 'ok'

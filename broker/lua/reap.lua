@@ -1,0 +1,47 @@
+--- @include lib terminal attempts
+-- Any router, on a timer: engines whose lease has ended are dead; their calls go to others.
+--
+-- ARGV     lease_ms max_attempts limit (calls moved per run, so that no run blocks Redis for long)
+--          engine ("" = all whose lease ended; else only this one, whose death its supervisor has seen)
+--          incarnation of that engine
+-- Returns  {calls moved, engine, …}: the engines found dead in this run
+local lease, max_attempts, limit, only, incarnation = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], ARGV[8]
+local message = 'The worker died while the call was running.'
+local candidates
+if only == '' then
+  candidates = redis.call('ZRANGEBYSCORE', ENGINES, '-inf', int(NOW - lease))
+elseif redis.call('HGET', engine_key(only), 'incarnation') == incarnation then
+  candidates = {only}
+else
+  candidates = {}
+end
+local moved, dead = 0, {}
+for _, e in ipairs(candidates) do
+  local key = engine_key(e)
+  local state = redis.call('HGET', key, 'state')
+  if state ~= 'DEAD' and state ~= 'STOPPED' then
+    redis.call('HSET', key, 'state', 'DEAD', 'died_ms', int(NOW))
+    redis.call('PEXPIRE', key, SESSION_TTL)
+    dead[#dead + 1] = e
+  end
+  if moved < limit then
+    local running = redis.call('ZRANGE', running_key(e), 0, limit - moved - 1)
+    for _, id in ipairs(running) do
+      end_attempt(id, e, true, max_attempts, '', 'attempts_exhausted', message)
+    end
+    moved = moved + #running
+  end
+  if moved < limit then moved = moved + give_back_queue(e, limit - moved) end
+  if moved < limit then
+    redis.call('HSET', key, 'queued_tokens', 0, 'running_tokens', 0)
+    pending[key] = nil
+    -- Until its hash expires the engine stays listed: its model is known, so calls wait for it to come back.
+    local beat = tonumber(redis.call('ZSCORE', ENGINES, e) or '0')
+    if beat < NOW - tonumber(SESSION_TTL) then
+      redis.call('ZREM', ENGINES, e)
+      redis.call('PEXPIRE', key, SESSION_TTL)
+    end
+  end
+end
+write_counters()
+return {moved, unpack(dead)}

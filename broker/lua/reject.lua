@@ -1,0 +1,31 @@
+--- @include lib create terminal
+-- The router refuses entries it cannot make a call of: with a usable and free id the refusal becomes a
+-- FAILED record, else a dead letter. Either way the entry leaves the stream, which goes on behind it.
+--
+-- ARGV     per entry: entry id ("" = none usable) gen ("" = the entry itself) session inbox error_code error
+-- Returns  list, per entry: "failed" | "buried" | "gone"
+local function refuse(entry, id, gen, session, inbox, code, message)
+  if not redis.call('XRANGE', CALLS, entry, entry)[1] then return 'gone' end
+  take_entry(entry)
+  local r = {}
+  if id ~= '' then r = redis.call('HMGET', call_key(id), 'state', 'gen', 'engine') end
+  if id ~= '' and not r[1] then
+    create_call(entry, {id = id, session = session, kind = '', model = '', priority = '0', prompt_tokens = '0',
+      deadline_ms = '', stream = '0', inbox = inbox, traceparent = '', digest = ''}, 'body', '')
+  elseif r[1] ~= 'PENDING' or r[2] ~= gen or r[3] ~= '' then
+    bury(id, code, message, 'entry', entry)
+    tell_inbox(inbox, id, 'FAILED', code, message, '', '0', {'gen', entry})
+    return 'buried'
+  end
+  end_call(id, 'FAILED', code, message, '')
+  return 'failed'
+end
+
+local out = {}
+for at = 4, #ARGV, 7 do
+  local gen = ARGV[at + 2]
+  if gen == '' then gen = ARGV[at] end
+  out[#out + 1] = refuse(ARGV[at], ARGV[at + 1], gen, ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6])
+end
+write_counters()
+return out

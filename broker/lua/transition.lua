@@ -1,0 +1,25 @@
+--- @include lib create terminal
+-- One legal step of a call's state for whoever runs calls outside the workers (RequestLifecycleManager).
+--
+-- ARGV     id, state ("PENDING" makes the record: then session and engine count), session engine reason
+-- Returns  {"ok", state before} | {"illegal", state before ("" = no such call)}
+local id, state, session, engine, reason = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local legal = {
+  ['PENDING>RUNNING'] = true, ['PENDING>CANCELLED'] = true, ['PENDING>FAILED'] = true,
+  ['RUNNING>COMPLETED'] = true, ['RUNNING>CANCELLED'] = true, ['RUNNING>FAILED'] = true,
+  ['>PENDING'] = true,
+}
+local key = call_key(id)
+local before = redis.call('HGET', key, 'state') or ''
+if not legal[before .. '>' .. state] then return {'illegal', before} end
+if state == 'PENDING' then
+  create_call(int(NOW) .. '-0', {id = id, session = session, kind = 'generate', model = '', priority = '0',
+    prompt_tokens = '0', deadline_ms = '', stream = '0', inbox = '', traceparent = '', digest = ''}, 'body', '')
+  redis.call('HSET', key, 'engine', engine)
+elseif state == 'RUNNING' then
+  redis.call('HSET', key, 'state', 'RUNNING', 'started_ms', int(NOW))
+else
+  end_call(id, state, state == 'FAILED' and 'engine_error' or '', reason, '')
+end
+write_counters()
+return {'ok', before}

@@ -1,0 +1,233 @@
+"""Messages and records: what producers push, what Redis keeps, what callers get back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from broker import codec
+from broker.errors import CallCancelled, CallEnded, CallFailed
+from broker.ids import check_id, check_model
+
+Kind = Literal["generate", "chat.completions", "completions", "embeddings"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+class RequestState(StrEnum):
+    """States of a call. The last three are terminal."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    CANCELLED = "CANCELLED"
+    FAILED = "FAILED"
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (RequestState.PENDING, RequestState.RUNNING)
+
+
+class ErrorCode(StrEnum):
+    """The closed set of reasons why a call is FAILED."""
+
+    INVALID_REQUEST = "invalid_request"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    OVERLOADED = "overloaded"
+    ATTEMPTS_EXHAUSTED = "attempts_exhausted"
+    ENGINE_ERROR = "engine_error"
+    NO_ENGINE_FOR_MODEL = "no_engine_for_model"
+    CONFLICT = "conflict"
+
+
+class EngineState(StrEnum):
+    """States of an engine's registration."""
+
+    STARTING = "STARTING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    STOPPED = "STOPPED"
+    DEAD = "DEAD"
+
+
+class CallRequest(BaseModel):
+    """Routing fields of a call, checked. The body stays bytes: it can be megabytes and travels once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    session: str
+    kind: Kind = "generate"
+    model: str = ""
+    priority: int = Field(0, ge=-128, le=127)
+    prompt_tokens: int = Field(0, ge=0, le=100_000_000)
+    deadline_ms: int | None = Field(None, ge=0, le=1 << 52)
+    stream: bool = False
+    inbox: str = ""
+    traceparent: str = Field("", max_length=256)
+
+    @field_validator("id", "session", "inbox")
+    @classmethod
+    def _ids(cls, value: str, info: Any) -> str:
+        return value if info.field_name == "inbox" and not value else check_id(value, info.field_name)
+
+    @field_validator("model")
+    @classmethod
+    def _model(cls, value: str) -> str:
+        return check_model(value) if value else value
+
+    def fields(self) -> list[str | int]:
+        """The routing fields in the order of the submit and admit scripts."""
+        return [
+            self.id, self.session, self.kind, self.model, self.priority, self.prompt_tokens,
+            "" if self.deadline_ms is None else self.deadline_ms, int(self.stream), self.inbox, self.traceparent,
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """What a call gave. Times in seconds on Redis's clock; token counts are the engine's own.
+
+    `text` and `token_ids` are those of the first choice; for OpenAI kinds `response` is the whole response body.
+    `latency` runs from submit to finish, `waiting_time` from submit to the claim, `ttft` from submit to first token.
+    """
+
+    request_id: str
+    session_id: str
+    engine_id: str
+    text: str
+    token_ids: list[int] = field(repr=False)
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    finish_reason: str
+    latency: float
+    waiting_time: float
+    ttft: float | None
+    attempts: int
+    response: dict[str, Any] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """A call as Redis keeps it, without its body."""
+
+    id: str
+    state: RequestState
+    session: str
+    kind: str = "generate"
+    engine: str = ""
+    model: str = ""
+    attempt: int = 1
+    priority: int = 0
+    level: int = 0
+    stream: bool = False
+    prompt_tokens: int = 0
+    submitted_ms: int = 0
+    assigned_ms: int | None = None
+    started_ms: int | None = None
+    finished_ms: int | None = None
+    deadline_ms: int | None = None
+    error_code: str = ""
+    error: str = ""
+    why: str = ""
+    cancel_requested: bool = False
+    result: CallResult | None = None
+
+    @classmethod
+    def from_hash(cls, call_id: str, h: Mapping[bytes, bytes]) -> CallRecord:
+        """Reads the hash `{ns}:call:ID`."""
+        t = {k.decode(): codec.text(v) for k, v in h.items() if k not in _BYTES}
+
+        def optional(name: str) -> int | None:
+            return codec.number(t[name]) if t.get(name) else None
+
+        return cls(
+            id=call_id,
+            state=RequestState(t["state"]),
+            session=t.get("session", ""),
+            kind=t.get("kind", ""),
+            engine=t.get("engine", ""),
+            model=t.get("model", ""),
+            attempt=codec.number(t.get("attempt"), 1),
+            priority=codec.number(t.get("priority")),
+            level=codec.number(t.get("level")),
+            stream=t.get("stream") == "1",
+            prompt_tokens=codec.number(t.get("prompt_tokens")),
+            submitted_ms=codec.number(t.get("submitted_ms")),
+            assigned_ms=optional("assigned_ms"),
+            started_ms=optional("started_ms"),
+            finished_ms=optional("finished_ms"),
+            deadline_ms=optional("deadline_ms"),
+            error_code=t.get("error_code", ""),
+            error=t.get("error", ""),
+            why=t.get("why", ""),
+            cancel_requested="cancel" in t,
+            result=_result(call_id, t, h.get(b"result", b"")),
+        )
+
+    def outcome(self) -> CallResult:
+        """The result of a finished call.
+
+        Raises:
+            CallCancelled, CallFailed: it ended without one.
+        """
+        if self.state is RequestState.COMPLETED and self.result is not None:
+            return self.result
+        raise self.ending()
+
+    def ending(self) -> CallEnded:
+        """The error that says how this call ended."""
+        return CallCancelled(self) if self.state is RequestState.CANCELLED else CallFailed(self)
+
+
+_BYTES = frozenset({b"result", b"body", b"json"})
+
+
+def result_format(data: bytes) -> codec.Format:
+    """A result is JSON where the body was; a msgpack map never begins with a brace."""
+    return "json" if data[:1] == b"{" else "body"
+
+
+def _result(call_id: str, t: Mapping[str, str], data: bytes) -> CallResult | None:
+    if not data:
+        return None
+    r = codec.decode(data, result_format(data))
+    submitted, started, finished = (codec.number(t.get(k)) for k in ("submitted_ms", "started_ms", "finished_ms"))
+    ttft = r.get("ttft_ms")
+    waiting = (started - submitted) / 1000 if started else 0.0
+    return CallResult(
+        request_id=call_id,
+        session_id=t.get("session", ""),
+        engine_id=t.get("engine", ""),
+        text=r.get("text", ""),
+        token_ids=r.get("token_ids", []),
+        prompt_tokens=codec.number(t.get("prompt_tokens")),
+        completion_tokens=codec.number(t.get("completion_tokens")),
+        cached_tokens=codec.number(t.get("cached_tokens")),
+        finish_reason=r.get("finish_reason", ""),
+        latency=(finished - submitted) / 1000,
+        waiting_time=waiting,
+        ttft=None if ttft is None else waiting + ttft / 1000,
+        attempts=codec.number(t.get("attempt"), 1),
+        response=r.get("response"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of a streamed call.
+
+    `n` numbers the pieces of a call from 0, across attempts. `event_id` is the entry id in the call's log: give it
+    to `stream(last_event_id=…)` to continue behind this piece. OpenAI kinds carry `chunks`, the JSON documents of
+    the response stream; `generate` carries `text` and `token_ids`.
+    """
+
+    n: int
+    event_id: str
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    chunks: list[str] = field(default_factory=list)

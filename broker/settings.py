@@ -1,0 +1,84 @@
+"""Settings shared by all parts, from the environment (RSM_*) or given in code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from broker.ids import check_id
+
+
+class Settings(BaseSettings):
+    """One object for client, router and worker. Times in the unit that the name says."""
+
+    model_config = SettingsConfigDict(env_prefix="RSM_", frozen=True, extra="ignore")
+
+    redis_url: SecretStr | None = Field(None, description="redis://, rediss:// or unix://; none = the embedded server")
+    namespace: str = Field("rsm", description="hash tag of all keys")
+    data_dir: Path | None = Field(None, description="where the embedded server lives; none = the user's state folder")
+
+    lease_ms: int = Field(2500, ge=300, description="a worker or router silent for so long is dead")
+    heartbeat_ms: int = Field(500, ge=50, description="how often a worker renews its lease")
+    tick_ms: int = Field(250, ge=20, description="how often a router looks for dead engines and passed deadlines")
+    max_attempts: int = Field(3, ge=1, description="attempts lost to deaths or errors before a call is a dead letter")
+
+    result_ttl_s: int = Field(3600, ge=1, description="how long a finished call's record, log and inbox live")
+    session_ttl_s: int = Field(3600, ge=1, description="how long an idle session's entry and affinity live")
+    max_body_bytes: int = Field(8 << 20, ge=1024, description="largest body of a call")
+    inbox_max: int = Field(10_000, ge=100, description="events kept in a client's inbox, approximately")
+    batch: int = Field(256, ge=1, le=4096, description="calls per round trip in router, worker and client")
+
+    policy: str = Field("autellix", description="routing policy: a name or package.module:Class")
+    cache_token_threshold: int = Field(2048, ge=0, description="prompts up to this length go to the least loaded engine")
+    level_bounds: Annotated[tuple[int, ...], NoDecode] = Field(
+        (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000),
+        max_length=15,
+        description="upper ends of the scheduling levels, in service units (tokens)",
+    )
+    drain_grace_s: float = Field(30.0, ge=0, description="how long a draining worker lets running calls finish")
+
+    @field_validator("namespace")
+    @classmethod
+    def _namespace_is_an_id(cls, value: str) -> str:
+        return check_id(value, "namespace")
+
+    @field_validator("level_bounds", mode="before")
+    @classmethod
+    def _bounds_from_text(cls, value: object) -> object:
+        return tuple(int(v) for v in value.replace(",", " ").split()) if isinstance(value, str) else value
+
+    @field_validator("level_bounds")
+    @classmethod
+    def _bounds_rise(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("level_bounds must rise")
+        return value
+
+    def url(self) -> str:
+        """The Redis URL in clear, for the connection alone; it may hold a password, so never print it."""
+        if self.redis_url is not None:
+            return self.redis_url.get_secret_value()
+        return f"unix://{self.socket_path()}"
+
+    def socket_path(self) -> Path:
+        """Where the embedded server of this user listens when no Redis URL is set."""
+        return self.state_dir() / "redis.sock"
+
+    def state_dir(self) -> Path:
+        if self.data_dir is not None:
+            return self.data_dir
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(base) / "rsm-engine"
+
+    def with_redis(self, url: str | None, namespace: str | None = None) -> Settings:
+        """A copy that uses another server or namespace."""
+        changes: dict[str, object] = {}
+        if url is not None:
+            changes["redis_url"] = SecretStr(url)
+        if namespace is not None:
+            changes["namespace"] = check_id(namespace, "namespace")
+        return self.model_copy(update=changes)

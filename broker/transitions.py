@@ -1,0 +1,362 @@
+"""Every state change of a call, an engine or a session, as a typed command. The Lua file of the same name is the law."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from broker.codec import Format, number, text
+from broker.keys import Keys
+from broker.models import CallRequest, RequestState
+from broker.scripts import Arg, Command, script
+from broker.settings import Settings
+
+
+class Submission(NamedTuple):
+    """A checked call with its encoded body."""
+
+    request: CallRequest
+    digest: str
+    body: bytes
+
+
+class Submitted(NamedTuple):
+    code: str  # "new" | "duplicate" | "conflict"
+    state: RequestState
+
+
+class Admission(NamedTuple):
+    """A raw entry of the router stream, checked. Its body stays in Redis, in the field `body_field`."""
+
+    entry: str
+    request: CallRequest
+    digest: str
+    body_field: Format
+
+
+class Rejection(NamedTuple):
+    entry: str
+    call_id: str
+    gen: str
+    session: str
+    inbox: str
+    error_code: str
+    error: str
+
+
+class Placement(NamedTuple):
+    """Where the router puts a call. `engine=""` parks it until an engine of its model is ready."""
+
+    entry: str
+    call_id: str
+    gen: str
+    engine: str
+    bind: bool
+    seen: str
+    hit: bool | None
+    prompt_tokens: int
+    why: str
+
+
+class Placed(NamedTuple):
+    code: str  # see lua/assign.lua
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """An engine as the router sees it. Token counts are of prompts, in tokens; `heartbeat_ms` on Redis's clock."""
+
+    id: str
+    state: str
+    model: str
+    heartbeat_ms: int = 0
+    queued: int = 0
+    running: int = 0
+    queued_tokens: int = 0
+    running_tokens: int = 0
+    served: int = 0
+    max_num_seqs: int = 1
+    tokens_per_s: float = 0.0
+
+    @property
+    def load_tokens(self) -> int:
+        return self.queued_tokens + self.running_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """Where a session's KV cache is believed to be: engine id → resident tokens; `bound`: the engine it is tied to."""
+
+    bound: str = ""
+    resident: Mapping[str, int] = field(default_factory=dict)
+
+
+class Look(NamedTuple):
+    engines: list[EngineView]
+    sessions: dict[str, SessionView]
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Names one attempt of one call. Publishing or finishing under an old fence changes nothing."""
+
+    call_id: str
+    gen: str
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{self.gen}:{self.attempt}"
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A call that a worker has taken. `events` counts the pieces that earlier attempts have published."""
+
+    fence: Fence
+    session: str
+    kind: str
+    stream: bool
+    inbox: str
+    priority: int
+    level: int
+    events: int
+    traceparent: str
+    prompt_tokens: int
+    body_field: Format
+    body: bytes = field(repr=False)
+    cancelled: bool = False
+
+
+class Event(NamedTuple):
+    """A piece of a streamed call. `chunk` is used by OpenAI kinds, `text` and `token_ids` by `generate`."""
+
+    fence: Fence
+    n: int
+    text: str
+    token_ids: Sequence[int]
+    chunk: str
+    replay: str
+
+
+class Finish(NamedTuple):
+    fence: Fence
+    state: RequestState
+    error_code: str
+    error: str
+    result: bytes
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    resident_tokens: int
+
+
+class Release(NamedTuple):
+    fence: Fence
+    fault: bool
+    error_code: str
+    error: str
+
+
+class Registered(NamedTuple):
+    ok: bool
+    control_from: str = "0-0"
+    heartbeat_ms: int = 0
+    node: str = ""
+    pid: str = ""
+
+
+class Reaped(NamedTuple):
+    moved: int
+    engines: list[str]
+
+
+class Transitions:
+    """Commands of one namespace. Building one is free of I/O; `broker.scripts.run` and `arun` send it."""
+
+    def __init__(self, keys: Keys, settings: Settings) -> None:
+        self._settings = settings
+        self._head: list[Arg] = [
+            keys.prefix, settings.result_ttl_s * 1000, settings.session_ttl_s * 1000, settings.inbox_max,
+        ]
+        self._bounds = " ".join(map(str, settings.level_bounds))
+
+    def _args(self, *args: Arg) -> list[Arg]:
+        return [*self._head, *args]
+
+    # -- producers
+
+    def submit(self, calls: Sequence[Submission]) -> Command[list[Submitted]]:
+        args = self._args()
+        for c in calls:
+            args += [*c.request.fields(), c.digest, c.body]
+        return Command(script("submit"), args, _submitted)
+
+    def cancel(self, call_id: str, reason: str) -> Command[str]:
+        return Command(script("cancel"), self._args(call_id, reason), text)
+
+    def cancel_session(self, session: str, reason: str, cursor: str = "0") -> Command[tuple[str, int]]:
+        args = self._args(session, reason, cursor, self._settings.batch)
+        return Command(script("cancel_session"), args, lambda r: (text(r[0]), int(r[1])))
+
+    # -- router
+
+    def admit(self, calls: Sequence[Admission]) -> Command[list[str]]:
+        args = self._args()
+        for c in calls:
+            args += [c.entry, *c.request.fields(), c.digest, c.body_field]
+        return Command(script("admit"), args, _texts)
+
+    def reject(self, entries: Sequence[Rejection]) -> Command[list[str]]:
+        args = self._args()
+        for e in entries:
+            args += e
+        return Command(script("reject"), args, _texts)
+
+    def look(self, sessions: Sequence[str] = ()) -> Command[Look]:
+        return Command(script("look"), self._args(*sessions), lambda r: _look(r, sessions))
+
+    def assign(self, placements: Sequence[Placement]) -> Command[list[Placed]]:
+        args = self._args(self._bounds)
+        for p in placements:
+            hit = "" if p.hit is None else int(p.hit)
+            args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.prompt_tokens, p.why]
+        return Command(script("assign"), args, lambda r: [Placed(text(a), text(b)) for a, b in _pairs(r)])
+
+    def reap(self, engine: str = "", incarnation: str = "") -> Command[Reaped]:
+        s = self._settings
+        args = self._args(s.lease_ms, s.max_attempts, s.batch, engine, incarnation)
+        return Command(script("reap"), args, lambda r: Reaped(int(r[0]), _texts(r[1:])))
+
+    def expire(self) -> Command[int]:
+        return Command(script("expire"), self._args(self._settings.batch), int)
+
+    def unpark(self, model: str) -> Command[int]:
+        return Command(script("unpark"), self._args(model, self._settings.batch), int)
+
+    def drain(self, engine: str, op: str = "drain") -> Command[int]:
+        return Command(script("drain"), self._args(engine, op, self._settings.batch), int)
+
+    # -- workers
+
+    def register(self, engine: str, incarnation: str, fields: Mapping[str, Arg]) -> Command[Registered]:
+        s = self._settings
+        args = self._args(engine, incarnation, s.lease_ms, s.max_attempts, *_flat(fields))
+        return Command(script("register"), args, _registered)
+
+    def heartbeat(self, engine: str, incarnation: str, state: str, load: Mapping[str, Arg]) -> Command[bool]:
+        """True while the lease is held."""
+        args = self._args(engine, incarnation, state, *_flat(load))
+        return Command(script("heartbeat"), args, lambda r: text(r) == "ok")
+
+    def claim(self, engine: str, incarnation: str, claim_no: int, most: int) -> Command[list[Claimed] | None]:
+        """The calls claimed, None if the lease was lost."""
+        return Command(script("claim"), self._args(engine, incarnation, claim_no, most), _claimed)
+
+    def publish(self, engine: str, events: Sequence[Event]) -> Command[list[str]]:
+        args = self._args(engine)
+        for e in events:
+            f = e.fence
+            args += [f.call_id, f.gen, f.attempt, e.n, e.text, " ".join(map(str, e.token_ids)), e.chunk, e.replay]
+        return Command(script("publish"), args, _texts)
+
+    def finish(self, engine: str, ends: Sequence[Finish]) -> Command[list[str]]:
+        args = self._args(engine)
+        for e in ends:
+            f = e.fence
+            args += [
+                f.call_id, f.gen, f.attempt, e.state.value, e.error_code, e.error, e.result, e.prompt_tokens,
+                e.completion_tokens, e.cached_tokens, e.resident_tokens,
+            ]
+        return Command(script("finish"), args, _texts)
+
+    def release(self, engine: str, calls: Sequence[Release]) -> Command[list[str]]:
+        args = self._args(engine, self._settings.max_attempts)
+        for c in calls:
+            args += [c.fence.call_id, c.fence.gen, c.fence.attempt, int(c.fault), c.error_code, c.error]
+        return Command(script("release"), args, _texts)
+
+    # -- life cycle and process table
+
+    def transition(
+        self, call_id: str, state: RequestState, session: str = "", engine: str = "", reason: str = ""
+    ) -> Command[tuple[bool, str]]:
+        """(whether it was legal, the state before, "" for no such call)."""
+        args = self._args(call_id, state.value, session, engine, reason)
+        return Command(script("transition"), args, lambda r: (text(r[0]) == "ok", text(r[1])))
+
+    def session(self, op: str, session: str, *args: Arg) -> Command[int]:
+        return Command(script("session"), self._args(op, session, *args), int)
+
+
+def _texts(reply: Sequence[bytes]) -> list[str]:
+    return [text(r) for r in reply]
+
+
+def _pairs(reply: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _flat(fields: Mapping[str, Arg]) -> list[Arg]:
+    return [part for pair in fields.items() for part in pair]
+
+
+def _submitted(reply: Sequence[bytes]) -> list[Submitted]:
+    return [Submitted(text(code), RequestState(text(state))) for code, state in _pairs(reply)]
+
+
+def _registered(reply: Sequence[bytes]) -> Registered:
+    if text(reply[0]) == "ok":
+        return Registered(True, control_from=text(reply[1]))
+    return Registered(False, heartbeat_ms=number(reply[1]), node=text(reply[2]), pid=text(reply[3]))
+
+
+def _claimed(reply: Sequence[Any]) -> list[Claimed] | None:
+    if text(reply[0]) == "fenced":
+        return None
+    return [_claimed_call(r) for r in reply[1:]]
+
+
+def _claimed_call(r: Sequence[bytes]) -> Claimed:
+    return Claimed(
+        fence=Fence(text(r[0]), text(r[1]), int(r[2])),
+        session=text(r[3]),
+        kind=text(r[4]),
+        stream=r[5] == b"1",
+        inbox=text(r[6]),
+        priority=number(r[7]),
+        level=number(r[8]),
+        events=number(r[9]),
+        traceparent=text(r[10]),
+        prompt_tokens=number(r[11]),
+        body_field="json" if r[12] == b"json" else "body",
+        body=r[13],
+        cancelled=bool(r[14]),
+    )
+
+
+def _look(reply: Sequence[Any], sessions: Sequence[str]) -> Look:
+    views = [_session_view(row) for row in reply[1]]
+    return Look([_engine_view(row) for row in reply[0]], dict(zip(sessions, views, strict=True)))
+
+
+def _engine_view(row: Sequence[bytes]) -> EngineView:
+    return EngineView(
+        id=text(row[0]),
+        heartbeat_ms=number(row[1]),
+        queued=int(row[2]),
+        running=int(row[3]),
+        state=text(row[4]),
+        model=text(row[5]),
+        queued_tokens=number(row[6]),
+        running_tokens=number(row[7]),
+        served=number(row[8]),
+        max_num_seqs=number(row[9], 1),
+        tokens_per_s=float(row[10] or 0),
+    )
+
+
+def _session_view(row: Sequence[Any]) -> SessionView:
+    resident = {text(e): number(text(v).partition(":")[0]) for e, v in _pairs(row[1])}
+    return SessionView(text(row[0]), resident)

@@ -1,0 +1,106 @@
+"""From an entry of the router stream to a checked call, or to a refusal that says what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from broker import codec
+from broker.codec import text
+from broker.errors import InvalidRequest
+from broker.ids import ID_PATTERN, check_id, check_model, shorten
+from broker.models import KINDS, ErrorCode
+from broker.request import check_body, check_request, check_size, estimate_tokens
+from broker.transitions import Admission, Rejection
+from router.policies.base import CallView
+
+Fields = Mapping[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A call to place. `gen` is empty for a first arrival; `admission` is there for a bare XADD, which has no record yet."""
+
+    entry: str
+    call_id: str
+    gen: str
+    view: CallView
+    admission: Admission | None = None
+
+
+def read_entry(entry: str, fields: Fields, max_body_bytes: int) -> Arrival | Rejection:
+    """Checks one entry. Never raises: whatever a producer pushed, the stream goes on behind it."""
+    try:
+        if fields.get(b"ref") == b"1" or b"gen" in fields:
+            return _read_reference(entry, fields)
+        return _read_raw(entry, fields, max_body_bytes)
+    except InvalidRequest as e:
+        return reject(entry, fields, ErrorCode.INVALID_REQUEST, str(e))
+
+
+def reject(entry: str, fields: Fields, code: ErrorCode, message: str) -> Rejection:
+    """A refusal that keeps what is usable of the entry's ids, so that its producer hears of it."""
+
+    def usable(name: bytes, default: str) -> str:
+        value = text(fields.get(name))
+        return value if ID_PATTERN.fullmatch(value) else default
+
+    given = b"id" in fields
+    call_id = usable(b"id", "" if given else entry)
+    session, inbox = usable(b"session", call_id), usable(b"inbox", "")
+    return Rejection(entry, call_id, text(fields.get(b"gen")), session, inbox, code.value, message)
+
+
+def _read_reference(entry: str, fields: Fields) -> Arrival:
+    """An entry whose record exists: pushed by `Client.submit`, or given back to the router."""
+    call_id = check_id(text(fields.get(b"id")), "id")
+    session = check_id(text(fields.get(b"session")) or call_id, "session")
+    model = text(fields.get(b"model"))
+    view = CallView(session, check_model(model) if model else "", max(0, _whole(fields, b"prompt_tokens", 0)))
+    return Arrival(entry, call_id, text(fields.get(b"gen")), view)
+
+
+def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
+    """A bare XADD: routing fields as plain text, the body as `json` or as `body` (msgpack)."""
+    call_id = text(fields[b"id"]) if b"id" in fields else entry
+    kind = text(fields.get(b"kind")) or "generate"
+    if kind not in KINDS:
+        raise InvalidRequest(f"kind must be one of {', '.join(KINDS)}; got {shorten(kind)!r}.")
+    field, data = _body(fields)
+    check_size(len(data), max_body_bytes)
+    body = codec.decode(data, field)
+    check_body(kind, body)
+    model = text(fields.get(b"model"))
+    request = check_request(
+        id=call_id,
+        session=text(fields.get(b"session")) or call_id,
+        kind=kind,
+        model=model,
+        priority=_whole(fields, b"priority", 0),
+        deadline_ms=_whole(fields, b"deadline_ms", None),
+        stream=text(fields.get(b"stream")) == "1",
+        inbox=text(fields.get(b"inbox")),
+        prompt_tokens=_whole(fields, b"prompt_tokens", 0) or estimate_tokens(body, len(data)),
+        traceparent=text(fields.get(b"traceparent")),
+    )
+    admission = Admission(entry, request, codec.digest(request.kind, request.model, data), field)
+    return Arrival(entry, call_id, "", CallView(request.session, request.model, request.prompt_tokens), admission)
+
+
+def _body(fields: Fields) -> tuple[codec.Format, bytes]:
+    as_json, as_msgpack = fields.get(b"json"), fields.get(b"body")
+    if (as_json is None) == (as_msgpack is None):
+        found = "neither" if as_json is None else "both"
+        raise InvalidRequest(f'An entry needs exactly one of "json" (text) and "body" (msgpack); it has {found}.')
+    return ("json", as_json) if as_json is not None else ("body", as_msgpack or b"")
+
+
+def _whole(fields: Fields, name: bytes, default: Any) -> Any:
+    value = text(fields.get(name))
+    if not value:
+        return default
+    try:
+        return int(value)
+    except ValueError:
+        raise InvalidRequest(f"{name.decode()} must be a whole number; got {shorten(value)!r}.") from None

@@ -1,0 +1,82 @@
+"""Where the sessions' KV caches are: affinity hashes in Redis, `{ns}:affinity:SESSION` engine → "tokens:last use"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+
+from broker import codec, scripts
+from broker.connection import connect
+from broker.ids import check_id
+from broker.keys import Keys
+from broker.settings import Settings
+from broker.transitions import SessionView, Transitions
+
+
+def best_engine(session: SessionView, available: Sequence[str]) -> str | None:
+    """The engine that holds most of a session's cache, its bound engine first; None if none of them does."""
+    if session.bound in available:
+        return session.bound
+    holding = [e for e in available if session.resident.get(e)]
+    return max(holding, key=lambda e: session.resident[e]) if holding else None
+
+
+class KVCacheCoordinator:
+    """Reads and writes the affinity metadata, and counts hits. Any number may work on one namespace.
+
+    Args:
+        cache_token_threshold: prompts up to this many tokens may go anywhere (Autellix, Algorithm 2).
+        server: a Redis client with the broker's options; none = a new one for `settings`.
+    """
+
+    def __init__(
+        self,
+        cache_token_threshold: int | None = None,
+        *,
+        settings: Settings | None = None,
+        server: redis.Redis | None = None,
+    ) -> None:
+        self._settings = settings or Settings()
+        self.cache_token_threshold = (
+            self._settings.cache_token_threshold if cache_token_threshold is None else cache_token_threshold
+        )
+        self._redis = server or connect(self._settings)
+        self._keys = Keys(self._settings.namespace)
+        self._transitions = Transitions(self._keys, self._settings)
+
+    def record_cache_usage(self, session_id: str, engine_id: str, prompt_tokens: int) -> None:
+        """Notes that `prompt_tokens` of the session are now cached on the engine."""
+        seconds, micros = self._redis.time()
+        key = self._keys.affinity(check_id(session_id, "session"))
+        pipe = self._redis.pipeline()
+        pipe.hset(key, check_id(engine_id, "engine"), f"{int(prompt_tokens)}:{seconds * 1000 + micros // 1000}")
+        pipe.expire(key, self._settings.session_ttl_s)
+        pipe.execute()
+
+    def get_best_engine_for_session(
+        self, session_id: str, available_engines: Sequence[str], prompt_tokens: int
+    ) -> str | None:
+        """The engine where the session's cache is; None = any will do (a short prompt), or none of them has it."""
+        if prompt_tokens <= self.cache_token_threshold:
+            return None
+        look = scripts.run(self._redis, self._transitions.look([check_id(session_id, "session")]))
+        engine = best_engine(look.sessions[session_id], available_engines)
+        self._redis.hincrby(self._keys.stats, "affinity_misses" if engine is None else "affinity_hits")
+        return engine
+
+    def get_cache_stats(self) -> dict[str, Any]:
+        """Counts since the namespace began: `affinity_hits`, `affinity_misses`, `hit_rate` (of calls long enough to
+        ask), and `prompt_tokens`, `cached_tokens`, `token_hit_rate` as the engines counted them."""
+        names = ["affinity_hits", "affinity_misses", "prompt_tokens", "cached_tokens"]
+        stats: dict[str, Any] = {
+            name: codec.number(v) for name, v in zip(names, self._redis.hmget(self._keys.stats, names), strict=True)
+        }
+        stats["hit_rate"] = _share(stats["affinity_hits"], stats["affinity_hits"] + stats["affinity_misses"])
+        stats["token_hit_rate"] = _share(stats["cached_tokens"], stats["prompt_tokens"])
+        return stats
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,43 @@
+"""Routing policies, by name or dotted path. Changing the policy is one setting (RSM_POLICY)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from broker.errors import InvalidRequest
+from broker.settings import Settings
+from router.policies.autellix import Autellix
+from router.policies.base import CallView, Choice, Policy, least_loaded
+from router.policies.least_loaded import LeastLoaded
+from router.policies.round_robin import RoundRobin
+from router.policies.session_hash import SessionHash
+
+__all__ = ["POLICIES", "CallView", "Choice", "Policy", "create_policy", "least_loaded"]
+
+POLICIES: dict[str, type[Policy]] = {
+    "autellix": Autellix,
+    "least_loaded": LeastLoaded,
+    "round_robin": RoundRobin,
+    "session_hash": SessionHash,
+}
+
+
+def create_policy(settings: Settings) -> Policy:
+    """The policy that `settings.policy` names: one of ours, or `package.module:Class` of anybody's.
+
+    Raises:
+        InvalidRequest: there is no such policy; the message lists the names.
+    """
+    name = settings.policy
+    if name in POLICIES:
+        return POLICIES[name](settings)
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InvalidRequest(
+            f"There is no routing policy {name!r} ({e}). Use one of {', '.join(POLICIES)}, or package.module:Class."
+        ) from e
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise InvalidRequest(f"{name!r} is not a subclass of router.policies.Policy.")
+    return found(settings)

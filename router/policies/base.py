@@ -1,0 +1,72 @@
+"""The interface of a routing policy: one method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from broker.settings import Settings
+from broker.transitions import EngineView, SessionView
+
+
+@dataclass(frozen=True, slots=True)
+class CallView:
+    """What a policy knows of a call. `prompt_tokens`: the producer's count or an estimate."""
+
+    session: str
+    model: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An engine, and why: one clause for `rsm call`.
+
+    Attributes:
+        bind: ties the session to this engine for its later calls.
+        hit: whether the session's cache was found on it; None if that was not asked.
+    """
+
+    engine: str
+    why: str
+    bind: bool = False
+    hit: bool | None = None
+
+
+class Policy(ABC):
+    """Chooses engines. One object lives in each router; state that routers must share belongs in Redis.
+
+    `needs_session(call)` says whether `choose` will look at the session's affinity, so that a router can spare
+    itself the read.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def needs_session(self, call: CallView) -> bool:
+        return False
+
+    @abstractmethod
+    def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
+        """The engine for a call.
+
+        Args:
+            engines: those that take calls of its model, at least one; loads include the calls of this batch so far.
+            session: where its program's cache is; empty unless `needs_session`.
+        """
+
+
+def least_loaded(engines: Sequence[EngineView]) -> EngineView:
+    """The engine with the fewest prompt tokens waiting or running; ties go to the one that has served least.
+
+    Tokens are counted at dispatch, not calls at first byte: a call is load from the moment it is assigned.
+    """
+    return min(engines, key=lambda e: (e.load_tokens, e.running + e.queued, e.served, e.id))
+
+
+def with_call(engine: EngineView, prompt_tokens: int) -> EngineView:
+    """The engine as it is once a call has been given to it."""
+    return replace(
+        engine, queued=engine.queued + 1, queued_tokens=engine.queued_tokens + prompt_tokens, served=engine.served + 1
+    )

@@ -1,0 +1,14 @@
+"""Baseline: fewest prompt tokens waiting or running."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from broker.transitions import EngineView, SessionView
+from router.policies.base import CallView, Choice, Policy, least_loaded
+
+
+class LeastLoaded(Policy):
+    def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
+        engine = least_loaded(engines)
+        return Choice(engine.id, f"least loaded ({engine.load_tokens} tokens)")

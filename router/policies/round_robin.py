@@ -1,0 +1,21 @@
+"""Baseline: each engine in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from broker.settings import Settings
+from broker.transitions import EngineView, SessionView
+from router.policies.base import CallView, Choice, Policy
+
+
+class RoundRobin(Policy):
+    """Each router turns on its own; with several routers the engines still get equal shares in the mean."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._turn = 0
+
+    def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
+        self._turn += 1
+        return Choice(sorted(e.id for e in engines)[self._turn % len(engines)], "its turn")

@@ -1,0 +1,20 @@
+"""Baseline: hard affinity. A session always goes to the same engine while that engine takes calls."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from broker.transitions import EngineView, SessionView
+from router.policies.base import CallView, Choice, Policy
+
+
+class SessionHash(Policy):
+    """Rendezvous hashing (Thaler and Ravishankar, 1998): an engine that leaves moves its own sessions alone."""
+
+    def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
+        return Choice(max((e.id for e in engines), key=lambda e: _weight(call.session, e)), "hash of the session")
+
+
+def _weight(session: str, engine: str) -> bytes:
+    return hashlib.blake2b(f"{session}|{engine}".encode(), digest_size=8).digest()

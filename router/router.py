@@ -1,0 +1,185 @@
+"""The router process.
+
+1. Reads the router stream in batches, as one consumer of a group that any number of routers share.
+2. Checks each entry, makes records for bare ones, refuses bad ones with a sentence.
+3. Chooses an engine for each call by the policy, and assigns the whole batch in one script.
+4. On a timer, idle or busy: takes over the entries of dead routers, gives the calls of dead engines to others,
+   ends calls whose deadline has passed, and unparks calls whose engine has come.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from broker import scripts
+from broker.codec import text
+from broker.connection import BLIPS, Backoff, connect
+from broker.ids import new_id
+from broker.keys import ROUTER_GROUP, Keys
+from broker.models import EngineState, ErrorCode
+from broker.settings import Settings
+from broker.transitions import EngineView, Look, Placement, Rejection, SessionView, Transitions
+from router.intake import Arrival, Fields, read_entry, reject
+from router.policies import Policy, create_policy
+from router.policies.base import with_call
+from router.upkeep import Upkeep
+
+log = logging.getLogger("rsm.router")
+
+Entries = Sequence[tuple[bytes, Fields]]
+_NO_ENGINE = "No engine serves the model {model!r}. Models at hand: {models}."
+_NO_RECORD = "The entry refers to a record that does not exist. Push a body with it, as `json` or `body`."
+
+
+class Router:
+    """One router. `run` serves until `stop` is called from another thread or a signal handler."""
+
+    def __init__(self, settings: Settings | None = None, policy: Policy | None = None, name: str | None = None) -> None:
+        self.settings = settings or Settings()
+        self.keys = Keys(self.settings.namespace)
+        self.name = name or f"router-{new_id()}"
+        self._transitions = Transitions(self.keys, self.settings)
+        self._policy = policy or create_policy(self.settings)
+        self._tick_s = self.settings.tick_ms / 1000
+        # One connection does all: the blocking read is short, and nothing else happens meanwhile.
+        self._redis = connect(self.settings, block_s=self._tick_s)
+        self._upkeep = Upkeep(self._redis, self.keys, self.settings, self.name)
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Makes `run` return after the batch in hand. What it has read and not placed, another router takes over."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serves. A Redis that does not answer is waited for."""
+        backoff, due = Backoff(self.name), 0.0
+        ready = False
+        while not self._stopping:
+            try:
+                if not ready:
+                    self._prepare()
+                    ready = True
+                if time.monotonic() >= due:
+                    due = time.monotonic() + self._tick_s
+                    self.place(self._upkeep.tick())
+                self.place(self._read())
+            except BLIPS as e:
+                ready = False
+                self._upkeep.blip()
+                time.sleep(backoff.pause(e))
+            except ResponseError as e:
+                if "NOGROUP" not in str(e):
+                    raise
+                ready = False  # Redis lost its data, or somebody deleted the stream: make the group again
+            else:
+                backoff.recovered()
+        self._upkeep.leave()
+        self._redis.close()
+
+    def _prepare(self) -> None:
+        """Makes the group at the beginning of the stream, so that calls pushed before the first router count."""
+        try:
+            self._redis.xgroup_create(self.keys.calls, ROUTER_GROUP, id="0", mkstream=True)
+        except ResponseError as e:
+            if "BUSYGROUP" not in str(e):
+                raise
+        scripts.load_all(self._redis)
+
+    def _read(self) -> Entries:
+        reply: Any = self._redis.xreadgroup(
+            ROUTER_GROUP, self.name, {self.keys.calls: ">"}, count=self.settings.batch, block=self.settings.tick_ms
+        )
+        return reply[0][1] if reply else ()
+
+    def place(self, entries: Entries) -> int:
+        """Places one batch; returns how many entries it had. What cannot be placed now stays ours and comes again."""
+        if not entries:
+            return 0
+        arrivals, rejections = self._sort(entries)
+        while arrivals or rejections:
+            arrivals, rejections = self._place(arrivals, rejections)
+        return len(entries)
+
+    def _sort(self, entries: Entries) -> tuple[list[Arrival], list[Rejection]]:
+        arrivals: list[Arrival] = []
+        rejections: list[Rejection] = []
+        for entry, fields in entries:
+            # An entry deleted between its reading and its claiming comes without fields.
+            read = read_entry(text(entry), fields or {}, self.settings.max_body_bytes)
+            (arrivals if isinstance(read, Arrival) else rejections).append(read)  # type: ignore[arg-type]
+        return arrivals, rejections
+
+    def _place(self, arrivals: list[Arrival], rejections: list[Rejection]) -> tuple[list[Arrival], list[Rejection]]:
+        """One round trip to look, one to act. Returns what has to be placed or refused once more."""
+        look = self._look(arrivals)
+        placements, refused = self._choose(arrivals, look)
+        commands: list[scripts.Command[Any]] = []
+        admissions = [a.admission for a in arrivals if a.admission is not None]
+        if admissions:
+            commands.append(self._transitions.admit(admissions))
+        if rejections or refused:
+            commands.append(self._transitions.reject([*rejections, *refused]))
+        if placements:
+            commands.append(self._transitions.assign(placements))
+        replies = scripts.run_all(self._redis, commands)
+        for r in (*rejections, *refused):
+            log.info("refused %s: %s", r.call_id or r.entry, r.error_code)
+        return self._leftovers(arrivals, placements, replies[-1]) if placements else ([], [])
+
+    def _look(self, arrivals: Sequence[Arrival]) -> Look:
+        sessions = {a.view.session for a in arrivals if self._policy.needs_session(a.view)}
+        return scripts.run(self._redis, self._transitions.look(list(sessions)))
+
+    def _choose(self, arrivals: Sequence[Arrival], look: Look) -> tuple[list[Placement], list[Rejection]]:
+        fleet = {e.id: e for e in look.engines}
+        sessions = dict(look.sessions)
+        placements, refused = [], []
+        for a in arrivals:
+            serving = [e for e in fleet.values() if not a.view.model or e.model == a.view.model]
+            if fleet and not serving:
+                models = ", ".join(sorted({e.model for e in fleet.values()}))
+                message = _NO_ENGINE.format(model=a.view.model, models=models)
+                refused.append(self._refuse(a, ErrorCode.NO_ENGINE_FOR_MODEL, message))
+                continue
+            placements.append(self._choose_one(a, serving, fleet, sessions))
+        return placements, refused
+
+    def _choose_one(
+        self, a: Arrival, serving: list[EngineView], fleet: dict[str, EngineView], sessions: dict[str, SessionView]
+    ) -> Placement:
+        ready = [e for e in serving if e.state == EngineState.READY]
+        if not ready:
+            why = "no engine of its model takes calls yet"
+            return Placement(a.entry, a.call_id, a.gen, "", False, "", None, a.view.prompt_tokens, why)
+        session = sessions.get(a.view.session, SessionView())
+        choice = self._policy.choose(a.view, ready, session)
+        fleet[choice.engine] = with_call(fleet[choice.engine], a.view.prompt_tokens)
+        if choice.bind:
+            sessions[a.view.session] = SessionView(choice.engine, session.resident)
+        return Placement(
+            a.entry, a.call_id, a.gen, choice.engine, choice.bind, session.bound, choice.hit, a.view.prompt_tokens,
+            choice.why,
+        )
+
+    def _refuse(self, a: Arrival, code: ErrorCode, message: str) -> Rejection:
+        inbox = a.admission.request.inbox if a.admission else ""
+        return Rejection(a.entry, a.call_id, a.gen, a.view.session, inbox, code.value, message)
+
+    def _leftovers(
+        self, arrivals: Sequence[Arrival], placements: Sequence[Placement], placed: Sequence[Any]
+    ) -> tuple[list[Arrival], list[Rejection]]:
+        again: list[Arrival] = []
+        refused: list[Rejection] = []
+        by_entry = {a.entry: a for a in arrivals}
+        for p, reply in zip(placements, placed, strict=True):
+            a = by_entry[p.entry]
+            if reply.code == "unplaced":
+                again.append(a)
+            elif reply.code == "missing" and a.admission is None:
+                refused.append(reject(a.entry, {b"id": a.call_id.encode()}, ErrorCode.INVALID_REQUEST, _NO_RECORD))
+        return again, refused

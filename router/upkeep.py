@@ -1,0 +1,91 @@
+"""What any router does on a timer, so that nothing waits for new traffic and no single router is needed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import redis
+
+from broker import scripts
+from broker.codec import number, text
+from broker.keys import ROUTER_GROUP, Keys
+from broker.models import EngineState
+from broker.settings import Settings
+from broker.transitions import Transitions
+
+log = logging.getLogger("rsm.router")
+
+
+class Upkeep:
+    """Timed duties of one router. All of them may run in every router at once."""
+
+    def __init__(self, server: redis.Redis, keys: Keys, settings: Settings, name: str) -> None:
+        self._redis = server
+        self._keys = keys
+        self._settings = settings
+        self._name = name
+        self._transitions = Transitions(keys, settings)
+        self._cursor = "0-0"
+        self._connected_since = time.monotonic()
+
+    def blip(self) -> None:
+        """Redis did not answer. Leases that ran out meanwhile prove nothing: their owners could not renew them."""
+        self._connected_since = time.monotonic()
+
+    def tick(self) -> Any:
+        """Does all duties once; returns entries taken over from dead routers, to be placed."""
+        if time.monotonic() - self._connected_since > self._settings.lease_ms / 1000:
+            self._reap()
+        while scripts.run(self._redis, self._transitions.expire()) == self._settings.batch:
+            pass
+        self._unpark()
+        return self._take_over()
+
+    def leave(self) -> None:
+        """Deletes this consumer if nothing is pending for it (deleting it would drop what is)."""
+        try:
+            self._drop_consumer(self._name)
+        except redis.RedisError:
+            log.debug("consumer %s stays behind", self._name)
+
+    def _reap(self) -> None:
+        while True:
+            reaped = scripts.run(self._redis, self._transitions.reap())
+            for engine in reaped.engines:
+                log.warning("engine %s is dead (lease ended); its calls go to others", engine)
+            if reaped.moved < self._settings.batch:
+                return
+
+    def _unpark(self) -> None:
+        look = scripts.run(self._redis, self._transitions.look())
+        for model in {e.model for e in look.engines if e.state == EngineState.READY}:
+            for wanted in (model, ""):
+                while scripts.run(self._redis, self._transitions.unpark(wanted)) == self._settings.batch:
+                    pass
+
+    def _take_over(self) -> list[Any]:
+        """Entries that a dead router read and did not place. Ours that are still pending come back the same way."""
+        cursor, entries, _ = self._redis.xautoclaim(
+            self._keys.calls, ROUTER_GROUP, self._name, self._settings.lease_ms, self._cursor, self._settings.batch
+        )
+        # The cursor is kept: starting at 0-0 each time would let a long busy list hide what lies behind it.
+        self._cursor = text(cursor)
+        if entries:
+            log.warning("took over %d entries of a router that is gone", len(entries))
+        if self._cursor == "0-0":
+            self._bury_consumers()
+        return [e for e in entries if e and e[0] is not None]
+
+    def _bury_consumers(self) -> None:
+        consumers: Any = self._redis.xinfo_consumers(self._keys.calls, ROUTER_GROUP)
+        for c in consumers:
+            idle = number(str(c.get("inactive", c["idle"])))
+            if c["pending"] == 0 and c["idle"] > 20 * self._settings.lease_ms and idle > 20 * self._settings.lease_ms:
+                self._drop_consumer(text(c["name"]))
+
+    def _drop_consumer(self, name: str) -> None:
+        pending: Any = self._redis.xpending_range(self._keys.calls, ROUTER_GROUP, "-", "+", 1, name)
+        if not pending:
+            self._redis.xgroup_delconsumer(self._keys.calls, ROUTER_GROUP, name)

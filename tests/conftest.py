@@ -1,0 +1,119 @@
+"""Fixtures: a real server per test process, a namespace per test, and watchmen over keys and processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from broker import Client, Settings
+from broker.connection import connect
+from broker.embedded import EmbeddedRedis
+from broker.ids import new_id
+from broker.keys import Keys
+from broker.transitions import Transitions
+
+# Keys that may stay without an expiry: they hold no call for ever, or vanish when empty.
+_LASTING = re.compile(
+    r"(calls|dead|stats|engines|deadlines|parked:.*"
+    r"|engine:[^:]+(:queue|:running)?"  # an engine's hash lasts while it is registered
+    r"|session:[^:]+:calls)"
+)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """One private server for this test process."""
+    folder = Path(f"/tmp/rsm-test-{os.getpid()}")  # short: a socket's path has 107 bytes at most
+    with EmbeddedRedis(folder) as running:
+        yield running
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() or path.is_socket() else path.rmdir()
+    folder.rmdir()
+
+
+@pytest.fixture
+def settings(server: EmbeddedRedis) -> Settings:
+    """Fast timers and a namespace of its own."""
+    return Settings(namespace=f"t{new_id()}", lease_ms=1500, heartbeat_ms=200, tick_ms=100).with_redis(server.url)
+
+
+@pytest.fixture
+def keys(settings: Settings) -> Keys:
+    return Keys(settings.namespace)
+
+
+@pytest.fixture
+def transitions(settings: Settings, keys: Keys) -> Transitions:
+    return Transitions(keys, settings)
+
+
+@pytest.fixture
+def db(settings: Settings) -> Iterator[redis.Redis]:
+    client = connect(settings)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[Client]:
+    with Client(settings=settings) as c:
+        yield c
+
+
+@pytest.fixture(autouse=True)
+def no_key_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a key without TTL off the named list, or a finished call that never expires."""
+    if "settings" not in request.fixturenames:
+        yield
+        return
+    settings: Settings = request.getfixturevalue("settings")
+    yield
+    watcher = connect(settings)
+    try:
+        prefix = Keys(settings.namespace).prefix
+        leaks = [name for name in _lasting_keys(watcher, prefix) if not _LASTING.fullmatch(name)]
+        leaks = [name for name in leaks if not _is_open_call(watcher, prefix + name)]
+        assert not leaks, f"keys without TTL: {leaks}"
+    finally:
+        watcher.close()
+
+
+def _lasting_keys(watcher: redis.Redis, prefix: str) -> Iterator[str]:
+    pattern = prefix.replace("[", r"\[") + "*"
+    for key in watcher.scan_iter(match=pattern, count=1000):
+        if watcher.ttl(key) == -1:
+            yield key.decode().removeprefix(prefix)
+
+
+def _is_open_call(watcher: redis.Redis, key: str) -> bool:
+    """A call that is not finished must not expire, nor its log."""
+    return watcher.hget(key.removesuffix(":events"), "state") in (b"PENDING", b"RUNNING") if ":call:" in key else False
+
+
+@pytest.fixture(autouse=True)
+def no_processes_left(server: EmbeddedRedis) -> Iterator[None]:
+    """Fails a test that leaves a child process behind."""
+    me = psutil.Process()
+    before = {p.pid for p in me.children(recursive=True)}
+    yield
+    left = [p for p in me.children(recursive=True) if p.pid not in before and p.is_running()]
+    gone, alive = psutil.wait_procs(left, timeout=5)
+    names = [(p.pid, " ".join(p.cmdline()[:6])) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    for p in alive:
+        p.kill()
+    assert not names, f"processes left behind: {names}"
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 20.0, what: str = "") -> None:
+    """Waits until `condition()` is true; fails the test after `timeout_s`."""
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, f"waited {timeout_s} s in vain{': ' + what if what else ''}"
+        time.sleep(0.02)

@@ -1,0 +1,138 @@
+"""What a worker needs of an engine: the small interface behind which vLLM, a remote server or a model of one stands."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class CallRejected(Exception):
+    """The engine will never run this call; the message says what to change. It becomes FAILED `invalid_request`."""
+
+
+class EngineError(Exception):
+    """This attempt failed in the engine; another attempt may succeed."""
+
+
+class EngineDied(Exception):
+    """The engine is gone, and with it every call it was running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What an earlier attempt of a streamed call has already published: never publish it again.
+
+    Attributes:
+        text: all text published, for `generate`.
+        token_ids: all token ids published, for `generate`.
+        replays: the `replay` of each event in order, for the OpenAI kinds.
+        chunks: how many chunks were published, for the OpenAI kinds.
+    """
+
+    text: str
+    token_ids: list[int]
+    replays: list[str]
+    chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A claimed call, decoded. `key` is unique among the engine's running calls: id and fence."""
+
+    key: str
+    call_id: str
+    session: str
+    kind: str
+    body: dict[str, Any] = field(repr=False)  # prompts never appear in a repr or a log
+    stream: bool = False
+    priority: int = 0
+    level: int = 0
+    traceparent: str = ""
+    resumed: Resumed | None = None
+
+
+@dataclass(slots=True)
+class Piece:
+    """New output of a streamed call. `generate` fills text and token_ids, the OpenAI kinds chunk (one JSON document).
+
+    Attributes:
+        replay: opaque text that the backend gets back in `Resumed.replays` if this attempt is lost.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    chunk: str = ""
+    replay: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a call ended in the engine. `finish_reason="abort"`: it was stopped, and this is the partial output.
+
+    `cached_tokens` of the prompt were not computed again. `response` is the whole response body of an OpenAI kind.
+    """
+
+    finish_reason: str
+    text: str = field(default="", repr=False)
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    ttft_ms: float | None = None
+    response: dict[str, Any] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine says of itself once it is up. `kv_tokens`: capacity of its KV cache, 0 = unknown."""
+
+    model: str
+    max_num_seqs: int
+    kv_tokens: int = 0
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A glance at a running engine. `kv_usage` is a share from 0 to 1."""
+
+    kv_usage: float = 0.0
+    tokens_per_s: float = 0.0
+
+
+class Backend(ABC):
+    """One engine. All methods run in the worker's event loop."""
+
+    @abstractmethod
+    async def start(self) -> EngineFacts:
+        """Brings the engine up; returns once it can run calls.
+
+        Raises:
+            EngineDied: it cannot; the message says why.
+        """
+
+    @abstractmethod
+    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+        """Runs one call to its end. A streamed call gives each piece to `emit`, which never blocks.
+
+        Raises:
+            CallRejected, EngineError, EngineDied: see there.
+        """
+
+    @abstractmethod
+    def abort(self, key: str) -> None:
+        """Stops the job with this key: its `run` then returns soon, with finish_reason "abort". Unknown keys are fine."""
+
+    @abstractmethod
+    def load(self) -> EngineLoad:
+        """How busy the engine is."""
+
+    @abstractmethod
+    async def died(self) -> str:
+        """Waits for the engine's death; returns the reason. Waits for ever if it lives."""
+
+    @abstractmethod
+    async def stop(self, grace_s: float) -> None:
+        """Takes the engine down and leaves no process behind."""

@@ -1,0 +1,74 @@
+"""What an engine is made of: its configuration, and the backend that it names."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from broker.ids import check_id
+from workers.backend import Backend
+
+BackendName = Literal["vllm", "openai", "sim"]
+
+# Imported only when one of them is asked for: a worker of a remote server needs no vLLM.
+_BACKENDS = {
+    "vllm": "workers.vllm_backend:VllmBackend",
+    "openai": "workers.openai_backend:OpenAIBackend",
+    "sim": "workers.sim_backend:SimBackend",
+}
+
+
+class EngineConfig(BaseModel):
+    """One engine.
+
+    Attributes:
+        engine_id: names its queue in Redis.
+        model: what it serves: a name, or a local folder. For `vllm`, none = a tiny random model built locally.
+        gpu_id: the first of its GPUs; the others follow, as many as `tensor_parallel_size`.
+        max_num_seqs: calls that run at once.
+        backend: "vllm", "openai" (any remote OpenAI-compatible server) or "sim" (a model of an engine).
+        engine_args: any further argument of the backend; for `vllm`, of vLLM's engine.
+        base_url: of the remote server, for `openai`, such as http://host:8000/v1.
+        api_key: for `openai`; shown in no repr and no log.
+        served_model_name: the name that calls ask for, where it is not `model`.
+    """
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=(), extra="forbid")
+
+    engine_id: str
+    model: str = ""
+    gpu_id: int = Field(0, ge=0)
+    tensor_parallel_size: int = Field(1, ge=1)
+    max_model_len: int | None = Field(None, ge=1)
+    max_num_seqs: int = Field(256, ge=1)
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    backend: BackendName = "vllm"
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    base_url: str | None = None
+    api_key: SecretStr | None = None
+    served_model_name: str | None = None
+
+    @field_validator("engine_id")
+    @classmethod
+    def _engine_id(cls, value: str) -> str:
+        return check_id(value, "engine_id")
+
+    @model_validator(mode="after")
+    def _backend_has_what_it_needs(self) -> EngineConfig:
+        if self.backend == "openai" and not self.base_url:
+            raise ValueError('backend "openai" needs base_url, such as http://host:8000/v1')
+        return self
+
+    @property
+    def served_name(self) -> str:
+        return self.served_model_name or self.model
+
+
+def create_backend(config: EngineConfig) -> Backend:
+    """The backend that `config` names, not yet started."""
+    module, _, name = _BACKENDS[config.backend].partition(":")
+    made: Backend = getattr(importlib.import_module(module), name).from_config(config)
+    return made

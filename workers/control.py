@@ -1,0 +1,65 @@
+"""The thread that hears orders: cancel flags, drain and stop, from a durable stream, so that none is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import redis
+
+from broker.codec import number, text
+from broker.connection import BLIPS, Backoff, connect
+from broker.keys import Keys
+from broker.settings import Settings
+from broker.transitions import Fence
+
+_BLOCK_S = 1.0
+
+
+class Control(threading.Thread):
+    """Listens for one engine.
+
+    Args:
+        start: the entry of the control stream behind which to read, from the registration.
+        cancel, order: called from this thread; `order` with "drain" or "stop".
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        start: str,
+        settings: Settings,
+        cancel: Callable[[Fence], None],
+        order: Callable[[str], None],
+    ) -> None:
+        super().__init__(name="rsm-control", daemon=True)
+        self._key = Keys(settings.namespace).control(engine)
+        self._last = start
+        self._cancel = cancel
+        self._order = order
+        self._redis: redis.Redis = connect(settings, block_s=_BLOCK_S)
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def run(self) -> None:
+        backoff = Backoff("control")
+        while not self._closed.is_set():
+            try:
+                reply = self._redis.xread({self._key: self._last}, block=int(_BLOCK_S * 1000))
+            except BLIPS as e:
+                self._closed.wait(backoff.pause(e))
+                continue
+            backoff.recovered()
+            for entry, fields in reply[0][1] if reply else ():
+                self._last = text(entry)
+                self._obey(fields)
+        self._redis.close()
+
+    def _obey(self, fields: dict[bytes, bytes]) -> None:
+        op = text(fields.get(b"op"))
+        if op == "cancel":
+            self._cancel(Fence(text(fields[b"id"]), text(fields[b"gen"]), number(fields[b"attempt"])))
+        else:
+            self._order(op)

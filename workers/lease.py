@@ -1,0 +1,77 @@
+"""The thread that renews a worker's lease and reports its load. A thread, so that a busy event loop is not a death."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from broker import scripts
+from broker.connection import BLIPS, Backoff, connect
+from broker.models import EngineState
+from broker.scripts import Arg
+from broker.settings import Settings
+from broker.transitions import Transitions
+
+log = logging.getLogger("rsm.worker")
+
+
+class Lease(threading.Thread):
+    """Holds the lease of one incarnation.
+
+    Args:
+        report: gives the load fields for each heartbeat.
+        lost: called once from this thread when the lease is gone.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        incarnation: str,
+        settings: Settings,
+        transitions: Transitions,
+        report: Callable[[], Mapping[str, Arg]],
+        lost: Callable[[], None],
+    ) -> None:
+        super().__init__(name="rsm-lease", daemon=True)
+        self._engine = engine
+        self._incarnation = incarnation
+        self._period_s = settings.heartbeat_ms / 1000
+        self._transitions = transitions
+        self._report = report
+        self._lost = lost
+        self._redis = connect(settings)
+        self._wake = threading.Event()
+        self._closed = False
+        self.state = EngineState.STARTING
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
+        if self is not threading.current_thread():
+            self.join()
+
+    def beat(self, state: EngineState) -> bool:
+        """Reports a new state at once; False if the lease was lost. For the worker's own thread."""
+        self.state = state
+        return scripts.run(self._redis, self._command())
+
+    def run(self) -> None:
+        backoff = Backoff("lease")
+        pause = self._period_s
+        while not self._closed:
+            try:
+                held = scripts.run(self._redis, self._command())
+            except BLIPS as e:
+                pause = backoff.pause(e)
+            else:
+                backoff.recovered()
+                pause = self._period_s
+                if not held:
+                    log.warning("engine %s: the lease was lost", self._engine)
+                    self._lost()
+                    break
+            self._wake.wait(pause)
+
+    def _command(self) -> scripts.Command[bool]:
+        return self._transitions.heartbeat(self._engine, self._incarnation, self.state.value, self._report())

@@ -1,0 +1,140 @@
+"""The thread that writes what an engine produces: pieces, ends and give-backs, many calls a round trip.
+
+It takes whatever has gathered while the last round trip was on its way, so a busy engine makes larger batches, not
+longer queues. Pieces of one call that gathered meanwhile become one event.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from broker import scripts
+from broker.connection import connect, persist
+from broker.settings import Settings
+from broker.transitions import Event, Fence, Finish, Release, Transitions
+from workers.backend import Piece
+
+
+@dataclass(slots=True)
+class Output:
+    """A piece of a streamed call on its way out. `numbers` counts the call's events across attempts."""
+
+    fence: Fence
+    numbers: list[int]
+    piece: Piece
+
+
+@dataclass(slots=True)
+class _Gathered:
+    pieces: dict[Fence, Event] = field(default_factory=dict)
+    finishes: list[Finish] = field(default_factory=list)
+    releases: list[Release] = field(default_factory=list)
+
+
+Item = Output | Finish | Release
+_CLOSE = None
+
+
+class Publisher(threading.Thread):
+    """Publishes for one engine.
+
+    Args:
+        stale: called from this thread with the fences of calls that are no longer this worker's.
+    """
+
+    def __init__(
+        self, engine: str, settings: Settings, transitions: Transitions, stale: Callable[[list[Fence]], None]
+    ) -> None:
+        super().__init__(name="rsm-publish", daemon=True)
+        self._engine = engine
+        self._batch = settings.batch
+        self._transitions = transitions
+        self._stale = stale
+        self._redis = connect(settings)
+        self._queue: SimpleQueue[Item | None] = SimpleQueue()
+        self._abandoned = threading.Event()
+
+    def put(self, item: Item) -> None:
+        """Hands over one item; never blocks. Items of one call keep their order."""
+        self._queue.put(item)
+
+    def close(self, timeout_s: float) -> None:
+        """Writes what is queued, at most `timeout_s` seconds long, and ends the thread."""
+        self._queue.put(_CLOSE)
+        self.join(timeout_s)
+        self._abandoned.set()
+        self._redis.close()
+
+    def run(self) -> None:
+        open_ = True
+        while open_:
+            items, open_ = self._take()
+            gathered = _gather(items)
+            commands = self._commands(gathered)
+            if commands:
+                replies = persist(lambda c=commands: scripts.run_all(self._redis, c), "publisher", self._abandoned.is_set)  # type: ignore[misc]
+                self._report(gathered, replies or [])
+
+    def _take(self) -> tuple[list[Item], bool]:
+        item = self._queue.get()
+        items: list[Item] = []
+        while item is not _CLOSE:
+            items.append(item)
+            if len(items) >= self._batch:
+                return items, True
+            try:
+                item = self._queue.get_nowait()
+            except Empty:
+                return items, True
+        return items, False
+
+    def _commands(self, g: _Gathered) -> list[scripts.Command[Any]]:
+        commands: list[scripts.Command[Any]] = []
+        if g.pieces:
+            commands.append(self._transitions.publish(self._engine, list(g.pieces.values())))
+        if g.finishes:
+            commands.append(self._transitions.finish(self._engine, g.finishes))
+        if g.releases:
+            commands.append(self._transitions.release(self._engine, g.releases))
+        return commands
+
+    def _report(self, g: _Gathered, replies: Sequence[list[str]]) -> None:
+        if g.pieces and replies:
+            stale = [fence for fence, reply in zip(g.pieces, replies[0], strict=True) if reply == "stale"]
+            if stale:
+                self._stale(stale)
+
+
+def _gather(items: Sequence[Item]) -> _Gathered:
+    g = _Gathered()
+    for item in items:
+        if isinstance(item, Finish):
+            g.finishes.append(item)
+        elif isinstance(item, Release):
+            g.releases.append(item)
+        else:
+            _append(g.pieces, item)
+    return g
+
+
+def _append(pieces: dict[Fence, Event], out: Output) -> None:
+    p = out.piece
+    known = pieces.get(out.fence)
+    if known is None:
+        n, out.numbers[0] = out.numbers[0], out.numbers[0] + 1
+        pieces[out.fence] = Event(out.fence, n, p.text, p.token_ids, p.chunk, p.replay)
+        return
+    pieces[out.fence] = known._replace(
+        text=known.text + p.text,
+        token_ids=[*known.token_ids, *p.token_ids],
+        chunk=_lines(known.chunk, p.chunk),
+        replay=_lines(known.replay, p.replay),
+    )
+
+
+def _lines(before: str, after: str) -> str:
+    return f"{before}\n{after}" if before and after else before or after

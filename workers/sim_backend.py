@@ -1,0 +1,324 @@
+"""An engine that is only modelled: for tests, for planning, and for machines without a GPU. Many fit into one process.
+
+Answers are a function of the prompt alone, so that an attempt that goes on elsewhere says what an undisturbed one says.
+With `SimTimes.zero()` a call is a no-op: it never waits, takes no slot and has no KV cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from workers.backend import Backend, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
+from workers.rate import RateMeter
+from workers.sim_engine import SimCall, SimConfig, SimEngine
+from workers.sim_request import Request, Shape, read, replay, usage
+
+Emit = Callable[[Piece], None]
+# How far, in real seconds, the model may lag behind the clock and still catch up: a busy event loop must not slow the
+# modelled engine down, but one that stood still must not make it race.
+_MAX_LAG_S = 0.25
+
+
+class SimBackend(Backend):
+    """One modelled engine."""
+
+    def __init__(self, config: SimConfig | None = None) -> None:
+        self.config = config or SimConfig()
+        self._instant = self.config.instant
+        self._engine = SimEngine(self.config)
+        self._live: dict[str, _Live] = {}
+        self._rate = RateMeter()
+        self._wake = asyncio.Event()
+        self._death = asyncio.Event()
+        self._gone = "The engine was not started."  # why no call can run, "" while it can
+        self._driver: asyncio.Task[None] | None = None
+
+    async def start(self) -> EngineFacts:
+        """Brings the model up; at once."""
+        self._gone = ""
+        self._death.clear()
+        self._driver = asyncio.create_task(self._drive(), name="sim-engine")
+        c = self.config
+        return EngineFacts(c.model, c.max_num_seqs, c.num_blocks * c.block_size, "sim")
+
+    async def run(self, job: Job, emit: Emit) -> Outcome:
+        """Runs one call; `ttft_ms` is real time from here to the first new token."""
+        began = time.perf_counter()
+        if self._gone:
+            raise EngineDied(self._gone)
+        request = read(job, self.config)
+        live = _Live(job, request, _publisher(job, request, emit, self.config.model), began, request.published)
+        if self._instant:
+            live.to_the_end()
+            self._rate.add(live.done - request.published, began)
+        else:
+            await self._in_batch(live)
+        return live.outcome()
+
+    def abort(self, key: str) -> None:
+        """Stops a call at once: what its last step computed is lost."""
+        live = self._live.get(key)
+        if live is not None and not live.future.done():
+            live.aborted = True
+            live.settle()
+
+    def load(self) -> EngineLoad:
+        """`tokens_per_s` counts output tokens in real time."""
+        return EngineLoad(self._engine.kv_usage, self._rate.per_s(time.perf_counter()))
+
+    async def died(self) -> str:
+        """Waits for `kill`."""
+        await self._death.wait()
+        return self._gone
+
+    def kill(self, reason: str) -> None:
+        """Failure injection: the engine dies now, and all its calls with it."""
+        self._lose(reason)
+        self._death.set()
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more calls, gives those that run `grace_s` seconds, then ends the rest with EngineDied."""
+        self._gone = self._gone or "The engine was stopped."
+        if futures := [live.future for live in self._live.values()]:
+            await asyncio.wait(futures, timeout=grace_s)
+        self._lose(self._gone)
+        if self._driver is not None:
+            self._driver.cancel()
+            await asyncio.wait([self._driver])
+            self._driver = None
+
+    def _lose(self, reason: str) -> None:
+        self._gone = reason
+        for live in self._live.values():
+            live.settle(EngineDied(reason))
+
+    async def _in_batch(self, live: _Live) -> None:
+        if not live.left:
+            live.to_the_end()  # an earlier attempt had published all tokens, if not all text
+            return
+        key = live.job.key
+        if key in self._live:
+            raise EngineError(f"A job with the key {key} is running already.")
+        self._live[key] = live
+        call = live.enter(self._engine, self._now())
+        self._wake.set()
+        try:
+            await live.future
+        finally:
+            del self._live[key]
+            self._engine.remove(call)
+
+    def _now(self) -> float:
+        """The model's clock, in modelled seconds."""
+        return time.perf_counter() * self.config.speed
+
+    async def _drive(self) -> None:
+        try:
+            await self._steps()
+        except Exception as e:  # a model that stands still without a word would hang all its calls
+            self.kill(f"The simulated engine failed: {type(e).__name__}: {e}")
+
+    async def _steps(self) -> None:
+        speed, now = self.config.speed, self._now()
+        while True:
+            step = self._engine.begin(now)
+            if step is None:
+                self._wake.clear()
+                await self._wake.wait()
+                now = self._now()
+                continue
+            await asyncio.sleep(max(0.0, (step.ends_at - self._now()) / speed))
+            self._deliver(self._engine.end(step))
+            now = max(step.ends_at, self._now() - _MAX_LAG_S * speed)
+
+    def _deliver(self, produced: list[SimCall]) -> None:
+        self._rate.add(len(produced), time.perf_counter())
+        for call in produced:
+            if (live := self._live.get(call.key)) is not None:
+                live.advance()
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A job on its way through the engine. `done` counts output tokens, those of earlier attempts included."""
+
+    job: Job
+    request: Request
+    publisher: _Silent
+    began: float
+    done: int
+    first: float | None = None
+    aborted: bool = False
+    call: SimCall | None = None
+    _future: asyncio.Future[None] | None = field(default=None, repr=False)
+
+    @property
+    def future(self) -> asyncio.Future[None]:
+        if self._future is None:
+            self._future = asyncio.get_running_loop().create_future()
+        return self._future
+
+    @property
+    def left(self) -> int:
+        return len(self.request.answer.ids) - self.done
+
+    def enter(self, engine: SimEngine, now: float) -> SimCall:
+        """Joins the engine's queue: what was published already is computed again, as a prompt."""
+        ids, prompt = self.request.answer.ids, self.request.prompt.tokens()
+        job = self.job
+        call = SimCall(job.key, prompt + ids[: self.done], ids[self.done :], priority=job.priority, level=job.level)
+        engine.add(call, now)
+        self.call = call
+        return call
+
+    def advance(self) -> None:
+        """One more token is out."""
+        if self.future.done():  # aborted, and `run` has not come round to leaving the engine yet
+            return
+        if self.first is None:
+            self.first = time.perf_counter()
+        self.done += 1
+        try:
+            self.publisher.token(self.done)
+            if not self.left:
+                self.publisher.end(self.counts())
+        except Exception as e:  # what the caller's emit raised is for the caller, not for the engine
+            self.settle(e)
+        if not self.left:
+            self.settle()
+
+    def to_the_end(self) -> None:
+        """All that is left, without the engine."""
+        if self.left > 0 and self.first is None:
+            self.first = time.perf_counter()
+        total = len(self.request.answer.ids)
+        self.publisher.tokens(self.done, total)
+        self.done = max(self.done, total)
+        self.publisher.end(self.counts())
+
+    def settle(self, error: Exception | None = None) -> None:
+        """Lets `run` go on."""
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(error)
+
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens of prompt and output, and how many of the prompt were cached."""
+        prompt, total = self.request.prompt_tokens, len(self.request.answer.ids)
+        cached = self.call.cached if self.call is not None else 0
+        return prompt, min(self.done, total), max(0, min(cached, prompt))
+
+    def outcome(self) -> Outcome:
+        answer, counts = self.request.answer, self.counts()
+        done = counts[1]
+        whole = not self.aborted
+        reason = answer.finish_reason if whole else "abort"
+        text, ids = (answer.text, answer.ids) if whole else (answer.text[: answer.chars(done)], answer.ids[:done])
+        ttft = None if self.first is None else (self.first - self.began) * 1000
+        return Outcome(reason, text, ids, *counts, ttft, self.publisher.response(text, reason, counts))
+
+
+def _publisher(job: Job, request: Request, emit: Emit, model: str) -> _Silent:
+    if job.kind != "generate":
+        shape = Shape.of(job, model, request.created or int(time.time()))
+        return _Chunks(request, emit, shape) if job.stream else _Document(request, emit, shape)
+    return _Text(request, emit) if job.stream else _Silent(request, emit)
+
+
+class _Silent:
+    """What a job publishes while it runs: here nothing."""
+
+    __slots__ = ("answer", "emit", "request", "sent")
+
+    def __init__(self, request: Request, emit: Emit) -> None:
+        self.request = request
+        self.answer = request.answer
+        self.emit = emit
+        self.sent = request.sent
+
+    def token(self, done: int) -> None:
+        """Publishes what token number `done`, from 1, allows."""
+
+    def tokens(self, done: int, total: int) -> None:
+        """Publishes all tokens behind the first `done`."""
+
+    def end(self, counts: tuple[int, int, int]) -> None:
+        """Publishes what is due behind the last token."""
+
+    def response(self, text: str, reason: str, counts: tuple[int, int, int]) -> dict[str, Any] | None:
+        """The response body, for the OpenAI kinds."""
+        return None
+
+    def _new_text(self, done: int) -> str:
+        upto = max(self.sent, self.answer.released(done))
+        text = self.answer.text[self.sent : upto]
+        self.sent = upto
+        return text
+
+
+class _Text(_Silent):
+    """`generate`, streamed."""
+
+    __slots__ = ()
+
+    def token(self, done: int) -> None:
+        self.emit(Piece(self._new_text(done), [self.answer.ids[done - 1]]))
+
+    def tokens(self, done: int, total: int) -> None:
+        for n in range(done + 1, total + 1):
+            self.token(n)
+
+    def end(self, counts: tuple[int, int, int]) -> None:
+        if text := self._new_text(counts[1]):
+            self.emit(Piece(text))
+
+
+class _Document(_Silent):
+    """An OpenAI kind that does not stream."""
+
+    __slots__ = ("shape",)
+
+    def __init__(self, request: Request, emit: Emit, shape: Shape) -> None:
+        super().__init__(request, emit)
+        self.shape = shape
+
+    def response(self, text: str, reason: str, counts: tuple[int, int, int]) -> dict[str, Any] | None:
+        return self.shape.response(text, reason, usage(*counts))
+
+
+class _Chunks(_Document):
+    """An OpenAI kind, streamed. Each chunk's replay says how many tokens and characters are out with it."""
+
+    __slots__ = ("opened",)
+
+    def __init__(self, request: Request, emit: Emit, shape: Shape) -> None:
+        super().__init__(request, emit, shape)
+        self.opened = bool(request.created) or not shape.chat
+
+    def token(self, done: int) -> None:
+        if not self.opened:
+            self.opened = True
+            self._chunk(self.shape.role_chunk(), 0)
+        text, last = self._new_text(done), done == len(self.answer.ids)
+        if text or last:
+            self._chunk(self.shape.text_chunk(text, self.answer.finish_reason if last else None), done)
+
+    def tokens(self, done: int, total: int) -> None:
+        for n in range(done + 1, total + 1):
+            self.token(n)
+
+    def end(self, counts: tuple[int, int, int]) -> None:
+        # Published tokens beyond the answer's mean that the earlier attempt had sent this chunk, too.
+        total = len(self.answer.ids)
+        if self.shape.usage_wanted and self.request.published <= total:
+            self._chunk(self.shape.usage_chunk(usage(*counts)), total + 1)
+
+    def _chunk(self, chunk: str, tokens: int) -> None:
+        self.emit(Piece(chunk=chunk, replay=replay(tokens, self.sent, self.shape.created)))

@@ -1,0 +1,339 @@
+"""A tiny random Llama, built on the spot, so that real vLLM runs where no model can be downloaded.
+
+The demo and the tests want the real engine (its scheduler, prefix cache, tokenizer, grammars), not real answers. So the
+weights are random numbers of a fixed seed, and the text is noise. It is pleasant noise, though: the weights are written
+rather than left to vLLM's ``load_format="dummy"``, which lets four things be arranged that a dummy model lacks.
+
+1. The output is English words, not broken UTF-8, so that a terminal or a dashboard can show it.
+2. The end-of-sequence token is practically never drawn, so ``max_tokens`` decides how long a call runs.
+3. Under a JSON grammar strings and numbers end after one word or digit, so that structured output and forced
+   tool calls come to an end.
+4. Every engine that loads the folder gives the same greedy output, and the output depends on the whole prompt,
+   so that a wrong KV-cache hit would show.
+
+How 1 to 3 work without a bias in Llama's output layer: some channels of the residual stream are kept for the *kind* of
+the current token (one-hot). No layer writes to them, so they reach the output layer unchanged, where each row holds the
+logit that its token shall have after a token of that kind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import string
+import tempfile
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Weights = dict[str, NDArray[np.float32]]
+
+__all__ = ["RECIPE", "ensure_tiny_model", "tiny_model_folder"]
+
+RECIPE = 1
+"""Part of the folder's name: raise it with any change to what is built, or an old folder is taken for the new."""
+
+HIDDEN, HEADS, LAYERS, FEED_FORWARD, MAX_TOKENS = 128, 4, 2, 256, 8192
+"""Head size is 32: vLLM's CPU attention kernels take nothing smaller (it starts, then dies at the first call)."""
+
+HEAD = HIDDEN // HEADS
+ROPE_THETA = 10_000.0
+SEED = 20_260_101
+KIND_CHANNEL = 24.0
+"""Size of the one-hot channels: large beside the random ones, so that the last norm divides by about the same."""
+
+KIND_AT_OUTPUT = 6.0
+"""What is left of it, roughly, after that norm; divides the wanted logits into weights."""
+
+IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+SPECIALS = (PAD, IM_START, IM_END)
+
+JSON_WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa"
+"""Written inside JSON strings only, without a leading space; kept apart from the words of ordinary text."""
+
+TEXT_WORDS = """
+    a about above across act add after again agent air all almost alone along also always among an and animal
+    another answer any appear are area around as ask at away back base be became because been before began begin
+    behind being best better between big black blue boat body book both box boy bring brought build but by cache
+    call came can car carry case cause change check city clear close cold color come common complete consider
+    contain cook could count country course cover cross cut dark day decide deep design did differ direct do does
+    dog done door down draw drive dry during each early earth ease east eat end engine enough even ever every
+    example explain eye face fact fall family far farm fast father feel feet few field figure fill final find fine
+    fire first fish five fly follow food foot for force form found four free friend from front full game gave get
+    girl give go gold good got govern great green ground group grow had half hand happen hard has have he head hear
+    heat help her here high him his hold home horse hot hour house how hundred idea if in inch interest into is
+    island it just keep kind king knew know land language large last late laugh lay lead learn leave left less let
+    letter life light like line list listen little live long look love low machine made main make man many map mark
+    may me mean measure men might mile mind minute model money moon more morning most mother mountain move much
+    music must my name near need never new next night no north not note nothing notice now number numeral object of
+    off often old on once one only open or order other our out over own page paper part pass pattern people perhaps
+    person picture piece place plain plan plane plant play point port possible power press problem produce program
+    prompt pull put quantum question queue quick rain ran reach read ready real record red remember rest result
+    right river road rock room round router rule run said same saw say school science sea second see seem self send
+    sentence serve session set several shape she ship short should show side simple since sing sit six size sleep
+    slow small snow so some song soon sound south special spell stand star start state stay step still stood stop
+    story street strong study such sun sure surface system table take talk teach tell ten test than that the their
+    them then there these they thing think this those though thought thousand three through time to together token
+    told too took tool top toward town travel tree true try turn two under unit until up upon us use usual very
+    voice wait walk want war warm was watch water way we week weight well went were west what wheel when where which
+    while white who whole why will wind with wonder wood word work world would write year you young your
+"""
+
+CHAT_TEMPLATE = """\
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages and messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
+{{- 'Tools, one JSON schema a line:\\n' }}
+{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
+{{- 'Call one with:\\n<tool_call>\\n{"name": NAME, "arguments": OBJECT}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if not (tools and loop.first and message.role == 'system') %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content %}{{- message.content }}{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{%- set function = call.function if call.function else call %}
+{{- '\\n<tool_call>\\n{"name": ' + function.name | tojson + ', "arguments": ' }}
+{{- function.arguments if function.arguments is string else function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+RECENT = slice(4, 4 + HEAD)
+"""The residual channels, just behind those of the kinds, that hold which tokens came last."""
+
+
+class Kind(IntEnum):
+    """What a token is, as far as the choice of the next one goes; also the number of its residual channel."""
+
+    PLAIN = 0
+    QUOTE = 1
+    JSON_WORD = 2
+    DIGIT = 3
+
+
+def tiny_model_folder(path: Path | None = None) -> Path:
+    """Where :func:`ensure_tiny_model` puts the model; the name tells the recipe."""
+    return (path or _cache_folder()) / f"tiny-llama-{RECIPE}"
+
+
+def ensure_tiny_model(path: Path | None = None) -> Path:
+    """Build the model unless it is there, and return its folder.
+
+    Safe to call from many processes at once: each builds in a folder of its own, and the first rename wins. A folder
+    under its final name is therefore always complete.
+
+    Args:
+        path: folder that holds the model's folder; by default one in the user's cache.
+    """
+    folder = tiny_model_folder(path)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _build(draft)
+        draft.chmod(0o755)
+        _publish(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    """Rename, and take it as done if another process was first (POSIX refuses to replace a folder that has files)."""
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _cache_folder() -> Path:
+    """The XDG specification says to ignore a relative value."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (configured if configured.is_absolute() else Path.home() / ".cache") / "rsm-engine"
+
+
+def _build(folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    vocabulary = _vocabulary()
+    _write_tokenizer(folder, vocabulary)
+    _write_json(folder / "config.json", _config(vocabulary))
+    _write_json(folder / "generation_config.json", _special_ids(vocabulary))
+    weights = folder / "model.safetensors"
+    save_file(_weights(list(vocabulary)), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it 0600, unlike the files beside it
+
+
+def _vocabulary() -> dict[str, int]:
+    """Token to id, in byte-level BPE's alphabet: each byte is one printable character, and a space is written as Ġ."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [
+        *SPECIALS,
+        *sorted(ByteLevel.alphabet()),
+        *JSON_WORDS.split(),
+        *(f"Ġ{word}" for word in TEXT_WORDS.split()),
+    ]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
+    """A BPE without merges: a word of the vocabulary is one token, anything else one token a byte."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config())
+
+
+def _tokenizer_config() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MAX_TOKENS,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": None,
+        "eos_token": IM_END,
+        "pad_token": PAD,
+        "chat_template": CHAT_TEMPLATE,
+    }
+
+
+def _special_ids(vocabulary: dict[str, int]) -> dict[str, Any]:
+    return {"bos_token_id": None, "eos_token_id": vocabulary[IM_END], "pad_token_id": vocabulary[PAD]}
+
+
+def _config(vocabulary: dict[str, int]) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(vocabulary),
+        "hidden_size": HIDDEN,
+        "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": HEAD,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": ROPE_THETA,
+        "max_position_embeddings": MAX_TOKENS,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "float32",
+        **_special_ids(vocabulary),
+    }
+
+
+def _weights(tokens: list[str]) -> Weights:
+    """All tensors, under the names that Hugging Face's Llama gives them."""
+    import numpy as np
+
+    # The legacy generator on purpose: numpy promises that its stream never changes, and promises it of no other.
+    random = np.random.RandomState(SEED)
+
+    def noise(rows: int, columns: int, gain: float) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = random.standard_normal((rows, columns)).astype(np.float32)
+        return values * np.float32(gain / columns**0.5)
+
+    kinds = len(Kind)
+    embedding = noise(len(tokens), HIDDEN, HIDDEN**0.5)
+    embedding[:, :kinds] = KIND_CHANNEL * np.eye(kinds, dtype=np.float32)[[_kind(token) for token in tokens]]
+    output = noise(len(tokens), HIDDEN, 1.6)
+    output[:, RECENT] += 0.5 * embedding[:, RECENT]
+    output[:, :kinds] = np.array([_logits(token) for token in tokens], dtype=np.float32) / KIND_AT_OUTPUT
+    ones = np.ones(HIDDEN, dtype=np.float32)
+    no_kinds = np.where(
+        np.arange(HIDDEN) < kinds, 0, ones
+    )  # or the constant they amount to makes some words favourites
+    weights: Weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": ones, "lm_head.weight": output}
+    for layer in range(LAYERS):
+        attention = {f"self_attn.{name}_proj": noise(HIDDEN, HIDDEN, 1.2) for name in "qkvo"}
+        (_attend_to_last_tokens if layer == 0 else _attend_to_all_tokens)(attention)
+        mlp = {f"mlp.{name}_proj": noise(FEED_FORWARD, HIDDEN, 1.5) for name in ("gate", "up")}
+        mlp["mlp.down_proj"] = noise(HIDDEN, FEED_FORWARD, 1.5)
+        for name in ("self_attn.o_proj", "mlp.down_proj"):  # what writes to the residual stream spares the kinds
+            (attention | mlp)[name][:kinds] = 0.0
+        norms = {"input_layernorm": ones if layer == 0 else no_kinds, "post_attention_layernorm": no_kinds}
+        weights |= {f"model.layers.{layer}.{name}.weight": w for name, w in (attention | mlp | norms).items()}
+    return {name: tensor.copy() for name, tensor in weights.items()}
+
+
+def _attend_to_last_tokens(attention: Weights) -> None:
+    """Make head h of the first layer look back h tokens, and subtract what it sees from the channels `RECENT`.
+
+    The output layer reads those channels with each token's own embedding, so the last few tokens are not said again,
+    and the next one depends on all of them: greedy text does not end in "word word word".
+
+    Query and key are constants (the sum of the kind channels is one); what tells the distance is the rotary embedding,
+    which turns the pair of channels (i, i + half) by position x frequency i. A query turned back by h times the
+    frequencies meets the key best at distance h.
+    """
+    import numpy as np
+
+    angle = ROPE_THETA ** (-np.arange(0, HEAD, 2) / HEAD)
+    for name, steps in (("self_attn.q_proj", range(HEADS)), ("self_attn.k_proj", [0] * HEADS)):
+        attention[name][:] = 0.0
+        rows = [4.0 * np.concatenate([np.cos(back * angle), -np.sin(back * angle)]) for back in steps]
+        attention[name][:, : len(Kind)] = np.concatenate(rows)[:, None]
+    attention["self_attn.v_proj"][:] = 0.0
+    attention["self_attn.o_proj"][:] = 0.0
+    for head in range(HEADS):
+        rows_of_head = slice(head * HEAD, (head + 1) * HEAD)
+        attention["self_attn.v_proj"][rows_of_head, RECENT] = np.eye(HEAD)
+        attention["self_attn.o_proj"][RECENT, rows_of_head] = -3.0 * np.eye(HEAD)
+
+
+def _attend_to_all_tokens(attention: Weights) -> None:
+    """Make the last layer's first head the mean over all tokens, amplified, so that a change far back shows."""
+    attention["self_attn.q_proj"][:HEAD] = 0.0
+    attention["self_attn.v_proj"][:HEAD] *= 12.0
+
+
+def _kind(piece: str) -> Kind:
+    if piece == '"':
+        return Kind.QUOTE
+    if piece in JSON_WORDS.split():
+        return Kind.JSON_WORD
+    return Kind.DIGIT if piece in string.digits else Kind.PLAIN
+
+
+def _logits(piece: str) -> tuple[float, float, float, float]:
+    """The logit of ``piece`` after a token of each kind, before the noise of about ±2.
+
+    Only the order matters. In free text words win everywhere. Under a JSON grammar, where words are masked, JSON's own
+    characters win over white space (which a grammar lets go on for ever), and a closing character over going on.
+    """
+    if piece in SPECIALS or not piece.removeprefix("Ġ").isascii():
+        return (-40.0, -40.0, -40.0, -40.0)
+    if piece == "Ġ":
+        return (-24.0, -24.0, -24.0, -24.0)
+    if piece.startswith("Ġ") or piece in ".,":
+        return (0.0, 0.0, 0.0, 0.0)
+    if piece == '"':
+        return (-10.0, -10.0, 16.0, -10.0)
+    if piece in JSON_WORDS.split():
+        return (-14.0, 16.0, -14.0, -14.0)
+    if piece in "]}":
+        return (-10.0, 10.0, -10.0, 14.0)
+    return (-12.0, -12.0, -12.0, -12.0)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
