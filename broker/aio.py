@@ -123,9 +123,19 @@ class AsyncClient:
     ) -> AsyncCall:
         """Pushes one call; returns once Redis has it. Arguments and errors as `broker.Client.submit`."""
         call = build(
-            prompt, max_body_bytes=self.settings.max_body_bytes, inbox=self._inbox, id=id, session=session, kind=kind,
-            model=model, priority=priority, deadline_ms=deadline_ms, stream=stream, prompt_tokens=prompt_tokens,
-            traceparent=traceparent, params=params,
+            prompt,
+            max_body_bytes=self.settings.max_body_bytes,
+            inbox=self._inbox,
+            id=id,
+            session=session,
+            kind=kind,
+            model=model,
+            priority=priority,
+            deadline_ms=deadline_ms,
+            stream=stream,
+            prompt_tokens=prompt_tokens,
+            traceparent=traceparent,
+            params=params,
         )
         return await self._push(call)
 
@@ -209,8 +219,8 @@ class AsyncClient:
                 await asyncio.sleep(backoff.pause(e))
                 continue
             backoff.recovered()
-            if not reply and (await self.record(call_id)).state.terminal and not await reader.xread({key: last}, count=1):
-                return  # ended, and the log has expired or was read to its end
+            if not reply and (await self.record(call_id)).state.terminal:
+                return  # its log has expired
             for eid, fields in reply[0][1] if reply else ():
                 last = codec.text(eid)
                 event = read_event(call_id, fields, last)
@@ -292,7 +302,7 @@ class AsyncClient:
         try:
             while True:
                 try:
-                    reply = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+                    reply: Any = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
                     if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
                         reconciled = time.monotonic()
                         await self._reconcile(reader)
@@ -351,7 +361,8 @@ class AsyncClient:
         return found
 
     async def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
-        return await self._retry(lambda: scripts.arun(self.redis, command))
+        result: scripts.T = await self._retry(lambda: scripts.arun(self.redis, command))
+        return result
 
     async def _retry(self, action: Callable[[], Awaitable[Any]]) -> Any:
         backoff, until = Backoff("client"), time.monotonic() + self._timeout_s
@@ -368,4 +379,3 @@ class AsyncClient:
             else:
                 backoff.recovered()
                 return result
-

@@ -7,6 +7,7 @@ Elsewhere than on Linux a child still gets the SIGTERM of an orderly stop, but n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -69,10 +70,8 @@ def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _ensure_starter() -> None:
@@ -90,7 +89,12 @@ def _start_children() -> None:
         try:
             done.set_result(
                 subprocess.Popen(
-                    wrapped, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=cwd,
+                    wrapped,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    cwd=cwd,
                     start_new_session=True,
                 )
             )

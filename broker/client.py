@@ -140,8 +140,17 @@ class Client:
             BrokerUnavailable: Redis did not answer in time. The call may have been pushed: repeat it with its id.
         """
         call = self.prepare(
-            prompt, id=id, session=session, kind=kind, model=model, priority=priority, deadline_ms=deadline_ms,
-            stream=stream, prompt_tokens=prompt_tokens, traceparent=traceparent, params=params,
+            prompt,
+            id=id,
+            session=session,
+            kind=kind,
+            model=model,
+            priority=priority,
+            deadline_ms=deadline_ms,
+            stream=stream,
+            prompt_tokens=prompt_tokens,
+            traceparent=traceparent,
+            params=params,
         )
         return self.submit_many([call])[0]
 
@@ -257,8 +266,8 @@ class Client:
                 time.sleep(backoff.pause(e))
                 continue
             backoff.recovered()
-            if not reply and self.record(call_id).state.terminal and not reader.xread({key: last}, count=1):
-                return  # ended, and the log has expired or was read to its end
+            if not reply and self.record(call_id).state.terminal:
+                return  # its log has expired
             for eid, fields in reply[0][1] if reply else ():
                 last = codec.text(eid)
                 event = read_event(call_id, fields, last)
@@ -313,7 +322,7 @@ class Client:
         reconciled = time.monotonic()
         while not self._closed.is_set():
             try:
-                reply = reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+                reply: Any = reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
                 if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
                     reconciled = time.monotonic()
                     self._reconcile(reader)
@@ -375,12 +384,14 @@ class Client:
         return found
 
     def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
-        return self._retry(lambda: scripts.run(self.redis, command))
+        result: scripts.T = self._retry(lambda: scripts.run(self.redis, command))
+        return result
 
     def _retry(self, action: Any) -> Any:
         try:
             return persist(action, "client", self._closed.is_set, self._timeout_s)
         except BLIPS as e:
             raise BrokerUnavailable(
-                f"Redis did not answer for {self._timeout_s:g} s ({type(e).__name__}). Check RSM_REDIS_URL; `rsm doctor` helps."
+                f"Redis did not answer for {self._timeout_s:g} s ({type(e).__name__}). "
+                "Check RSM_REDIS_URL; `rsm doctor` helps."
             ) from None

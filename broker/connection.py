@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import redis
 import redis.asyncio
+from redis import exceptions as errors
 from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, ReadOnlyError, TimeoutError
 
 from broker.settings import Settings
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 log = logging.getLogger("rsm.redis")
 
 # What a restart, a fail-over or a cut line looks like from here; anything else is an error of ours.
-BLIPS = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError)
+BLIPS = (errors.ConnectionError, errors.TimeoutError, errors.BusyLoadingError, errors.ReadOnlyError)
 
 COMMAND_TIMEOUT_S = 10.0
 
@@ -70,7 +70,9 @@ class Backoff:
         return True
 
 
-def persist(action: Callable[[], T], what: str, stopped: Callable[[], bool], timeout_s: float | None = None) -> T | None:
+def persist(
+    action: Callable[[], T], what: str, stopped: Callable[[], bool], timeout_s: float | None = None
+) -> T | None:
     """Repeats `action` until Redis answers, for a blip is not a death. None if `stopped()` came true meanwhile.
 
     Raises:

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from broker import child
 from broker.errors import BrokerUnavailable
@@ -80,7 +82,9 @@ class EmbeddedRedis:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         if len(str(self.socket)) > _MAX_SOCKET_PATH:
-            raise BrokerUnavailable(f"The path {self.socket} is too long for a unix socket; set RSM_DATA_DIR to a shorter one.")
+            raise BrokerUnavailable(
+                f"The path {self.socket} is too long for a unix socket; set RSM_DATA_DIR to a shorter one."
+            )
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not self._answers():
@@ -137,7 +141,7 @@ class EmbeddedRedis:
     def _answers(self) -> bool:
         if not self.socket.exists():
             return False
-        probe = redis.Redis(unix_socket_path=str(self.socket), socket_timeout=2, retry=None)
+        probe = redis.Redis(unix_socket_path=str(self.socket), socket_timeout=2, retry=Retry(NoBackoff(), 0))
         try:
             return bool(probe.ping())
         except redis.RedisError:

@@ -1,16 +1,16 @@
 """Every error that rsm-engine raises on purpose.
 
-    RsmError
-    ├── InvalidRequest (ValueError)     the call as given can never run; says what to change
-    ├── Conflict                        the id belongs to another call with another body
-    ├── CallEnded                       a call reached a terminal state without a result; carries the record
-    │   ├── CallCancelled
-    │   └── CallFailed                  .error_code out of the closed set `ErrorCode`
-    ├── UnknownCall (KeyError)          no record: never submitted, or expired after the result TTL
-    ├── IllegalTransition               a state change that the life cycle does not allow
-    ├── EngineIdTaken                   another live worker holds this engine id
-    ├── EngineFailed                    an engine could not be started, or died
-    └── BrokerUnavailable               Redis could not be reached in the time given
+RsmError
+├── InvalidRequest (ValueError)     the call as given can never run; says what to change
+├── Conflict                        the id belongs to another call with another body
+├── CallEnded                       a call reached a terminal state without a result; carries the record
+│   ├── CallCancelled
+│   └── CallFailed                  .error_code out of the closed set `ErrorCode`
+├── UnknownCall (KeyError)          no record: never submitted, or expired after the result TTL
+├── IllegalTransition               a state change that the life cycle does not allow
+├── EngineIdTaken                   another live worker holds this engine id
+├── EngineFailed                    an engine could not be started, or died
+└── BrokerUnavailable               Redis could not be reached in the time given
 """
 
 from __future__ import annotations

@@ -82,8 +82,16 @@ class CallRequest(BaseModel):
     def fields(self) -> list[str | int]:
         """The routing fields in the order of the submit and admit scripts."""
         return [
-            self.id, self.session, self.kind, self.model, self.priority, self.prompt_tokens,
-            "" if self.deadline_ms is None else self.deadline_ms, int(self.stream), self.inbox, self.traceparent,
+            self.id,
+            self.session,
+            self.kind,
+            self.model,
+            self.priority,
+            self.prompt_tokens,
+            "" if self.deadline_ms is None else self.deadline_ms,
+            int(self.stream),
+            self.inbox,
+            self.traceparent,
         ]
 
 

@@ -58,10 +58,11 @@ class Command(Generic[T]):
 
 def run(server: redis.Redis, command: Command[T]) -> T:
     """Runs one command in one round trip."""
+    send: Any = server.execute_command  # untyped in redis-py
     try:
-        reply = server.execute_command("EVALSHA", command.script.sha, 1, *command.args)
+        reply = send("EVALSHA", command.script.sha, 1, *command.args)
     except NoScriptError:
-        reply = server.execute_command("EVAL", command.script.text, 1, *command.args)
+        reply = send("EVAL", command.script.text, 1, *command.args)
     return command.parse(reply)
 
 
@@ -75,10 +76,11 @@ def load_all(server: redis.Redis) -> None:
 
 async def arun(server: redis.asyncio.Redis, command: Command[T]) -> T:
     """Runs one command in one round trip."""
+    send: Any = server.execute_command
     try:
-        reply = await server.execute_command("EVALSHA", command.script.sha, 1, *command.args)
+        reply = await send("EVALSHA", command.script.sha, 1, *command.args)
     except NoScriptError:
-        reply = await server.execute_command("EVAL", command.script.text, 1, *command.args)
+        reply = await send("EVAL", command.script.text, 1, *command.args)
     return command.parse(reply)
 
 
@@ -91,7 +93,7 @@ def run_all(server: redis.Redis, commands: Sequence[Command[Any]]) -> list[Any]:
     Raises:
         redis.RedisError: the first error of any command; those before and after it have run.
     """
-    pipe = server.pipeline(transaction=False)
+    pipe: Any = server.pipeline(transaction=False)
     for command in commands:
         pipe.execute_command("EVALSHA", command.script.sha, 1, *command.args)
     replies = pipe.execute(raise_on_error=False)

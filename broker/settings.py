@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     batch: int = Field(256, ge=1, le=4096, description="calls per round trip in router, worker and client")
 
     policy: str = Field("autellix", description="routing policy: a name or package.module:Class")
-    cache_token_threshold: int = Field(2048, ge=0, description="prompts up to this length go to the least loaded engine")
+    cache_token_threshold: int = Field(2048, ge=0, description="prompts up to this many tokens go anywhere")
     level_bounds: Annotated[tuple[int, ...], NoDecode] = Field(
         (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000),
         max_length=15,

@@ -1,4 +1,4 @@
-"""Every state change of a call, an engine or a session, as a typed command. The Lua file of the same name is the law."""
+"""Every state change of a call, an engine or a session, as a typed command; lua/NAME.lua of that name is the law."""
 
 from __future__ import annotations
 
@@ -178,7 +178,10 @@ class Transitions:
     def __init__(self, keys: Keys, settings: Settings) -> None:
         self._settings = settings
         self._head: list[Arg] = [
-            keys.prefix, settings.result_ttl_s * 1000, settings.session_ttl_s * 1000, settings.inbox_max,
+            keys.prefix,
+            settings.result_ttl_s * 1000,
+            settings.session_ttl_s * 1000,
+            settings.inbox_max,
         ]
         self._bounds = " ".join(map(str, settings.level_bounds))
 
@@ -266,8 +269,17 @@ class Transitions:
         for e in ends:
             f = e.fence
             args += [
-                f.call_id, f.gen, f.attempt, e.state.value, e.error_code, e.error, e.result, e.prompt_tokens,
-                e.completion_tokens, e.cached_tokens, e.resident_tokens,
+                f.call_id,
+                f.gen,
+                f.attempt,
+                e.state.value,
+                e.error_code,
+                e.error,
+                e.result,
+                e.prompt_tokens,
+                e.completion_tokens,
+                e.cached_tokens,
+                e.resident_tokens,
             ]
         return Command(script("finish"), args, _texts)
 

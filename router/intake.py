@@ -20,7 +20,7 @@ Fields = Mapping[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A call to place. `gen` is empty for a first arrival; `admission` is there for a bare XADD, which has no record yet."""
+    """A call to place. `gen`: empty for a first arrival. `admission`: of a bare XADD, which has no record yet."""
 
     entry: str
     call_id: str

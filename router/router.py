@@ -162,7 +162,14 @@ class Router:
         if choice.bind:
             sessions[a.view.session] = SessionView(choice.engine, session.resident)
         return Placement(
-            a.entry, a.call_id, a.gen, choice.engine, choice.bind, session.bound, choice.hit, a.view.prompt_tokens,
+            a.entry,
+            a.call_id,
+            a.gen,
+            choice.engine,
+            choice.bind,
+            session.bound,
+            choice.hit,
+            a.view.prompt_tokens,
             choice.why,
         )
 

@@ -104,7 +104,7 @@ def no_processes_left(server: EmbeddedRedis) -> Iterator[None]:
     before = {p.pid for p in me.children(recursive=True)}
     yield
     left = [p for p in me.children(recursive=True) if p.pid not in before and p.is_running()]
-    gone, alive = psutil.wait_procs(left, timeout=5)
+    _, alive = psutil.wait_procs(left, timeout=5)
     names = [(p.pid, " ".join(p.cmdline()[:6])) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     for p in alive:
         p.kill()

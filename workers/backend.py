@@ -123,7 +123,7 @@ class Backend(ABC):
 
     @abstractmethod
     def abort(self, key: str) -> None:
-        """Stops the job with this key: its `run` then returns soon, with finish_reason "abort". Unknown keys are fine."""
+        """Stops a job: its `run` then returns soon, with finish_reason "abort". Unknown keys are fine."""
 
     @abstractmethod
     def load(self) -> EngineLoad:

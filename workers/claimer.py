@@ -90,9 +90,7 @@ class Claimer(threading.Thread):
             free = min(self._room.wait(), self._batch)
             if not free:
                 break
-            # The same number is claimed again until its reply has come, so a lost reply loses no call.
-            command = self._transitions.claim(self._engine, self._incarnation, claim_no, free)
-            claimed = self._try(lambda c=command: scripts.run(self._redis, c), default=[])  # type: ignore[misc]
+            claimed = self._claim(claim_no, free)
             if claimed is None:
                 self._deliver(None)
                 break
@@ -100,10 +98,15 @@ class Claimer(threading.Thread):
             if claimed:
                 self._deliver(claimed)
             if len(claimed) < free and not self._closed.is_set():
-                self._try(lambda: self._redis.blpop([self._bell], timeout=_BELL_S), default=None)
+                self._sleep()
         self._redis.close()
 
-    def _try(self, action: Callable[[], scripts.T], default: scripts.T) -> scripts.T:
-        done: list[scripts.T] = []
-        persist(lambda: done.append(action()), "claimer", self._closed.is_set)
-        return done[0] if done else default
+    def _claim(self, claim_no: int, most: int) -> list[Claimed] | None:
+        """Repeats a claim under its number until its reply has come, so a lost reply loses no call."""
+        command = self._transitions.claim(self._engine, self._incarnation, claim_no, most)
+        replies: list[list[Claimed] | None] = []
+        persist(lambda: replies.append(scripts.run(self._redis, command)), "claimer", self._closed.is_set)
+        return replies[0] if replies else []
+
+    def _sleep(self) -> None:
+        persist(lambda: self._redis.blpop([self._bell], timeout=_BELL_S), "claimer", self._closed.is_set)

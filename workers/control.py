@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import redis
 
@@ -47,7 +48,7 @@ class Control(threading.Thread):
         backoff = Backoff("control")
         while not self._closed.is_set():
             try:
-                reply = self._redis.xread({self._key: self._last}, block=int(_BLOCK_S * 1000))
+                reply: Any = self._redis.xread({self._key: self._last}, block=int(_BLOCK_S * 1000))
             except BLIPS as e:
                 self._closed.wait(backoff.pause(e))
                 continue

@@ -76,8 +76,10 @@ class Publisher(threading.Thread):
             gathered = _gather(items)
             commands = self._commands(gathered)
             if commands:
-                replies = persist(lambda c=commands: scripts.run_all(self._redis, c), "publisher", self._abandoned.is_set)  # type: ignore[misc]
-                self._report(gathered, replies or [])
+                self._report(gathered, self._send(commands))
+
+    def _send(self, commands: Sequence[scripts.Command[Any]]) -> list[list[str]]:
+        return persist(lambda: scripts.run_all(self._redis, commands), "publisher", self._abandoned.is_set) or []
 
     def _take(self) -> tuple[list[Item], bool]:
         item = self._queue.get()

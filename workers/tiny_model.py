@@ -255,8 +255,9 @@ def _weights(tokens: list[str]) -> Weights:
     kinds = len(Kind)
     embedding = noise(len(tokens), HIDDEN, HIDDEN**0.5)
     embedding[:, :kinds] = KIND_CHANNEL * np.eye(kinds, dtype=np.float32)[[_kind(token) for token in tokens]]
-    output = noise(len(tokens), HIDDEN, 1.6)
-    output[:, RECENT] += 0.5 * embedding[:, RECENT]
+    words = np.array([len(token) > 1 and token.startswith("Ġ") for token in tokens])
+    output = noise(len(tokens), HIDDEN, 1.6) * np.where(words, 1.0, 0.3).astype(np.float32)[:, None]
+    output[words, RECENT] += 0.5 * embedding[words, RECENT]
     output[:, :kinds] = np.array([_logits(token) for token in tokens], dtype=np.float32) / KIND_AT_OUTPUT
     ones = np.ones(HIDDEN, dtype=np.float32)
     no_kinds = np.where(
@@ -301,9 +302,18 @@ def _attend_to_last_tokens(attention: Weights) -> None:
 
 
 def _attend_to_all_tokens(attention: Weights) -> None:
-    """Make the last layer's first head the mean over all tokens, amplified, so that a change far back shows."""
+    """Make the last layer's first head the mean of `RECENT` over all tokens, amplified.
+
+    That holds how often each token was said, with a minus: what was said often gets unlikely. So greedy text runs in no
+    circle, and a change far back in a long prompt still shows.
+    """
+    import numpy as np
+
     attention["self_attn.q_proj"][:HEAD] = 0.0
-    attention["self_attn.v_proj"][:HEAD] *= 12.0
+    attention["self_attn.v_proj"][:HEAD] = 0.0
+    attention["self_attn.v_proj"][:HEAD, RECENT] = np.eye(HEAD)
+    attention["self_attn.o_proj"][:, :HEAD] = 0.0
+    attention["self_attn.o_proj"][RECENT, :HEAD] = 8.0 * np.eye(HEAD)
 
 
 def _kind(piece: str) -> Kind:
@@ -327,9 +337,9 @@ def _logits(piece: str) -> tuple[float, float, float, float]:
     if piece.startswith("Ġ") or piece in ".,":
         return (0.0, 0.0, 0.0, 0.0)
     if piece == '"':
-        return (-10.0, -10.0, 16.0, -10.0)
+        return (-10.0, -10.0, 26.0, -10.0)
     if piece in JSON_WORDS.split():
-        return (-14.0, 16.0, -14.0, -14.0)
+        return (-14.0, 26.0, -14.0, -14.0)
     if piece in "]}":
         return (-10.0, 10.0, -10.0, 14.0)
     return (-12.0, -12.0, -12.0, -12.0)

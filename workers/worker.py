@@ -6,7 +6,7 @@
 4. Leaves no call behind: on stop it lets them finish within the grace and gives the rest back; when its engine dies
    it gives all of them back and exits, to be started anew by its supervisor.
 
-It is worse to lose a call than to run it twice: a call leaves Redis's running set only with a result or back to a queue.
+It is worse to lose a call than to run it twice: a call leaves Redis's running set only with a result, or for a queue.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from broker import codec, scripts
 from broker.codec import text
@@ -162,9 +163,9 @@ class Worker:
         self._incarnation = new_id()
         seen = 0
         while True:
-            reply = await asyncio.to_thread(self._persist, self._transitions.register(
-                self.engine, self._incarnation, self._registration()
-            ))
+            reply = await asyncio.to_thread(
+                self._persist, self._transitions.register(self.engine, self._incarnation, self._registration())
+            )
             if reply.ok:
                 return reply.control_from
             if seen and reply.heartbeat_ms > seen:
@@ -188,15 +189,16 @@ class Worker:
 
     async def _announce(self) -> None:
         """Writes down what the engine turned out to be."""
-        fields = {k: str(v) for k, v in self._registration().items()}
-        key = self._keys.engine(self.engine)
-        await asyncio.to_thread(
-            persist, lambda: self._redis.hset(key, mapping=fields), "worker", lambda: False
-        )
+        key, fields = self._keys.engine(self.engine), self._registration()
+        await asyncio.to_thread(self._ask, lambda: self._redis.hset(key, mapping=dict(fields)))
 
     def _new_lease(self) -> Lease:
         lease = Lease(
-            self.engine, self._incarnation, self.settings, self._transitions, self._load,
+            self.engine,
+            self._incarnation,
+            self.settings,
+            self._transitions,
+            self._load,
             lambda: self._call(self._want, "renew"),
         )
         lease.start()
@@ -213,15 +215,22 @@ class Worker:
     async def _open_for_work(self, control_from: str) -> None:
         # The ear for cancels is open before the first claim: a cancel sent in between would be lost otherwise.
         self._control = Control(
-            self.engine, control_from, self.settings,
-            lambda fence: self._call(self._cancel, fence), lambda op: self._call(self._want, op),
+            self.engine,
+            control_from,
+            self.settings,
+            lambda fence: self._call(self._cancel, fence),
+            lambda op: self._call(self._want, op),
         )
         self._control.start()
         if not await asyncio.to_thread(self._lease.beat, EngineState.READY):
             return
         self._room = Room(self._facts.max_num_seqs + self._prefetch)
         self._claimer = Claimer(
-            self.engine, self._incarnation, self.settings, self._transitions, self._room,
+            self.engine,
+            self._incarnation,
+            self.settings,
+            self._transitions,
+            self._room,
             lambda claimed: self._call(self._start_all, claimed),
         )
         self._claimer.start()
@@ -281,10 +290,8 @@ class Worker:
     async def _resumed(self, c: Claimed) -> Resumed:
         """What the reader has already: from the durable log of the call."""
         key = self._keys.events(c.fence.call_id)
-        entries = await asyncio.to_thread(
-            persist, lambda: self._redis.xrange(key), "worker", lambda: False
-        )
-        fields = [f for _, f in entries or ()]
+        entries: Any = await asyncio.to_thread(self._ask, lambda: self._redis.xrange(key))
+        fields = [f for _, f in entries]
         lines = [text(f.get(name)) for name in (b"replay", b"chunk") for f in fields]
         replays, chunks = lines[: len(fields)], lines[len(fields) :]
         return Resumed(
@@ -303,13 +310,25 @@ class Worker:
             return
         c = running.claimed
         state = RequestState.CANCELLED if running.cancelled else RequestState.COMPLETED
-        result = {"text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason, "ttft_ms": o.ttft_ms}
+        result: dict[str, Any] = {
+            "text": o.text,
+            "token_ids": o.token_ids,
+            "finish_reason": o.finish_reason,
+            "ttft_ms": o.ttft_ms,
+        }
         if o.response is not None:
             result["response"] = o.response
         self._publisher.put(
             Finish(
-                c.fence, state, "", "", codec.encode(result, c.body_field), o.prompt_tokens, o.completion_tokens,
-                o.cached_tokens, o.prompt_tokens + o.completion_tokens,
+                c.fence,
+                state,
+                "",
+                "",
+                codec.encode(result, c.body_field),
+                o.prompt_tokens,
+                o.completion_tokens,
+                o.cached_tokens,
+                o.prompt_tokens + o.completion_tokens,
             )
         )
 
@@ -403,6 +422,10 @@ class Worker:
         self._want("died", reason)
 
     def _persist(self, command: scripts.Command[scripts.T]) -> scripts.T:
+        return self._ask(lambda: scripts.run(self._redis, command))
+
+    def _ask(self, action: Callable[[], scripts.T]) -> scripts.T:
+        """Asks Redis until it answers."""
         done: list[scripts.T] = []
-        persist(lambda: done.append(scripts.run(self._redis, command)), "worker", lambda: False)
+        persist(lambda: done.append(action()), "worker", lambda: False)
         return done[0]
