@@ -23,7 +23,7 @@ CONFIG_VARIABLE = "RSM_ENGINE"
 
 def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     """Runs one worker in this process until it ends; returns its exit status."""
-    worker = Worker(config.engine_id, create_backend(config), settings, node=node)
+    worker = Worker(config.engine_id, create_backend(config), settings, model=config.served_name, node=node)
     try:
         return asyncio.run(worker.serve())
     except EngineIdTaken as e:

@@ -171,7 +171,8 @@ class Shape:
     @classmethod
     def of(cls, job: Job, model: str, created: int) -> Shape:
         chat = job.kind == "chat.completions"
-        wanted = bool((job.body.get("stream_options") or {}).get("include_usage"))
+        options = job.body.get("stream_options")
+        wanted = isinstance(options, dict) and bool(options.get("include_usage"))
         name = f"{'chatcmpl' if chat else 'cmpl'}-{job.call_id}"
         return cls(chat, name, job.body.get("model") or model, created, wanted)
 

@@ -109,10 +109,6 @@ CHAT_TEMPLATE = """\
 """
 
 
-RECENT = slice(4, 4 + HEAD)
-"""The residual channels, just behind those of the kinds, that hold which tokens came last."""
-
-
 class Kind(IntEnum):
     """What a token is, as far as the choice of the next one goes; also the number of its residual channel."""
 
@@ -120,6 +116,11 @@ class Kind(IntEnum):
     QUOTE = 1
     JSON_WORD = 2
     DIGIT = 3
+    TAG_END = 4
+
+
+RECENT = slice(len(Kind), len(Kind) + HEAD)
+"""The residual channels, just behind those of the kinds, that hold which tokens came last."""
 
 
 def tiny_model_folder(path: Path | None = None) -> Path:
@@ -317,32 +318,43 @@ def _attend_to_all_tokens(attention: Weights) -> None:
 
 
 def _kind(piece: str) -> Kind:
-    if piece == '"':
-        return Kind.QUOTE
     if piece in JSON_WORDS.split():
         return Kind.JSON_WORD
-    return Kind.DIGIT if piece in string.digits else Kind.PLAIN
+    if piece in string.digits:
+        return Kind.DIGIT
+    return {'"': Kind.QUOTE, ">": Kind.TAG_END}.get(piece, Kind.PLAIN)
 
 
-def _logits(piece: str) -> tuple[float, float, float, float]:
-    """The logit of ``piece`` after a token of each kind, before the noise of about ±2.
+def _logits(piece: str) -> list[float]:
+    """The logit of ``piece`` after a token of each kind, before the noise.
 
-    Only the order matters. In free text words win everywhere. Under a JSON grammar, where words are masked, JSON's own
-    characters win over white space (which a grammar lets go on for ever), and a closing character over going on.
+    Only the order matters. In free text words win everywhere; their noise is about ±4, that of all else ±1. Under a JSON
+    grammar, where words are masked, JSON's own characters win over white space (which a grammar lets go on for ever),
+    and what closes wins over what goes on.
     """
+    usual, after = _preference(piece)
+    return [after.get(kind, usual) for kind in Kind]
+
+
+def _preference(piece: str) -> tuple[float, dict[Kind, float]]:
+    """A piece's usual logit, and where it differs."""
+    if (
+        piece == IM_END
+    ):  # ends what follows a tool call's closing tag, where the grammar allows only that or another call
+        return -40.0, {Kind.TAG_END: -4.0}
     if piece in SPECIALS or not piece.removeprefix("Ġ").isascii():
-        return (-40.0, -40.0, -40.0, -40.0)
+        return -40.0, {}
     if piece == "Ġ":
-        return (-24.0, -24.0, -24.0, -24.0)
+        return -24.0, {}
     if piece.startswith("Ġ") or piece in ".,":
-        return (0.0, 0.0, 0.0, 0.0)
+        return 0.0, {}
     if piece == '"':
-        return (-10.0, -10.0, 26.0, -10.0)
+        return -10.0, {Kind.JSON_WORD: 26.0}
     if piece in JSON_WORDS.split():
-        return (-14.0, 26.0, -14.0, -14.0)
+        return -14.0, {Kind.QUOTE: 26.0}
     if piece in "]}":
-        return (-10.0, 10.0, -10.0, 14.0)
-    return (-12.0, -12.0, -12.0, -12.0)
+        return -10.0, {Kind.QUOTE: 10.0, Kind.DIGIT: 14.0}
+    return -12.0, {}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
