@@ -256,6 +256,11 @@ class AsyncClient:
             if isinstance(event, Delta) and (below is None or event.n < below):
                 yield event
 
+    async def deadline_in(self, seconds: float) -> int:
+        """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
+        now, micros = await self._retry(self.redis.time)
+        return int(now * 1000 + micros // 1000 + seconds * 1000)
+
     async def cancel(self, call_id: str, reason: str = "") -> bool:
         """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
         done = await self._run(self.transitions.cancel(check_id(call_id, "id"), reason))

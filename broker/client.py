@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +39,7 @@ class CallHandle:
         self.session = session
         self.streamed = stream
         self._pushed = False
+        self._callbacks: list[Callable[[CallHandle], None]] = []
         self._news: Mapping[bytes, bytes] | None = None
         self._record: CallRecord | None = None
 
@@ -64,6 +65,14 @@ class CallHandle:
         if self._record is None:
             self._record = self._client._ended(self.id, self._news or {})
         return self._record
+
+    def add_done_callback(self, callback: Callable[[CallHandle], None]) -> None:
+        """Calls `callback` once the call has ended, from the client's thread; at once if it has. It must not block."""
+        with self._client._changed:
+            if not self.done:
+                self._callbacks.append(callback)
+                return
+        callback(self)
 
     def stream(self, last_event_id: str = "0-0") -> Iterator[Delta]:
         """The pieces of the call from behind `last_event_id` on, to its end; see `Client.stream`."""
@@ -185,7 +194,7 @@ class Client:
         for handle, reply in zip(handles, replies, strict=True):
             handle._pushed = True
             if reply.code == "duplicate" and reply.state.terminal:
-                self._settle(handle.id, self._hash(handle.id))
+                self._settle({handle.id: self._hash(handle.id)})
         return handles
 
     def _new_handle(self, call: Submission) -> CallHandle:
@@ -224,7 +233,7 @@ class Client:
             # From now on this client is told; if the call ended just before, the reconciler finds it.
             self._retry(lambda: self.redis.hset(self.keys.call(call_id), "inbox", self._inbox))
             if self.record(call_id).state.terminal:
-                self._settle(call_id, self._hash(call_id))
+                self._settle({call_id: self._hash(call_id)})
         return handle
 
     def record(self, call_id: str) -> CallRecord:
@@ -274,6 +283,11 @@ class Client:
                 if isinstance(event, End):
                     return
                 yield event
+
+    def deadline_in(self, seconds: float) -> int:
+        """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
+        now, micros = self._retry(self.redis.time)
+        return int(now * 1000 + micros // 1000 + seconds * 1000)
 
     def cancel(self, call_id: str, reason: str = "") -> bool:
         """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
@@ -335,13 +349,7 @@ class Client:
         reader.close()
 
     def _deliver(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
-        with self._changed:
-            for _, fields in entries:
-                if b"state" in fields:
-                    handle = self._open.pop(codec.text(fields[b"call"]), None)
-                    if handle is not None:
-                        handle._news = fields
-            self._changed.notify_all()
+        self._settle({codec.text(f[b"call"]): f for _, f in entries if b"state" in f})
 
     def _reconcile(self, reader: Any) -> None:
         """Asks the records of all open calls: news may have been trimmed, or lost with a Redis that restarted."""
@@ -356,14 +364,18 @@ class Client:
                 pipe.hget(self.keys.call(call_id), "state")
             for call_id, state in zip(some, pipe.execute(), strict=True):
                 if state not in (b"PENDING", b"RUNNING"):
-                    self._settle(call_id, reader.hgetall(self.keys.call(call_id)))
+                    self._settle({call_id: reader.hgetall(self.keys.call(call_id))})
 
-    def _settle(self, call_id: str, found: Mapping[bytes, bytes]) -> None:
+    def _settle(self, ends: Mapping[str, Mapping[bytes, bytes]]) -> None:
+        """Notes ends, wakes waiters, and calls back outside the lock."""
         with self._changed:
-            handle = self._open.pop(call_id, None)
-            if handle is not None:
-                handle._news = found
+            settled = [(h, news) for call_id, news in ends.items() if (h := self._open.pop(call_id, None))]
+            for handle, news in settled:
+                handle._news = news
             self._changed.notify_all()
+        for handle, _ in settled:
+            for callback in handle._callbacks:
+                callback(handle)
 
     def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
         if b"submitted_ms" in news and not news.get(b"big"):

@@ -74,6 +74,15 @@ class Settings(BaseSettings):
         base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         return Path(base) / "rsm-engine"
 
+    def environment(self) -> dict[str, str]:
+        """The same settings as RSM_* variables, for a child process. They may hold a password: never log them."""
+        given = {name: value for name, value in self if value is not None}
+        return {"RSM_REDIS_URL": self.url()} | {
+            f"RSM_{name.upper()}": " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            for name, value in given.items()
+            if name != "redis_url"
+        }
+
     def with_redis(self, url: str | None, namespace: str | None = None) -> Settings:
         """A copy that uses another server or namespace."""
         changes: dict[str, object] = {}

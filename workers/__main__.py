@@ -1,7 +1,7 @@
 """The worker as a program: `python -m workers`, with its EngineConfig as JSON in RSM_ENGINE and settings in RSM_*.
 
 `rsm worker` is the same with flags. The configuration comes by the environment because it may hold a key, and command
-lines are there for everybody to read.
+lines are there for everybody to read. With --supervised this process is the worker's supervisor instead.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 
 from broker.errors import EngineIdTaken
@@ -19,6 +20,9 @@ from workers.worker import EXIT_ID_TAKEN, Worker
 log = logging.getLogger("rsm.worker")
 
 CONFIG_VARIABLE = "RSM_ENGINE"
+NODE_VARIABLE = "RSM_NODE"
+API_KEY_VARIABLE = "RSM_OPENAI_API_KEY"
+SUPERVISED_FLAG = "--supervised"
 
 
 def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
@@ -31,10 +35,22 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
         return EXIT_ID_TAKEN
 
 
+def run_supervised(config: EngineConfig, settings: Settings, node: str = "") -> int:
+    """Keeps a worker running in a child process until SIGTERM, or until it has left in order; returns its status."""
+    from workers.launch import worker_process
+
+    worker = worker_process(config, settings, node=node)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.request_stop())
+    worker.start()
+    return worker.wait()
+
+
 def main() -> None:
     logging.basicConfig(level=os.environ.get("RSM_LOG_LEVEL", "INFO"), format="%(asctime)s %(name)s %(message)s")
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
-    sys.exit(run_worker(config, Settings(), os.environ.get("RSM_NODE", "")))
+    run = run_supervised if SUPERVISED_FLAG in sys.argv[1:] else run_worker
+    sys.exit(run(config, Settings(), os.environ.get(NODE_VARIABLE, "")))
 
 
 if __name__ == "__main__":

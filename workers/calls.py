@@ -134,8 +134,9 @@ class Calls:
     async def _outcome(self, running: Running) -> Finish | Release:
         c = running.claimed
         if running.cancelled:  # flagged before it could begin
-            return _finish(c, RequestState.CANCELLED, Outcome("abort"))
-        outcome = await self._backend.run(await self._job(c), lambda piece: self._emit(running, piece))
+            outcome = Outcome("abort")
+        else:
+            outcome = await self._backend.run(await self._job(c), lambda piece: self._emit(running, piece))
         if running.cancelled:
             return _finish(c, RequestState.CANCELLED, outcome)
         if outcome.finish_reason == "abort":  # nobody asked the call to stop: its engine is going down

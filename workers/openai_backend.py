@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -255,7 +255,8 @@ class OpenAIBackend(Backend):
 
     async def _read_stream(self, ex: Exchange, reply: httpx.Response, emit: Callable[[Piece], None]) -> None:
         parser = SseParser()
-        async with aclosing(reply.aiter_bytes()) as chunks:
+        chunks_of_bytes = cast("AsyncGenerator[bytes, None]", reply.aiter_bytes())
+        async with aclosing(chunks_of_bytes) as chunks:
             async for data in chunks:
                 self._misses = 0  # a server that is busy answering is not dead, even if its health check is late
                 if self._take(ex, parser.feed(data), emit):

@@ -132,7 +132,7 @@ class GenerateExchange(Exchange):
 
     def chunk(self, doc: dict[str, Any], data: str) -> Piece | None:
         self._note(doc)
-        choice = next(iter(doc.get("choices") or ()), {})
+        choice: dict[str, Any] = next(iter(doc.get("choices") or ()), {})
         text, ids, reason = choice.get("text") or "", choice.get("token_ids") or [], choice.get("finish_reason") or ""
         if not (text or ids or reason):
             return None
@@ -202,7 +202,7 @@ class OpenAIExchange(Exchange):
             return Outcome(reason, self._assembler.text, [], *counts, self._ttft_ms(), response)
         if self._response is None:
             return Outcome("abort", prompt_tokens=self._size)
-        choice = next(iter(self._response.get("choices") or ()), {})
+        choice: dict[str, Any] = next(iter(self._response.get("choices") or ()), {})
         reason = choice.get("finish_reason") or "stop"
         return Outcome(reason, choice_text(choice), [], *self._counts(), response=self._response)
 
@@ -250,8 +250,7 @@ def _prompt(body: dict[str, Any]) -> str | list[int]:
         raise CallRejected("The prompt must be a text; token ids belong into prompt_token_ids.")
     if ids is not None and not isinstance(ids, list):
         raise CallRejected("prompt_token_ids must be a list of whole numbers.")
-    prompt: str | list[int] = ids if text is None else text
-    return prompt
+    return ids if isinstance(ids, list) else str(text)
 
 
 def _said(before: Resumed) -> tuple[int, str]:

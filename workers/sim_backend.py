@@ -103,8 +103,8 @@ class SimBackend(Backend):
         key = live.job.key
         if key in self._live:
             raise EngineError(f"A job with the key {key} is running already.")
-        self._live[key] = live
         call = live.enter(self._engine, self._now())
+        self._live[key] = live
         self._wake.set()
         try:
             await live.future
@@ -164,7 +164,7 @@ class _Live:
 
     @property
     def left(self) -> int:
-        return len(self.request.answer.ids) - self.done
+        return max(0, len(self.request.answer.ids) - self.done)
 
     def enter(self, engine: SimEngine, now: float) -> SimCall:
         """Joins the engine's queue: what was published already is computed again, as a prompt."""
@@ -193,7 +193,7 @@ class _Live:
 
     def to_the_end(self) -> None:
         """All that is left, without the engine."""
-        if self.left > 0 and self.first is None:
+        if self.left and self.first is None:
             self.first = time.perf_counter()
         total = len(self.request.answer.ids)
         self.publisher.tokens(self.done, total)

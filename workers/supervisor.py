@@ -82,6 +82,16 @@ class Supervised:
         if self._thread.is_alive():
             self._thread.join()
 
+    def kill(self) -> int:
+        """kill -9, and no further start; returns the pid it had."""
+        with self._lock:
+            self._stopping.set()
+            assert self._process is not None, "not started"  # noqa: S101
+            self._process.kill()
+        self._process.wait()
+        self._thread.join()
+        return self._process.pid
+
     def wait(self) -> int:
         """Waits until it has ended for good; returns its last exit status."""
         self._thread.join()

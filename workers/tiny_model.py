@@ -28,10 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     from numpy.typing import NDArray
 
-    Weights = dict[str, NDArray[np.float32]]
+    Matrix = NDArray[np.float32]
+    Noise = Callable[[int, int, float], Matrix]
+    Weights = dict[str, Matrix]
 
 __all__ = ["RECIPE", "ensure_tiny_model", "tiny_model_folder"]
 
@@ -249,9 +253,18 @@ def _weights(tokens: list[str]) -> Weights:
     # The legacy generator on purpose: numpy promises that its stream never changes, and promises it of no other.
     random = np.random.RandomState(SEED)
 
-    def noise(rows: int, columns: int, gain: float) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = random.standard_normal((rows, columns)).astype(np.float32)
+    def noise(rows: int, columns: int, gain: float) -> Matrix:
+        values: Matrix = random.standard_normal((rows, columns)).astype(np.float32)
         return values * np.float32(gain / columns**0.5)
+
+    weights = _embedding_and_output(tokens, noise)
+    for number in range(LAYERS):
+        weights |= {f"model.layers.{number}.{name}.weight": tensor for name, tensor in _layer(number, noise).items()}
+    return weights
+
+
+def _embedding_and_output(tokens: list[str], noise: Noise) -> Weights:
+    import numpy as np
 
     kinds = len(Kind)
     embedding = noise(len(tokens), HIDDEN, HIDDEN**0.5)
@@ -260,21 +273,24 @@ def _weights(tokens: list[str]) -> Weights:
     output = noise(len(tokens), HIDDEN, 1.6) * np.where(words, 1.0, 0.3).astype(np.float32)[:, None]
     output[words, RECENT] += 0.5 * embedding[words, RECENT]
     output[:, :kinds] = np.array([_logits(token) for token in tokens], dtype=np.float32) / KIND_AT_OUTPUT
-    ones = np.ones(HIDDEN, dtype=np.float32)
-    no_kinds = np.where(
-        np.arange(HIDDEN) < kinds, 0, ones
-    )  # or the constant they amount to makes some words favourites
-    weights: Weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": ones, "lm_head.weight": output}
-    for layer in range(LAYERS):
-        attention = {f"self_attn.{name}_proj": noise(HIDDEN, HIDDEN, 1.2) for name in "qkvo"}
-        (_attend_to_last_tokens if layer == 0 else _attend_to_all_tokens)(attention)
-        mlp = {f"mlp.{name}_proj": noise(FEED_FORWARD, HIDDEN, 1.5) for name in ("gate", "up")}
-        mlp["mlp.down_proj"] = noise(HIDDEN, FEED_FORWARD, 1.5)
-        for name in ("self_attn.o_proj", "mlp.down_proj"):  # what writes to the residual stream spares the kinds
-            (attention | mlp)[name][:kinds] = 0.0
-        norms = {"input_layernorm": ones if layer == 0 else no_kinds, "post_attention_layernorm": no_kinds}
-        weights |= {f"model.layers.{layer}.{name}.weight": w for name, w in (attention | mlp | norms).items()}
-    return {name: tensor.copy() for name, tensor in weights.items()}
+    norm = np.ones(HIDDEN, dtype=np.float32)
+    return {"model.embed_tokens.weight": embedding, "model.norm.weight": norm, "lm_head.weight": output}
+
+
+def _layer(number: int, noise: Noise) -> Weights:
+    import numpy as np
+
+    layer = {f"self_attn.{name}_proj": noise(HIDDEN, HIDDEN, 1.2) for name in "qkvo"}
+    (_attend_to_last_tokens if number == 0 else _attend_to_all_tokens)(layer)
+    layer |= {f"mlp.{name}_proj": noise(FEED_FORWARD, HIDDEN, 1.5) for name in ("gate", "up")}
+    layer["mlp.down_proj"] = noise(HIDDEN, FEED_FORWARD, 1.5)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):  # what writes to the residual stream spares the kinds
+        layer[name][: len(Kind)] = 0.0
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        layer[name] = np.ones(HIDDEN, dtype=np.float32)
+        if (number, name) != (0, "input_layernorm"):  # its queries need them; elsewhere they make some words favourites
+            layer[name][: len(Kind)] = 0.0
+    return layer
 
 
 def _attend_to_last_tokens(attention: Weights) -> None:
@@ -305,8 +321,8 @@ def _attend_to_last_tokens(attention: Weights) -> None:
 def _attend_to_all_tokens(attention: Weights) -> None:
     """Make the last layer's first head the mean of `RECENT` over all tokens, amplified.
 
-    That holds how often each token was said, with a minus: what was said often gets unlikely. So greedy text runs in no
-    circle, and a change far back in a long prompt still shows.
+    That holds how often each token was said, with a minus: what was said often gets unlikely. So greedy text does not
+    stay in one circle, and a change far back in a long prompt still shows.
     """
     import numpy as np
 
@@ -328,9 +344,9 @@ def _kind(piece: str) -> Kind:
 def _logits(piece: str) -> list[float]:
     """The logit of ``piece`` after a token of each kind, before the noise.
 
-    Only the order matters. In free text words win everywhere; their noise is about ±4, that of all else ±1. Under a JSON
-    grammar, where words are masked, JSON's own characters win over white space (which a grammar lets go on for ever),
-    and what closes wins over what goes on.
+    Only the order matters. In free text words win everywhere; their noise is about ±4, that of all else ±1. Under a
+    JSON grammar, where words are masked, JSON's own characters win over white space (which a grammar lets go on for
+    ever), and what closes wins over what goes on.
     """
     usual, after = _preference(piece)
     return [after.get(kind, usual) for kind in Kind]
@@ -338,9 +354,7 @@ def _logits(piece: str) -> list[float]:
 
 def _preference(piece: str) -> tuple[float, dict[Kind, float]]:
     """A piece's usual logit, and where it differs."""
-    if (
-        piece == IM_END
-    ):  # ends what follows a tool call's closing tag, where the grammar allows only that or another call
+    if piece == IM_END:  # beats another tool call after a closing tag, and nothing in free text
         return -40.0, {Kind.TAG_END: -4.0}
     if piece in SPECIALS or not piece.removeprefix("Ġ").isascii():
         return -40.0, {}

@@ -42,6 +42,9 @@ EXIT_OK = 0
 EXIT_ENGINE_DIED = 70
 EXIT_ID_TAKEN = 75
 
+# The pid of the detached process that keeps this worker running, if there is one.
+SUPERVISOR_VARIABLE = "RSM_SUPERVISOR"
+
 _ABORT_S = 5.0
 _FLUSH_S = 10.0
 
@@ -84,7 +87,7 @@ class Worker:
         self._claimer: Claimer | None = None
         self._control: Control | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        # ("drain" | "stop" | "died" | "renew", detail): died carries a reason, renew the incarnation that lost its lease
+        # ("drain" | "stop" | "died" | "renew", detail): the reason of a death, the incarnation whose lease was lost
         self._wishes: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
 
     async def serve(self, handle_signals: bool = True) -> int:
@@ -223,6 +226,7 @@ class Worker:
         return {
             "node": self._node,
             "pid": os.getpid(),
+            "supervisor": os.environ.get(SUPERVISOR_VARIABLE, ""),
             "model": self._model or self._facts.model,
             "max_num_seqs": self._facts.max_num_seqs,
             "kv_tokens": self._facts.kv_tokens,

@@ -15,6 +15,7 @@ local function charge_session(session, submitted_ms, started_ms, inherited, prom
   if inherited + own > service then redis.call('HSET', key, 'service', int(inherited + own)) end
   local waiting = math.max(0, started_ms - submitted_ms)
   redis.call('HINCRBY', key, 'waiting_ms', int(waiting))
+  count_total('started')
   count_total('waiting_ms', waiting)
   count_total('running_ms', math.max(0, NOW - started_ms))
   count_total('prompt_tokens', prompt)

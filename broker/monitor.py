@@ -1,0 +1,207 @@
+"""What is going on: the fleet, waiting and running calls, programs, totals. Reads only; for people and dashboards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from broker.codec import number, text
+from broker.connection import connect
+from broker.errors import UnknownCall
+from broker.ids import check_id
+from broker.keys import Keys
+from broker.models import CallRecord
+from broker.settings import Settings
+from broker.transitions import Transitions
+
+_SCAN = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveCall:
+    """A call that waits for an engine or runs on one. `where`: "queue", "running" or "parked"."""
+
+    id: str
+    where: str
+    engine: str
+    record: CallRecord
+
+
+class Monitor:
+    """Looks into one namespace.
+
+    Args:
+        server: a client with the broker's options; none = a new one for `settings`.
+    """
+
+    def __init__(self, settings: Settings | None = None, server: redis.Redis | None = None) -> None:
+        self.settings = settings or Settings()
+        self.keys = Keys(self.settings.namespace)
+        self._redis: Any = server or connect(self.settings)
+        self._transitions = Transitions(self.keys, self.settings)
+
+    def now_ms(self) -> int:
+        """Redis's clock."""
+        seconds, micros = self._redis.time()
+        return int(seconds * 1000 + micros // 1000)
+
+    def engine_ids(self) -> list[str]:
+        """All engines that live, or were here within the session TTL."""
+        return sorted(text(e) for e in self._redis.zrange(self.keys.engines, 0, -1))
+
+    def engine(self, engine_id: str) -> dict[str, Any]:
+        """One engine: state, model, node, slots, `running` and `queued` calls, tokens, KV usage (0 to 1).
+
+        Raises:
+            UnknownCall: no such engine.
+        """
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self.keys.engine(check_id(engine_id, "engine")))
+        pipe.zcard(self.keys.queue(engine_id))
+        pipe.zcard(self.keys.running(engine_id))
+        pipe.zscore(self.keys.engines, engine_id)
+        found, queued, running, beat = pipe.execute()
+        if not found:
+            raise UnknownCall(
+                f"There is no engine {engine_id}. Engines at hand: {', '.join(self.engine_ids()) or 'none'}."
+            )
+        h = {text(k): text(v) for k, v in found.items()}
+        return {
+            "engine_id": engine_id,
+            "state": h.get("state", ""),
+            "model": h.get("model", ""),
+            "node": h.get("node", ""),
+            "pid": number(h.get("pid")),
+            "supervisor": number(h.get("supervisor")),
+            "incarnation": h.get("incarnation", ""),
+            "max_num_seqs": number(h.get("max_num_seqs")),
+            "running": running,
+            "queued": queued,
+            "queued_tokens": number(h.get("queued_tokens")),
+            "running_tokens": number(h.get("running_tokens")),
+            "served": number(h.get("served")),
+            "kv_tokens": number(h.get("kv_tokens")),
+            "kv_usage": float(h.get("kv_usage") or 0),
+            "tokens_per_s": float(h.get("tokens_per_s") or 0),
+            "version": h.get("version", ""),
+            "heartbeat_ms": number(text(str(beat))) if beat else 0,
+        }
+
+    def engines(self) -> list[dict[str, Any]]:
+        return [self.engine(e) for e in self.engine_ids()]
+
+    def call(self, call_id: str) -> CallRecord:
+        """Raises UnknownCall if there is no record."""
+        found = self._redis.hgetall(self.keys.call(check_id(call_id, "id")))
+        if b"state" not in found:
+            raise UnknownCall(f"There is no call {call_id}.")
+        return CallRecord.from_hash(call_id, found)
+
+    def active_calls(self, limit: int = 1000) -> list[ActiveCall]:
+        """Calls that wait or run, engine by engine in the order of their queues; at most `limit`."""
+        found: list[ActiveCall] = []
+        for where, engine, key in self._places():
+            for raw in self._redis.zrange(key, 0, limit - len(found) - 1) if len(found) < limit else ():
+                call_id = text(raw)
+                fields = self._redis.hgetall(self.keys.call(call_id))
+                if b"state" in fields:
+                    found.append(ActiveCall(call_id, where, engine, CallRecord.from_hash(call_id, fields)))
+        return found
+
+    def _places(self) -> Iterator[tuple[str, str, str]]:
+        for engine in self.engine_ids():
+            yield "running", engine, self.keys.running(engine)
+            yield "queue", engine, self.keys.queue(engine)
+        for key in self._redis.scan_iter(match=_literal(self.keys.parked("")) + "*", count=_SCAN):
+            yield "parked", "", text(key)
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """The process table: every program whose entry has not expired, most attained service first."""
+        prefix = self.keys.session("")
+        found = []
+        for key in self._redis.scan_iter(match=_literal(prefix) + "*", count=_SCAN, _type="hash"):
+            session = text(key).removeprefix(prefix)
+            entry = self._session(session)
+            if entry:
+                found.append(entry)
+        return sorted(found, key=lambda s: -s["service"])
+
+    def session(self, session_id: str) -> dict[str, Any]:
+        """One program: `service` (tokens), `waiting_ms`, calls by state, bound `engine`, resident tokens by engine.
+
+        Raises:
+            UnknownCall: no such session.
+        """
+        entry = self._session(check_id(session_id, "session"))
+        if not entry:
+            raise UnknownCall(f"There is no session {session_id}; entries expire when idle.")
+        return entry
+
+    def _session(self, session: str) -> dict[str, Any]:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self.keys.session(session))
+        pipe.scard(self.keys.session_calls(session))
+        pipe.hgetall(self.keys.affinity(session))
+        found, active, affinity = pipe.execute()
+        if not found:
+            return {}
+        h = {text(k): text(v) for k, v in found.items()}
+        counts = {
+            name: number(h.get(name))
+            for name in ("service", "waiting_ms", "arrivals", "completed", "cancelled", "failed")
+        }
+        resident = {text(e): number(text(v).partition(":")[0]) for e, v in affinity.items()}
+        return {
+            "session_id": session,
+            **counts,
+            "active": active,
+            "level": sum(counts["service"] >= bound for bound in self.settings.level_bounds),
+            "engine": h.get("engine", ""),
+            "resident_tokens": resident,
+            "last_arrival_ms": number(h.get("last_arrival_ms")),
+            "last_completion_ms": number(h.get("last_completion_ms")),
+        }
+
+    def session_calls(self, session_id: str) -> list[str]:
+        """Ids of a session's calls: the unfinished ones, then the latest finished ones."""
+        active = [text(c) for c in self._redis.smembers(self.keys.session_calls(check_id(session_id, "session")))]
+        recent = [text(c) for c in self._redis.lrange(self.keys.session_recent(session_id), 0, -1)]
+        return [*sorted(active), *recent]
+
+    def stats(self) -> dict[str, Any]:
+        """Totals since the namespace began, and what waits and runs now. Mean times in seconds."""
+        h = {text(k): number(v) for k, v in self._redis.hgetall(self.keys.stats).items()}
+        engines = self.engines()
+        waiting = sum(e["queued"] for e in engines) + self._parked() + int(self._redis.xlen(self.keys.calls))
+        ended = h.get("completed", 0) + h.get("cancelled", 0) + h.get("failed", 0)
+        ran = h.get("started", 0)
+        asked = h.get("affinity_hits", 0) + h.get("affinity_misses", 0)
+        return {
+            "submitted": h.get("submitted", 0),
+            "pending": waiting,
+            "running": sum(e["running"] for e in engines),
+            "completed": h.get("completed", 0),
+            "cancelled": h.get("cancelled", 0),
+            "failed": h.get("failed", 0),
+            "unaccounted": h.get("submitted", 0) - ended - waiting - sum(e["running"] for e in engines),
+            "requeued": h.get("requeued", 0),
+            "dead_letters": h.get("dead_letters", 0),
+            "prompt_tokens": h.get("prompt_tokens", 0),
+            "cached_tokens": h.get("cached_tokens", 0),
+            "completion_tokens": h.get("completion_tokens", 0),
+            "hit_rate": h.get("affinity_hits", 0) / asked if asked else 0.0,
+            "mean_waiting_s": h.get("waiting_ms", 0) / ran / 1000 if ran else 0.0,
+            "mean_running_s": h.get("running_ms", 0) / ran / 1000 if ran else 0.0,
+        }
+
+    def _parked(self) -> int:
+        keys = self._redis.scan_iter(match=_literal(self.keys.parked("")) + "*", count=_SCAN)
+        return sum(int(self._redis.zcard(key)) for key in keys)
+
+
+def _literal(prefix: str) -> str:
+    """A key prefix as a glob that matches nothing else."""
+    return "".join(f"\\{c}" if c in "[]*?\\" else c for c in prefix)

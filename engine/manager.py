@@ -1,0 +1,229 @@
+"""`MultiEngineManager`: many engines behind one object, as the Autellix paper's frontend sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from broker import AsyncCall, AsyncClient, Delta, Settings
+from broker.errors import RsmError
+from broker.models import CallResult
+from broker.monitor import Monitor
+from broker.request import Prompt
+from engine.fleet import START_TIMEOUT_S, Fleet
+from workers.config import EngineConfig
+from workers.node import NodeClient
+
+Future = asyncio.Future[CallResult]
+
+
+class MultiEngineManager:
+    """Owns a fleet of engines and sends calls to it.
+
+    Args:
+        engine_configs: the engines to start with.
+        cache_token_threshold: prompts up to so many tokens go to the least loaded engine, longer ones where their
+            session's cache is.
+        redis_url: an external Redis; none = a private embedded server.
+        settings: everything else; none = the RSM_* environment.
+        routers: how many router processes.
+        start_timeout: seconds an engine may take to come up.
+    """
+
+    def __init__(
+        self,
+        engine_configs: Sequence[EngineConfig] = (),
+        cache_token_threshold: int = 2048,
+        redis_url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        routers: int = 1,
+        start_timeout: float = START_TIMEOUT_S,
+    ) -> None:
+        base = (settings or Settings()).with_redis(redis_url)
+        chosen = base.model_copy(update={"cache_token_threshold": cache_token_threshold})
+        self._fleet = Fleet(chosen, routers=routers)
+        self._configs = list(engine_configs)
+        self._start_timeout = start_timeout
+        self._started = False
+        self._remote: dict[str, str] = {}
+        self._client: AsyncClient | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # -- life
+
+    @property
+    def settings(self) -> Settings:
+        """With the URL of the Redis in use: a `broker.Client(settings=…)` of another thread may push calls too."""
+        return self._fleet.settings
+
+    def start(self) -> None:
+        """Brings up Redis if embedded, the routers, and a worker process per engine; returns once all are READY.
+
+        Raises:
+            EngineFailed: an engine did not come up; everything is stopped again.
+            BrokerUnavailable: no Redis.
+        """
+        self._fleet.start(self._configs, self._start_timeout)
+        self._started = True
+
+    def stop(self) -> None:
+        """Drains and stops everything this manager started, within the grace, and leaves no process behind."""
+        for engine_id, node in list(self._remote.items()):
+            with contextlib.suppress(RsmError):
+                NodeClient(node, self.settings).stop_engine(engine_id)
+        self._remote.clear()
+        self._fleet.stop()
+        self._started = False
+
+    async def __aenter__(self) -> MultiEngineManager:
+        await asyncio.to_thread(self.start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+        await asyncio.to_thread(self.stop)
+
+    def add_engine(self, config: EngineConfig, node: str | None = None) -> None:
+        """Adds an engine, before `start` or while running; then returns once it is READY.
+
+        Args:
+            node: the host to start it on, where `rsm node` runs; none = this one.
+
+        Raises:
+            EngineFailed: it did not come up, or its id is in use.
+        """
+        if node is not None:
+            self._require_started("add_engine(node=…)")
+            NodeClient(node, self.settings).start_engine(config, self._start_timeout)
+            self._remote[config.engine_id] = node
+        elif self._started:
+            self._fleet.add(config)
+            self._fleet.wait_ready(config.engine_id, self._start_timeout)
+        else:
+            self._configs.append(config)
+
+    def remove_engine(self, engine_id: str, drain: bool = True) -> None:
+        """Takes an engine out: with `drain` its running calls finish first, else others run them again.
+
+        Raises:
+            EngineFailed: there is no such engine here.
+        """
+        node = self._remote.pop(engine_id, None)
+        if node is not None:
+            NodeClient(node, self.settings).stop_engine(engine_id, drain=drain)
+        elif self._started:
+            self._fleet.remove(engine_id, drain)
+        else:
+            self._configs = [c for c in self._configs if c.engine_id != engine_id]
+
+    # -- calls
+
+    async def submit_request(
+        self,
+        session_id: str,
+        prompt: Prompt,
+        sampling_params: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> Future:
+        """Sends one call; gives a future at once. Awaiting the future gives the result.
+
+        Args:
+            prompt: text or token ids; with `kind="chat.completions"` and its kin, the request body.
+            priority: lower is earlier, from -128 to 127.
+            deadline: seconds from now; not finished by then, the call fails with `deadline_exceeded`.
+            options: `kind`, `model`, `prompt_tokens`, `traceparent`, as `broker.Client.submit` takes them.
+
+        Raises:
+            InvalidRequest, Conflict, BrokerUnavailable: see `broker.Client.submit`. The future raises CallCancelled
+            or CallFailed, both with the record and the partial text.
+        """
+        call = await self._submit(session_id, prompt, sampling_params, priority, request_id, deadline, options)
+        future: Future = asyncio.ensure_future(call.result())
+        future.add_done_callback(_look_at_error)
+        return future
+
+    async def stream_request(
+        self,
+        session_id: str,
+        prompt: Prompt,
+        sampling_params: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+        deadline: float | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Delta]:
+        """Sends one call and gives its token deltas as they come. Arguments and errors as `submit_request`."""
+        options["stream"] = True
+        call = await self._submit(session_id, prompt, sampling_params, priority, request_id, deadline, options)
+        async for delta in call.stream():
+            yield delta
+
+    async def cancel_request(self, request_id: str, reason: str = "") -> bool:
+        """True if it took effect: the call is, or will at once be, CANCELLED. Its partial text stays in its record."""
+        return await self._get_client().cancel(request_id, reason)
+
+    async def cancel_session(self, session_id: str, reason: str = "") -> int:
+        """Ends all calls of a session on all engines, waiting and running; returns how many."""
+        return await self._get_client().cancel_session(session_id, reason)
+
+    # -- looking
+
+    def get_engine_status(self, engine_id: str) -> dict[str, Any]:
+        """State, running and queued calls, tokens/s, KV usage, and more; see `broker.monitor.Monitor.engine`."""
+        return Monitor(self.settings).engine(engine_id)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Calls by state, hit rate, waiting and running times, and each engine's status under `engines`."""
+        monitor = Monitor(self.settings)
+        return {**monitor.stats(), "engines": {e["engine_id"]: e for e in monitor.engines()}}
+
+    # -- inside
+
+    async def _submit(
+        self,
+        session_id: str,
+        prompt: Prompt,
+        sampling_params: Mapping[str, Any] | None,
+        priority: int,
+        request_id: str | None,
+        deadline: float | None,
+        options: Mapping[str, Any],
+    ) -> AsyncCall:
+        client = self._get_client()
+        deadline_ms = None if deadline is None else await client.deadline_in(deadline)
+        return await client.submit(
+            prompt,
+            session=session_id,
+            id=request_id,
+            priority=priority,
+            deadline_ms=deadline_ms,
+            **{**options, **(sampling_params or {})},
+        )
+
+    def _get_client(self) -> AsyncClient:
+        self._require_started("sending calls")
+        loop = asyncio.get_running_loop()
+        if self._client is None or self._loop is not loop:
+            self._client, self._loop = AsyncClient(settings=self.settings), loop
+        return self._client
+
+    def _require_started(self, what: str) -> None:
+        if not self._started:
+            raise RsmError(f"Call start() (or use `async with`) before {what}.")
+
+
+def _look_at_error(future: Future) -> None:
+    """A future that nobody awaits must not complain at exit: the record in Redis says how its call ended."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,197 @@
+"""A worker without an engine: what becomes of each call is the test's to say. It speaks through `Transitions` alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from broker import RequestState, Settings, codec, scripts
+from broker.connection import BLIPS, connect
+from broker.ids import new_id
+from broker.keys import Keys
+from broker.scripts import Arg
+from broker.transitions import Claimed, Event, Fence, Finish, Registered, Release, Transitions
+
+Answer = Callable[["FakeWorker", Claimed], None]
+
+_BELL_S = 0.1
+
+
+class FakeWorker:
+    """One incarnation of an engine, driven by hand; `serving` drives it from a thread.
+
+    Args:
+        server: a Redis client, real or fake; none = a connection of its own.
+        load: fields of the registration, such as `max_num_seqs`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: str = "e1",
+        model: str = "m",
+        *,
+        server: Any = None,
+        incarnation: str | None = None,
+        **load: Arg,
+    ) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.incarnation = incarnation or new_id()
+        self.keys = Keys(settings.namespace)
+        self.transitions = Transitions(self.keys, settings)
+        self.held: dict[str, Claimed] = {}
+        self.claims = 0
+        self._fields: dict[str, Arg] = {"model": model, "node": "here", "pid": 1, "max_num_seqs": 8, **load}
+        self._control = "0-0"
+        self._owned = server is None
+        self.db: Any = connect(settings, block_s=_BELL_S) if server is None else server
+
+    # -- steps
+
+    def register(self) -> Registered:
+        reply = scripts.run(self.db, self.transitions.register(self.engine, self.incarnation, self._fields))
+        self._control = reply.control_from
+        return reply
+
+    def beat(self, state: str = "READY", **load: Arg) -> bool:
+        return scripts.run(self.db, self.transitions.heartbeat(self.engine, self.incarnation, state, load))
+
+    def up(self) -> FakeWorker:
+        """Registered and ready."""
+        assert self.register().ok
+        assert self.beat()
+        return self
+
+    def claim(self, most: int = 10, claim_no: int | None = None) -> list[Claimed] | None:
+        if claim_no is None:
+            self.claims += 1
+            claim_no = self.claims
+        claimed = scripts.run(self.db, self.transitions.claim(self.engine, self.incarnation, claim_no, most))
+        self.held |= {c.fence.call_id: c for c in claimed or ()}
+        return claimed
+
+    def take(self) -> Claimed:
+        """Claims exactly one call, which must be waiting."""
+        claimed = self.claim(1)
+        assert claimed
+        return claimed[0]
+
+    def publish(self, call: Claimed, *texts: str, first: int | None = None) -> list[str]:
+        """Publishes one piece per text, numbered from `first` on (none = behind what earlier attempts published)."""
+        first = call.events if first is None else first
+        events = [Event(call.fence, first + i, t, [first + i], "", "") for i, t in enumerate(texts)]
+        return scripts.run(self.db, self.transitions.publish(self.engine, events))
+
+    def finish(
+        self,
+        call: Claimed,
+        text: str = "done",
+        state: RequestState = RequestState.COMPLETED,
+        *,
+        error_code: str = "",
+        error: str = "",
+        prompt_tokens: int = 10,
+        completion_tokens: int = 5,
+        cached_tokens: int = 0,
+        resident_tokens: int = 0,
+        fence: Fence | None = None,
+    ) -> str:
+        """Ends a call; returns the script's word for it."""
+        result = {"text": text, "token_ids": [1, 2], "finish_reason": "stop", "ttft_ms": 1}
+        end = Finish(
+            fence or call.fence,
+            state,
+            error_code,
+            error,
+            codec.encode(result, call.body_field),
+            prompt_tokens,
+            completion_tokens,
+            cached_tokens,
+            resident_tokens,
+        )
+        self.held.pop(call.fence.call_id, None)
+        return scripts.run(self.db, self.transitions.finish(self.engine, [end]))[0]
+
+    def fail(self, call: Claimed, error_code: str = "engine_error", error: str = "The engine broke.") -> str:
+        return self.finish(call, "", RequestState.FAILED, error_code=error_code, error=error)
+
+    def release(self, *calls: Claimed, fault: bool, error: str = "The engine broke.") -> list[str]:
+        releases = [Release(c.fence, fault, "engine_error", error) for c in calls]
+        for c in calls:
+            self.held.pop(c.fence.call_id, None)
+        return scripts.run(self.db, self.transitions.release(self.engine, releases))
+
+    def orders(self) -> list[dict[str, str]]:
+        """What came on the control stream since the registration or the last look."""
+        entries: Sequence[Any] = self.db.xrange(self.keys.control(self.engine), min=f"({self._control}")
+        if entries:
+            self._control = codec.text(entries[-1][0])
+        return [{codec.text(k): codec.text(v) for k, v in fields.items()} for _, fields in entries]
+
+    # -- a life of its own
+
+    @contextmanager
+    def serving(self, answer: Answer) -> Iterator[FakeWorker]:
+        """Claims and answers from a thread, renews the lease, and ends flagged calls, until the block is left.
+
+        A call that `answer` does not finish stays held, as by an engine that is still at it.
+        """
+        assert self._owned, "a thread needs a connection of its own"
+        stop = threading.Event()
+        self.up()
+        thread = threading.Thread(target=self._serve, args=(answer, stop), name=f"fake-{self.engine}")
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join()
+            self.close()
+
+    def close(self) -> None:
+        if self._owned:
+            self.db.close()
+
+    def _serve(self, answer: Answer, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                self._turn(answer)
+            except BLIPS:
+                stop.wait(0.05)
+            except ResponseError as e:
+                if "SHUTDOWN" not in str(e):
+                    raise
+
+    def _turn(self, answer: Answer) -> None:
+        if not self.beat():
+            self.held.clear()
+            self.incarnation = new_id()
+            self.up()
+        for call in self.claim() or ():
+            answer(self, call)
+        for order in self.orders():
+            held = self.held.get(order.get("id", ""))
+            if held is not None and order["op"] == "cancel":
+                self.finish(held, "partial", RequestState.CANCELLED)
+        self.db.blpop([self.keys.bell(self.engine)], timeout=_BELL_S)
+
+
+def echo(worker: FakeWorker, call: Claimed) -> None:
+    """Answers with the prompt; a streamed call gets it word by word."""
+    prompt = str(codec.decode(call.body, call.body_field).get("prompt", ""))
+    if call.stream:
+        worker.publish(call, *prompt.split())
+    worker.finish(call, prompt)
+
+
+def hold(worker: FakeWorker, call: Claimed) -> None:
+    """Answers nothing: the call runs on."""
+
+
+def refuse(worker: FakeWorker, call: Claimed) -> None:
+    worker.fail(call)

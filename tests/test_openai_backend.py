@@ -1,0 +1,590 @@
+"""The remote engine, against a small OpenAI-compatible server of our own on 127.0.0.1.
+
+No real remote server can be had where these tests run. The one below speaks HTTP/1.1 over a real socket, and can fail
+in the ways that matter here; its shapes follow what vLLM's server and OpenAI send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from pydantic import SecretStr
+
+from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from workers.openai_backend import OpenAIBackend
+from workers.openai_wire import Assembler, SseParser, error
+
+KEY = "sk-very-secret"
+WORDS = [f" w{n}" for n in range(100)]
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+
+
+class Server:
+    """A fake OpenAI-compatible server. What it says: " w0", " w1", … counted from the words that the prompt ends with.
+
+    Attributes:
+        fail: status and body for the next calls, in place of an answer.
+        cut_after: breaks the connection after so many chunks.
+        stall_after: sends nothing more after so many chunks, until the client goes away.
+        piecemeal: sends its bytes one at a time.
+        ids: sends token ids, as vLLM does with return_token_ids.
+        health: status of GET /models.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.fail: tuple[int, bytes] | None = None
+        self.cut_after: int | None = None
+        self.stall_after: int | None = None
+        self.in_stream: dict[str, Any] | None = None
+        self.piecemeal = False
+        self.vllm = False
+        self.health = 200
+        self.hung_up = asyncio.Event()
+        self.url = ""
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+            self._server = None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in head[1:] if line)}
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            await self._answer(head[0].split()[1], headers, body, reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            self.hung_up.set()
+        finally:
+            writer.close()
+
+    async def _answer(
+        self, path: str, headers: dict[str, str], body: bytes, reader: asyncio.StreamReader, w: asyncio.StreamWriter
+    ) -> None:
+        if path == "/v1/models":
+            owner = "vllm" if self.vllm else "somebody"
+            return await self._send(w, self.health, json.dumps({"data": [{"id": "the-model", "owned_by": owner}]}))
+        request = json.loads(body)
+        self.requests.append(request | {"path": path})
+        self.headers.append(headers)
+        if self.fail is not None:
+            return await self._send(w, *self.fail)
+        if path == "/v1/embeddings":
+            vectors = [{"index": 0, "embedding": [0.5]}]
+            return await self._send(w, 200, json.dumps({"data": vectors, "usage": {"prompt_tokens": 3}}))
+        if request["stream"]:
+            return await self._stream(path, request, reader, w)
+        return await self._send(w, 200, json.dumps(self._whole(path, request)))
+
+    async def _send(self, w: asyncio.StreamWriter, status: int, body: str | bytes) -> None:
+        data = body if isinstance(body, bytes) else body.encode()
+        w.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
+        await w.drain()
+
+    async def _stream(
+        self, path: str, request: dict[str, Any], reader: asyncio.StreamReader, w: asyncio.StreamWriter
+    ) -> None:
+        w.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n")
+        w.write(b"Transfer-Encoding: chunked\r\n\r\n")
+        await self._write(w, b": a comment\n\n")
+        for n, doc in enumerate(self._chunks(path, request)):
+            if n == self.cut_after:
+                return
+            if n == self.stall_after:
+                await reader.read()
+                self.hung_up.set()
+                return
+            await self._write(w, b"data: %s\r\n\r\n" % json.dumps(doc, ensure_ascii=False).encode())
+        await self._write(w, b"data: [DONE]\n\n")
+        w.write(b"0\r\n\r\n")
+        await w.drain()
+
+    async def _write(self, w: asyncio.StreamWriter, data: bytes) -> None:
+        for part in (data[i : i + 1] for i in range(len(data))) if self.piecemeal else (data,):
+            w.write(b"%x\r\n%s\r\n" % (len(part), part))
+            await w.drain()
+
+    def _chunks(self, path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+        chat, first, limit = path.endswith("chat/completions"), _said(request.get("prompt")), request["max_tokens"]
+        docs = [_chunk(chat, {"delta": {"role": "assistant", "content": ""}})] if chat else []
+        for n in range(first, first + limit):
+            said: dict[str, Any] = {"delta": {"content": WORDS[n]}} if chat else {"text": WORDS[n]}
+            if request.get("return_token_ids"):
+                said["token_ids"] = [1000 + n]
+            docs.append(_chunk(chat, said, "length" if n == first + limit - 1 else None))
+        if self.in_stream is not None:
+            docs[-1] = self.in_stream
+        if request.get("stream_options", {}).get("include_usage"):
+            docs.append({"id": "x", "choices": [], "usage": _usage(request, limit)})
+        return docs
+
+    def _whole(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        text = "".join(WORDS[: request["max_tokens"]])
+        chat = path.endswith("chat/completions")
+        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        choice = {"index": 0, **said, "finish_reason": "length"}
+        return {"id": "x", "choices": [choice], "usage": _usage(request, request["max_tokens"])}
+
+
+def _chunk(chat: bool, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    return {"id": "x", "object": kind, "choices": [{"index": 0, **said, "finish_reason": reason}]}
+
+
+def _said(prompt: Any) -> int:
+    """How many of its words the prompt holds."""
+    if isinstance(prompt, list):
+        return sum(1000 <= token < 1100 for token in prompt)
+    return str(prompt).count(" w")
+
+
+def _usage(request: dict[str, Any], produced: int) -> dict[str, Any]:
+    prompt = 5 + _said(request.get("prompt"))
+    return {"prompt_tokens": prompt, "completion_tokens": produced, "prompt_tokens_details": {"cached_tokens": 4}}
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[Server]:
+    fake = Server()
+    await fake.open()
+    yield fake
+    await fake.close()
+
+
+@pytest.fixture(autouse=True)
+def no_key_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RSM_OPENAI_API_KEY", raising=False)
+
+
+@pytest_asyncio.fixture
+async def start(server: Server) -> AsyncIterator[Callable[..., Any]]:
+    backends: list[OpenAIBackend] = []
+
+    async def begin(**more: Any) -> OpenAIBackend:
+        backend = OpenAIBackend(server.url, **({"api_key": SecretStr(KEY)} | more))
+        await backend.start()
+        backends.append(backend)
+        return backend
+
+    yield begin
+    for backend in backends:
+        await backend.stop(0)
+
+
+class Heard(list[Piece]):
+    """Pieces as they come, for tests that act in the middle of a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._more = asyncio.Event()
+
+    def hear(self, piece: Piece) -> None:
+        self.append(piece)
+        self._more.set()
+
+    async def first(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self) < count:
+                self._more.clear()
+                await self._more.wait()
+
+    def resumed(self) -> Resumed:
+        """As the worker reads it back from the call's log."""
+        return Resumed(
+            text="".join(p.text for p in self),
+            token_ids=[i for p in self for i in p.token_ids],
+            replays=[p.replay for p in self if p.replay],
+            chunks=sum(bool(p.chunk) for p in self),
+        )
+
+
+def job(body: dict[str, Any] | None = None, kind: str = "generate", **more: Any) -> Job:
+    body = {"prompt": "Say it", "max_tokens": 6} if body is None else body
+    return Job(key="c/1", call_id="c", session="s", kind=kind, body=body, **more)
+
+
+async def run(backend: OpenAIBackend, j: Job) -> tuple[Outcome, Heard]:
+    heard = Heard()
+    return await asyncio.wait_for(backend.run(j, heard.hear), 10), heard
+
+
+async def test_start_finds_the_model_and_the_kind_of_server(server: Server, start: Any) -> None:
+    server.vllm = True
+    backend = OpenAIBackend(server.url + "/", max_num_seqs=7, kv_tokens=9)
+    facts = await backend.start()
+    await backend.stop(0)
+    assert (facts.model, facts.max_num_seqs, facts.kv_tokens, facts.version) == ("the-model", 7, 9, "vllm")
+
+
+async def test_generate_streams_text_and_counts(server: Server, start: Any) -> None:
+    backend = await start(model="mine")
+    out, heard = await run(backend, job({"prompt": "Say it", "max_tokens": 6, "temperature": 0.5}, stream=True))
+    assert [p.text for p in heard] == WORDS[:6]
+    assert (out.text, out.finish_reason) == ("".join(WORDS[:6]), "length")
+    assert (out.prompt_tokens, out.completion_tokens, out.cached_tokens) == (5, 6, 4)
+    assert out.ttft_ms is not None
+    sent = server.requests[0]
+    assert (sent["path"], sent["model"], sent["prompt"], sent["temperature"]) == (
+        "/v1/completions", "mine", "Say it", 0.5,
+    )  # fmt: skip
+    assert "return_token_ids" not in sent
+
+
+async def test_vllm_is_asked_for_token_ids(server: Server, start: Any) -> None:
+    server.vllm = True
+    out, heard = await run(await start(), job({"prompt_token_ids": [1, 2], "max_tokens": 3}, stream=True))
+    assert server.requests[0]["prompt"] == [1, 2]
+    assert [p.token_ids for p in heard] == [[1000], [1001], [1002]]
+    assert out.token_ids == [1000, 1001, 1002]
+
+
+@pytest.mark.parametrize("vllm", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_a_broken_generate_is_continued(server: Server, start: Any, vllm: bool, as_ids: bool) -> None:
+    server.vllm, server.cut_after = vllm, 2
+    backend = await start()
+    body = {"prompt_token_ids": [1, 2]} if as_ids else {"prompt": "Say it"}
+    heard = Heard()
+    with pytest.raises(EngineError, match="failed: RemoteProtocolError"):
+        await backend.run(job(body | {"max_tokens": 6}, stream=True), heard.hear)
+    assert len(heard) == 2
+    server.cut_after = None
+    again = job(body | {"max_tokens": 6}, stream=True, resumed=heard.resumed())
+    if as_ids and not vllm:
+        with pytest.raises(CallRejected, match="cannot be continued"):
+            await run(backend, again)
+        return
+    out, more = await run(backend, again)
+    assert server.requests[-1]["max_tokens"] == 4
+    assert out.text == "".join(WORDS[:6]) == heard.resumed().text + "".join(p.text for p in more)
+    assert (out.prompt_tokens, out.completion_tokens) == (5, 6)
+    assert out.token_ids == ([1000, 1001, 1002, 1003, 1004, 1005] if vllm else [])
+
+
+async def test_a_generate_that_had_said_all_is_not_sent_again(server: Server, start: Any) -> None:
+    backend = await start()
+    first, heard = await run(backend, job(stream=True))
+    out, more = await run(backend, job(stream=True, resumed=heard.resumed()))
+    assert (out.text, out.finish_reason, more) == (first.text, "length", [])
+    assert out.completion_tokens == 6
+    assert len(server.requests) == 1
+
+
+async def test_resuming_without_any_count_estimates_it(server: Server, start: Any) -> None:
+    await run(await start(), job(resumed=Resumed(" w0 w1", [], [], 0)))
+    assert (server.requests[0]["prompt"], server.requests[0]["max_tokens"]) == ("Say it w0 w1", 4)
+
+
+@pytest.mark.parametrize("kind", ["chat.completions", "completions"])
+@pytest.mark.parametrize("asked", [False, True])
+async def test_openai_streams_are_passed_on(server: Server, start: Any, kind: str, asked: bool) -> None:
+    body: dict[str, Any] = CHAT if kind == "chat.completions" else {"prompt": "Say", "max_tokens": 4}
+    if asked:
+        body = body | {"stream_options": {"include_usage": True}}
+    out, heard = await run(await start(), job(body, kind, stream=True))
+    chunks = [json.loads(p.chunk) for p in heard]
+    assert [bool(c["choices"]) for c in chunks].count(False) == asked
+    assert len(chunks) == 4 + (kind == "chat.completions") + asked
+    assert (out.text, out.completion_tokens, out.cached_tokens) == ("".join(WORDS[:4]), 4, 4)
+    assert out.response is not None
+    assert out.response["object"] == ("chat.completion" if kind == "chat.completions" else "text_completion")
+    assert out.response["choices"][0]["finish_reason"] == "length"
+    assert server.requests[0]["model"] == "the-model"
+    assert server.requests[0]["stream_options"] == {"include_usage": True}
+
+
+async def test_a_call_that_does_not_stream_gets_the_servers_body(server: Server, start: Any) -> None:
+    body = CHAT | {"model": "asked", "stream": True, "stream_options": {"include_usage": True}}
+    out, heard = await run(await start(), job(body, "chat.completions"))
+    assert heard == []
+    assert out.response == server._whole("/v1/chat/completions", body)
+    assert (out.text, out.prompt_tokens, out.ttft_ms) == ("".join(WORDS[:4]), 5, None)
+    sent = server.requests[0]
+    assert (sent["model"], sent["stream"], "stream_options" in sent) == ("asked", False, False)
+
+
+async def test_embeddings(server: Server, start: Any) -> None:
+    out, heard = await run(await start(), job({"input": "hi"}, "embeddings", stream=True))
+    assert out.response is not None
+    assert out.response["data"][0]["embedding"] == [0.5]
+    assert (out.prompt_tokens, out.finish_reason, heard) == (3, "stop", [])
+    assert server.requests[0] == {"input": "hi", "model": "the-model", "path": "/v1/embeddings"}
+
+
+async def test_streams_survive_any_cut_of_the_network(server: Server, start: Any) -> None:
+    server.piecemeal = True
+    out, heard = await run(await start(), job(stream=True))
+    assert [p.text for p in heard] == WORDS[:6]
+    assert out.completion_tokens == 6
+
+
+async def test_a_broken_openai_stream_says_to_submit_again(server: Server, start: Any) -> None:
+    server.cut_after = 2
+    backend, heard = await start(), Heard()
+    with pytest.raises(CallRejected, match=r"died in the middle of this stream .* submit the call again"):
+        await backend.run(job(CHAT, "chat.completions", stream=True), heard.hear)
+    assert len(heard) == 2
+    with pytest.raises(CallRejected, match="submit the call again"):
+        await backend.run(job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()), heard.hear)
+    assert len(server.requests) == 1
+
+
+async def test_an_openai_stream_broken_before_its_first_chunk_may_run_again(server: Server, start: Any) -> None:
+    server.cut_after = 0
+    with pytest.raises(EngineError, match="RemoteProtocolError"):
+        await run(await start(), job(CHAT, "chat.completions", stream=True))
+
+
+async def test_an_answer_that_is_whole_needs_no_last_words(server: Server, start: Any) -> None:
+    server.cut_after = 5  # role and four words; no usage, no [DONE]
+    out, heard = await run(await start(), job(CHAT, "chat.completions", stream=True))
+    assert (out.finish_reason, out.completion_tokens, len(heard)) == ("length", 4, 5)
+
+
+@pytest.mark.parametrize("kind", ["generate", "chat.completions"])
+async def test_abort_hangs_up_and_keeps_what_was_said(server: Server, start: Any, kind: str) -> None:
+    server.stall_after = 3
+    backend, heard = await start(), Heard()
+    body = CHAT if kind == "chat.completions" else {"prompt": "Say it", "max_tokens": 6}
+    task = asyncio.create_task(backend.run(job(body, kind, stream=True), heard.hear))
+    await heard.first(3)
+    backend.abort("c/1")
+    backend.abort("c/1")
+    out = await asyncio.wait_for(task, 2)
+    await asyncio.wait_for(server.hung_up.wait(), 2)
+    said = 2 if kind == "chat.completions" else 3
+    assert (out.finish_reason, out.text, out.completion_tokens) == ("abort", "".join(WORDS[:said]), said)
+    if kind == "chat.completions":
+        assert out.response is not None
+        assert out.response["choices"][0]["finish_reason"] == "abort"
+
+
+async def test_a_cancelled_run_hangs_up_too(server: Server, start: Any) -> None:
+    server.stall_after = 1
+    backend, heard = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    await heard.first(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(server.hung_up.wait(), 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "raises", "message"),
+    [
+        (400, b'{"error": {"message": "max_tokens is too large"}}', CallRejected, "400: max_tokens is too large$"),
+        (404, b'{"message": "no such model"}', CallRejected, "404: no such model"),
+        (422, b'{"detail": [{"msg": "wrong"}]}', CallRejected, "wrong"),
+        (400, b"plain words", CallRejected, "plain words"),
+        (401, f'{{"error": {{"message": "bad key {KEY}"}}}}'.encode(), EngineError, r"bad key \*\*\*"),
+        (408, b"", EngineError, "408"),
+        (429, b'{"error": "slow down"}', EngineError, "slow down"),
+        (500, b"<html>", EngineError, "500"),
+        (503, b"", EngineError, "503"),
+        (302, b"", EngineError, "302"),
+        (200, b"no json", EngineError, "not JSON"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_errors_of_the_server(
+    server: Server, start: Any, status: int, body: bytes, raises: type[Exception], message: str, stream: bool
+) -> None:
+    server.fail = (status, body)
+    if status == 200 and stream:
+        message = "ended its stream before the answer was whole"
+    with pytest.raises(raises, match=message) as caught:
+        await run(await start(), job(CHAT, "chat.completions", stream=stream))
+    assert KEY not in str(caught.value)
+
+
+async def test_errors_inside_a_stream(server: Server, start: Any) -> None:
+    backend = await start()
+    server.in_stream = {"error": {"message": "too long", "code": 400}}
+    with pytest.raises(CallRejected, match="too long"):
+        await run(backend, job(stream=True))
+    server.in_stream = {"object": "error", "message": "out of memory", "code": 500}
+    with pytest.raises(EngineError, match="out of memory"):
+        await run(backend, job(stream=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "why"),
+    [
+        ("generate", {}, "either prompt or"),
+        ("generate", {"prompt": 5}, "must be a text"),
+        ("generate", {"prompt_token_ids": "abc"}, "list of whole numbers"),
+        ("generate", {"prompt": "a", "n": 2}, "n must be 1"),
+        ("generate", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ("completions", {"prompt": b"bytes"}, "JSON cannot express"),
+        ("completions", {"prompt": "a", "temperature": float("nan")}, "JSON cannot express"),
+        ("speech", {}, "does not serve speech"),
+    ],
+)
+async def test_what_cannot_run_is_not_sent(
+    server: Server, start: Any, kind: str, body: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(CallRejected, match=why):
+        await run(await start(), job(body, kind))
+    assert server.requests == []
+
+
+async def test_a_server_that_goes_away_is_dead(server: Server, start: Any) -> None:
+    server.stall_after = 1
+    backend, heard = await start(health_s=0.1, health_misses=2), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    death = asyncio.create_task(backend.died())
+    await heard.first(1)
+    await asyncio.sleep(0.3)
+    assert not death.done()
+    server.health = 503
+    assert "has not answered 2 health checks" in await asyncio.wait_for(death, 5)
+    with pytest.raises(EngineDied, match="health checks"):
+        await asyncio.wait_for(task, 2)
+    with pytest.raises(EngineDied, match="health checks"):
+        await run(backend, job())
+
+
+async def test_one_late_health_check_is_no_death(server: Server, start: Any) -> None:
+    backend = await start(health_s=0.1, health_misses=4)
+    server.health = 500
+    await asyncio.sleep(0.25)
+    server.health = 200
+    await asyncio.sleep(0.25)
+    server.health = 500
+    await asyncio.sleep(0.25)
+    server.health = 200
+    out, _ = await run(backend, job())
+    assert out.completion_tokens == 6
+
+
+async def test_calls_to_a_closed_port_may_run_elsewhere(server: Server, start: Any) -> None:
+    backend = await start()
+    await server.close()
+    with pytest.raises(EngineError, match="ConnectError"):
+        await run(backend, job())
+
+
+async def test_stop_ends_what_does_not_finish(server: Server, start: Any) -> None:
+    server.stall_after = 1
+    backend, heard = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    await heard.first(1)
+    await backend.stop(0.1)
+    with pytest.raises(EngineDied, match="stopped"):
+        await task
+    with pytest.raises(EngineDied, match="stopped"):
+        await run(backend, job())
+
+
+async def test_stop_lets_calls_finish_within_the_grace(server: Server, start: Any) -> None:
+    backend, heard = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    await asyncio.sleep(0)
+    await backend.stop(5)
+    assert (await task).completion_tokens == 6
+
+
+async def test_start_says_why_it_cannot(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for status, why in ((401, "refuses the API key; set RSM_OPENAI_API_KEY"), (502, "No OpenAI-compatible server")):
+        server.health = status
+        with pytest.raises(EngineDied, match=why):
+            await OpenAIBackend(server.url).start()
+    server.health = 404
+    with pytest.raises(EngineDied, match="lists no models"):
+        await OpenAIBackend(server.url).start()
+    with pytest.raises(EngineDied, match="No OpenAI-compatible server"):
+        await OpenAIBackend("nonsense").start()
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(EngineDied, match=r"pip install rsm-engine\[openai\]"):
+        await OpenAIBackend(server.url).start()
+
+
+async def test_the_key_is_sent_and_never_shown(
+    server: Server, start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("RSM_OPENAI_API_KEY", KEY)
+    backend = await start(api_key=None)
+    await run(backend, job({"prompt": "private words", "max_tokens": 2}, traceparent="00-ab-cd-01"))
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["traceparent"] == "00-ab-cd-01"
+    shown = repr(backend) + repr(vars(backend)) + caplog.text
+    assert KEY not in shown
+    assert "private" not in shown
+    with pytest.raises(ValueError, match="not in the URL"):
+        OpenAIBackend("http://user:pw@host/v1")
+
+
+async def test_load_shows_the_rate(server: Server, start: Any) -> None:
+    backend = await start()
+    assert backend.load().tokens_per_s == 0
+    await run(backend, job({"prompt": "a", "max_tokens": 50}))
+    assert backend.load().tokens_per_s > 0
+
+
+def test_sse_as_the_standard_says() -> None:
+    stream = ': hi\r\n\r\ndata: {"a":\ndata: 1}\nid: 7\n\nevent: x\rdata:two\u2028words\r\rdata\n\ndata: last'.encode()
+    expected = ['{"a":\n1}', "two\u2028words", "last"]
+    for size in range(1, len(stream)):
+        parser, events = SseParser(), []
+        for i in range(0, len(stream), size):
+            events += parser.feed(stream[i : i + size])
+        assert events + parser.close() == expected, size
+        assert parser.close() == []
+
+
+def test_an_assembled_stream_is_the_whole_body() -> None:
+    def delta(index: int, **said: Any) -> dict[str, Any]:
+        return {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": index, "delta": said}]}
+
+    def tool(index: int, **function: str) -> dict[str, Any]:
+        return {"index": index, "type": "function", "function": function}
+
+    whole = Assembler()
+    for chunk in (
+        delta(0, role="assistant", content=None), delta(1, role="assistant", content="b"),
+        delta(0, tool_calls=[tool(0, name="f", arguments="")]), delta(0, tool_calls=[tool(0, arguments='{"a"')]),
+        delta(0, tool_calls=[tool(0, arguments=":1}"), tool(1, name="g", arguments="{}")]), delta(1, content="c"),
+    ):  # fmt: skip
+        whole.add(chunk)
+    assert not whole.finished
+    for index, reason in ((0, "tool_calls"), (1, "stop")):
+        whole.add({"choices": [{"index": index, "delta": {}, "finish_reason": reason}]})
+    assert whole.finished
+    assert whole.response({"total_tokens": 9}) == {
+        "id": "x",
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [tool(0, name="f", arguments='{"a":1}'), tool(1, name="g", arguments="{}")],
+                },
+                "finish_reason": "tool_calls",
+            },
+            {"index": 1, "message": {"role": "assistant", "content": "bc"}, "finish_reason": "stop"},
+        ],
+        "usage": {"total_tokens": 9},
+    }
+
+
+def test_a_servers_message_is_cut() -> None:
+    assert len(str(error(400, "x" * 10_000))) < 600

@@ -1,0 +1,300 @@
+"""The pure model of an engine: slots, blocks, order, prefix cache and time, without a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from workers.rate import RateMeter
+from workers.sim_engine import Phase, SimCall, SimConfig, SimEngine, SimTimes
+from workers.sim_text import EOS, Answer, Prompt, answer, token_text, tokenize
+
+UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0)
+
+
+def small(**more: object) -> SimConfig:
+    return SimConfig(**({"kv_tokens": 64, "block_size": 4, "max_num_batched_tokens": 16, "times": UNIT} | more))  # type: ignore[arg-type]
+
+
+def call(key: str, prompt: int = 4, output: int = 2, *, base: int = 0, priority: int = 0, level: int = 0) -> SimCall:
+    """A call whose tokens no call of another `base` shares."""
+    ids = range(base * 1000 + 1, base * 1000 + 1 + prompt + output)
+    return SimCall(key, list(ids[:prompt]), list(ids[prompt:]), priority=priority, level=level)
+
+
+def steps(engine: SimEngine) -> Iterator[float]:
+    """Runs to the end; gives the end of each step."""
+    now = 0.0
+    while (step := engine.begin(now)) is not None:
+        engine.end(step)
+        now = step.ends_at
+        yield now
+
+
+def finish_order(engine: SimEngine, calls: list[SimCall]) -> list[str]:
+    done: list[str] = []
+    for _ in steps(engine):
+        done += [c.key for c in calls if c.finished and c.key not in done]
+    return done
+
+
+def test_a_call_takes_one_step_for_its_prompt_and_one_for_each_further_token() -> None:
+    engine, c = SimEngine(small()), call("a", prompt=10, output=3)
+    engine.add(c, 0.0)
+    assert list(steps(engine)) == [1.0, 2.0, 3.0]
+    assert c.finished
+    assert c.phase is Phase.DONE
+    assert engine.kv_usage == 0
+
+
+def test_calls_share_steps() -> None:
+    engine = SimEngine(small())
+    for n in range(3):
+        engine.add(call(str(n), output=4, base=n), 0.0)
+    assert len(list(steps(engine))) == 4  # as many as one of them alone
+
+
+def test_no_more_calls_run_than_there_are_slots() -> None:
+    engine = SimEngine(small(max_num_seqs=2))
+    calls = [call(str(n), output=2, base=n) for n in range(5)]
+    for c in calls:
+        engine.add(c, 0.0)
+    seen = [len([c for c in calls if c.phase is Phase.RUNNING or c.produced == 2]) for _ in steps(engine)]
+    assert seen == [2, 2, 4, 4, 5, 5]
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
+    engine = SimEngine(small(max_num_batched_tokens=8))
+    short, long = call("short", prompt=4, output=4), call("long", prompt=30, output=1, base=1)
+    engine.add(short, 0.0)
+    engine.add(long, 1.0)
+    computed = [(short.produced, long.computed) for _ in steps(engine)]
+    assert computed == [(1, 4), (2, 11), (3, 18), (4, 25), (4, 30)]
+
+
+def test_a_step_costs_what_its_parts_cost() -> None:
+    times = SimTimes(step_s=1.0, prefill_token_s=0.1, decode_seq_s=0.01, context_token_s=0.001)
+    engine = SimEngine(small(times=times))
+    engine.add(call("a", prompt=10, output=2), 0.0)
+    first = engine.begin(0.0)
+    assert first is not None
+    assert first.ends_at == pytest.approx(1.0 + 10 * 0.1)
+    engine.end(first)
+    second = engine.begin(first.ends_at)
+    assert second is not None
+    assert second.ends_at - second.starts_at == pytest.approx(1.0 + 0.01 + 10 * 0.001)
+
+
+def test_waiting_calls_start_by_priority_then_level_then_arrival() -> None:
+    engine = SimEngine(small(max_num_seqs=1))
+    calls = [
+        call("late", base=0), call("low", base=1, priority=1), call("deep", base=2, level=3),
+        call("early", base=3), call("urgent", base=4, priority=-1, level=9),
+    ]  # fmt: skip
+    for c, arrival in zip(calls, (5.0, 0.0, 0.0, 1.0, 9.0), strict=True):
+        engine.add(c, arrival)
+    assert finish_order(engine, calls) == ["urgent", "early", "late", "deep", "low"]
+
+
+def test_under_kv_pressure_the_last_in_order_is_preempted_and_still_finishes() -> None:
+    engine = SimEngine(small(kv_tokens=32, prefix_caching=False))
+    first, last = call("first", prompt=8, output=20), call("last", prompt=8, output=20, base=1, priority=1)
+    engine.add(last, 0.0)
+    engine.add(first, 1.0)
+    assert finish_order(engine, [first, last]) == ["first", "last"]
+    assert first.preemptions == 0
+    assert last.preemptions >= 1
+    assert last.produced == 20
+    assert engine.pool.used == 0
+
+
+def test_a_call_waits_for_blocks_and_is_not_overtaken() -> None:
+    engine = SimEngine(small(kv_tokens=32))
+    big, bigger, tiny = call("big", 16, 8), call("bigger", 16, 8, base=1), call("tiny", 2, 1, base=2)
+    for c, arrival in ((big, 0.0), (bigger, 1.0), (tiny, 2.0)):
+        engine.add(c, arrival)
+    step = engine.begin(0.0)
+    assert step is not None
+    assert list(step.work) == [big]
+    assert engine.waiting == 2
+
+
+def test_a_prompt_seen_before_is_cached_in_full_blocks_but_for_its_last_token() -> None:
+    engine = SimEngine(small())
+    for key, prompt, expected in (("cold", 12, 0), ("same", 12, 8), ("longer", 17, 12), ("again", 17, 16)):
+        c = call(key, prompt=prompt, output=1)
+        engine.add(c, 0.0)
+        list(steps(engine))
+        assert c.cached == expected, key
+
+
+def test_output_is_cached_for_the_next_turn() -> None:
+    engine = SimEngine(small())
+    engine.add(call("turn 1", prompt=8, output=9), 0.0)
+    list(steps(engine))
+    turn_2 = call("turn 2", prompt=20, output=1)  # its prompt begins with turn 1's prompt and output
+    engine.add(turn_2, 9.0)
+    list(steps(engine))
+    assert turn_2.cached == 16
+
+
+def test_calls_that_start_together_share_their_beginning() -> None:
+    engine = SimEngine(small())
+    a, b = call("a", prompt=9, output=5), call("b", prompt=9, output=5)
+    engine.add(a, 0.0)
+    engine.add(b, 0.0)
+    engine.begin(0.0)
+    assert (a.cached, b.cached) == (0, 8)
+    assert engine.pool.used == 3 + 1  # b has one block of its own
+
+
+def test_least_recently_used_blocks_are_evicted_first() -> None:
+    engine = SimEngine(small(kv_tokens=32))
+
+    def cached(base: int) -> int:
+        c = call("x", prompt=13, output=1, base=base)
+        engine.add(c, 0.0)
+        list(steps(engine))
+        return c.cached
+
+    assert [cached(base) for base in (1, 2, 1)] == [0, 0, 12]
+    assert cached(3) == 0  # takes the place of 2
+    assert cached(1) == 12
+    assert cached(2) < 12
+
+
+def test_without_prefix_caching_nothing_is_reused() -> None:
+    engine = SimEngine(small(prefix_caching=False))
+    for key in ("a", "b"):
+        c = call(key, prompt=12)
+        engine.add(c, 0.0)
+        list(steps(engine))
+        assert c.cached == 0
+
+
+def test_a_removed_call_leaves_nothing_behind_wherever_it_was() -> None:
+    engine = SimEngine(small(max_num_seqs=1))
+    running, waiting = call("running"), call("waiting", base=1)
+    engine.add(running, 0.0)
+    engine.add(waiting, 1.0)
+    step = engine.begin(0.0)
+    assert step is not None
+    engine.remove(running)
+    engine.remove(waiting)
+    assert engine.end(step) == []
+    assert engine.begin(1.0) is None
+    assert (engine.pool.used, engine.waiting, engine.running) == (0, 0, [])
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than 64 tokens"):
+        SimEngine(small()).add(call("a", prompt=60, output=5), 0.0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: SimTimes(step_s=-1),
+        lambda: SimConfig(kv_tokens=1),
+        lambda: SimConfig(speed=0),
+        lambda: SimConfig(max_num_seqs=0),
+        lambda: SimCall("a", [], [1]),
+        lambda: SimCall("a", [1], []),
+    ],
+)
+def test_senseless_settings_are_refused(bad: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"simulated"):
+        bad()
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=12
+    ),
+    slots=st.integers(1, 6),
+    blocks=st.integers(16, 24),
+    budget=st.integers(1, 40),
+    removed=st.sets(st.integers(0, 11)),
+)
+def test_every_call_finishes_within_the_limits(
+    shapes: list[tuple[int, int, int, int]], slots: int, blocks: int, budget: int, removed: set[int]
+) -> None:
+    config = small(kv_tokens=4 * blocks, max_num_seqs=slots, max_num_batched_tokens=budget)
+    engine = SimEngine(config)
+    calls = [call(str(n), p, o, base=base, priority=prio) for n, (p, o, prio, base) in enumerate(shapes)]
+    for c in calls:
+        engine.add(c, 0.0)
+    for count, _ in enumerate(steps(engine)):
+        assert len(engine.running) <= slots
+        assert engine.pool.used <= blocks
+        held = {b for c in engine.running for b in c.blocks if b is not None}
+        private = sum(b is None for c in engine.running for b in c.blocks)
+        assert engine.pool.used == len(held) + private
+        if count in removed and count < len(calls):
+            engine.remove(calls[count])
+        assert count < 5000
+    assert all(c.phase is Phase.DONE for c in calls)
+    assert all(c.finished for n, c in enumerate(calls) if n not in removed)
+    assert engine.pool.used == 0
+
+
+def test_tokens_of_a_text_grow_with_it_and_answers_read_back_as_their_ids() -> None:
+    text = "Explain quantum  computing\n\nto me, please."
+    ids = tokenize(text)
+    assert tokenize(text + " And then?")[: len(ids)] == ids
+    assert len(text) / 6 < len(ids) < len(text) / 2
+    said = answer(7, 20)
+    assert tokenize(text + said.text) == ids + said.ids
+    assert said.text == "".join(map(token_text, said.ids))
+
+
+def test_an_answer_depends_on_the_prompt_and_is_the_same_at_any_length() -> None:
+    one, other = Prompt(text="one").seed(), Prompt(text="other").seed()
+    assert answer(one, 50).ids != answer(other, 50).ids
+    assert answer(one, 50).ids == answer(one, 90_000).ids[:50]
+    long = answer(one, 90_000)
+    assert (len(long.ids), long.text) == (90_000, "".join(map(token_text, long.ids)))
+    assert long.chars(80_000) == len("".join(map(token_text, long.ids[:80_000])))
+
+
+def test_an_answer_ends_before_the_stop_string_that_is_complete_first() -> None:
+    whole = answer(3, 30)
+    second, third = token_text(whole.ids[1]), token_text(whole.ids[2])
+    for stops in ((second,), (third, second)):
+        stopped = answer(3, 30, stops)
+        assert (stopped.finish_reason, stopped.ids) == ("stop", whole.ids[:2])
+        assert stopped.text == token_text(whole.ids[0])
+    assert answer(3, 30, ("never said",)).ids == whole.ids
+
+
+def test_text_that_may_be_the_beginning_of_a_stop_string_is_held_back() -> None:
+    whole = answer(3, 30)
+    cut = answer(3, 30, (whole.text[8:14],))
+    for tokens in range(len(cut.ids) + 1):
+        assert cut.text.startswith(cut.text[: cut.released(tokens)])
+        assert cut.released(tokens) <= max(0, whole.chars(tokens) - 5) or tokens == len(cut.ids)
+    assert cut.released(len(cut.ids)) == len(cut.text) == 8
+
+
+def test_answers_end_by_themselves_around_the_mean() -> None:
+    ends: list[Answer] = [answer(seed, 10_000, eos_mean=40) for seed in range(2000)]
+    assert all(e.finish_reason == "stop" and e.ids[-1] == EOS for e in ends)
+    assert 36 < sum(len(e.ids) - 1 for e in ends) / len(ends) < 45
+    assert answer(5, len(ends[5].ids) - 1, eos_mean=40).finish_reason == "length"
+
+
+def test_the_rate_follows_what_happens_and_fades() -> None:
+    meter = RateMeter(tau_s=10)
+    assert meter.per_s(0.0) == 0
+    for second in range(5):
+        meter.add(100, float(second))
+    assert meter.per_s(4.0) == pytest.approx(100, rel=0.2)  # right from the start, long before 10 s
+    for second in range(5, 60):
+        meter.add(50, float(second))
+    assert meter.per_s(59.0) == pytest.approx(50, rel=0.1)
+    assert meter.per_s(159.0) < 1

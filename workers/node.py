@@ -1,0 +1,184 @@
+"""A host as a place for engines: RQ runs the start, stop and drain of engines there, one job at a time.
+
+That is RQ's part: work that takes minutes, is worth a time limit and a trace, and shows in `rq info`. The engines it
+starts are no children of RQ's work-horse: each is a detached supervisor with its worker, so neither a job's end nor a
+restart of `rsm node` touches a running engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import redis
+from rq import Queue, Worker
+from rq.job import Job
+from rq.results import Result
+from rq.serializers import JSONSerializer
+
+from broker import scripts
+from broker.connection import connect
+from broker.errors import EngineFailed, InvalidRequest, UnknownCall
+from broker.ids import check_id
+from broker.keys import Keys
+from broker.models import EngineState
+from broker.monitor import Monitor
+from broker.settings import Settings
+from broker.transitions import Transitions
+from workers.__main__ import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
+from workers.config import EngineConfig
+
+log = logging.getLogger("rsm.node")
+
+_RESULT_TTL_S = 3600
+_FAILURE_TTL_S = 7 * 24 * 3600
+_POLL_S = 0.1
+# What a job may take beyond the work itself.
+_MARGIN_S = 60
+
+
+def queue_name(settings: Settings, node: str) -> str:
+    """The RQ queue of one host. A node worker listens to exactly one queue: with several, RQ can lose a job."""
+    return f"rsm-node-{settings.namespace}-{check_id(node, 'node')}"
+
+
+def run_node(node: str, settings: Settings) -> None:
+    """Serves this host's queue until SIGTERM; running engines stay."""
+    os.environ.update(settings.environment() | {NODE_VARIABLE: node})  # the jobs run in forks of this process
+    connection = redis.Redis.from_url(settings.url())
+    queue = Queue(queue_name(settings, node), connection=connection, serializer=JSONSerializer)
+    Worker([queue], connection=connection, serializer=JSONSerializer).work()
+
+
+class NodeClient:
+    """Asks a host to start, drain and stop engines, and waits for the answer."""
+
+    def __init__(self, node: str, settings: Settings) -> None:
+        self.node = node
+        self._connection = redis.Redis.from_url(settings.url())
+        self._queue = Queue(queue_name(settings, node), connection=self._connection, serializer=JSONSerializer)
+        self._grace_s = settings.drain_grace_s
+
+    def start_engine(self, config: EngineConfig, timeout_s: float) -> dict[str, Any]:
+        """Returns the engine's status once it is READY.
+
+        Raises:
+            EngineFailed: it did not come up, or nobody serves that host's queue.
+            InvalidRequest: the config holds an API key: set RSM_OPENAI_API_KEY on that host instead.
+        """
+        if config.api_key is not None:
+            raise InvalidRequest("An API key must not travel through a queue; set RSM_OPENAI_API_KEY on the node.")
+        return self._run(start_engine, timeout_s, config.model_dump(mode="json", exclude={"api_key"}), timeout_s)
+
+    def stop_engine(self, engine_id: str, drain: bool = True) -> dict[str, Any]:
+        """Stops an engine; with `drain` its running calls may finish within the grace. Raises EngineFailed."""
+        return self._run(stop_engine, self._grace_s, engine_id, drain)
+
+    def drain_engine(self, engine_id: str) -> dict[str, Any]:
+        """Takes an engine out of service without stopping it. Raises EngineFailed."""
+        return self._run(drain_engine, self._grace_s, engine_id)
+
+    def _run(self, job: Any, work_s: float, *args: Any) -> dict[str, Any]:
+        limit = int(work_s) + _MARGIN_S
+        queued = self._queue.enqueue(
+            job, args=args, job_timeout=limit, result_ttl=_RESULT_TTL_S, failure_ttl=_FAILURE_TTL_S
+        )
+        result = queued.latest_result(timeout=limit)
+        if result is None:
+            self._withdraw(queued)
+            raise EngineFailed(
+                f"Node {self.node} did not answer within {limit} s. Is `rsm node --name {self.node}` running?"
+            )
+        if result.type != Result.Type.SUCCESSFUL:
+            raise EngineFailed(_last_line(result.exc_string) or f"The job failed on node {self.node}.")
+        value: dict[str, Any] = result.return_value
+        return value
+
+    def _withdraw(self, job: Job) -> None:
+        job.cancel()
+
+
+def _last_line(trace: str | None) -> str:
+    lines = (trace or "").strip().splitlines()
+    return lines[-1].partition(": ")[2] if lines else ""
+
+
+# -- the jobs; they run in RQ's work-horse on the node
+
+
+def start_engine(config: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """RQ job: starts a detached, supervised worker on this host; returns its status once it is READY."""
+    engine, settings = EngineConfig(**config), Settings()
+    if _state(settings, engine.engine_id) in (EngineState.STARTING, EngineState.READY, EngineState.DRAINING):
+        raise EngineFailed(f"Engine id {engine.engine_id} is in use; stop that engine, or choose another id.")
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "workers", SUPERVISED_FLAG],
+        env=os.environ | {CONFIG_VARIABLE: engine.model_dump_json()},
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # RQ ends a job by killing its process group
+    )
+    until = time.monotonic() + timeout_s
+    while _state(settings, engine.engine_id) != EngineState.READY:
+        if supervisor.poll() is not None:
+            raise EngineFailed(f"Engine {engine.engine_id} did not start (exit status {supervisor.returncode}).")
+        if time.monotonic() > until:
+            supervisor.terminate()
+            raise EngineFailed(f"Engine {engine.engine_id} was not ready after {timeout_s:g} s.")
+        time.sleep(_POLL_S)
+    log.info("engine %s started", engine.engine_id)
+    return Monitor(settings).engine(engine.engine_id)
+
+
+def stop_engine(engine_id: str, drain: bool) -> dict[str, Any]:
+    """RQ job: stops an engine of this host; one that does not leave within the grace is killed."""
+    settings = Settings()
+    status = drain_engine(engine_id, "stop")
+    supervisor = int(status["supervisor"] or 0)
+    until = time.monotonic() + (settings.drain_grace_s if drain else 0) + _MARGIN_S / 2
+    while _state(settings, engine_id) not in (EngineState.STOPPED, EngineState.DEAD, "") or _alive(supervisor):
+        if time.monotonic() > until or not drain:
+            _kill_session(supervisor)
+            drain = True
+        time.sleep(_POLL_S)
+    log.info("engine %s stopped", engine_id)
+    return Monitor(settings).engine(engine_id)
+
+
+def drain_engine(engine_id: str, op: str = "drain") -> dict[str, Any]:
+    """RQ job: takes an engine out of service; its waiting calls go to others."""
+    settings = Settings()
+    server, transitions = connect(settings), Transitions(Keys(settings.namespace), settings)
+    while True:
+        moved = scripts.run(server, transitions.drain(engine_id, op))
+        if moved < 0:
+            raise EngineFailed(f"There is no live engine {engine_id} to {op}.")
+        if moved < settings.batch:
+            return Monitor(settings, server).engine(engine_id)
+        op = "drain"
+
+
+def _state(settings: Settings, engine_id: str) -> str:
+    try:
+        return str(Monitor(settings).engine(engine_id)["state"])
+    except UnknownCall:
+        return ""
+
+
+def _alive(pid: int) -> bool:
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _kill_session(pid: int) -> None:
+    if _alive(pid):
+        os.killpg(pid, signal.SIGKILL)
