@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
@@ -29,6 +30,7 @@ _READ_MANY = 1000
 _RECONCILE_S = 5.0
 # How long a stream waits for its next piece before it looks into the log by itself.
 _STREAM_PATIENCE_S = 5.0
+_CLOSED = "The client is closed; the calls it pushed go on."
 
 
 class AsyncCall:
@@ -66,7 +68,8 @@ class AsyncCall:
     async def wait(self, timeout: float | None = None) -> CallRecord:
         """Like `result`, but gives the record however the call ended."""
         if self._record is None:
-            news = await asyncio.wait_for(asyncio.shield(self._ended), timeout)
+            async with asyncio.timeout(timeout):  # not wait_for: before Python 3.12 it can swallow a cancel
+                news = await asyncio.shield(self._ended)
             self._record = await self._client._ended(self.id, news)
         return self._record
 
@@ -140,6 +143,8 @@ class AsyncClient:
         return await self._push(call)
 
     async def _push(self, call: Submission) -> AsyncCall:
+        if self._closed:
+            raise BrokerUnavailable(_CLOSED)
         if self._reader is None:
             self._reader = asyncio.create_task(self._read_inbox(), name="rsm-inbox")
         r = call.request
@@ -162,10 +167,11 @@ class AsyncClient:
             some, self._outbox = self._outbox[: self.settings.batch], self._outbox[self.settings.batch :]
             try:
                 replies = await self._run(self.transitions.submit([call for call, _ in some]))
+            except asyncio.CancelledError:
+                self._outbox = some + self._outbox  # `close` tells all of them
+                raise
             except Exception as e:
-                for _, pushed in some:
-                    if not pushed.done():
-                        pushed.set_exception(e)
+                _refuse(some, e)
                 continue
             for (call, pushed), reply in zip(some, replies, strict=True):
                 if not pushed.done():
@@ -180,7 +186,8 @@ class AsyncClient:
             return
         pushed.set_result(None)
         if terminal:
-            self._settle(call_id, await self._hash(call_id))
+            with contextlib.suppress(BrokerUnavailable):  # the reconciler will find it
+                self._settle(call_id, await self._hash(call_id))
 
     # -- everything else a producer does
 
@@ -211,7 +218,7 @@ class AsyncClient:
         (await self.record(call_id)).outcome()
 
     async def _read_log(self, reader: Any, call_id: str, last: str) -> AsyncIterator[Delta]:
-        key, backoff = self.keys.events(call_id), Backoff("stream")
+        key, backoff, ended = self.keys.events(call_id), Backoff("stream"), False
         while not self._closed:
             try:
                 reply = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
@@ -219,8 +226,10 @@ class AsyncClient:
                 await asyncio.sleep(backoff.pause(e))
                 continue
             backoff.recovered()
-            if not reply and (await self.record(call_id)).state.terminal:
+            if not reply and ended:
                 return  # its log has expired
+            # Only a read that began after the end proves that nothing follows.
+            ended = not reply and (await self.record(call_id)).state.terminal
             for eid, fields in reply[0][1] if reply else ():
                 last = codec.text(eid)
                 event = read_event(call_id, fields, last)
@@ -234,7 +243,8 @@ class AsyncClient:
         expected, last = 0, "0-0"
         while True:
             try:
-                event = await asyncio.wait_for(call._pieces.get(), _STREAM_PATIENCE_S)
+                async with asyncio.timeout(_STREAM_PATIENCE_S):
+                    event = await call._pieces.get()
             except TimeoutError:
                 event = None
             if event is None or event.n > expected:
@@ -281,13 +291,15 @@ class AsyncClient:
         self._closed = True
         for task in (self._reader, self._pusher):
             if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                await _end(task)
+        _refuse(self._outbox, BrokerUnavailable(_CLOSED))
         error = BrokerUnavailable("The client was closed while the call was awaited; the call goes on.")
         for call in self._open.values():
             if not call._ended.done():
                 call._ended.set_exception(error)
                 call._ended.exception()  # nobody need await it
+            if call._pieces is not None:
+                call._pieces.put_nowait(End(0, None))
         await self.redis.aclose()
 
     async def __aenter__(self) -> AsyncClient:
@@ -371,7 +383,7 @@ class AsyncClient:
 
     async def _retry(self, action: Callable[[], Awaitable[Any]]) -> Any:
         backoff, until = Backoff("client"), time.monotonic() + self._timeout_s
-        while True:
+        while not self._closed:
             try:
                 result = await action()
             except BLIPS as e:
@@ -384,3 +396,18 @@ class AsyncClient:
             else:
                 backoff.recovered()
                 return result
+        raise BrokerUnavailable(_CLOSED)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancels a task until it has ended: redis-py sends by wait_for, which before Python 3.12 can swallow a cancel."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _refuse(calls: Sequence[tuple[Submission, asyncio.Future[None]]], error: Exception) -> None:
+    for _, pushed in calls:
+        if not pushed.done():
+            pushed.set_exception(error)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from broker.models import CallRecord, CallResult, Delta
 from broker.request import Prompt, build
 from broker.settings import Settings
 from broker.transitions import Submission, Transitions
+
+log = logging.getLogger("rsm.client")
 
 _BLOCK_S = 2.0
 _READ_MANY = 1000
@@ -188,13 +191,14 @@ class Client:
             self._forget(handles)
             raise
         refused = [h for h, reply in zip(handles, replies, strict=True) if reply.code == "conflict"]
+        for handle, reply in zip(handles, replies, strict=True):
+            if reply.code != "conflict":
+                handle._pushed = True
+            if reply.code == "duplicate" and reply.state.terminal:
+                self._settle({handle.id: self._hash(handle.id)})
         if refused:
             self._forget(refused)
             raise Conflict(f"The id {refused[0].id} belongs to another call with another body; choose a new id.")
-        for handle, reply in zip(handles, replies, strict=True):
-            handle._pushed = True
-            if reply.code == "duplicate" and reply.state.terminal:
-                self._settle({handle.id: self._hash(handle.id)})
         return handles
 
     def _new_handle(self, call: Submission) -> CallHandle:
@@ -267,7 +271,7 @@ class Client:
         self.record(call_id).outcome()
 
     def _read_log(self, reader: Any, call_id: str, last: str) -> Iterator[Delta]:
-        key, backoff = self.keys.events(call_id), Backoff("stream")
+        key, backoff, ended = self.keys.events(call_id), Backoff("stream"), False
         while not self._closed.is_set():
             try:
                 reply = reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
@@ -275,8 +279,10 @@ class Client:
                 time.sleep(backoff.pause(e))
                 continue
             backoff.recovered()
-            if not reply and self.record(call_id).state.terminal:
+            if not reply and ended:
                 return  # its log has expired
+            # Only a read that began after the end proves that nothing follows.
+            ended = not reply and self.record(call_id).state.terminal
             for eid, fields in reply[0][1] if reply else ():
                 last = codec.text(eid)
                 event = read_event(call_id, fields, last)
@@ -375,7 +381,10 @@ class Client:
             self._changed.notify_all()
         for handle, _ in settled:
             for callback in handle._callbacks:
-                callback(handle)
+                try:
+                    callback(handle)
+                except Exception:  # of the user's; the inbox must be read on
+                    log.exception("a callback of call %s raised", handle.id)
 
     def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
         if b"submitted_ms" in news and not news.get(b"big"):
@@ -401,9 +410,12 @@ class Client:
 
     def _retry(self, action: Any) -> Any:
         try:
-            return persist(action, "client", self._closed.is_set, self._timeout_s)
+            result = persist(action, "client", self._closed.is_set, self._timeout_s)
         except BLIPS as e:
             raise BrokerUnavailable(
                 f"Redis did not answer for {self._timeout_s:g} s ({type(e).__name__}). "
                 "Check RSM_REDIS_URL; `rsm doctor` helps."
             ) from None
+        if result is None and self._closed.is_set():
+            raise BrokerUnavailable("The client is closed; the calls it pushed go on.")
+        return result

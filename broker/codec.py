@@ -37,13 +37,25 @@ def decode(data: bytes, fmt: Format = "body") -> dict[str, Any]:
         InvalidRequest: the bytes are not a map in that format. The message never quotes them.
     """
     try:
-        value = json.loads(data) if fmt == "json" else msgpack.unpackb(data, ext_hook=_no_extensions)
-    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as e:
+        value = _loads(data) if fmt == "json" else _unpack(data)
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as e:
         name = "JSON" if fmt == "json" else "msgpack"
         raise InvalidRequest(f"The body is not valid {name} ({type(e).__name__}).") from e
     if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
         raise InvalidRequest('The body must be a map with text keys, such as {"prompt": "hi"}.')
     return value
+
+
+def _loads(data: bytes) -> Any:
+    value = json.loads(data)
+    if b"\\u" in data:  # an escaped lone surrogate is text in JSON alone: nothing behind here could write it
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _unpack(data: bytes) -> Any:
+    # Inner maps may have any keys: logit_bias has token ids.
+    return msgpack.unpackb(data, ext_hook=_no_extensions, strict_map_key=False)
 
 
 def _no_extensions(code: int, data: bytes) -> Any:

@@ -12,6 +12,9 @@ from broker.errors import InvalidRequest
 # Ids become parts of Redis keys, so they can hold nothing that leaves their key space: no braces, no
 # white space, no glob characters.
 ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# The ends of the key names that hang on a call, a session or an engine (broker/keys.py): a call "c:events" would
+# share its key with the log of call "c".
+RESERVED_ENDS = (":events", ":calls", ":recent", ":queue", ":running", ":bell", ":control")
 MODEL_PATTERN = re.compile(r"[A-Za-z0-9._:/@+=-]{1,256}")
 
 _process = os.urandom(5).hex()
@@ -39,7 +42,14 @@ def check_id(value: str, what: str) -> str:
     """
     if not ID_PATTERN.fullmatch(value):
         raise InvalidRequest(f"{what} must be 1 to 128 characters out of A-Z a-z 0-9 . _ : - ; got {shorten(value)!r}.")
+    if value.endswith(RESERVED_ENDS):
+        raise InvalidRequest(f"{what} must not end in {', '.join(RESERVED_ENDS)}; got {shorten(value)!r}.")
     return value
+
+
+def is_id(value: str) -> bool:
+    """Whether `check_id` would take it."""
+    return bool(ID_PATTERN.fullmatch(value)) and not value.endswith(RESERVED_ENDS)
 
 
 def check_model(value: str) -> str:

@@ -15,6 +15,7 @@ from broker.ids import check_id, check_model
 
 Kind = Literal["generate", "chat.completions", "completions", "embeddings"]
 KINDS: tuple[str, ...] = get_args(Kind)
+MAX_PROMPT_TOKENS = 100_000_000
 
 
 class RequestState(StrEnum):
@@ -63,7 +64,7 @@ class CallRequest(BaseModel):
     kind: Kind = "generate"
     model: str = ""
     priority: int = Field(0, ge=-128, le=127)
-    prompt_tokens: int = Field(0, ge=0, le=100_000_000)
+    prompt_tokens: int = Field(0, ge=0, le=MAX_PROMPT_TOKENS)
     deadline_ms: int | None = Field(None, ge=0, le=1 << 52)
     stream: bool = False
     inbox: str = ""

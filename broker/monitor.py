@@ -171,11 +171,15 @@ class Monitor:
         recent = [text(c) for c in self._redis.lrange(self.keys.session_recent(session_id), 0, -1)]
         return [*sorted(active), *recent]
 
+    def backlog(self) -> int:
+        """Calls that no router has placed yet."""
+        return int(self._redis.xlen(self.keys.calls))
+
     def stats(self) -> dict[str, Any]:
         """Totals since the namespace began, and what waits and runs now. Mean times in seconds."""
         h = {text(k): number(v) for k, v in self._redis.hgetall(self.keys.stats).items()}
         engines = self.engines()
-        waiting = sum(e["queued"] for e in engines) + self._parked() + int(self._redis.xlen(self.keys.calls))
+        waiting = sum(e["queued"] for e in engines) + self._parked() + self.backlog()
         ended = h.get("completed", 0) + h.get("cancelled", 0) + h.get("failed", 0)
         ran = h.get("started", 0)
         asked = h.get("affinity_hits", 0) + h.get("affinity_misses", 0)

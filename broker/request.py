@@ -88,7 +88,9 @@ def _body(prompt: Prompt, params: Mapping[str, Any]) -> dict[str, Any]:
         return {**prompt, **params}
     if isinstance(prompt, str):
         return {"prompt": prompt, **params}
-    return {"prompt_token_ids": list(prompt), **params}
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview)):
+        return {"prompt_token_ids": list(prompt), **params}
+    raise InvalidRequest(f"A prompt is text, token ids or a request body; got {type(prompt).__name__}.")
 
 
 def check_size(size: int, limit: int) -> None:

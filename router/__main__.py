@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 
+from broker import logs
 from broker.settings import Settings
 from router.router import Router
 
@@ -20,7 +20,7 @@ def run_router(settings: Settings) -> None:
 
 
 def main() -> None:
-    logging.basicConfig(level=os.environ.get("RSM_LOG_LEVEL", "INFO"), format="%(asctime)s %(name)s %(message)s")
+    logs.configure("router")
     run_router(Settings())
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from broker import codec
 from broker.codec import text
 from broker.errors import InvalidRequest
-from broker.ids import ID_PATTERN, check_id, check_model, shorten
-from broker.models import KINDS, ErrorCode
+from broker.ids import check_id, check_model, is_id, shorten
+from broker.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
 from broker.request import check_body, check_request, check_size, estimate_tokens
 from broker.transitions import Admission, Rejection
 from router.policies.base import CallView
@@ -44,7 +44,7 @@ def reject(entry: str, fields: Fields, code: ErrorCode, message: str) -> Rejecti
 
     def usable(name: bytes, default: str) -> str:
         value = text(fields.get(name))
-        return value if ID_PATTERN.fullmatch(value) else default
+        return value if is_id(value) else default
 
     given = b"id" in fields
     call_id = usable(b"id", "" if given else entry)
@@ -57,7 +57,8 @@ def _read_reference(entry: str, fields: Fields) -> Arrival:
     call_id = check_id(text(fields.get(b"id")), "id")
     session = check_id(text(fields.get(b"session")) or call_id, "session")
     model = text(fields.get(b"model"))
-    view = CallView(session, check_model(model) if model else "", max(0, _whole(fields, b"prompt_tokens", 0)))
+    tokens = min(max(0, _whole(fields, b"prompt_tokens", 0)), MAX_PROMPT_TOKENS)  # more would overflow a counter
+    view = CallView(session, check_model(model) if model else "", tokens)
     return Arrival(entry, call_id, text(fields.get(b"gen")), view)
 
 

@@ -1,8 +1,4 @@
-"""The remote engine, against a small OpenAI-compatible server of our own on 127.0.0.1.
-
-No real remote server can be had where these tests run. The one below speaks HTTP/1.1 over a real socket, and can fail
-in the ways that matter here; its shapes follow what vLLM's server and OpenAI send.
-"""
+"""The remote engine, against a small server of our own: no real one can be had where these tests run."""
 
 from __future__ import annotations
 
@@ -17,145 +13,13 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
-from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from tests.fake_openai import WORDS, Server
+from tests.pieces import Heard
+from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
 from workers.openai_backend import OpenAIBackend
-from workers.openai_wire import Assembler, SseParser, error
 
 KEY = "sk-very-secret"
-WORDS = [f" w{n}" for n in range(100)]
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-
-
-class Server:
-    """A fake OpenAI-compatible server. What it says: " w0", " w1", … counted from the words that the prompt ends with.
-
-    Attributes:
-        fail: status and body for the next calls, in place of an answer.
-        cut_after: breaks the connection after so many chunks.
-        stall_after: sends nothing more after so many chunks, until the client goes away.
-        piecemeal: sends its bytes one at a time.
-        ids: sends token ids, as vLLM does with return_token_ids.
-        health: status of GET /models.
-    """
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.fail: tuple[int, bytes] | None = None
-        self.cut_after: int | None = None
-        self.stall_after: int | None = None
-        self.in_stream: dict[str, Any] | None = None
-        self.piecemeal = False
-        self.vllm = False
-        self.health = 200
-        self.hung_up = asyncio.Event()
-        self.url = ""
-        self._server: asyncio.Server | None = None
-
-    async def open(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
-
-    async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
-            self._server = None
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in head[1:] if line)}
-            body = await reader.readexactly(int(headers.get("content-length", 0)))
-            await self._answer(head[0].split()[1], headers, body, reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            self.hung_up.set()
-        finally:
-            writer.close()
-
-    async def _answer(
-        self, path: str, headers: dict[str, str], body: bytes, reader: asyncio.StreamReader, w: asyncio.StreamWriter
-    ) -> None:
-        if path == "/v1/models":
-            owner = "vllm" if self.vllm else "somebody"
-            return await self._send(w, self.health, json.dumps({"data": [{"id": "the-model", "owned_by": owner}]}))
-        request = json.loads(body)
-        self.requests.append(request | {"path": path})
-        self.headers.append(headers)
-        if self.fail is not None:
-            return await self._send(w, *self.fail)
-        if path == "/v1/embeddings":
-            vectors = [{"index": 0, "embedding": [0.5]}]
-            return await self._send(w, 200, json.dumps({"data": vectors, "usage": {"prompt_tokens": 3}}))
-        if request["stream"]:
-            return await self._stream(path, request, reader, w)
-        return await self._send(w, 200, json.dumps(self._whole(path, request)))
-
-    async def _send(self, w: asyncio.StreamWriter, status: int, body: str | bytes) -> None:
-        data = body if isinstance(body, bytes) else body.encode()
-        w.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
-        await w.drain()
-
-    async def _stream(
-        self, path: str, request: dict[str, Any], reader: asyncio.StreamReader, w: asyncio.StreamWriter
-    ) -> None:
-        w.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n")
-        w.write(b"Transfer-Encoding: chunked\r\n\r\n")
-        await self._write(w, b": a comment\n\n")
-        for n, doc in enumerate(self._chunks(path, request)):
-            if n == self.cut_after:
-                return
-            if n == self.stall_after:
-                await reader.read()
-                self.hung_up.set()
-                return
-            await self._write(w, b"data: %s\r\n\r\n" % json.dumps(doc, ensure_ascii=False).encode())
-        await self._write(w, b"data: [DONE]\n\n")
-        w.write(b"0\r\n\r\n")
-        await w.drain()
-
-    async def _write(self, w: asyncio.StreamWriter, data: bytes) -> None:
-        for part in (data[i : i + 1] for i in range(len(data))) if self.piecemeal else (data,):
-            w.write(b"%x\r\n%s\r\n" % (len(part), part))
-            await w.drain()
-
-    def _chunks(self, path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-        chat, first, limit = path.endswith("chat/completions"), _said(request.get("prompt")), request["max_tokens"]
-        docs = [_chunk(chat, {"delta": {"role": "assistant", "content": ""}})] if chat else []
-        for n in range(first, first + limit):
-            said: dict[str, Any] = {"delta": {"content": WORDS[n]}} if chat else {"text": WORDS[n]}
-            if request.get("return_token_ids"):
-                said["token_ids"] = [1000 + n]
-            docs.append(_chunk(chat, said, "length" if n == first + limit - 1 else None))
-        if self.in_stream is not None:
-            docs[-1] = self.in_stream
-        if request.get("stream_options", {}).get("include_usage"):
-            docs.append({"id": "x", "choices": [], "usage": _usage(request, limit)})
-        return docs
-
-    def _whole(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
-        text = "".join(WORDS[: request["max_tokens"]])
-        chat = path.endswith("chat/completions")
-        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        choice = {"index": 0, **said, "finish_reason": "length"}
-        return {"id": "x", "choices": [choice], "usage": _usage(request, request["max_tokens"])}
-
-
-def _chunk(chat: bool, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-    kind = "chat.completion.chunk" if chat else "text_completion"
-    return {"id": "x", "object": kind, "choices": [{"index": 0, **said, "finish_reason": reason}]}
-
-
-def _said(prompt: Any) -> int:
-    """How many of its words the prompt holds."""
-    if isinstance(prompt, list):
-        return sum(1000 <= token < 1100 for token in prompt)
-    return str(prompt).count(" w")
-
-
-def _usage(request: dict[str, Any], produced: int) -> dict[str, Any]:
-    prompt = 5 + _said(request.get("prompt"))
-    return {"prompt_tokens": prompt, "completion_tokens": produced, "prompt_tokens_details": {"cached_tokens": 4}}
 
 
 @pytest_asyncio.fixture
@@ -184,33 +48,6 @@ async def start(server: Server) -> AsyncIterator[Callable[..., Any]]:
     yield begin
     for backend in backends:
         await backend.stop(0)
-
-
-class Heard(list[Piece]):
-    """Pieces as they come, for tests that act in the middle of a stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._more = asyncio.Event()
-
-    def hear(self, piece: Piece) -> None:
-        self.append(piece)
-        self._more.set()
-
-    async def first(self, count: int) -> None:
-        async with asyncio.timeout(10):
-            while len(self) < count:
-                self._more.clear()
-                await self._more.wait()
-
-    def resumed(self) -> Resumed:
-        """As the worker reads it back from the call's log."""
-        return Resumed(
-            text="".join(p.text for p in self),
-            token_ids=[i for p in self for i in p.token_ids],
-            replays=[p.replay for p in self if p.replay],
-            chunks=sum(bool(p.chunk) for p in self),
-        )
 
 
 def job(body: dict[str, Any] | None = None, kind: str = "generate", **more: Any) -> Job:
@@ -285,6 +122,13 @@ async def test_a_generate_that_had_said_all_is_not_sent_again(server: Server, st
     assert len(server.requests) == 1
 
 
+async def test_a_generate_that_had_stopped_early_is_not_sent_again(server: Server, start: Any) -> None:
+    before = Resumed(" w0 w1", [], ["1", "2 stop"], 0)
+    out, _ = await run(await start(), job(stream=True, resumed=before))
+    assert (out.text, out.finish_reason, out.completion_tokens) == (" w0 w1", "stop", 2)
+    assert server.requests == []
+
+
 async def test_resuming_without_any_count_estimates_it(server: Server, start: Any) -> None:
     await run(await start(), job(resumed=Resumed(" w0 w1", [], [], 0)))
     assert (server.requests[0]["prompt"], server.requests[0]["max_tokens"]) == ("Say it w0 w1", 4)
@@ -312,7 +156,7 @@ async def test_a_call_that_does_not_stream_gets_the_servers_body(server: Server,
     body = CHAT | {"model": "asked", "stream": True, "stream_options": {"include_usage": True}}
     out, heard = await run(await start(), job(body, "chat.completions"))
     assert heard == []
-    assert out.response == server._whole("/v1/chat/completions", body)
+    assert out.response == server.whole("/v1/chat/completions", body)
     assert (out.text, out.prompt_tokens, out.ttft_ms) == ("".join(WORDS[:4]), 5, None)
     sent = server.requests[0]
     assert (sent["model"], sent["stream"], "stream_options" in sent) == ("asked", False, False)
@@ -473,6 +317,14 @@ async def test_one_late_health_check_is_no_death(server: Server, start: Any) -> 
     assert out.completion_tokens == 6
 
 
+async def test_a_server_that_is_answering_is_not_dead(server: Server, start: Any) -> None:
+    server.pause_s = 0.04
+    backend = await start(health_s=0.1, health_misses=2)
+    server.health = 503
+    out, _ = await run(backend, job({"prompt": "Say it", "max_tokens": 20}, stream=True))
+    assert out.completion_tokens == 20
+
+
 async def test_calls_to_a_closed_port_may_run_elsewhere(server: Server, start: Any) -> None:
     backend = await start()
     await server.close()
@@ -536,55 +388,3 @@ async def test_load_shows_the_rate(server: Server, start: Any) -> None:
     assert backend.load().tokens_per_s == 0
     await run(backend, job({"prompt": "a", "max_tokens": 50}))
     assert backend.load().tokens_per_s > 0
-
-
-def test_sse_as_the_standard_says() -> None:
-    stream = ': hi\r\n\r\ndata: {"a":\ndata: 1}\nid: 7\n\nevent: x\rdata:two\u2028words\r\rdata\n\ndata: last'.encode()
-    expected = ['{"a":\n1}', "two\u2028words", "last"]
-    for size in range(1, len(stream)):
-        parser, events = SseParser(), []
-        for i in range(0, len(stream), size):
-            events += parser.feed(stream[i : i + size])
-        assert events + parser.close() == expected, size
-        assert parser.close() == []
-
-
-def test_an_assembled_stream_is_the_whole_body() -> None:
-    def delta(index: int, **said: Any) -> dict[str, Any]:
-        return {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": index, "delta": said}]}
-
-    def tool(index: int, **function: str) -> dict[str, Any]:
-        return {"index": index, "type": "function", "function": function}
-
-    whole = Assembler()
-    for chunk in (
-        delta(0, role="assistant", content=None), delta(1, role="assistant", content="b"),
-        delta(0, tool_calls=[tool(0, name="f", arguments="")]), delta(0, tool_calls=[tool(0, arguments='{"a"')]),
-        delta(0, tool_calls=[tool(0, arguments=":1}"), tool(1, name="g", arguments="{}")]), delta(1, content="c"),
-    ):  # fmt: skip
-        whole.add(chunk)
-    assert not whole.finished
-    for index, reason in ((0, "tool_calls"), (1, "stop")):
-        whole.add({"choices": [{"index": index, "delta": {}, "finish_reason": reason}]})
-    assert whole.finished
-    assert whole.response({"total_tokens": 9}) == {
-        "id": "x",
-        "object": "chat.completion",
-        "choices": [
-            {
-                "index": 0,
-                "message": {
-                    "role": "assistant",
-                    "content": None,
-                    "tool_calls": [tool(0, name="f", arguments='{"a":1}'), tool(1, name="g", arguments="{}")],
-                },
-                "finish_reason": "tool_calls",
-            },
-            {"index": 1, "message": {"role": "assistant", "content": "bc"}, "finish_reason": "stop"},
-        ],
-        "usage": {"total_tokens": 9},
-    }
-
-
-def test_a_servers_message_is_cut() -> None:
-    assert len(str(error(400, "x" * 10_000))) < 600

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from tests.pieces import Heard
+from workers.backend import CallRejected, Job, Outcome, Piece, Resumed
 from workers.sim_backend import SimBackend
 from workers.sim_engine import SimConfig, SimTimes
 
@@ -44,37 +45,9 @@ async def instant() -> AsyncIterator[SimBackend]:
     await backend.stop(0)
 
 
-async def streamed(backend: SimBackend, j: Job) -> tuple[Outcome, list[Piece]]:
-    pieces: list[Piece] = []
-    return await backend.run(j, pieces.append), pieces
-
-
-class Heard(list[Piece]):
-    """Pieces as they come, for tests that act in the middle of a stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._more = asyncio.Event()
-
-    def hear(self, piece: Piece) -> None:
-        self.append(piece)
-        self._more.set()
-
-    async def first(self, count: int) -> None:
-        async with asyncio.timeout(10):
-            while len(self) < count:
-                self._more.clear()
-                await self._more.wait()
-
-
-def resumed(pieces: list[Piece]) -> Resumed:
-    """As the worker reads it back from the call's log."""
-    return Resumed(
-        text="".join(p.text for p in pieces),
-        token_ids=[i for p in pieces for i in p.token_ids],
-        replays=[p.replay for p in pieces if p.replay],
-        chunks=sum(bool(p.chunk) for p in pieces),
-    )
+async def streamed(backend: SimBackend, j: Job) -> tuple[Outcome, Heard]:
+    pieces = Heard()
+    return await backend.run(j, pieces.hear), pieces
 
 
 async def test_start_says_what_the_engine_is() -> None:
@@ -153,7 +126,7 @@ async def test_a_resumed_generate_gives_what_an_undisturbed_one_gives(
         token = (await instant.run(job(body), nothing)).token_ids[stop_at]
         body["stop"] = f"{token}"[:2] + "never" if cut == 8 else f"w{token}"
     whole, pieces = await streamed(sim, job(body, stream=True))
-    before = resumed(pieces[:cut])
+    before = Heard(pieces[:cut]).resumed()
     again, more = await streamed(instant if on_instant else sim, job(body, stream=True, resumed=before))
     assert (again.text, again.token_ids, again.finish_reason) == (whole.text, whole.token_ids, whole.finish_reason)
     assert (again.prompt_tokens, again.completion_tokens) == (whole.prompt_tokens, whole.completion_tokens)
@@ -167,7 +140,7 @@ async def test_a_resumed_openai_stream_never_repeats_a_chunk(sim: SimBackend, ki
     body = CHAT if kind == "chat.completions" else {"prompt": "hi there", "max_tokens": 6}
     body = body | {"stream_options": {"include_usage": True}}
     whole, pieces = await streamed(sim, job(body, kind, stream=True))
-    again, more = await streamed(sim, job(body, kind, stream=True, resumed=resumed(pieces[:cut])))
+    again, more = await streamed(sim, job(body, kind, stream=True, resumed=Heard(pieces[:cut]).resumed()))
 
     def comparable(chunks: list[Piece]) -> list[dict[str, Any]]:
         # What is cached, and the time if nothing was published yet, may differ.
@@ -222,16 +195,16 @@ async def test_a_repeated_prompt_is_cached_and_its_answer_too(sim: SimBackend) -
 
 
 async def test_calls_are_batched() -> None:
-    backend = SimBackend(SimConfig(times=SimTimes(step_s=0.02), max_num_seqs=4))
+    backend = SimBackend(SimConfig(times=SimTimes(step_s=0.05), max_num_seqs=4))
     await backend.start()
     began = time.perf_counter()
     bodies = [{"prompt": f"call {n}", "max_tokens": 5} for n in range(8)]
     outs = await asyncio.gather(*(backend.run(job(b, key=str(n)), nothing) for n, b in enumerate(bodies)))
     took = time.perf_counter() - began
     await backend.stop(0)
-    assert 10 * 0.02 <= took < 20 * 0.02  # two batches of five steps, not eight
+    assert 10 * 0.05 <= took < 20 * 0.05  # two batches of five steps, not eight
     ttft = [o.ttft_ms or 0 for o in outs]
-    assert max(ttft[:4]) < 100 <= min(ttft[4:])
+    assert max(ttft[:4]) < 250 <= min(ttft[4:])
 
 
 async def test_speed_scales_time() -> None:
@@ -242,6 +215,16 @@ async def test_speed_scales_time() -> None:
     took = time.perf_counter() - began
     await backend.stop(0)
     assert 0.08 <= took < 1
+
+
+async def test_the_event_loops_delays_do_not_add_up() -> None:
+    backend = SimBackend(SimConfig(times=SimTimes(step_s=0.0002)))  # a tenth of what a sleep really takes
+    await backend.start()
+    began = time.perf_counter()
+    await backend.run(job({"prompt": "x", "max_tokens": 1000}), nothing)
+    took = time.perf_counter() - began
+    await backend.stop(0)
+    assert 0.2 <= took < 0.7
 
 
 async def test_priority_goes_first() -> None:
@@ -259,84 +242,6 @@ async def test_priority_goes_first() -> None:
     assert ends == ["urgent", "running", "shallow", "deep", "low"]
 
 
-async def test_abort_keeps_what_was_said(sim: SimBackend) -> None:
-    body = {"prompt": "Explain quantum computing", "max_tokens": 5000}
-    pieces = Heard()
-    task = asyncio.create_task(sim.run(job(body, stream=True), pieces.hear))
-    await pieces.first(3)
-    sim.abort("c/1")
-    out = await asyncio.wait_for(task, 1)
-    assert out.finish_reason == "abort"
-    assert out.token_ids == [i for p in pieces for i in p.token_ids]
-    assert out.text == "".join(p.text for p in pieces)
-    assert out.completion_tokens == len(out.token_ids) >= 3
-    assert sim.load().kv_usage == 0
-    sim.abort("unknown")
-
-
-async def test_a_cancelled_run_leaves_the_engine(sim: SimBackend) -> None:
-    pieces = Heard()
-    body = {"prompt": "x", "max_tokens": 5000}
-    task = asyncio.create_task(sim.run(job(body, stream=True), pieces.hear))
-    await pieces.first(1)
-    assert sim.load().kv_usage > 0
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert sim.load().kv_usage == 0
-
-
-async def test_what_emit_raises_ends_that_call_only(sim: SimBackend) -> None:
-    def broken(_: Piece) -> None:
-        raise KeyError("emit")
-
-    bad, good = await asyncio.gather(
-        sim.run(job(stream=True, key="bad"), broken), sim.run(job(key="good"), nothing), return_exceptions=True
-    )
-    assert isinstance(bad, KeyError)
-    assert isinstance(good, Outcome)
-
-
-async def test_a_key_runs_once_at_a_time(sim: SimBackend) -> None:
-    first = asyncio.create_task(sim.run(job(), nothing))
-    await asyncio.sleep(0)
-    with pytest.raises(EngineError, match="running already"):
-        await sim.run(job(), nothing)
-    assert (await first).completion_tokens == 8
-
-
-async def test_kill_ends_all_calls_and_says_why(sim: SimBackend) -> None:
-    body = {"prompt": "x", "max_tokens": 5000}
-    runs = [asyncio.create_task(sim.run(job(body, key=str(n)), nothing)) for n in range(3)]
-    death = asyncio.create_task(sim.died())
-    await asyncio.sleep(0.02)
-    assert not death.done()
-    sim.kill("GPU on fire")
-    for run in runs:
-        with pytest.raises(EngineDied, match="GPU on fire"):
-            await run
-    assert await asyncio.wait_for(death, 1) == "GPU on fire"
-    with pytest.raises(EngineDied, match="GPU on fire"):
-        await sim.run(job(), nothing)
-
-
-async def test_stop_lets_calls_finish_within_the_grace(sim: SimBackend) -> None:
-    short = asyncio.create_task(sim.run(job(key="short"), nothing))
-    long = asyncio.create_task(sim.run(job({"prompt": "x", "max_tokens": 100_000}, key="long"), nothing))
-    await asyncio.sleep(0)
-    await sim.stop(0.2)
-    assert (await short).completion_tokens == 8
-    with pytest.raises(EngineDied, match="stopped"):
-        await long
-    with pytest.raises(EngineDied, match="stopped"):
-        await sim.run(job(), nothing)
-
-
-async def test_an_engine_that_was_not_started_runs_nothing() -> None:
-    with pytest.raises(EngineDied, match="not started"):
-        await SimBackend().run(job(), nothing)
-
-
 async def test_load_shows_cache_and_rate(sim: SimBackend) -> None:
     pieces = Heard()
     body = {"prompt_token_ids": list(range(4000)), "max_tokens": 5000}
@@ -344,7 +249,7 @@ async def test_load_shows_cache_and_rate(sim: SimBackend) -> None:
     await pieces.first(20)
     load = sim.load()
     assert load.kv_usage == pytest.approx(0.01, abs=0.002)
-    assert 50 < load.tokens_per_s <= 520  # one token in 2 ms, at best
+    assert load.tokens_per_s > 50  # one token in 2 ms, less what the machine is slow
     sim.abort("c/1")
     await task
 

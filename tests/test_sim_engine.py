@@ -112,6 +112,29 @@ def test_under_kv_pressure_the_last_in_order_is_preempted_and_still_finishes() -
     assert engine.pool.used == 0
 
 
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_a_preempted_call_leaves_the_step_and_comes_back_no_sooner_than_the_next(prefix_caching: bool) -> None:
+    engine = SimEngine(small(kv_tokens=32, prefix_caching=prefix_caching))
+    low, high = call("low", prompt=14, output=8, priority=1), call("high", prompt=12, output=8, base=1)
+    engine.add(low, 0.0)
+    engine.end(engine.begin(0.0) or pytest.fail("nothing to do"))
+    engine.add(high, 1.0)
+    now = 1.0
+    while not low.preemptions:
+        step = engine.begin(now) or pytest.fail("nothing to do")
+        assert sum(step.work.values()) <= 16
+        if not low.preemptions:
+            engine.end(step)
+            now = step.ends_at
+    # Four blocks are free by now, yet a call that was just thrown out would be thrown out again.
+    assert list(step.work) == [high]
+    assert (low.computed, low.blocks, low.phase) == (0, [], Phase.WAITING)
+    engine.end(step)
+    list(steps(engine))
+    assert (low.produced, high.produced) == (8, 8)
+    assert low.cached == 0  # what it finds of its own on coming back was not cached for the caller
+
+
 def test_a_call_waits_for_blocks_and_is_not_overtaken() -> None:
     engine = SimEngine(small(kv_tokens=32))
     big, bigger, tiny = call("big", 16, 8), call("bigger", 16, 8, base=1), call("tiny", 2, 1, base=2)
@@ -165,6 +188,14 @@ def test_least_recently_used_blocks_are_evicted_first() -> None:
     assert cached(3) == 0  # takes the place of 2
     assert cached(1) == 12
     assert cached(2) < 12
+
+
+def test_the_end_of_a_prompt_is_evicted_before_its_beginning() -> None:
+    engine = SimEngine(small(kv_tokens=32, max_num_batched_tokens=32))
+    for c, expected in ((call("a", 16, 1), 0), (call("b", 21, 1, base=1), 0), (call("a again", 16, 1), 8)):
+        engine.add(c, 0.0)
+        list(steps(engine))
+        assert c.cached == expected, c.key
 
 
 def test_without_prefix_caching_nothing_is_reused() -> None:

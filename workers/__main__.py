@@ -12,12 +12,16 @@ import os
 import signal
 import sys
 
-from broker.errors import EngineIdTaken
+from broker import logs
+from broker.errors import EngineIdTaken, InvalidRequest
 from broker.settings import Settings
 from workers.config import EngineConfig, create_backend
 from workers.worker import EXIT_ID_TAKEN, Worker
 
 log = logging.getLogger("rsm.worker")
+
+# Its configuration can never run: starting it again is useless.
+EXIT_INVALID = 78
 
 CONFIG_VARIABLE = "RSM_ENGINE"
 NODE_VARIABLE = "RSM_NODE"
@@ -27,7 +31,12 @@ SUPERVISED_FLAG = "--supervised"
 
 def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     """Runs one worker in this process until it ends; returns its exit status."""
-    worker = Worker(config.engine_id, create_backend(config), settings, model=config.served_name, node=node)
+    try:
+        backend = create_backend(config)
+    except InvalidRequest as e:
+        log.error("%s", e)
+        return EXIT_INVALID
+    worker = Worker(config.engine_id, backend, settings, model=config.served_name, node=node)
     try:
         return asyncio.run(worker.serve())
     except EngineIdTaken as e:
@@ -47,8 +56,8 @@ def run_supervised(config: EngineConfig, settings: Settings, node: str = "") -> 
 
 
 def main() -> None:
-    logging.basicConfig(level=os.environ.get("RSM_LOG_LEVEL", "INFO"), format="%(asctime)s %(name)s %(message)s")
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
+    logs.configure(config.engine_id)
     run = run_supervised if SUPERVISED_FLAG in sys.argv[1:] else run_worker
     sys.exit(run(config, Settings(), os.environ.get(NODE_VARIABLE, "")))
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from broker.errors import InvalidRequest
 from broker.ids import check_id
 from workers.backend import Backend
 
 BackendName = Literal["vllm", "openai", "sim"]
-
-# Imported only when one of them is asked for: a worker of a remote server needs no vLLM.
-_BACKENDS = {
-    "vllm": "workers.vllm_backend:VllmBackend",
-    "openai": "workers.openai_backend:OpenAIBackend",
-    "sim": "workers.sim_backend:SimBackend",
-}
-
 
 class EngineConfig(BaseModel):
     """One engine.
@@ -68,7 +62,47 @@ class EngineConfig(BaseModel):
 
 
 def create_backend(config: EngineConfig) -> Backend:
-    """The backend that `config` names, not yet started."""
-    module, _, name = _BACKENDS[config.backend].partition(":")
-    made: Backend = getattr(importlib.import_module(module), name).from_config(config)
-    return made
+    """The backend that `config` names, not yet started. Imports no other: a remote server's worker needs no vLLM.
+
+    Raises:
+        InvalidRequest: `engine_args` names something that this backend does not know.
+    """
+    try:
+        return _FACTORIES[config.backend](config)
+    except (TypeError, ValueError) as e:
+        raise InvalidRequest(f"engine_args of {config.engine_id} do not fit backend {config.backend}: {e}") from e
+
+
+def _vllm(config: EngineConfig) -> Backend:
+    from workers.vllm_backend import VllmBackend
+
+    return VllmBackend.from_config(config)
+
+
+def _openai(config: EngineConfig) -> Backend:
+    from workers.openai_backend import OpenAIBackend
+
+    return OpenAIBackend(
+        config.base_url or "",
+        config.model,
+        api_key=config.api_key,
+        max_num_seqs=config.max_num_seqs,
+        **config.engine_args,
+    )
+
+
+def _sim(config: EngineConfig) -> Backend:
+    """engine_args: the fields of SimTimes and SimConfig; or instant=True, for calls that cost nothing."""
+    from workers.sim_backend import SimBackend
+    from workers.sim_engine import SimConfig, SimTimes
+
+    args = dict(config.engine_args)
+    zero = SimTimes.zero() if args.pop("instant", False) else None
+    named = {f.name: args.pop(f.name) for f in fields(SimTimes) if f.name in args}
+    if config.max_model_len is not None:
+        args["max_model_len"] = config.max_model_len
+    model = config.model or "sim-8b"
+    return SimBackend(SimConfig(model=model, max_num_seqs=config.max_num_seqs, times=zero or SimTimes(**named), **args))
+
+
+_FACTORIES: dict[str, Callable[[EngineConfig], Backend]] = {"vllm": _vllm, "openai": _openai, "sim": _sim}

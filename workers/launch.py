@@ -12,7 +12,7 @@ from broker.connection import BLIPS, connect
 from broker.keys import Keys
 from broker.settings import Settings
 from broker.transitions import Transitions
-from workers.__main__ import API_KEY_VARIABLE, CONFIG_VARIABLE, NODE_VARIABLE
+from workers.__main__ import API_KEY_VARIABLE, CONFIG_VARIABLE, EXIT_INVALID, NODE_VARIABLE
 from workers.config import EngineConfig
 from workers.supervisor import Supervised
 from workers.worker import EXIT_ID_TAKEN, SUPERVISOR_VARIABLE
@@ -32,7 +32,7 @@ def worker_process(
         f"engine {config.engine_id}",
         [sys.executable, "-m", "workers"],
         env,
-        give_up=[EXIT_ID_TAKEN],
+        give_up=[EXIT_ID_TAKEN, EXIT_INVALID],
         output=output,
         grace_s=settings.drain_grace_s,
         died=lambda pid, _status: report_death(settings, config.engine_id, pid),

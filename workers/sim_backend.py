@@ -61,8 +61,7 @@ class SimBackend(Backend):
 
     def abort(self, key: str) -> None:
         """Stops a call at once: what its last step computed is lost."""
-        live = self._live.get(key)
-        if live is not None and not live.future.done():
+        if (live := self._live.get(key)) is not None:
             live.aborted = True
             live.settle()
 
@@ -218,7 +217,7 @@ class _Live:
     def outcome(self) -> Outcome:
         answer, counts = self.request.answer, self.counts()
         done = counts[1]
-        whole = not self.aborted
+        whole = not self.aborted or not self.left
         reason = answer.finish_reason if whole else "abort"
         text, ids = (answer.text, answer.ids) if whole else (answer.text[: answer.chars(done)], answer.ids[:done])
         ttft = None if self.first is None else (self.first - self.began) * 1000
@@ -257,7 +256,7 @@ class _Silent:
         return None
 
     def _new_text(self, done: int) -> str:
-        upto = max(self.sent, self.answer.released(done))
+        upto = self.answer.released(done)
         text = self.answer.text[self.sent : upto]
         self.sent = upto
         return text

@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -88,6 +89,7 @@ class Worker:
         self._control: Control | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         # ("drain" | "stop" | "died" | "renew", detail): the reason of a death, the incarnation whose lease was lost
+        self._told_to_stop = threading.Event()
         self._wishes: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
 
     async def serve(self, handle_signals: bool = True) -> int:
@@ -100,8 +102,8 @@ class Worker:
         if handle_signals:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._loop.add_signal_handler(number, self._want, "stop")
-        control_from = await self._register()
         try:
+            control_from = await self._register()
             self._facts = await self._start_engine()
         except EngineDied as e:
             log.error("engine %s did not start: %s", self.engine, e)
@@ -123,6 +125,8 @@ class Worker:
     # -- wishes: whatever is to happen happens here, one thing after the other
 
     def _want(self, wish: str, detail: str = "") -> None:
+        if wish == "stop":
+            self._told_to_stop.set()
         self._wishes.put_nowait((wish, detail))
 
     async def _grant_wishes(self) -> int:
@@ -153,8 +157,11 @@ class Worker:
         if self._claimer is not None:
             await asyncio.to_thread(self._claimer.close)
         await self._beat(EngineState.DRAINING)
-        while await self._run(self._transitions.drain(self.engine)) >= self.settings.batch:
-            pass
+        try:
+            while await self._run(self._transitions.drain(self.engine), _FLUSH_S) >= self.settings.batch:
+                pass
+        except BLIPS:
+            log.warning("engine %s drains while Redis is away; its lease will give its calls to others", self.engine)
         log.info("engine %s drains: %d calls running", self.engine, len(self._calls))
 
     async def _stop(self) -> None:
@@ -209,8 +216,7 @@ class Worker:
         """
         self._incarnation, seen = new_id(), 0
         while True:
-            command = self._transitions.register(self.engine, self._incarnation, self._registration())
-            reply = await self._run(command)
+            reply = await self._run(self._transitions.register(self.engine, self._incarnation, self._registration()))
             if reply.ok:
                 self._lease = self._new_lease()
                 return reply.control_from
@@ -305,13 +311,21 @@ class Worker:
             log.warning("engine %s could not report %s: Redis is away", self.engine, state)
             return state is EngineState.READY  # the lease thread will report it
 
-    async def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
-        return await self._ask(lambda: scripts.run(self._redis, command))
+    async def _run(self, command: scripts.Command[scripts.T], timeout_s: float | None = None) -> scripts.T:
+        return await self._ask(lambda: scripts.run(self._redis, command), timeout_s)
 
-    async def _ask(self, action: Callable[[], scripts.T]) -> scripts.T:
-        """Asks Redis until it answers, off the event loop."""
+    async def _ask(self, action: Callable[[], scripts.T], timeout_s: float | None = None) -> scripts.T:
+        """Asks Redis until it answers, off the event loop.
+
+        Raises:
+            redis.ConnectionError or its kin: it did not within `timeout_s`.
+            EngineDied: no time limit was given, and the worker was told to stop.
+        """
         done: list[scripts.T] = []
-        await asyncio.to_thread(persist, lambda: done.append(action()), "worker", lambda: False)
+        given_up = self._told_to_stop.is_set if timeout_s is None else lambda: False
+        await asyncio.to_thread(persist, lambda: done.append(action()), "worker", given_up, timeout_s)
+        if not done:
+            raise EngineDied("told to stop while Redis was away")
         return done[0]
 
     def _call(self, action: Callable[..., None], *args: object) -> None:

@@ -26,59 +26,65 @@ local function takes_calls(e)
   return ready[e]
 end
 
+-- A session as this batch sees it: read once, its binding kept up to date.
+local sessions = {}
+local function session_of(s)
+  local known = sessions[s]
+  if not known then
+    local v = redis.call('HMGET', session_key(s), 'cancel_before', 'cancel_reason', 'service', 'engine')
+    known = {cancel_before = v[1], cancel_reason = v[2] or '', service = tonumber(v[3]) or 0, engine = v[4] or ''}
+    sessions[s] = known
+  end
+  return known
+end
+
 -- Two routers may choose for one session at once; the first binding wins while its engine takes calls.
-local function bound_engine(session, chosen, seen)
-  local now_bound = redis.call('HGET', session_key(session), 'engine') or ''
-  if now_bound ~= '' and now_bound ~= seen and takes_calls(now_bound) then return now_bound end
-  redis.call('HSET', session_key(session), 'engine', chosen)
+local function bound_engine(name, session, chosen, seen)
+  if session.engine ~= '' and session.engine ~= seen and takes_calls(session.engine) then return session.engine end
+  session.engine = chosen
+  set_later(session_key(name), 'engine', chosen)
   return chosen
 end
 
 local function assign(entry, id, gen, e, bind, seen, hit, prompt_tokens, why)
-  local key = call_key(id)
-  local r = redis.call('HMGET', key, 'state', 'gen', 'engine', 'session', 'priority', 'submitted_ms', 'deadline_ms',
-    'model', 'cancel_before')
-  if not r[1] then return 'missing', '' end
-  if r[1] ~= 'PENDING' or r[2] ~= gen or r[3] ~= '' then
-    take_entry(entry)
-    return 'stale', r[3] or ''
-  end
-  local session = r[4]
-  local s = redis.call('HMGET', session_key(session), 'cancel_before', 'cancel_reason', 'service')
+  local c = read_call(id)
+  if c.state == '' then return 'missing', '' end
+  take_entry(entry)
+  if c.state ~= 'PENDING' or c.gen ~= gen or c.engine ~= '' then return 'stale', c.engine end
+  local session = session_of(c.session)
   -- A cancel that was sent while the entry was still on the stream: of its session, or of its id alone.
-  if (s[1] and id_at_most(gen, s[1])) or (r[9] and id_at_most(gen, r[9])) then
-    take_entry(entry)
-    end_call(id, 'CANCELLED', '', s[2] or '', '')
+  local by_session = session.cancel_before and id_at_most(gen, session.cancel_before)
+  if by_session or (c.cancel_before ~= '' and id_at_most(gen, c.cancel_before)) then
+    end_call(id, c, 'CANCELLED', '', by_session and session.cancel_reason or c.cancel_reason, '')
     return 'cancelled', ''
   end
-  if r[7] ~= '' and tonumber(r[7]) <= NOW then
-    take_entry(entry)
-    end_call(id, 'FAILED', 'deadline_exceeded', 'The deadline passed before an engine took the call.', '')
+  if c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW then
+    end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed before an engine took the call.', '')
     return 'expired', ''
   end
   if e == '' then
-    take_entry(entry)
-    redis.call('HSET', key, 'why', why)
-    redis.call('ZADD', parked_key(r[8]), r[6], id)
+    redis.call('HSET', call_key(id), 'why', why)
+    later('ZADD', parked_key(c.model), c.submitted_ms, id)
     return 'parked', ''
   end
-  if not takes_calls(e) then return 'unplaced', e end
+  if not takes_calls(e) then
+    taken[#taken] = nil -- it stays on the stream
+    return 'unplaced', e
+  end
   if bind == '1' then
-    local bound = bound_engine(session, e, seen)
+    local bound = bound_engine(c.session, session, e, seen)
     if bound ~= e then
       e, why = bound, 'bound by another router at the same moment'
     end
   end
-  local service = tonumber(s[3]) or 0
-  local level = level_of(service)
-  redis.call('HSET', key, 'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited', int(service),
-    'load', prompt_tokens, 'why', why)
-  redis.call('ZADD', queue_key(e), queue_score(r[5], level, r[6]), id)
+  local level = level_of(session.service)
+  redis.call('HSET', call_key(id), 'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited',
+    int(session.service), 'load', prompt_tokens, 'why', why)
+  later('ZADD', queue_key(e), queue_score(c.priority, level, c.submitted_ms), id)
   count(engine_key(e), 'queued_tokens', tonumber(prompt_tokens) or 0)
   count(engine_key(e), 'served', 1)
   if hit == '1' then count_total('affinity_hits') elseif hit == '0' then count_total('affinity_misses') end
   ring(e)
-  take_entry(entry)
   return 'assigned', e
 end
 
@@ -91,5 +97,5 @@ for at = 5, #ARGV, 9 do
   out[#out + 1] = code
   out[#out + 1] = e
 end
-write_counters()
+write_all()
 return out

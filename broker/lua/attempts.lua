@@ -13,59 +13,54 @@ local function to_router(id, gen, session, model)
   redis.call('XADD', CALLS, '*', 'id', id, 'gen', gen, 'session', session, 'model', model)
 end
 
-local function to_queue(id, e, r)
+local function to_queue(id, e, c)
   redis.call('HSET', call_key(id), 'state', 'PENDING')
-  redis.call('ZADD', queue_key(e), queue_score(r.priority, r.level, r.submitted_ms), id)
-  count(engine_key(e), 'queued_tokens', tonumber(r.load) or 0)
+  later('ZADD', queue_key(e), queue_score(c.priority, c.level, c.submitted_ms), id)
+  count(engine_key(e), 'queued_tokens', tonumber(c.load) or 0)
   ring(e)
 end
 
-local function end_flagged(id, flag, reason)
-  if flag == 'deadline' then
-    end_call(id, 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.', '')
+local function end_flagged(id, c)
+  if c.cancel == 'deadline' then
+    end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.', '')
   else
-    end_call(id, 'CANCELLED', '', reason, '')
+    end_call(id, c, 'CANCELLED', '', c.cancel_reason, '')
   end
 end
-
-local attempt_fields = {'gen', 'session', 'model', 'attempt', 'failures', 'cancel', 'cancel_reason', 'priority',
-  'level', 'submitted_ms', 'load', 'kind'}
 
 -- A call lost its attempt on engine e. fault: whether it counts against max_attempts (a death or an error
 -- does, a graceful give-back does not). home: the engine whose queue takes it, "" = the router decides.
 -- code, message: what the record will say if this was the last attempt allowed.
 local function end_attempt(id, e, fault, max_attempts, home, code, message)
   local key = call_key(id)
-  local v = redis.call('HMGET', key, unpack(attempt_fields))
-  local r = {}
-  for i, name in ipairs(attempt_fields) do r[name] = v[i] or '' end
-  redis.call('ZREM', running_key(e), id)
-  count(engine_key(e), 'running_tokens', -(tonumber(r.load) or 0))
-  if r.cancel ~= '' then return end_flagged(id, r.cancel, r.cancel_reason) end
-  local failures = (tonumber(r.failures) or 0) + (fault and 1 or 0)
+  local c = read_call(id)
+  later('ZREM', running_key(e), id)
+  -- A running set may hold the id of a call that ended or moved: its record says so, and is the law.
+  if c.state ~= 'RUNNING' or c.engine ~= e then return end
+  count(engine_key(e), 'running_tokens', -(tonumber(c.load) or 0))
+  if c.cancel ~= '' then return end_flagged(id, c) end
+  local failures = (tonumber(c.failures) or 0) + (fault and 1 or 0)
   if failures >= max_attempts then
-    local body = redis.call('HMGET', key, 'body', 'json')
-    local field = body[1] and 'body' or 'json'
-    bury(id, code, message, 'session', r.session, 'kind', r.kind, 'model', r.model, 'attempts', r.attempt,
-      field, body[1] or body[2] or '')
-    redis.call('HSET', key, 'failures', failures)
-    return end_call(id, 'FAILED', code, message, '')
+    local body = redis.call('HGET', key, c.format) or ''
+    bury(id, code, message, 'session', c.session, 'kind', c.kind, 'model', c.model, 'attempts', c.attempt,
+      c.format, body)
+    return end_call(id, c, 'FAILED', code, message, '', 'failures', failures)
   end
   -- attempt is half of the fence: from here on the old attempt can change nothing.
-  redis.call('HSET', key, 'attempt', int((tonumber(r.attempt) or 1) + 1), 'failures', failures, 'lost', message)
+  redis.call('HSET', key, 'attempt', int((tonumber(c.attempt) or 1) + 1), 'failures', failures, 'lost', message)
   count_total('requeued')
-  if home == '' then to_router(id, r.gen, r.session, r.model) else to_queue(id, home, r) end
+  if home == '' then to_router(id, c.gen, c.session, c.model) else to_queue(id, home, c) end
 end
 
 -- Gives an engine's waiting calls back to the router, at most limit of them. Returns how many.
 local function give_back_queue(e, limit)
   local ids = redis.call('ZRANGE', queue_key(e), 0, limit - 1)
   for _, id in ipairs(ids) do
-    local r = redis.call('HMGET', call_key(id), 'state', 'engine', 'gen', 'session', 'model', 'load')
-    redis.call('ZREM', queue_key(e), id)
-    if r[1] == 'PENDING' and r[2] == e then
-      count(engine_key(e), 'queued_tokens', -(tonumber(r[6]) or 0))
-      to_router(id, r[3], r[4], r[5])
+    later('ZREM', queue_key(e), id)
+    local c = read_call(id)
+    if c.state == 'PENDING' and c.engine == e then
+      count(engine_key(e), 'queued_tokens', -(tonumber(c.load) or 0))
+      to_router(id, c.gen, c.session, c.model)
     end
   end
   return #ids

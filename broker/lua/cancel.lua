@@ -7,12 +7,12 @@
 -- Emits    to the worker: op=cancel with the call's generation and attempt
 local id, reason = ARGV[4], ARGV[5]
 local done = stop_call(id, 'user', reason)
-write_counters()
+write_all()
 if done == 'ended' then return 'cancelled' end
 if done == 'flagged' or done == 'before' then return 'cancelling' end
 if done ~= '' then return 'finished' end
 local last = redis.call('XREVRANGE', CALLS, '+', '-', 'COUNT', 1)
 if not last[1] then return 'unknown' end
-redis.call('HSET', call_key(id), 'cancel_before', last[1][1])
+redis.call('HSET', call_key(id), 'cancel_before', last[1][1], 'cancel_reason', reason)
 redis.call('PEXPIRE', call_key(id), RESULT_TTL)
 return 'noted'

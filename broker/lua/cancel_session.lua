@@ -20,5 +20,5 @@ for _, id in ipairs(scan[2]) do
   local done = stop_call(id, 'user', reason)
   if done == 'ended' or done == 'flagged' then n = n + 1 end
 end
-write_counters()
+write_all()
 return {scan[1], n}

@@ -1,11 +1,11 @@
 -- create_call: the one place where a call's record is born.
 --
--- entry: the id of its entry on the router stream; it doubles as the generation of the call, so that
--- a re-used call id is never hit by a cancel or a publish meant for its predecessor (rule 3).
--- body_field: "json" (text) or "body" (msgpack); it also says how the result will be encoded.
+-- push: gives the id of the call's entry on the router stream; it doubles as the generation of the call, so that a
+-- re-used call id is never hit by a cancel or a publish meant for its predecessor (rule 3).
+-- format: "json" (text) or "body" (msgpack); the name of the record's field, and how the result will be encoded.
 --
 -- Returns "new", "duplicate" (same id, same content: the retry of a push) or "conflict", and the state.
-local function create_call(entry, c, body_field, body)
+local function create_call(c, push, format, body)
   local key = call_key(c.id)
   local seen = redis.call('HMGET', key, 'state', 'digest', 'cancel_before')
   if seen[1] then
@@ -18,15 +18,15 @@ local function create_call(entry, c, body_field, body)
     'state', 'PENDING', 'session', c.session, 'kind', c.kind, 'model', c.model,
     'priority', c.priority, 'prompt_tokens', c.prompt_tokens, 'deadline_ms', c.deadline_ms,
     'stream', c.stream, 'inbox', c.inbox, 'traceparent', c.traceparent, 'digest', c.digest,
-    'gen', entry, 'attempt', 1, 'failures', 0, 'events', 0, 'submitted_ms', int(NOW), 'engine', '',
-    body_field, body)
+    'gen', push(), 'attempt', 1, 'failures', 0, 'events', 0, 'submitted_ms', int(NOW), 'engine', '',
+    'format', format, format, body)
   if seen[3] then redis.call('PERSIST', key) end
   if c.deadline_ms ~= '' then redis.call('ZADD', DEADLINES, c.deadline_ms, c.id) end
   local session = session_key(c.session)
-  redis.call('HSET', session, 'last_arrival_ms', int(NOW))
-  redis.call('HINCRBY', session, 'arrivals', 1)
-  redis.call('PEXPIRE', session, SESSION_TTL)
-  redis.call('SADD', session_calls_key(c.session), c.id)
+  set_later(session, 'last_arrival_ms', int(NOW))
+  count(session, 'arrivals', 1)
+  touch(session, SESSION_TTL)
+  later('SADD', session_calls_key(c.session), c.id)
   count_total('submitted')
   return 'new', 'PENDING'
 end

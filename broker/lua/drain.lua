@@ -12,5 +12,5 @@ if state ~= 'DRAINING' or op == 'stop' then
   order(e, 'op', op)
 end
 local n = give_back_queue(e, limit)
-write_counters()
+write_all()
 return n

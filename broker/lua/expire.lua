@@ -9,5 +9,5 @@ for _, id in ipairs(due) do
   redis.call('ZREM', DEADLINES, id)
   stop_call(id, 'deadline', 'The deadline passed while the call was waiting.')
 end
-write_counters()
+write_all()
 return #due

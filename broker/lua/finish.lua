@@ -8,50 +8,52 @@
 -- The unit is uncached prompt tokens + 2 x completion tokens (the weights of VTC and llm-d).
 local e = ARGV[4]
 
-local function charge_session(session, submitted_ms, started_ms, inherited, prompt, completion, cached)
-  local own = math.max(0, prompt - cached) + 2 * completion
-  local key = session_key(session)
-  local service = tonumber(redis.call('HGET', key, 'service')) or 0
-  if inherited + own > service then redis.call('HSET', key, 'service', int(inherited + own)) end
-  local waiting = math.max(0, started_ms - submitted_ms)
-  redis.call('HINCRBY', key, 'waiting_ms', int(waiting))
+local services = {}
+local function raise_service(key, service)
+  if not services[key] then services[key] = tonumber(redis.call('HGET', key, 'service')) or 0 end
+  if service > services[key] then
+    services[key] = service
+    set_later(key, 'service', int(service))
+  end
+end
+
+local function charge_session(c, prompt, completion, cached)
+  local key = session_key(c.session)
+  raise_service(key, (tonumber(c.inherited) or 0) + math.max(0, prompt - cached) + 2 * completion)
+  local waiting = math.max(0, tonumber(c.started_ms) - tonumber(c.submitted_ms))
+  count(key, 'waiting_ms', waiting)
   count_total('started')
   count_total('waiting_ms', waiting)
-  count_total('running_ms', math.max(0, NOW - started_ms))
+  count_total('running_ms', math.max(0, NOW - tonumber(c.started_ms)))
   count_total('prompt_tokens', prompt)
   count_total('completion_tokens', completion)
   count_total('cached_tokens', cached)
 end
 
 local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident)
-  local key = call_key(id)
-  local r = redis.call('HMGET', key, 'state', 'gen', 'attempt', 'engine', 'session', 'cancel', 'cancel_reason',
-    'submitted_ms', 'started_ms', 'inherited', 'load')
-  if r[2] ~= gen or r[3] ~= attempt or r[4] ~= e then return 'stale' end
-  if r[1] ~= 'RUNNING' then return r[1] == 'PENDING' and 'stale' or 'again' end
+  local c = read_call(id)
+  if c.gen ~= gen or c.attempt ~= attempt or c.engine ~= e then return 'stale' end
+  if c.state ~= 'RUNNING' then return c.state == 'PENDING' and 'stale' or 'again' end
   -- A cancel that was acknowledged before this finish has taken effect, whatever the engine managed to do.
-  if r[6] == 'deadline' then
+  if c.cancel == 'deadline' then
     state, code, message = 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.'
-  elseif r[6] then
-    state, code, message = 'CANCELLED', '', r[7] or ''
+  elseif c.cancel ~= '' then
+    state, code, message = 'CANCELLED', '', c.cancel_reason
   end
-  redis.call('ZREM', running_key(e), id)
-  count(engine_key(e), 'running_tokens', -(tonumber(r[11]) or 0))
-  redis.call('HSET', key, 'prompt_tokens', prompt, 'completion_tokens', completion, 'cached_tokens', cached)
-  charge_session(r[5], tonumber(r[8]), tonumber(r[9]), tonumber(r[10]) or 0, tonumber(prompt), tonumber(completion),
-    tonumber(cached))
-  if tonumber(resident) > 0 and r[5] ~= id then
-    redis.call('HSET', affinity_key(r[5]), e, resident .. ':' .. int(NOW))
-    redis.call('PEXPIRE', affinity_key(r[5]), SESSION_TTL)
+  later('ZREM', running_key(e), id)
+  count(engine_key(e), 'running_tokens', -(tonumber(c.load) or 0))
+  charge_session(c, tonumber(prompt), tonumber(completion), tonumber(cached))
+  if tonumber(resident) > 0 and c.session ~= id then
+    set_later(affinity_key(c.session), e, resident .. ':' .. int(NOW))
+    touch(affinity_key(c.session), SESSION_TTL)
   end
-  end_call(id, state, code, message, result)
+  c.prompt_tokens = prompt
+  end_call(id, c, state, code, message, result, 'prompt_tokens', prompt, 'completion_tokens', completion,
+    'cached_tokens', cached)
   return 'done'
 end
 
 local out = {}
-for at = 5, #ARGV, 11 do
-  out[#out + 1] = finish(ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6],
-    ARGV[at + 7], ARGV[at + 8], ARGV[at + 9], ARGV[at + 10])
-end
-write_counters()
+for at = 5, #ARGV, 11 do out[#out + 1] = finish(unpack(ARGV, at, at + 10)) end
+write_all()
 return out

@@ -1,4 +1,4 @@
--- Shared head of every script: names, the clock, and counters that are written once a script.
+-- Shared head of every script: names, the clock, reading a call, and writes that are gathered over a batch.
 --
 -- KEYS[1]  the namespace prefix, e.g. "{rsm}:"; all other keys are built from it, so they share its slot
 -- ARGV[1]  result_ttl_ms    how long a finished call's record, log and inbox live
@@ -19,6 +19,7 @@ local CALLS = P .. 'calls'
 local ENGINES = P .. 'engines'
 local DEAD = P .. 'dead'
 local DEADLINES = P .. 'deadlines'
+local STATS = P .. 'stats'
 local function call_key(id) return P .. 'call:' .. id end
 local function log_key(id) return P .. 'call:' .. id .. ':events' end
 local function inbox_key(client) return P .. 'inbox:' .. client end
@@ -33,18 +34,75 @@ local function session_recent_key(s) return P .. 'session:' .. s .. ':recent' en
 local function affinity_key(s) return P .. 'affinity:' .. s end
 local function parked_key(model) return P .. 'parked:' .. model end
 
--- Counters gathered while a batch runs and written once at its end: {key = {field = increment}}.
-local pending = {}
+-- What scripts read of a call's record; "" for a field that is not there, so state "" means: no such call.
+local call_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'kind', 'model', 'priority', 'level', 'stream',
+  'inbox', 'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'load', 'inherited', 'events', 'failures',
+  'cancel', 'cancel_reason', 'cancel_before', 'format', 'digest'}
+local function read_call(id)
+  local v = redis.call('HMGET', call_key(id), unpack(call_fields))
+  local c = {}
+  for i, name in ipairs(call_fields) do c[name] = v[i] or '' end
+  return c
+end
+
+-- Writes that a batch has in common are gathered and made once, at its end, by write_all: a counter that a hundred
+-- calls move is written once, and so is the expiry of a key that a hundred calls touch. A script must not read a key
+-- that it has such a write outstanding for.
+local increments, settings, expiries, taken, rung = {}, {}, {}, {}, {}
+local members = {ZADD = {}, ZREM = {}, SADD = {}, SREM = {}, LPUSH = {}}
+
+local function gather(map, key)
+  local t = map[key]
+  if not t then t = {}; map[key] = t end
+  return t
+end
 local function count(key, field, n)
-  local fields = pending[key]
-  if not fields then fields = {}; pending[key] = fields end
+  local fields = gather(increments, key)
   fields[field] = (fields[field] or 0) + n
 end
-local function count_total(field, n) count(P .. 'stats', field, n or 1) end
-local function write_counters()
-  for key, fields in pairs(pending) do
+local function count_total(field, n) count(STATS, field, n or 1) end
+local function set_later(key, field, value) gather(settings, key)[field] = value end
+local function touch(key, ttl) expiries[key] = ttl end
+local function later(command, key, ...)
+  local list = gather(members[command], key)
+  for i = 1, select('#', ...) do list[#list + 1] = (select(i, ...)) end
+end
+-- Takes an entry off the router stream. XACK alone would keep it for ever (docs/protocol.md).
+local function take_entry(entry) taken[#taken + 1] = entry end
+-- Wakes the worker that waits for work. One ring is enough however many calls wait.
+local function ring(e) rung[e] = true end
+
+-- Lua cannot unpack lists of any length; the size is even, so that pairs stay together.
+local function in_chunks(list, run)
+  for at = 1, #list, 2000 do run(unpack(list, at, math.min(at + 1999, #list))) end
+end
+
+local function write_members(command)
+  for key, list in pairs(members[command]) do
+    in_chunks(list, function(...) redis.call(command, key, ...) end)
+    if command == 'LPUSH' then redis.call('LTRIM', key, 0, 255) end
+  end
+end
+
+local function write_all()
+  for key, fields in pairs(settings) do
+    for field, value in pairs(fields) do redis.call('HSET', key, field, value) end
+  end
+  for key, fields in pairs(increments) do
     for field, n in pairs(fields) do
       if n ~= 0 then redis.call('HINCRBY', key, field, int(n)) end
+    end
+  end
+  for _, command in ipairs({'ZADD', 'ZREM', 'SADD', 'SREM', 'LPUSH'}) do write_members(command) end
+  for key, ttl in pairs(expiries) do redis.call('PEXPIRE', key, ttl) end
+  in_chunks(taken, function(...)
+    redis.call('XACK', CALLS, 'router', ...)
+    redis.call('XDEL', CALLS, ...)
+  end)
+  for e in pairs(rung) do
+    if redis.call('LLEN', bell_key(e)) == 0 then
+      redis.call('LPUSH', bell_key(e), '1')
+      redis.call('PEXPIRE', bell_key(e), SESSION_TTL)
     end
   end
 end
@@ -56,23 +114,6 @@ local function id_at_most(a, b)
   if not am or not bm then return false end
   am, as, bm, bs = tonumber(am), tonumber(as), tonumber(bm), tonumber(bs)
   return am < bm or (am == bm and as <= bs)
-end
-
--- Takes an entry off the router stream. XACK alone would keep it for ever (docs/protocol.md).
-local function take_entry(entry)
-  if entry ~= '' then
-    redis.call('XACK', CALLS, 'router', entry)
-    redis.call('XDEL', CALLS, entry)
-  end
-end
-
--- Wakes the worker that waits for work. One ring is enough however many calls wait.
-local function ring(e)
-  local bell = bell_key(e)
-  if redis.call('LLEN', bell) == 0 then
-    redis.call('LPUSH', bell, '1')
-    redis.call('PEXPIRE', bell, SESSION_TTL)
-  end
 end
 
 -- An order for one worker: a cancel flag, drain or stop.

@@ -34,7 +34,7 @@ for _, e in ipairs(candidates) do
   if moved < limit then moved = moved + give_back_queue(e, limit - moved) end
   if moved < limit then
     redis.call('HSET', key, 'queued_tokens', 0, 'running_tokens', 0)
-    pending[key] = nil
+    increments[key] = nil
     -- Until its hash expires the engine stays listed: its model is known, so calls wait for it to come back.
     local beat = tonumber(redis.call('ZSCORE', ENGINES, e) or '0')
     if beat < NOW - tonumber(SESSION_TTL) then
@@ -43,5 +43,5 @@ for _, e in ipairs(candidates) do
     end
   end
 end
-write_counters()
+write_all()
 return {moved, unpack(dead)}

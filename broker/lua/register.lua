@@ -23,6 +23,6 @@ if old[1] ~= incarnation then
     end_attempt(id, e, true, max_attempts, e, 'attempts_exhausted', 'The worker died while the call was running.')
   end
 end
-write_counters()
+write_all()
 local last = redis.call('XREVRANGE', control_key(e), '+', '-', 'COUNT', 1)
 return {'ok', last[1] and last[1][1] or '0-0'}

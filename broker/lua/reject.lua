@@ -7,17 +7,19 @@
 local function refuse(entry, id, gen, session, inbox, code, message)
   if not redis.call('XRANGE', CALLS, entry, entry)[1] then return 'gone' end
   take_entry(entry)
-  local r = {}
-  if id ~= '' then r = redis.call('HMGET', call_key(id), 'state', 'gen', 'engine') end
-  if id ~= '' and not r[1] then
-    create_call(entry, {id = id, session = session, kind = '', model = '', priority = '0', prompt_tokens = '0',
-      deadline_ms = '', stream = '0', inbox = inbox, traceparent = '', digest = ''}, 'body', '')
-  elseif r[1] ~= 'PENDING' or r[2] ~= gen or r[3] ~= '' then
+  local c = {state = 'none'}
+  if id ~= '' then c = read_call(id) end
+  if c.state == '' then
+    create_call({id = id, session = session, kind = '', model = '', priority = '0', prompt_tokens = '0',
+      deadline_ms = '', stream = '0', inbox = inbox, traceparent = '', digest = ''},
+      function() return entry end, 'body', '')
+    c = read_call(id)
+  elseif c.state ~= 'PENDING' or c.gen ~= gen or c.engine ~= '' then
     bury(id, code, message, 'entry', entry)
-    tell_inbox(inbox, id, 'FAILED', code, message, '', '0', {'gen', entry})
+    tell_inbox(inbox, id, 'FAILED', code, message, '', 'n', 0, 'gen', entry)
     return 'buried'
   end
-  end_call(id, 'FAILED', code, message, '')
+  end_call(id, c, 'FAILED', code, message, '')
   return 'failed'
 end
 
@@ -27,5 +29,5 @@ for at = 4, #ARGV, 7 do
   if gen == '' then gen = ARGV[at] end
   out[#out + 1] = refuse(ARGV[at], ARGV[at + 1], gen, ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6])
 end
-write_counters()
+write_all()
 return out

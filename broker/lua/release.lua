@@ -15,5 +15,5 @@ for at = 6, #ARGV, 6 do
     out[#out + 1] = 'stale'
   end
 end
-write_counters()
+write_all()
 return out

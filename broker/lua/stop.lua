@@ -1,27 +1,27 @@
 -- stop_call: ends a waiting call at once, flags a running one and wakes its worker. Needs lib and terminal.
 --
 -- flag: "user" (the call becomes CANCELLED) | "deadline" (it becomes FAILED)
--- Returns "ended" | "flagged" | "before" (flagged earlier) | the terminal state | "" (no such call)
+-- Returns "ended" | "flagged" | "before" (flagged so earlier) | "other" (it will end by the other flag)
+--         | the terminal state | "" (no such call)
 local function stop_call(id, flag, reason)
-  local key = call_key(id)
-  local r = redis.call('HMGET', key, 'state', 'engine', 'gen', 'attempt', 'load', 'cancel', 'model')
-  if r[1] == 'RUNNING' then
-    if r[6] then return 'before' end
-    redis.call('HSET', key, 'cancel', flag, 'cancel_reason', reason)
-    order(r[2], 'op', 'cancel', 'id', id, 'gen', r[3], 'attempt', r[4])
+  local c = read_call(id)
+  if c.state == 'RUNNING' then
+    if c.cancel ~= '' then return c.cancel == flag and 'before' or 'other' end
+    redis.call('HSET', call_key(id), 'cancel', flag, 'cancel_reason', reason)
+    order(c.engine, 'op', 'cancel', 'id', id, 'gen', c.gen, 'attempt', c.attempt)
     return 'flagged'
   end
-  if r[1] ~= 'PENDING' then return r[1] or '' end
-  if r[2] ~= '' then
-    redis.call('ZREM', queue_key(r[2]), id)
-    count(engine_key(r[2]), 'queued_tokens', -(tonumber(r[5]) or 0))
+  if c.state ~= 'PENDING' then return c.state end
+  if c.engine ~= '' then
+    later('ZREM', queue_key(c.engine), id)
+    count(engine_key(c.engine), 'queued_tokens', -(tonumber(c.load) or 0))
   else
-    redis.call('ZREM', parked_key(r[7] or ''), id)
+    later('ZREM', parked_key(c.model), id)
   end
   if flag == 'deadline' then
-    end_call(id, 'FAILED', 'deadline_exceeded', reason, '')
+    end_call(id, c, 'FAILED', 'deadline_exceeded', reason, '')
   else
-    end_call(id, 'CANCELLED', '', reason, '')
+    end_call(id, c, 'CANCELLED', '', reason, '')
   end
   return 'ended'
 end

@@ -9,15 +9,13 @@ local out = {}
 for at = 4, #ARGV, #names + 1 do
   local c = {}
   for i, name in ipairs(names) do c[name] = ARGV[at + i - 1] end
-  local body = ARGV[at + #names]
-  local entry = ''
-  if not redis.call('HGET', call_key(c.id), 'state') then
-    entry = redis.call('XADD', CALLS, '*', 'id', c.id, 'session', c.session, 'model', c.model,
+  local function push()
+    return redis.call('XADD', CALLS, '*', 'id', c.id, 'session', c.session, 'model', c.model,
       'prompt_tokens', c.prompt_tokens, 'ref', '1')
   end
-  local code, state = create_call(entry, c, 'body', body)
+  local code, state = create_call(c, push, 'body', ARGV[at + #names])
   out[#out + 1] = code
   out[#out + 1] = state
 end
-write_counters()
+write_all()
 return out

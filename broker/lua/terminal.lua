@@ -8,59 +8,41 @@
 -- Results larger than this stay in the record alone; the inbox event then says big=1.
 local INBOX_RESULT_MAX = 65536
 
-local touched = {}
-local function touch(key, ttl)
-  if not touched[key] then
-    redis.call('PEXPIRE', key, ttl)
-    touched[key] = true
-  end
-end
-
--- What the record and the end event share, so that a waiter needs no second look.
-local told_fields = {'session', 'gen', 'engine', 'attempt', 'submitted_ms', 'started_ms', 'prompt_tokens',
-  'completion_tokens', 'cached_tokens', 'stream', 'inbox', 'deadline_ms', 'events'}
-
-local function tell_inbox(client, id, state, code, message, result, n, more)
+local function tell_inbox(client, id, state, code, message, result, ...)
   if client == '' then return end
+  if #result > INBOX_RESULT_MAX then return tell_inbox(client, id, state, code, message, '', 'big', 1, ...) end
   local inbox = inbox_key(client)
-  local big = #result > INBOX_RESULT_MAX and '1' or ''
-  redis.call('XADD', inbox, 'MAXLEN', '~', INBOX_MAX, '*', 'call', id, 'n', n, 'state', state, 'error_code', code,
-    'error', message, 'result', big == '' and result or '', 'big', big, 'finished_ms', int(NOW), unpack(more))
+  redis.call('XADD', inbox, 'MAXLEN', '~', INBOX_MAX, '*', 'call', id, 'state', state, 'error_code', code,
+    'error', message, 'result', result, 'finished_ms', int(NOW), ...)
   touch(inbox, RESULT_TTL)
 end
 
-local function end_call(id, state, code, message, result)
+-- c: the call as read_call gave it; prompt_tokens as they are to be told. Further field-value pairs go into the record.
+local function end_call(id, c, state, code, message, result, ...)
   local key = call_key(id)
-  local v = redis.call('HMGET', key, unpack(told_fields))
-  local c, told = {}, {}
-  for i, name in ipairs(told_fields) do
-    c[name] = v[i] or ''
-    if i <= 9 and v[i] then
-      told[#told + 1] = name
-      told[#told + 1] = v[i]
-    end
-  end
+  -- A finished call's body is not needed any more; a failed one's is, to look at it and to replay it.
+  local body = state == 'FAILED' and 'format' or c.format
   redis.call('HSET', key, 'state', state, 'finished_ms', int(NOW), 'error_code', code, 'error', message,
-    'result', result)
-  if state ~= 'FAILED' then redis.call('HDEL', key, 'body', 'json') end
+    'result', result, body, state == 'FAILED' and c.format or '', ...)
   redis.call('PEXPIRE', key, RESULT_TTL)
   if c.stream == '1' then
     redis.call('XADD', log_key(id), '*', 'n', c.events, 'state', state, 'error_code', code, 'error', message)
     redis.call('PEXPIRE', log_key(id), RESULT_TTL)
   end
   if c.deadline_ms ~= '' then redis.call('ZREM', DEADLINES, id) end
-  redis.call('SREM', session_calls_key(c.session), id)
+  later('SREM', session_calls_key(c.session), id)
   local session = session_key(c.session)
-  redis.call('HSET', session, 'last_completion_ms', int(NOW))
-  redis.call('HINCRBY', session, string.lower(state), 1)
-  redis.call('PEXPIRE', session, SESSION_TTL)
+  set_later(session, 'last_completion_ms', int(NOW))
+  count(session, string.lower(state), 1)
+  touch(session, SESSION_TTL)
   if c.session ~= id then
-    local recent = session_recent_key(c.session)
-    redis.call('LPUSH', recent, id)
-    redis.call('LTRIM', recent, 0, 255)
-    redis.call('PEXPIRE', recent, RESULT_TTL)
+    later('LPUSH', session_recent_key(c.session), id)
+    touch(session_recent_key(c.session), RESULT_TTL)
   end
-  tell_inbox(c.inbox, id, state, code, message, result, c.events, told)
+  -- What the waiter needs to make the result of, so that it need not look at the record.
+  tell_inbox(c.inbox, id, state, code, message, result, 'n', c.events, 'session', c.session, 'gen', c.gen, 'engine',
+    c.engine, 'attempt', c.attempt, 'submitted_ms', c.submitted_ms, 'started_ms', c.started_ms, 'prompt_tokens',
+    c.prompt_tokens, ...)
   count_total(string.lower(state))
 end
 

@@ -13,13 +13,14 @@ local key = call_key(id)
 local before = redis.call('HGET', key, 'state') or ''
 if not legal[before .. '>' .. state] then return {'illegal', before} end
 if state == 'PENDING' then
-  create_call(int(NOW) .. '-0', {id = id, session = session, kind = 'generate', model = '', priority = '0',
-    prompt_tokens = '0', deadline_ms = '', stream = '0', inbox = '', traceparent = '', digest = ''}, 'body', '')
+  create_call({id = id, session = session, kind = 'generate', model = '', priority = '0', prompt_tokens = '0',
+    deadline_ms = '', stream = '0', inbox = '', traceparent = '', digest = ''},
+    function() return int(NOW) .. '-0' end, 'body', '')
   redis.call('HSET', key, 'engine', engine)
 elseif state == 'RUNNING' then
   redis.call('HSET', key, 'state', 'RUNNING', 'started_ms', int(NOW))
 else
-  end_call(id, state, state == 'FAILED' and 'engine_error' or '', reason, '')
+  end_call(id, read_call(id), state, state == 'FAILED' and 'engine_error' or '', reason, '')
 end
-write_counters()
+write_all()
 return {'ok', before}

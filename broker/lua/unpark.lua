@@ -6,8 +6,9 @@
 local model, limit = ARGV[4], tonumber(ARGV[5])
 local ids = redis.call('ZRANGE', parked_key(model), 0, limit - 1)
 for _, id in ipairs(ids) do
-  redis.call('ZREM', parked_key(model), id)
-  local r = redis.call('HMGET', call_key(id), 'state', 'engine', 'gen', 'session', 'model')
-  if r[1] == 'PENDING' and r[2] == '' then to_router(id, r[3], r[4], r[5]) end
+  later('ZREM', parked_key(model), id)
+  local c = read_call(id)
+  if c.state == 'PENDING' and c.engine == '' then to_router(id, c.gen, c.session, c.model) end
 end
+write_all()
 return #ids

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import isabstract
 
 from broker.errors import InvalidRequest
 from broker.settings import Settings
 from router.policies.autellix import Autellix
-from router.policies.base import CallView, Choice, Policy, least_loaded
+from router.policies.base import CallView, Choice, Policy
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
 from router.policies.session_hash import SessionHash
 
-__all__ = ["POLICIES", "CallView", "Choice", "Policy", "create_policy", "least_loaded"]
+__all__ = ["POLICIES", "CallView", "Choice", "Policy", "create_policy"]
 
 POLICIES: dict[str, type[Policy]] = {
     "autellix": Autellix,
@@ -34,10 +35,10 @@ def create_policy(settings: Settings) -> Policy:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as e:
+    except (ImportError, AttributeError, ValueError, TypeError) as e:  # the last two: no module path at all
         raise InvalidRequest(
             f"There is no routing policy {name!r} ({e}). Use one of {', '.join(POLICIES)}, or package.module:Class."
         ) from e
-    if not (isinstance(found, type) and issubclass(found, Policy)):
-        raise InvalidRequest(f"{name!r} is not a subclass of router.policies.Policy.")
+    if not (isinstance(found, type) and issubclass(found, Policy)) or isabstract(found):
+        raise InvalidRequest(f"{name!r} is not a subclass of router.policies.Policy with a method `choose`.")
     return found(settings)

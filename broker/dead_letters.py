@@ -1,0 +1,207 @@
+"""Dead letters: calls that used up their attempts, and entries of which no record could be made; for people to judge.
+
+A letter keeps the call's body, so it can be sent again even after its record has expired. Bodies are prompts: nothing
+here shows one, only its size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from broker import codec, scripts
+from broker.codec import number, text
+from broker.connection import connect
+from broker.errors import InvalidRequest, UnknownCall
+from broker.ids import check_id
+from broker.keys import Keys
+from broker.models import CallRequest
+from broker.request import check_request, estimate_tokens
+from broker.settings import Settings
+from broker.transitions import Submission, Transitions
+
+_ENTRY = re.compile(r"\d+-\d+")
+# Letters come with their bodies, of up to megabytes each, so few are read at once.
+_PAGE = 20
+_MAX_ID = 128
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One entry of the stream of dead letters. `died_ms` is epoch milliseconds on Redis's clock."""
+
+    entry: str
+    call_id: str
+    error_code: str
+    error: str
+    session: str
+    kind: str
+    model: str
+    attempts: int
+    died_ms: int
+    body_bytes: int
+    body_field: codec.Format = "body"
+    body: bytes = field(default=b"", repr=False)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether its body was kept; that of a refused entry is not."""
+        return self.body_bytes > 0
+
+    def summary(self) -> dict[str, Any]:
+        """What may be shown: everything but the body."""
+        return {
+            "entry": self.entry,
+            "call_id": self.call_id,
+            "error_code": self.error_code,
+            "error": self.error,
+            "session": self.session,
+            "kind": self.kind,
+            "model": self.model,
+            "attempts": self.attempts,
+            "died_ms": self.died_ms,
+            "body_bytes": self.body_bytes,
+            "replayable": self.replayable,
+        }
+
+
+class DeadLetters:
+    """The dead letters of one namespace.
+
+    Args:
+        server: a client with the broker's options; none = a new one for `settings`.
+    """
+
+    def __init__(self, settings: Settings | None = None, server: redis.Redis | None = None) -> None:
+        self.settings = settings or Settings()
+        self.keys = Keys(self.settings.namespace)
+        self._redis: Any = server or connect(self.settings)
+        self._transitions = Transitions(self.keys, self.settings)
+
+    def count(self) -> int:
+        return int(self._redis.xlen(self.keys.dead))
+
+    def ls(self, limit: int = 100) -> list[DeadLetter]:
+        """The latest letters, newest first, without their bodies."""
+        found: list[DeadLetter] = []
+        for letter in self._newest_first():
+            if len(found) == limit:
+                break
+            found.append(letter)
+        return found
+
+    def show(self, ref: str) -> DeadLetter:
+        """One letter, by the id of its entry, or the newest one of a call.
+
+        Raises:
+            UnknownCall: there is none.
+        """
+        letter = self._entry(ref) if _ENTRY.fullmatch(ref) else None
+        # A bare XADD without an id makes a call whose id looks like an entry's.
+        letter = letter or next((each for each in self._newest_first() if each.call_id == ref), None)
+        if letter is None:
+            raise UnknownCall(f"There is no dead letter {ref}; `rsm dead ls` shows them.")
+        return letter
+
+    def replay(self, ref: str) -> str:
+        """Sends a dead call again and removes its letter; returns the id under which it runs now.
+
+        That is its own id if its record is gone, else `ID.replay-ENTRY`. The letter goes only after the push, and the
+        id depends on the letter alone, so a replay that was interrupted may be repeated: the call is not run twice.
+
+        Raises:
+            UnknownCall: there is no such letter.
+            InvalidRequest: its body was not kept.
+        """
+        entry = self.show(ref).entry
+        letter = self._entry(entry, with_body=True)
+        if letter is None:
+            raise UnknownCall(f"Dead letter {entry} is gone; somebody else was faster.")
+        if not letter.replayable:
+            raise InvalidRequest(f"Dead letter {entry} keeps no body ({letter.error_code}): send the call anew.")
+        call_id = next(i for i in self._candidates(letter) if self._push(i, letter))
+        self._redis.xdel(self.keys.dead, entry)
+        return call_id
+
+    def _candidates(self, letter: DeadLetter) -> Iterator[str]:
+        gen = text(self._redis.hget(self.keys.call(letter.call_id), "gen"))
+        # No record, or one born after this letter: then an earlier try of this very replay may have made it.
+        if not gen or _order(gen) > _order(letter.entry):
+            yield letter.call_id
+        tail = f".replay-{letter.entry}"
+        yield letter.call_id[: _MAX_ID - len(tail)] + tail
+        raise InvalidRequest(f"The ids of dead letter {letter.entry} belong to other calls by now.")
+
+    def _push(self, call_id: str, letter: DeadLetter) -> bool:
+        """False if the id belongs to another call."""
+        request = self._request(call_id, letter)
+        if letter.body_field == "json":
+            return self._push_json(request, letter)
+        digest = codec.digest(request.kind, request.model, letter.body)
+        command = self._transitions.submit([Submission(request, digest, letter.body)])
+        return scripts.run(self._redis, command)[0].code != "conflict"
+
+    def _push_json(self, request: CallRequest, letter: DeadLetter) -> bool:
+        """As the producer did it, by a bare XADD: its result will be JSON again."""
+        found = text(self._redis.hget(self.keys.call(request.id), "digest"))
+        if found:
+            return found == codec.digest(request.kind, request.model, letter.body)
+        names = ("id", "session", "kind", "model", "priority", "prompt_tokens")
+        entry = {name: getattr(request, name) for name in names}
+        self._redis.xadd(self.keys.calls, {**entry, "stream": int(request.stream), "json": letter.body})
+        return True
+
+    def _request(self, call_id: str, letter: DeadLetter) -> CallRequest:
+        """The call's routing fields. What the letter does not keep comes from the record, while that lasts."""
+        names = ["priority", "stream", "prompt_tokens"]
+        priority, stream, tokens = self._redis.hmget(self.keys.call(letter.call_id), names)
+        body = codec.decode(letter.body, letter.body_field)
+        return check_request(
+            id=check_id(call_id, "id"),
+            # A call without a session was its own, and is again.
+            session=letter.session if letter.session != letter.call_id else call_id,
+            kind=letter.kind,
+            model=letter.model,
+            priority=number(priority),
+            stream=stream == b"1",
+            prompt_tokens=number(tokens) or estimate_tokens(body, len(letter.body)),
+        )
+
+    def _entry(self, entry: str, with_body: bool = False) -> DeadLetter | None:
+        found = self._redis.xrange(self.keys.dead, entry, entry)
+        return _letter(found[0][0], found[0][1], with_body) if found else None
+
+    def _newest_first(self) -> Iterator[DeadLetter]:
+        last = "+"
+        while page := self._redis.xrevrange(self.keys.dead, last, "-", count=_PAGE):
+            for entry, fields in page:
+                yield _letter(entry, fields)
+            last = f"({text(page[-1][0])}"
+
+
+def _letter(entry: bytes, fields: Mapping[bytes, bytes], with_body: bool = False) -> DeadLetter:
+    form: codec.Format = "json" if b"json" in fields else "body"
+    body = fields.get(form.encode(), b"")
+    return DeadLetter(
+        entry=text(entry),
+        call_id=text(fields.get(b"id")),
+        error_code=text(fields.get(b"error_code")),
+        error=text(fields.get(b"error")),
+        session=text(fields.get(b"session")),
+        kind=text(fields.get(b"kind")),
+        model=text(fields.get(b"model")),
+        attempts=number(fields.get(b"attempts")),
+        died_ms=number(text(entry).partition("-")[0]),
+        body_bytes=len(body),
+        body_field=form,
+        body=body if with_body else b"",
+    )
+
+
+def _order(entry: str) -> tuple[int, int]:
+    ms, _, seq = entry.partition("-")
+    return number(ms), number(seq)

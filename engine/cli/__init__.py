@@ -1,0 +1,13 @@
+"""The `rsm` command. Each module registers its commands with the one application."""
+
+from __future__ import annotations
+
+from engine.cli import calls, dead, demo, doctor, drain, parts, show
+from engine.cli.app import app
+
+__all__ = ["app", "calls", "dead", "demo", "doctor", "drain", "main", "parts", "show"]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,196 @@
+"""Is everything as it should be? One small check after the other, each with what to do if not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import redis
+
+from broker import scripts
+from broker.codec import text
+from broker.connection import connect
+from broker.dead_letters import DeadLetters
+from broker.keys import ROUTER_GROUP
+from broker.models import EngineState
+from broker.monitor import Monitor
+from broker.settings import Settings
+
+Status = Literal["ok", "warning", "problem"]
+
+_FLOOR = {"Redis": (7, 0), "Valkey": (7, 2)}
+_SKEW_MS = 1000.0
+_NEARLY_FULL = 0.8
+# In a healthy deployment an entry stays on the router stream for milliseconds.
+_SLOW_BACKLOG_MS = 5_000
+_STUCK_BACKLOG_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check found. `advice` says what to do, "" if nothing."""
+
+    name: str
+    status: Status
+    detail: str
+    advice: str = ""
+
+
+def examine(settings: Settings) -> list[Check]:
+    """Runs all checks. Without Redis there is only the first."""
+    server: Any = connect(settings)
+    try:
+        reached = _reachable(server)
+        if reached.status == "problem":
+            return [reached]
+        monitor = Monitor(settings, server)
+        return [reached, *(_guarded(name, check, server, monitor) for name, check in _CHECKS.items())]
+    finally:
+        server.close()
+
+
+def _guarded(name: str, check: Callable[[Any, Monitor], Check], server: Any, monitor: Monitor) -> Check:
+    """A check that this server refuses (a managed one may forbid INFO) must not hide the others."""
+    try:
+        return check(server, monitor)
+    except redis.RedisError as e:
+        return Check(name, "warning", f"could not be checked ({type(e).__name__}).", "Look at the user's permissions.")
+
+
+def _reachable(server: Any) -> Check:
+    began = time.perf_counter()
+    try:
+        server.ping()
+    except redis.RedisError as e:
+        advice = "Start everything with `rsm up`, or name a server with --redis or RSM_REDIS_URL."
+        return Check("redis", "problem", f"does not answer ({type(e).__name__}).", advice)
+    return Check("redis", "ok", f"answers in {(time.perf_counter() - began) * 1000:.1f} ms.")
+
+
+def _version(server: Any, _: Monitor) -> Check:
+    name, shown = _server_version(server.info("server"))
+    floor = _FLOOR[name]
+    if tuple(int(part) for part in shown.split(".")[:2]) < floor:
+        return Check("version", "problem", f"{name} {shown}.", f"Use {name} {floor[0]}.{floor[1]} or newer.")
+    return Check("version", "ok", f"{name} {shown}.")
+
+
+def _server_version(info: Mapping[str, Any]) -> tuple[str, str]:
+    """Valkey also calls itself a Redis 7.2, for old clients; its own version stands beside."""
+    if "valkey_version" in info:
+        return "Valkey", str(info["valkey_version"])
+    return "Redis", str(info["redis_version"])
+
+
+def _persistence(server: Any, _: Monitor) -> Check:
+    info = server.info("persistence")
+    if not info.get("aof_enabled"):
+        advice = "Set `appendonly yes`, or accepted calls are lost when Redis restarts."
+        return Check("persistence", "problem", "the append-only file is off.", advice)
+    for field in ("aof_last_write_status", "aof_last_bgrewrite_status"):
+        if info.get(field, "ok") != "ok":
+            return Check("persistence", "problem", f"{field} is {info[field]}.", "Look at Redis's log and its disk.")
+    return Check("persistence", "ok", "append-only file, last write ok.")
+
+
+def _memory(server: Any, _: Monitor) -> Check:
+    info = server.info("memory")
+    policy, limit, used = str(info.get("maxmemory_policy")), int(info.get("maxmemory", 0)), int(info["used_memory"])
+    shown = f"maxmemory-policy {policy}, {used >> 20} MiB used" + (f" of {limit >> 20}." if limit else ".")
+    if policy != "noeviction":
+        status: Status = "problem" if limit else "warning"
+        return Check("memory", status, shown, "Set `maxmemory-policy noeviction`: any other one deletes calls.")
+    if limit and used > _NEARLY_FULL * limit:
+        return Check("memory", "warning", shown, "Raise maxmemory, or shorten RSM_RESULT_TTL_S.")
+    return Check("memory", "ok", shown)
+
+
+def _clock(server: Any, _: Monitor) -> Check:
+    sent = time.time()
+    seconds, micros = server.time()
+    # Its clock was read somewhere between sending and receiving; half way is the best guess.
+    skew = abs((sent + time.time()) / 2 - seconds - micros / 1e6) * 1000
+    if skew > _SKEW_MS:
+        advice = "Run NTP on both. Only deadlines that producers compute from their own clock are affected."
+        return Check("clock", "warning", f"this machine and Redis are {skew / 1000:.1f} s apart.", advice)
+    return Check("clock", "ok", f"{skew:.0f} ms from Redis's.")
+
+
+def _scripts(server: Any, _: Monitor) -> Check:
+    try:
+        scripts.load_all(server)
+    except redis.ResponseError as e:
+        return Check("scripts", "problem", f"Redis refuses them ({type(e).__name__}).", "Allow EVAL, EVALSHA, SCRIPT.")
+    return Check("scripts", "ok", "all load.")
+
+
+def _routers(server: Any, monitor: Monitor) -> Check:
+    advice = "Start a router: `rsm up` or `rsm router`."
+    try:
+        groups = {text(g["name"]) for g in server.xinfo_groups(monitor.keys.calls)}
+    except redis.ResponseError:
+        return Check("routers", "problem", "no router has ever served this namespace.", advice)
+    if ROUTER_GROUP not in groups:
+        return Check("routers", "problem", "the consumer group is missing.", advice)
+    idle = [int(c["idle"]) for c in server.xinfo_consumers(monitor.keys.calls, ROUTER_GROUP)]
+    alive = sum(ms < 2 * monitor.settings.lease_ms for ms in idle)
+    if not alive:
+        return Check("routers", "problem", f"none is alive ({len(idle)} consumers left behind).", advice)
+    return Check("routers", "ok", f"{alive} alive.")
+
+
+def _backlog(server: Any, monitor: Monitor) -> Check:
+    oldest = server.xrange(monitor.keys.calls, count=1)
+    if not oldest:
+        return Check("backlog", "ok", "every call is placed.")
+    age = monitor.now_ms() - int(text(oldest[0][0]).partition("-")[0])
+    shown = f"{monitor.backlog()} calls not yet placed, the oldest for {age / 1000:.1f} s."
+    if age > _STUCK_BACKLOG_MS:
+        return Check("backlog", "problem", shown, "Start a router, or look at the routers' logs.")
+    if age > _SLOW_BACKLOG_MS:
+        return Check("backlog", "warning", shown, "Start another router: `rsm router`.")
+    return Check("backlog", "ok", shown)
+
+
+def _engines(_: Any, monitor: Monitor) -> Check:
+    now, lease = monitor.now_ms(), monitor.settings.lease_ms
+    engines = [e for e in monitor.engines() if e["state"] != EngineState.STOPPED]
+    ready = [e for e in engines if e["state"] == EngineState.READY and now - e["heartbeat_ms"] <= lease]
+    ids = {e["engine_id"] for e in ready}
+    others = ", ".join(f"{e['engine_id']} {_ails(e, now, lease)}" for e in engines if e["engine_id"] not in ids)
+    if not ready:
+        advice = "Start one: `rsm up` or `rsm worker`; look at its log."
+        return Check("engines", "problem", f"none is ready{': ' + others if others else ''}.", advice)
+    slots = sum(e["max_num_seqs"] for e in ready)
+    shown = f"{len(ready)} ready with {slots} slots{'; ' + others if others else ''}."
+    if others:
+        return Check("engines", "warning", shown, "Look at the logs of those that are not ready.")
+    return Check("engines", "ok", shown)
+
+
+def _ails(engine: Mapping[str, Any], now: int, lease: int) -> str:
+    if engine["state"] == EngineState.READY:
+        return f"silent for {(now - engine['heartbeat_ms']) / 1000:.1f} s (lease: {lease / 1000:g} s)"
+    return str(engine["state"])
+
+
+def _dead_letters(server: Any, monitor: Monitor) -> Check:
+    count = DeadLetters(monitor.settings, server).count()
+    if count:
+        return Check("dead letters", "warning", f"{count}.", "See `rsm dead ls`, then `rsm dead replay`.")
+    return Check("dead letters", "ok", "none.")
+
+
+_CHECKS: dict[str, Callable[[Any, Monitor], Check]] = {
+    "version": _version,
+    "persistence": _persistence,
+    "memory": _memory,
+    "clock": _clock,
+    "scripts": _scripts,
+    "routers": _routers,
+    "backlog": _backlog,
+    "engines": _engines,
+    "dead letters": _dead_letters,
+}

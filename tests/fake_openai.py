@@ -1,0 +1,150 @@
+"""A small OpenAI-compatible server on 127.0.0.1, over a real socket.
+
+No real remote server can be had where these tests run. This one can fail in the ways that matter to a client; its
+shapes follow what vLLM's server and OpenAI send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+WORDS = [f" w{n}" for n in range(100)]
+
+
+class Server:
+    """A fake OpenAI-compatible server. What it says: " w0", " w1", … counted from the words that the prompt ends with.
+
+    Attributes:
+        fail: status and body for the next calls, in place of an answer.
+        cut_after: breaks the connection after so many chunks.
+        stall_after: sends nothing more after so many chunks, until the client goes away.
+        pause_s: waits before each chunk.
+        in_stream: sent in place of the last chunk.
+        piecemeal: sends its bytes one at a time.
+        vllm: says that it is vLLM; token ids are sent to whom asks with return_token_ids.
+        health: status of GET /models.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.fail: tuple[int, bytes] | None = None
+        self.cut_after: int | None = None
+        self.stall_after: int | None = None
+        self.in_stream: dict[str, Any] | None = None
+        self.pause_s = 0.0
+        self.piecemeal = False
+        self.vllm = False
+        self.health = 200
+        self.hung_up = asyncio.Event()
+        self.url = ""
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+            self._server = None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+            headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in head[1:] if line)}
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            await self._answer(head[0].split()[1], headers, body, reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            self.hung_up.set()
+        finally:
+            writer.close()
+
+    async def _answer(
+        self, path: str, headers: dict[str, str], body: bytes, reader: asyncio.StreamReader, w: asyncio.StreamWriter
+    ) -> None:
+        if path == "/v1/models":
+            owner = "vllm" if self.vllm else "somebody"
+            return await self._send(w, self.health, json.dumps({"data": [{"id": "the-model", "owned_by": owner}]}))
+        request = json.loads(body)
+        self.requests.append(request | {"path": path})
+        self.headers.append(headers)
+        if self.fail is not None:
+            return await self._send(w, *self.fail)
+        if path == "/v1/embeddings":
+            vectors = [{"index": 0, "embedding": [0.5]}]
+            return await self._send(w, 200, json.dumps({"data": vectors, "usage": {"prompt_tokens": 3}}))
+        if request["stream"]:
+            return await self._stream(path, request, reader, w)
+        return await self._send(w, 200, json.dumps(self.whole(path, request)))
+
+    async def _send(self, w: asyncio.StreamWriter, status: int, body: str | bytes) -> None:
+        data = body if isinstance(body, bytes) else body.encode()
+        w.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(data), data))
+        await w.drain()
+
+    async def _stream(
+        self, path: str, request: dict[str, Any], reader: asyncio.StreamReader, w: asyncio.StreamWriter
+    ) -> None:
+        w.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n")
+        w.write(b"Transfer-Encoding: chunked\r\n\r\n")
+        await self._write(w, b": a comment\n\n")
+        for n, doc in enumerate(self._chunks(path, request)):
+            await asyncio.sleep(self.pause_s)
+            if n == self.cut_after:
+                return
+            if n == self.stall_after:
+                await reader.read()
+                self.hung_up.set()
+                return
+            await self._write(w, b"data: %s\r\n\r\n" % json.dumps(doc, ensure_ascii=False).encode())
+        await self._write(w, b"data: [DONE]\n\n")
+        w.write(b"0\r\n\r\n")
+        await w.drain()
+
+    async def _write(self, w: asyncio.StreamWriter, data: bytes) -> None:
+        for part in (data[i : i + 1] for i in range(len(data))) if self.piecemeal else (data,):
+            w.write(b"%x\r\n%s\r\n" % (len(part), part))
+            await w.drain()
+
+    def _chunks(self, path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+        chat, first, limit = path.endswith("chat/completions"), _said(request.get("prompt")), request["max_tokens"]
+        docs = [_chunk(chat, {"delta": {"role": "assistant", "content": ""}})] if chat else []
+        for n in range(first, first + limit):
+            said: dict[str, Any] = {"delta": {"content": WORDS[n]}} if chat else {"text": WORDS[n]}
+            if request.get("return_token_ids"):
+                said["token_ids"] = [1000 + n]
+            docs.append(_chunk(chat, said, "length" if n == first + limit - 1 else None))
+        if self.in_stream is not None:
+            docs[-1] = self.in_stream
+        if request.get("stream_options", {}).get("include_usage"):
+            docs.append({"id": "x", "choices": [], "usage": _usage(request, limit)})
+        return docs
+
+    def whole(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        text = "".join(WORDS[: request["max_tokens"]])
+        chat = path.endswith("chat/completions")
+        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        choice = {"index": 0, **said, "finish_reason": "length"}
+        return {"id": "x", "choices": [choice], "usage": _usage(request, request["max_tokens"])}
+
+
+def _chunk(chat: bool, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    return {"id": "x", "object": kind, "choices": [{"index": 0, **said, "finish_reason": reason}]}
+
+
+def _said(prompt: Any) -> int:
+    """How many of its words the prompt holds."""
+    if isinstance(prompt, list):
+        return sum(1000 <= token < 1100 for token in prompt)
+    return str(prompt).count(" w")
+
+
+def _usage(request: dict[str, Any], produced: int) -> dict[str, Any]:
+    prompt = 5 + _said(request.get("prompt"))
+    return {"prompt_tokens": prompt, "completion_tokens": produced, "prompt_tokens_details": {"cached_tokens": 4}}

@@ -1,0 +1,35 @@
+"""Pieces of streamed calls, for tests of backends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from workers.backend import Piece, Resumed
+
+
+class Heard(list[Piece]):
+    """Pieces as they come, for tests that act in the middle of a stream."""
+
+    def __init__(self, pieces: Iterable[Piece] = ()) -> None:
+        super().__init__(pieces)
+        self._more = asyncio.Event()
+
+    def hear(self, piece: Piece) -> None:
+        self.append(piece)
+        self._more.set()
+
+    async def first(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self) < count:
+                self._more.clear()
+                await self._more.wait()
+
+    def resumed(self) -> Resumed:
+        """As the worker reads it back from the call's log."""
+        return Resumed(
+            text="".join(p.text for p in self),
+            token_ids=[i for p in self for i in p.token_ids],
+            replays=[p.replay for p in self if p.replay],
+            chunks=sum(bool(p.chunk) for p in self),
+        )

@@ -1,0 +1,62 @@
+"""Event streams, chunks put together, and errors of OpenAI-compatible servers, without a server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workers.openai_wire import Assembler, SseParser, error
+
+
+def test_sse_as_the_standard_says() -> None:
+    stream = (
+        ': hi\r\n\r\ndata: {"a":\r\ndata: 1}\nid: 7\n\nevent: x\rdata:two\u2028words\r\rdata\n\ndata: last'.encode()
+    )
+    expected = ['{"a":\n1}', "two\u2028words", "last"]
+    for size in range(1, len(stream)):
+        parser, events = SseParser(), []
+        for i in range(0, len(stream), size):
+            events += parser.feed(stream[i : i + size])
+        assert events + parser.close() == expected, size
+        assert parser.close() == []
+
+
+def test_an_assembled_stream_is_the_whole_body() -> None:
+    def delta(index: int, **said: Any) -> dict[str, Any]:
+        return {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": index, "delta": said}]}
+
+    def tool(index: int, **function: str) -> dict[str, Any]:
+        return {"index": index, "type": "function", "function": function}
+
+    whole = Assembler()
+    for chunk in (
+        delta(0, role="assistant", content=None), delta(1, role="assistant", content="b"),
+        delta(0, tool_calls=[tool(0, name="f", arguments="")]), delta(0, tool_calls=[tool(0, arguments='{"a"')]),
+        delta(0, tool_calls=[tool(0, arguments=":1}"), tool(1, name="g", arguments="{}")]), delta(1, content="c"),
+    ):  # fmt: skip
+        whole.add(chunk)
+    seen = [whole.finished]
+    for index, reason in ((0, "tool_calls"), (1, "stop")):
+        whole.add({"choices": [{"index": index, "delta": {}, "finish_reason": reason}]})
+        seen.append(whole.finished)
+    assert seen == [False, False, True]
+    assert whole.response({"total_tokens": 9}) == {
+        "id": "x",
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [tool(0, name="f", arguments='{"a":1}'), tool(1, name="g", arguments="{}")],
+                },
+                "finish_reason": "tool_calls",
+            },
+            {"index": 1, "message": {"role": "assistant", "content": "bc"}, "finish_reason": "stop"},
+        ],
+        "usage": {"total_tokens": 9},
+    }
+
+
+def test_a_servers_message_is_cut() -> None:
+    assert len(str(error(400, "x" * 10_000))) < 600
