@@ -7,12 +7,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
+
+import redis
 
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect, persist
@@ -319,8 +322,16 @@ class Client:
         with self._changed:
             self._changed.notify_all()
         if self._reader is not None and self._reader is not threading.current_thread():
+            self._wake_reader()
             self._reader.join(_BLOCK_S + 1)
         self.redis.close()
+
+    def _wake_reader(self) -> None:
+        """An entry that says nothing ends its blocking read, which would else go on for seconds."""
+        key = self.keys.inbox(self._inbox)
+        with contextlib.suppress(redis.RedisError):
+            self.redis.xadd(key, {"closed": "1"})
+            self.redis.pexpire(key, self.settings.result_ttl_s * 1000)
 
     def __enter__(self) -> Client:
         return self

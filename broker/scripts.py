@@ -66,6 +66,21 @@ def run(server: redis.Redis, command: Command[T]) -> T:
     return command.parse(reply)
 
 
+def run_after(server: redis.Redis, wait: Sequence[Arg], command: Command[T]) -> T:
+    """A blocking command and then a script, in one round trip: the server runs the script the moment the wait ends."""
+    pipe: Any = server.pipeline(transaction=False)
+    pipe.execute_command(*wait)
+    pipe.execute_command("EVALSHA", command.script.sha, 1, *command.args)
+    waited, reply = pipe.execute(raise_on_error=False)
+    if isinstance(waited, Exception):
+        raise waited
+    if isinstance(reply, NoScriptError):
+        return run(server, command)
+    if isinstance(reply, Exception):
+        raise reply
+    return command.parse(reply)
+
+
 def load_all(server: redis.Redis) -> None:
     """Makes every script known to the server."""
     for entry in (files("broker") / "lua").iterdir():

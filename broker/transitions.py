@@ -241,6 +241,10 @@ class Transitions:
     def drain(self, engine: str, op: str = "drain") -> Command[int]:
         return Command(script("drain"), self._args(engine, op, self._settings.batch), int)
 
+    def leave(self, router: str) -> Command[bool]:
+        """True if the router's consumer is gone, False if entries are pending for it."""
+        return Command(script("leave"), self._args(router), bool)
+
     # -- workers
 
     def register(self, engine: str, incarnation: str, fields: Mapping[str, Arg]) -> Command[Registered]:

@@ -64,7 +64,7 @@ def _read_reference(entry: str, fields: Fields) -> Arrival:
 
 def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
     """A bare XADD: routing fields as plain text, the body as `json` or as `body` (msgpack)."""
-    call_id = text(fields[b"id"]) if b"id" in fields else entry
+    call_id = check_id(text(fields[b"id"]), "id") if b"id" in fields else entry
     kind = text(fields.get(b"kind")) or "generate"
     if kind not in KINDS:
         raise InvalidRequest(f"kind must be one of {', '.join(KINDS)}; got {shorten(kind)!r}.")

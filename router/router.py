@@ -23,7 +23,7 @@ from broker.ids import new_id
 from broker.keys import ROUTER_GROUP, Keys
 from broker.models import EngineState, ErrorCode
 from broker.settings import Settings
-from broker.transitions import EngineView, Look, Placement, Rejection, SessionView, Transitions
+from broker.transitions import EngineView, Placement, Rejection, SessionView, Transitions
 from router.intake import Arrival, Fields, read_entry, reject
 from router.policies import Policy, create_policy
 from router.policies.base import with_call
@@ -33,6 +33,11 @@ log = logging.getLogger("rsm.router")
 
 Entries = Sequence[tuple[bytes, Fields]]
 _NO_ENGINE = "No engine serves the model {model!r}. Models at hand: {models}."
+# How old the view of the fleet may be. Between two looks a router counts what it assigns itself; what other routers
+# assign and what engines finish meanwhile it learns by the next look.
+_LOOK_AGAIN_S = 0.02
+# What a read says that finds no group, a read that was blocking when the stream went, and a look at the consumers.
+_GROUP_IS_GONE = ("NOGROUP", "UNBLOCKED", "no such key")
 _NO_RECORD = "The entry refers to a record that does not exist. Push a body with it, as `json` or `body`."
 
 
@@ -49,6 +54,8 @@ class Router:
         # One connection does all: the blocking read is short, and nothing else happens meanwhile.
         self._redis = connect(self.settings, block_s=self._tick_s)
         self._upkeep = Upkeep(self._redis, self.keys, self.settings, self.name)
+        self._fleet: dict[str, EngineView] = {}
+        self._looked = -_LOOK_AGAIN_S
         self._stopping = False
 
     def stop(self) -> None:
@@ -73,7 +80,7 @@ class Router:
                 self._upkeep.blip()
                 time.sleep(backoff.pause(e))
             except ResponseError as e:
-                if "NOGROUP" not in str(e):
+                if not any(sign in str(e) for sign in _GROUP_IS_GONE):
                     raise
                 ready = False  # Redis lost its data, or somebody deleted the stream: make the group again
             else:
@@ -116,8 +123,7 @@ class Router:
 
     def _place(self, arrivals: list[Arrival], rejections: list[Rejection]) -> tuple[list[Arrival], list[Rejection]]:
         """One round trip to look, one to act. Returns what has to be placed or refused once more."""
-        look = self._look(arrivals)
-        placements, refused = self._choose(arrivals, look)
+        placements, refused = self._choose(arrivals, self._look(arrivals))
         commands: list[scripts.Command[Any]] = []
         admissions = [a.admission for a in arrivals if a.admission is not None]
         if admissions:
@@ -131,13 +137,19 @@ class Router:
             log.info("refused %s: %s", r.call_id or r.entry, r.error_code)
         return self._leftovers(arrivals, placements, replies[-1]) if placements else ([], [])
 
-    def _look(self, arrivals: Sequence[Arrival]) -> Look:
+    def _look(self, arrivals: Sequence[Arrival]) -> dict[str, SessionView]:
+        """Brings the view of the fleet up to date, unless it is fresh and no session's affinity is asked for."""
         sessions = {a.view.session for a in arrivals if self._policy.needs_session(a.view)}
-        return scripts.run(self._redis, self._transitions.look(list(sessions)))
+        if sessions or time.monotonic() - self._looked > _LOOK_AGAIN_S:
+            look = scripts.run(self._redis, self._transitions.look(list(sessions)))
+            self._fleet, self._looked = {e.id: e for e in look.engines}, time.monotonic()
+            return look.sessions
+        return {}
 
-    def _choose(self, arrivals: Sequence[Arrival], look: Look) -> tuple[list[Placement], list[Rejection]]:
-        fleet = {e.id: e for e in look.engines}
-        sessions = dict(look.sessions)
+    def _choose(
+        self, arrivals: Sequence[Arrival], sessions: dict[str, SessionView]
+    ) -> tuple[list[Placement], list[Rejection]]:
+        fleet = self._fleet
         placements, refused = [], []
         for a in arrivals:
             serving = [e for e in fleet.values() if not a.view.model or e.model == a.view.model]
@@ -186,6 +198,7 @@ class Router:
         for p, reply in zip(placements, placed, strict=True):
             a = by_entry[p.entry]
             if reply.code == "unplaced":
+                self._looked = -_LOOK_AGAIN_S  # the fleet is not what it seemed
                 again.append(a)
             elif reply.code == "missing" and a.admission is None:
                 refused.append(reject(a.entry, {b"id": a.call_id.encode()}, ErrorCode.INVALID_REQUEST, _NO_RECORD))

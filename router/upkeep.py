@@ -9,7 +9,7 @@ from typing import Any
 import redis
 
 from broker import scripts
-from broker.codec import number, text
+from broker.codec import text
 from broker.keys import ROUTER_GROUP, Keys
 from broker.models import EngineState
 from broker.settings import Settings
@@ -81,11 +81,8 @@ class Upkeep:
     def _bury_consumers(self) -> None:
         consumers: Any = self._redis.xinfo_consumers(self._keys.calls, ROUTER_GROUP)
         for c in consumers:
-            idle = number(str(c.get("inactive", c["idle"])))
-            if c["pending"] == 0 and c["idle"] > 20 * self._settings.lease_ms and idle > 20 * self._settings.lease_ms:
+            if c["pending"] == 0 and c["idle"] > 20 * self._settings.lease_ms:
                 self._drop_consumer(text(c["name"]))
 
     def _drop_consumer(self, name: str) -> None:
-        pending: Any = self._redis.xpending_range(self._keys.calls, ROUTER_GROUP, "-", "+", 1, name)
-        if not pending:
-            self._redis.xgroup_delconsumer(self._keys.calls, ROUTER_GROUP, name)
+        scripts.run(self._redis, self._transitions.leave(name))

@@ -86,27 +86,34 @@ class Claimer(threading.Thread):
             self.join()
 
     def run(self) -> None:
+        more = True  # whether calls may be waiting that the last claim left behind
         for claim_no in itertools.count(1):
             free = min(self._room.wait(), self._batch)
             if not free:
                 break
-            claimed = self._claim(claim_no, free)
+            claimed = self._claim(claim_no, free, sleep=not more)
             if claimed is None:
                 self._deliver(None)
                 break
             self._room.take(len(claimed))
             if claimed:
                 self._deliver(claimed)
-            if len(claimed) < free and not self._closed.is_set():
-                self._sleep()
+            more = len(claimed) == free
         self._redis.close()
 
-    def _claim(self, claim_no: int, most: int) -> list[Claimed] | None:
-        """Repeats a claim under its number until its reply has come, so a lost reply loses no call."""
+    def _claim(self, claim_no: int, most: int, sleep: bool) -> list[Claimed] | None:
+        """Claims, after a sleep on the bell if nothing is known to wait.
+
+        A claim is repeated under its number until its reply has come, so a lost reply loses no call.
+        """
         command = self._transitions.claim(self._engine, self._incarnation, claim_no, most)
         replies: list[list[Claimed] | None] = []
-        persist(lambda: replies.append(scripts.run(self._redis, command)), "claimer", self._closed.is_set)
-        return replies[0] if replies else []
 
-    def _sleep(self) -> None:
-        persist(lambda: self._redis.blpop([self._bell], timeout=_BELL_S), "claimer", self._closed.is_set)
+        def attempt() -> None:
+            if sleep:
+                replies.append(scripts.run_after(self._redis, ("BLPOP", self._bell, _BELL_S), command))
+            else:
+                replies.append(scripts.run(self._redis, command))
+
+        persist(attempt, "claimer", self._closed.is_set)
+        return replies[0] if replies else []

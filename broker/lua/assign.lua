@@ -53,8 +53,9 @@ local function assign(entry, id, gen, e, bind, seen, hit, prompt_tokens, why)
   if c.state ~= 'PENDING' or c.gen ~= gen or c.engine ~= '' then return 'stale', c.engine end
   local session = session_of(c.session)
   -- A cancel that was sent while the entry was still on the stream: of its session, or of its id alone.
+  local cancel_before = c.cancel_before ~= '' and c.cancel_before
   local by_session = session.cancel_before and id_at_most(gen, session.cancel_before)
-  if by_session or (c.cancel_before ~= '' and id_at_most(gen, c.cancel_before)) then
+  if by_session or (cancel_before and id_at_most(gen, cancel_before)) then
     end_call(id, c, 'CANCELLED', '', by_session and session.cancel_reason or c.cancel_reason, '')
     return 'cancelled', ''
   end
@@ -78,10 +79,10 @@ local function assign(entry, id, gen, e, bind, seen, hit, prompt_tokens, why)
     end
   end
   local level = level_of(session.service)
-  redis.call('HSET', call_key(id), 'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited',
-    int(session.service), 'load', prompt_tokens, 'why', why)
+  set_fields(call_key(id), {'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited', int(session.service),
+    'why', why})
   later('ZADD', queue_key(e), queue_score(c.priority, level, c.submitted_ms), id)
-  count(engine_key(e), 'queued_tokens', tonumber(prompt_tokens) or 0)
+  count(engine_key(e), 'queued_tokens', load_of(c))
   count(engine_key(e), 'served', 1)
   if hit == '1' then count_total('affinity_hits') elseif hit == '0' then count_total('affinity_misses') end
   ring(e)

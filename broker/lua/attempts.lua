@@ -7,16 +7,17 @@ local function queue_score(priority, level, submitted_ms)
   return int((class * 16 + (tonumber(level) or 0)) * 2199023255552 + tonumber(submitted_ms))
 end
 
--- Puts a PENDING call back on the router stream, without its body.
-local function to_router(id, gen, session, model)
+-- Puts a PENDING call back on the router stream, without its body. c: the call as read_call gave it.
+local function to_router(id, c)
   redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING')
-  redis.call('XADD', CALLS, '*', 'id', id, 'gen', gen, 'session', session, 'model', model)
+  redis.call('XADD', CALLS, '*', 'id', id, 'gen', c.gen, 'session', c.session, 'model', c.model,
+    'prompt_tokens', c.prompt_tokens)
 end
 
 local function to_queue(id, e, c)
   redis.call('HSET', call_key(id), 'state', 'PENDING')
   later('ZADD', queue_key(e), queue_score(c.priority, c.level, c.submitted_ms), id)
-  count(engine_key(e), 'queued_tokens', tonumber(c.load) or 0)
+  count(engine_key(e), 'queued_tokens', load_of(c))
   ring(e)
 end
 
@@ -37,19 +38,19 @@ local function end_attempt(id, e, fault, max_attempts, home, code, message)
   later('ZREM', running_key(e), id)
   -- A running set may hold the id of a call that ended or moved: its record says so, and is the law.
   if c.state ~= 'RUNNING' or c.engine ~= e then return end
-  count(engine_key(e), 'running_tokens', -(tonumber(c.load) or 0))
+  count(engine_key(e), 'running_tokens', -load_of(c))
   if c.cancel ~= '' then return end_flagged(id, c) end
-  local failures = (tonumber(c.failures) or 0) + (fault and 1 or 0)
+  local failures = (tonumber(redis.call('HGET', key, 'failures')) or 0) + (fault and 1 or 0)
   if failures >= max_attempts then
-    local body = redis.call('HGET', key, c.format) or ''
-    bury(id, code, message, 'session', c.session, 'kind', c.kind, 'model', c.model, 'attempts', c.attempt,
-      c.format, body)
+    local more = redis.call('HMGET', key, 'kind', c.format)
+    bury(id, code, message, 'session', c.session, 'kind', more[1] or '', 'model', c.model, 'attempts', c.attempt,
+      c.format, more[2] or '')
     return end_call(id, c, 'FAILED', code, message, '', 'failures', failures)
   end
   -- attempt is half of the fence: from here on the old attempt can change nothing.
   redis.call('HSET', key, 'attempt', int((tonumber(c.attempt) or 1) + 1), 'failures', failures, 'lost', message)
   count_total('requeued')
-  if home == '' then to_router(id, c.gen, c.session, c.model) else to_queue(id, home, c) end
+  if home == '' then to_router(id, c) else to_queue(id, home, c) end
 end
 
 -- Gives an engine's waiting calls back to the router, at most limit of them. Returns how many.
@@ -59,8 +60,8 @@ local function give_back_queue(e, limit)
     later('ZREM', queue_key(e), id)
     local c = read_call(id)
     if c.state == 'PENDING' and c.engine == e then
-      count(engine_key(e), 'queued_tokens', -(tonumber(c.load) or 0))
-      to_router(id, c.gen, c.session, c.model)
+      count(engine_key(e), 'queued_tokens', -load_of(c))
+      to_router(id, c)
     end
   end
   return #ids

@@ -12,9 +12,9 @@ if owner[1] ~= incarnation or owner[4] == 'DEAD' then return {'fenced'} end
 
 local out = {'ok'}
 local function hand_over(id, c)
-  local more = redis.call('HMGET', call_key(id), 'traceparent', c.format)
-  out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
-    more[1] or '', c.prompt_tokens, c.format, more[2] or '', c.cancel}
+  local more = redis.call('HMGET', call_key(id), 'kind', 'traceparent', c.format)
+  out[#out + 1] = {id, c.gen, c.attempt, c.session, more[1] or '', c.stream, c.inbox, c.priority, c.level, c.events,
+    more[2] or '', c.prompt_tokens, c.format, more[3] or '', c.cancel}
 end
 
 if owner[2] == claim_no then
@@ -31,7 +31,7 @@ for _, id in ipairs(redis.call('ZRANGE', queue_key(e), 0, max - 1)) do
   local c = read_call(id)
   -- Anything else here is the trace of a call that ended or moved meanwhile.
   if c.state == 'PENDING' and c.engine == e then
-    local load = tonumber(c.load) or 0
+    local load = load_of(c)
     count(engine_key(e), 'queued_tokens', -load)
     if c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW then
       end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was waiting.', '')

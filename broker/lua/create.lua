@@ -14,12 +14,10 @@ local function create_call(c, push, format, body)
     if c.inbox ~= '' then redis.call('HSET', key, 'inbox', c.inbox) end
     return 'duplicate', seen[1]
   end
-  redis.call('HSET', key,
-    'state', 'PENDING', 'session', c.session, 'kind', c.kind, 'model', c.model,
+  set_fields(key, {'state', 'PENDING', 'session', c.session, 'kind', c.kind, 'model', c.model,
     'priority', c.priority, 'prompt_tokens', c.prompt_tokens, 'deadline_ms', c.deadline_ms,
     'stream', c.stream, 'inbox', c.inbox, 'traceparent', c.traceparent, 'digest', c.digest,
-    'gen', push(), 'attempt', 1, 'failures', 0, 'events', 0, 'submitted_ms', int(NOW), 'engine', '',
-    'format', format, format, body)
+    'gen', push(), 'attempt', 1, 'submitted_ms', int(NOW), 'format', format, format, body})
   if seen[3] then redis.call('PERSIST', key) end
   if c.deadline_ms ~= '' then redis.call('ZADD', DEADLINES, c.deadline_ms, c.id) end
   local session = session_key(c.session)

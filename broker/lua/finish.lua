@@ -41,13 +41,12 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
     state, code, message = 'CANCELLED', '', c.cancel_reason
   end
   later('ZREM', running_key(e), id)
-  count(engine_key(e), 'running_tokens', -(tonumber(c.load) or 0))
+  count(engine_key(e), 'running_tokens', -load_of(c))
   charge_session(c, tonumber(prompt), tonumber(completion), tonumber(cached))
   if tonumber(resident) > 0 and c.session ~= id then
     set_later(affinity_key(c.session), e, resident .. ':' .. int(NOW))
     touch(affinity_key(c.session), SESSION_TTL)
   end
-  c.prompt_tokens = prompt
   end_call(id, c, state, code, message, result, 'prompt_tokens', prompt, 'completion_tokens', completion,
     'cached_tokens', cached)
   return 'done'

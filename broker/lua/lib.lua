@@ -35,14 +35,33 @@ local function affinity_key(s) return P .. 'affinity:' .. s end
 local function parked_key(model) return P .. 'parked:' .. model end
 
 -- What scripts read of a call's record; "" for a field that is not there, so state "" means: no such call.
-local call_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'kind', 'model', 'priority', 'level', 'stream',
-  'inbox', 'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'load', 'inherited', 'events', 'failures',
-  'cancel', 'cancel_reason', 'cancel_before', 'format', 'digest'}
+-- Fields that are empty or zero are not stored.
+local call_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'model', 'priority', 'level', 'stream', 'inbox',
+  'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason',
+  'cancel_before', 'format'}
 local function read_call(id)
   local v = redis.call('HMGET', call_key(id), unpack(call_fields))
   local c = {}
-  for i, name in ipairs(call_fields) do c[name] = v[i] or '' end
+  for i = 1, #call_fields do c[call_fields[i]] = v[i] or '' end
   return c
+end
+
+-- The weight of a call in its engine's load: its prompt's tokens as they were counted when it was assigned.
+local function load_of(c) return tonumber(c.prompt_tokens) or 0 end
+
+-- HSET without the fields that are empty or, of the numbers, zero. (A session or an engine may be called "0".)
+local numbers = {priority = true, prompt_tokens = true, stream = true, level = true, inherited = true,
+  completion_tokens = true, cached_tokens = true, failures = true}
+local function set_fields(key, pairs_)
+  local list = {}
+  for i = 1, #pairs_, 2 do
+    local value = pairs_[i + 1]
+    if value ~= '' and not (numbers[pairs_[i]] and tonumber(value) == 0) then
+      list[#list + 1] = pairs_[i]
+      list[#list + 1] = value
+    end
+  end
+  redis.call('HSET', key, unpack(list))
 end
 
 -- Writes that a batch has in common are gathered and made once, at its end, by write_all: a counter that a hundred

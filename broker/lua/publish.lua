@@ -28,7 +28,7 @@ end
 local function publish(id, gen, attempt, n, ...)
   local r = redis.call('HMGET', call_key(id), 'state', 'gen', 'attempt', 'engine', 'events', 'inbox')
   if r[1] ~= 'RUNNING' or r[2] ~= gen or r[3] ~= attempt or r[4] ~= e then return 'stale' end
-  if tonumber(n) < tonumber(r[5]) then return 'seen' end
+  if tonumber(n) < (tonumber(r[5]) or 0) then return 'seen' end
   write_event(id, gen, r[6] or '', n, ...)
   return 'ok'
 end

@@ -14,7 +14,7 @@ local function stop_call(id, flag, reason)
   if c.state ~= 'PENDING' then return c.state end
   if c.engine ~= '' then
     later('ZREM', queue_key(c.engine), id)
-    count(engine_key(c.engine), 'queued_tokens', -(tonumber(c.load) or 0))
+    count(engine_key(c.engine), 'queued_tokens', -load_of(c))
   else
     later('ZREM', parked_key(c.model), id)
   end

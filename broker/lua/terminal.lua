@@ -12,21 +12,23 @@ local function tell_inbox(client, id, state, code, message, result, ...)
   if client == '' then return end
   if #result > INBOX_RESULT_MAX then return tell_inbox(client, id, state, code, message, '', 'big', 1, ...) end
   local inbox = inbox_key(client)
-  redis.call('XADD', inbox, 'MAXLEN', '~', INBOX_MAX, '*', 'call', id, 'state', state, 'error_code', code,
-    'error', message, 'result', result, 'finished_ms', int(NOW), ...)
+  local event = {'call', id, 'state', state, 'finished_ms', int(NOW), ...}
+  if code ~= '' then event[#event + 1] = 'error_code'; event[#event + 1] = code end
+  if message ~= '' then event[#event + 1] = 'error'; event[#event + 1] = message end
+  if result ~= '' then event[#event + 1] = 'result'; event[#event + 1] = result end
+  redis.call('XADD', inbox, 'MAXLEN', '~', INBOX_MAX, '*', unpack(event))
   touch(inbox, RESULT_TTL)
 end
 
--- c: the call as read_call gave it; prompt_tokens as they are to be told. Further field-value pairs go into the record.
+-- c: the call as read_call gave it. Further field-value pairs go into the record, and are told.
 local function end_call(id, c, state, code, message, result, ...)
   local key = call_key(id)
   -- A finished call's body is not needed any more; a failed one's is, to look at it and to replay it.
-  local body = state == 'FAILED' and 'format' or c.format
-  redis.call('HSET', key, 'state', state, 'finished_ms', int(NOW), 'error_code', code, 'error', message,
-    'result', result, body, state == 'FAILED' and c.format or '', ...)
+  set_fields(key, {'state', state, 'finished_ms', int(NOW), 'error_code', code, 'error', message, 'result', result, ...})
+  if state ~= 'FAILED' then redis.call('HDEL', key, c.format) end
   redis.call('PEXPIRE', key, RESULT_TTL)
   if c.stream == '1' then
-    redis.call('XADD', log_key(id), '*', 'n', c.events, 'state', state, 'error_code', code, 'error', message)
+    redis.call('XADD', log_key(id), '*', 'n', c.events == '' and '0' or c.events, 'state', state, 'error_code', code, 'error', message)
     redis.call('PEXPIRE', log_key(id), RESULT_TTL)
   end
   if c.deadline_ms ~= '' then redis.call('ZREM', DEADLINES, id) end
@@ -41,8 +43,7 @@ local function end_call(id, c, state, code, message, result, ...)
   end
   -- What the waiter needs to make the result of, so that it need not look at the record.
   tell_inbox(c.inbox, id, state, code, message, result, 'n', c.events, 'session', c.session, 'gen', c.gen, 'engine',
-    c.engine, 'attempt', c.attempt, 'submitted_ms', c.submitted_ms, 'started_ms', c.started_ms, 'prompt_tokens',
-    c.prompt_tokens, ...)
+    c.engine, 'attempt', c.attempt, 'submitted_ms', c.submitted_ms, 'started_ms', c.started_ms, ...)
   count_total(string.lower(state))
 end
 

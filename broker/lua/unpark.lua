@@ -8,7 +8,7 @@ local ids = redis.call('ZRANGE', parked_key(model), 0, limit - 1)
 for _, id in ipairs(ids) do
   later('ZREM', parked_key(model), id)
   local c = read_call(id)
-  if c.state == 'PENDING' and c.engine == '' then to_router(id, c.gen, c.session, c.model) end
+  if c.state == 'PENDING' and c.engine == '' then to_router(id, c) end
 end
 write_all()
 return #ids

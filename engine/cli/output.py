@@ -46,7 +46,14 @@ def emit_json(value: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """A table; numbers stand right. Cells are shown as they are: no markup, so that no id can paint the screen."""
-    made = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False, show_header=any(columns))
+    made = Table(
+        title=title or None,
+        title_justify="left",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+        show_header=any(columns),
+    )
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
         made.add_column(column, justify="right" if numeric else "left", overflow="fold")

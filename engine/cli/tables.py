@@ -47,7 +47,20 @@ def _since(call: ActiveCall) -> int:
 
 
 def engines_table(engines: Sequence[Mapping[str, Any]], now_ms: int) -> RenderableType:
-    columns = ["ENGINE", "STATE", "MODEL", "NODE", "PID", "RUNNING", "QUEUED", "TOKENS", "KV", "TOKENS/S", "SERVED", "SEEN"]
+    columns = [
+        "ENGINE",
+        "STATE",
+        "MODEL",
+        "NODE",
+        "PID",
+        "RUNNING",
+        "QUEUED",
+        "TOKENS",
+        "KV",
+        "TOKENS/S",
+        "SERVED",
+        "SEEN",
+    ]
     rows = [
         [
             e["engine_id"],

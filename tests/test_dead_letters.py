@@ -1,0 +1,176 @@
+"""Dead letters: seen, shown without their bodies, and sent again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from broker import Client, Conflict, InvalidRequest, Settings, UnknownCall
+from broker.dead_letters import DeadLetters
+from broker.keys import Keys
+from tests.fake_worker import FakeWorker, routing
+
+
+@pytest.fixture
+def letters(settings: Settings, db: redis.Redis) -> DeadLetters:
+    return DeadLetters(settings, db)
+
+
+@pytest.fixture
+def worker(settings: Settings) -> Iterator[FakeWorker]:
+    """On an engine whose every call dies at its first fault."""
+    made = FakeWorker(settings.model_copy(update={"max_attempts": 1}), "e1").up()
+    with routing(settings):
+        yield made
+    made.close()
+
+
+def kill(worker: FakeWorker) -> str:
+    """Lets the next call die; returns its id."""
+    call = worker.take_soon()
+    worker.release(call, fault=True)
+    return call.fence.call_id
+
+
+def serve(worker: FakeWorker, client: Client, call_id: str) -> str:
+    """Completes a call that has been sent again; returns the body's text."""
+    call = worker.take_soon()
+    assert call.fence.call_id == call_id
+    worker.finish(call)
+    assert client.result(call_id, 10).text == "done"
+    return call.body.decode("utf-8", "replace")
+
+
+def test_a_letter_says_what_happened_but_not_the_prompt(
+    worker: FakeWorker, client: Client, letters: DeadLetters
+) -> None:
+    client.submit("the prompt", id="c", session="s", model="m")
+    kill(worker)
+    (letter,) = letters.ls()
+    assert (letter.call_id, letter.session, letter.kind, letter.model) == ("c", "s", "generate", "m")
+    assert (letter.error_code, letter.attempts, letter.replayable) == ("engine_error", 1, True)
+    assert letter == letters.show("c") == letters.show(letter.entry)
+    assert letter.body_bytes > len("the prompt")
+    assert "the prompt" not in f"{letter!r}{letter.summary()}"
+    assert letters.count() == 1
+
+
+def test_replay_under_a_new_id_while_the_record_lasts(worker: FakeWorker, client: Client, letters: DeadLetters) -> None:
+    client.submit("the prompt", id="c", session="s", priority=-3, stream=True)
+    kill(worker)
+    entry = letters.show("c").entry
+    again = letters.replay("c")
+    assert again == f"c.replay-{entry}"
+    assert letters.count() == 0
+    record = client.record(again)
+    assert (record.session, record.priority, record.stream) == ("s", -3, True)
+    assert "the prompt" in serve(worker, client, again)
+    assert client.record("c").state == "FAILED"
+
+
+def test_replay_under_its_own_id_once_the_record_is_gone(
+    worker: FakeWorker, client: Client, letters: DeadLetters, db: redis.Redis, keys: Keys
+) -> None:
+    client.submit("the prompt", id="c")
+    kill(worker)
+    db.delete(keys.call("c"))
+    assert letters.replay("c") == "c"
+    assert client.record("c").session == "c"
+    serve(worker, client, "c")
+
+
+def test_what_came_as_json_goes_as_json(
+    worker: FakeWorker, client: Client, letters: DeadLetters, db: redis.Redis, keys: Keys
+) -> None:
+    db.xadd(keys.calls, {"id": "c", "session": "s", "json": '{"prompt":"the prompt"}'})
+    kill(worker)
+    again = letters.replay("c")
+    assert serve(worker, client, again) == '{"prompt":"the prompt"}'
+    assert bytes(db.hget(keys.call(again), "result") or b"").startswith(b"{")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["json", "body"])
+@pytest.mark.parametrize("record_gone", [False, True])
+def test_an_interrupted_replay_may_be_repeated(
+    worker: FakeWorker,
+    client: Client,
+    letters: DeadLetters,
+    db: redis.Redis,
+    keys: Keys,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    record_gone: bool,
+) -> None:
+    if form == "json":
+        db.xadd(keys.calls, {"id": "c", "json": '{"prompt":"p"}'})
+    else:
+        client.submit("p", id="c")
+    kill(worker)
+    if record_gone:
+        db.delete(keys.call("c"))
+
+    def cut(*_: Any) -> None:
+        raise redis.ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "xdel", cut)
+        with pytest.raises(redis.ConnectionError):
+            letters.replay("c")
+    assert letters.count() == 1
+    first = worker.take_soon().fence.call_id
+    assert letters.replay("c") == first
+    assert letters.count() == 0
+    assert worker.claim() == []
+    assert client.cancel(first)
+    worker.finish(worker.held[first])
+
+
+def test_the_id_of_another_call_is_left_alone(worker: FakeWorker, client: Client, letters: DeadLetters) -> None:
+    client.submit("p", id="c")
+    kill(worker)
+    entry = letters.show("c").entry
+    client.submit("something else", id=f"c.replay-{entry}")
+    with pytest.raises(InvalidRequest, match="belong to other calls"):
+        letters.replay("c")
+    assert letters.count() == 1
+    serve(worker, client, f"c.replay-{entry}")
+
+
+def test_a_letter_without_a_body_stays(
+    worker: FakeWorker, client: Client, letters: DeadLetters, db: redis.Redis, keys: Keys
+) -> None:
+    client.submit("p", id="c")
+    worker.take_soon()
+    with pytest.raises(Conflict):
+        client.submit("q", id="c")
+    db.xadd(keys.calls, {"id": "c", "json": '{"prompt":"other"}'})
+    while not letters.count():
+        pass
+    (letter,) = letters.ls()
+    assert (letter.error_code, letter.replayable) == ("conflict", False)
+    with pytest.raises(InvalidRequest, match="keeps no body"):
+        letters.replay(letter.entry)
+    assert letters.count() == 1
+    worker.finish(worker.held["c"])
+
+
+def test_many_letters_come_newest_first(letters: DeadLetters, db: redis.Redis, keys: Keys) -> None:
+    for i in range(50):
+        db.xadd(keys.dead, {"id": f"c{i}", "error_code": "engine_error", "error": "x"})
+    assert [letter.call_id for letter in letters.ls(45)] == [f"c{i}" for i in range(49, 4, -1)]
+    assert len(letters.ls()) == 50
+    assert letters.show("c0").call_id == "c0"
+    for ref in ("nix", "1-1"):
+        with pytest.raises(UnknownCall, match="no dead letter"):
+            letters.show(ref)
+
+
+def test_a_long_id_keeps_within_the_limit(worker: FakeWorker, client: Client, letters: DeadLetters) -> None:
+    client.submit("p", id="c" * 128)
+    kill(worker)
+    again = letters.replay("c" * 128)
+    assert len(again) == 128
+    serve(worker, client, again)
