@@ -16,7 +16,7 @@ from statistics import quantiles
 from time import perf_counter
 from typing import Any
 
-from bench.parts import RoundTrips, fleet, read_count
+from bench.parts import fleet
 from broker import CallHandle, Client, Settings
 from broker.ids import new_id
 
@@ -35,8 +35,10 @@ def throughput(client: Client, calls: int, inflight: int) -> float:
     while sent < calls or waiting:
         room = min(inflight - len(waiting), calls - sent)
         if room:
-            some = [client.prepare(PROMPT, session=f"s{(sent + i) // CALLS_PER_SESSION}", params={"max_tokens": 1})
-                    for i in range(room)]
+            some = [
+                client.prepare(PROMPT, session=f"s{(sent + i) // CALLS_PER_SESSION}", params={"max_tokens": 1})
+                for i in range(room)
+            ]
             waiting += client.submit_many(some)
             sent += room
         waiting[0].result(30)
@@ -61,17 +63,15 @@ def round_trips(client: Client, n: int) -> list[float]:
 
 
 def measure(url: str, calls: int, inflight: int) -> dict[str, Any]:
-    trips = RoundTrips()
-    trips.install()
     settings = Settings(namespace=f"bench-{new_id()}", result_ttl_s=60).with_redis(url)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with fleet(settings, folder, INSTANT), Client(settings=settings) as client:
-            throughput(client, WARM_UP, inflight)
-            low = quantiles(round_trips(client, LOW_LOAD), n=100)
-            before = trips.count
-            rate = throughput(client, calls, inflight)
-            producer = (trips.count - before) / calls
+    with (
+        tempfile.TemporaryDirectory() as name,
+        fleet(settings, Path(name), INSTANT),
+        Client(settings=settings) as client,
+    ):
+        throughput(client, WARM_UP, inflight)
+        low = quantiles(round_trips(client, LOW_LOAD), n=100)
+        rate = throughput(client, calls, inflight)
     return {
         "name": "rsm-engine",
         "version": version("rsm-engine"),
@@ -80,26 +80,7 @@ def measure(url: str, calls: int, inflight: int) -> dict[str, Any]:
         "rtt_p50_ms": low[49],
         "rtt_p99_ms": low[98],
         "note": "one router, one sim worker; results by one inbox, no polling; process table and affinity kept",
-        "producer_round_trips": producer,
     }
-
-
-def trips_per_call(url: str, calls: int, inflight: int) -> dict[str, float]:
-    """Round trips a call makes in each process, amortised, at so many in flight. Idle time-outs are counted too."""
-    trips = RoundTrips()
-    trips.install()
-    settings = Settings(namespace=f"bench-{new_id()}", result_ttl_s=60).with_redis(url)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with fleet(settings, folder, INSTANT), Client(settings=settings) as client:
-            before = trips.count
-            throughput(client, calls, inflight)
-            producer = trips.count - before
-        return {
-            "producer": producer / calls,
-            "router": read_count(folder / "router.json") / calls,
-            "worker": read_count(folder / "worker.json") / calls,
-        }
 
 
 def main() -> None:

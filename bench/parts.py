@@ -24,6 +24,7 @@ from broker import Settings
 from broker.monitor import Monitor
 
 COUNTS = "BENCH_COUNTS"
+ABORTS = "BENCH_ABORTS"
 READY_S = 60.0
 
 
@@ -62,12 +63,14 @@ def part(name: str, settings: Settings, counts: Path, env: dict[str, str] | None
 
 
 @contextmanager
-def fleet(settings: Settings, folder: Path, engine: dict[str, Any]) -> Iterator[dict[str, int]]:
+def fleet(
+    settings: Settings, folder: Path, engine: dict[str, Any], env: dict[str, str] | None = None
+) -> Iterator[dict[str, int]]:
     """One router and one worker, ready for calls; yields their pids."""
     config = json.dumps({"engine_id": "e0", "model": "noop", "backend": "sim", **engine})
     with (
         part("router", settings, folder / "router.json") as router,
-        part("worker", settings, folder / "worker.json", {"RSM_ENGINE": config}) as worker,
+        part("worker", settings, folder / "worker.json", {"RSM_ENGINE": config} | (env or {})) as worker,
     ):
         wait_ready(settings, ["e0"])
         yield {"router": router, "worker": worker}
@@ -84,7 +87,23 @@ def read_count(path: Path) -> int:
     return int(json.loads(path.read_text())["round_trips"])
 
 
+def stamp_aborts(path: Path) -> None:
+    """Notes when each abort is called in this worker: "CALL seconds" lines, on the machine's monotonic clock."""
+    from workers.sim_backend import SimBackend
+
+    abort: Any = SimBackend.abort
+    stamps = path.open("a", buffering=1)
+
+    def stamped(self: Any, key: str) -> None:
+        stamps.write(f"{key.partition('/')[0]} {time.monotonic()}\n")
+        abort(self, key)
+
+    SimBackend.abort = stamped  # type: ignore[method-assign]
+
+
 def main() -> None:
+    if ABORTS in os.environ and sys.argv[1] == "worker":
+        stamp_aborts(Path(os.environ[ABORTS]))
     trips = RoundTrips()
     trips.install()
     try:

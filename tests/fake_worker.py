@@ -186,6 +186,11 @@ class FakeWorker:
             self.db.blpop([self.keys.bell(self.engine)], timeout=_BELL_S)
 
 
+def patient(settings: Settings) -> Settings:
+    """No engine is taken for dead: for tests that drive workers by hand, on a machine that has other work too."""
+    return settings.model_copy(update={"lease_ms": 60_000})
+
+
 @contextmanager
 def routing(settings: Settings, policy: Policy | None = None) -> Iterator[Router]:
     """A router in a thread, until the block is left."""

@@ -31,7 +31,7 @@ from broker import (
 from broker.embedded import EmbeddedRedis
 from broker.ids import new_id
 from broker.transitions import Claimed
-from tests.fake_worker import FakeWorker, echo, hold, refuse, routing
+from tests.fake_worker import FakeWorker, echo, hold, patient, refuse, routing
 
 WAIT = 20.0
 
@@ -46,14 +46,14 @@ def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def router(settings: Settings) -> Iterator[None]:
-    with routing(settings):
+    with routing(patient(settings)):
         yield
 
 
 @pytest.fixture
 def worker(settings: Settings, router: None) -> Iterator[FakeWorker]:
     """Driven by hand, behind a router."""
-    fake = FakeWorker(settings.model_copy(update={"lease_ms": 60_000})).up()
+    fake = FakeWorker(settings).up()
     yield fake
     fake.close()
 
@@ -366,8 +366,8 @@ async def test_a_stream_outlives_the_engine_that_began_it(
     first.publish(claimed, *"ab")
     live = call.stream()
     assert [(await anext(live)).text, (await anext(live)).text] == ["a", "b"]
-    first.release(claimed, fault=True)
     first.beat("STOPPED")
+    first.release(claimed, fault=True)
     second = FakeWorker(settings, "e2").up()
     claimed = await taken(second)
     second.publish(claimed, *"abc", first=0)

@@ -32,7 +32,7 @@ from broker.embedded import EmbeddedRedis
 from broker.ids import new_id
 from broker.transitions import Claimed
 from tests.conftest import eventually
-from tests.fake_worker import FakeWorker, echo, hold, refuse, routing
+from tests.fake_worker import FakeWorker, echo, hold, patient, refuse, routing
 
 WAIT = 20.0
 
@@ -51,14 +51,14 @@ def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def router(settings: Settings) -> Iterator[None]:
-    with routing(settings):
+    with routing(patient(settings)):
         yield
 
 
 @pytest.fixture
 def worker(settings: Settings, router: None) -> Iterator[FakeWorker]:
     """Driven by hand, behind a router."""
-    fake = FakeWorker(settings.model_copy(update={"lease_ms": 60_000})).up()
+    fake = FakeWorker(settings).up()
     yield fake
     fake.close()
 
@@ -426,8 +426,8 @@ def test_a_stream_outlives_the_engine_that_began_it(client: Client, settings: Se
     first.publish(call, *"ab")
     pieces = handle.stream()
     assert [next(pieces).text, next(pieces).text] == ["a", "b"]
-    first.release(call, fault=True)
     first.beat("STOPPED")
+    first.release(call, fault=True)
     second = FakeWorker(settings, "e2").up()
     call = second.take_soon()
     assert first.publish(call, "x", first=2) == ["stale"]

@@ -26,7 +26,7 @@ from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
 from router.policies.session_hash import SessionHash
 from tests.conftest import eventually
-from tests.fake_worker import FakeWorker, routing
+from tests.fake_worker import FakeWorker, patient, routing
 
 DEFAULTS = Settings()
 NOWHERE = SessionView()
@@ -230,7 +230,7 @@ def test_what_is_no_policy(plugin: str, attribute: str) -> None:
 def place(settings: Settings, n: int, prompt_tokens: int, sessions: int) -> Counter[tuple[str, str]]:
     """Calls of some sessions, routed over three engines: how many of (session, engine)."""
     workers = [FakeWorker(settings, e).up() for e in ("e0", "e1", "e2")]
-    with Client(settings=settings) as client, routing(settings):
+    with Client(settings=settings) as client, routing(patient(settings)):
         calls = [client.prepare("hi", session=f"s{i % sessions}", prompt_tokens=prompt_tokens) for i in range(n)]
         handles = client.submit_many(calls)
         eventually(lambda: all(h.record().engine for h in handles))
@@ -267,8 +267,8 @@ def test_autellix_spreads_short_calls(settings: Settings) -> None:
 
 def test_a_bound_session_moves_when_its_engine_drains(settings: Settings, db: redis.Redis, keys: Keys) -> None:
     transitions = Transitions(keys, settings)
-    workers = {e: FakeWorker(settings.model_copy(update={"lease_ms": 60_000}), e).up() for e in ("e0", "e1")}
-    with Client(settings=settings) as client, routing(settings):
+    workers = {e: FakeWorker(settings, e).up() for e in ("e0", "e1")}
+    with Client(settings=settings) as client, routing(patient(settings)):
 
         def engine_of(call_id: str) -> str:
             client.submit("hi", id=call_id, session="s", prompt_tokens=5000)
@@ -361,7 +361,7 @@ def test_what_the_engines_counted_is_in_the_stats(
     coordinator: KVCacheCoordinator, settings: Settings, client: Client
 ) -> None:
     worker = FakeWorker(settings).up()
-    with routing(settings):
+    with routing(patient(settings)):
         client.submit("hi", session="s1")
         worker.finish(worker.take_soon(), prompt_tokens=400, cached_tokens=100, resident_tokens=420)
     assert coordinator.get_cache_stats()["token_hit_rate"] == 0.25

@@ -32,7 +32,7 @@ from router.policies.least_loaded import LeastLoaded
 from router.router import Router
 from router.upkeep import Upkeep
 from tests.conftest import eventually
-from tests.fake_worker import FakeWorker, echo, hold, routing
+from tests.fake_worker import FakeWorker, echo, hold, patient, routing
 
 HI = '{"prompt":"hi"}'
 LIMIT = 4096
@@ -47,7 +47,7 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick(settings: Settings) -> Settings:
     """The shortest lease, for tests that wait for one to end."""
-    return settings.model_copy(update={"lease_ms": 300, "tick_ms": 20, "batch": 16})
+    return settings.model_copy(update={"lease_ms": 500, "tick_ms": 20, "batch": 16})
 
 
 class Producer:
@@ -330,7 +330,7 @@ class Counting(LeastLoaded):
 
 
 def test_several_routers_share_the_work(quick: Settings, producer: Producer, client: Client) -> None:
-    relaxed = quick.model_copy(update={"lease_ms": 60_000, "batch": 8})
+    relaxed = patient(quick).model_copy(update={"batch": 8})
     policies = [Counting(relaxed) for _ in range(3)]
     ran: list[str] = []
 
@@ -364,9 +364,10 @@ def test_a_router_that_leaves_takes_its_consumer_along(settings: Settings, produ
 
 
 def _consumers(producer: Producer) -> list[str]:
-    if not producer.db.exists(producer.keys.calls):
+    try:
+        return [codec.text(c["name"]) for c in producer.db.xinfo_consumers(producer.keys.calls, ROUTER_GROUP)]
+    except redis.ResponseError:  # the group is not there yet
         return []
-    return [codec.text(c["name"]) for c in producer.db.xinfo_consumers(producer.keys.calls, ROUTER_GROUP)]
 
 
 # -- deaths
@@ -390,7 +391,7 @@ def test_the_entries_of_a_dead_router_are_taken_over(quick: Settings, producer: 
         producer.await_end(ids)
         eventually(lambda: producer.state("bad") == "FAILED")
     assert producer.backlog() == 0
-    assert {producer.record(c).attempt for c in ids} == {1}
+    assert codec.number(producer.db.hget(producer.keys.stats, "submitted")) == len(ids) + 1
 
 
 def test_idle_consumers_are_buried_and_busy_ones_are_not(settings: Settings, producer: Producer) -> None:
@@ -447,8 +448,8 @@ def test_a_router_killed_under_load_loses_nothing(quick: Settings, producer: Pro
         ids += warm
         producer.await_end(ids)
         eventually(lambda: producer.backlog() == 0)
-    assert {producer.record(c).attempt for c in ids} == {1}
     assert codec.number(producer.db.hget(producer.keys.stats, "submitted")) == len(ids)
+    assert codec.number(producer.db.hget(producer.keys.stats, "completed")) == len(ids)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -473,7 +474,8 @@ def test_a_dead_engines_calls_go_to_another(quick: Settings, producer: Producer)
         with FakeWorker(quick, "e2").serving(echo):
             producer.await_end(ids)
     assert set(held) == set(ids)
-    assert {(producer.record(c).engine, producer.record(c).attempt) for c in ids} == {("e2", 2)}
+    assert {producer.record(c).engine for c in ids} == {"e2"}
+    assert min(producer.record(c).attempt for c in ids) == 2
     assert producer.db.hget(producer.keys.engine("e1"), "state") == b"DEAD"
 
 
@@ -484,14 +486,14 @@ def test_an_engine_that_dies_waiting_gives_its_queue_to_another(quick: Settings,
         eventually(lambda: producer.db.zcard(producer.keys.queue("e1")) == 2)
         with FakeWorker(quick, "e2").serving(echo):
             producer.await_end(["c1", "c2"])
-    assert {(producer.record(c).engine, producer.record(c).attempt) for c in ("c1", "c2")} == {("e2", 1)}
+    assert {producer.record(c).engine for c in ("c1", "c2")} == {"e2"}
     idle.close()
 
 
 def test_a_drained_engines_queue_goes_to_another(settings: Settings, producer: Producer) -> None:
     transitions = Transitions(producer.keys, settings)
-    drained = FakeWorker(settings.model_copy(update={"lease_ms": 60_000}), "e1").up()
-    with routing(settings):
+    drained = FakeWorker(settings, "e1").up()
+    with routing(patient(settings)):
         producer.push_many(["c1", "c2"])
         eventually(lambda: producer.db.zcard(producer.keys.queue("e1")) == 2)
         with FakeWorker(settings, "e2").serving(echo):
@@ -511,7 +513,7 @@ def test_calls_wait_for_the_first_engine(settings: Settings, producer: Producer)
     ids = [f"c{i}" for i in range(10)]
     producer.push_many(ids[:5])
     producer.push_many(ids[5:], model="m")
-    with routing(settings):
+    with routing(patient(settings)):
         eventually(lambda: producer.backlog() == 0)
         assert producer.states(ids) == {"PENDING": 10}
         assert {producer.db.zcard(producer.keys.parked(m)) for m in ("", "m")} == {5}
@@ -527,7 +529,7 @@ def test_calls_wait_for_the_first_engine(settings: Settings, producer: Producer)
 
 def test_a_parked_call_is_weighed_as_any_other(settings: Settings, client: Client, producer: Producer) -> None:
     """A long prompt that had to wait for an engine still binds its session."""
-    with routing(settings):
+    with routing(patient(settings)):
         client.submit("hi", id="c1", session="s", prompt_tokens=5000)
         eventually(lambda: producer.db.zcard(producer.keys.parked("")))
         worker = FakeWorker(settings).up()
@@ -538,9 +540,9 @@ def test_a_parked_call_is_weighed_as_any_other(settings: Settings, client: Clien
 
 
 def test_an_engine_that_starts_is_waited_for(settings: Settings, producer: Producer) -> None:
-    worker = FakeWorker(settings.model_copy(update={"lease_ms": 60_000}))
+    worker = FakeWorker(settings)
     worker.register()
-    with routing(settings):
+    with routing(patient(settings)):
         producer.push(id="c1", json=HI, model="m")
         eventually(lambda: producer.db.zcard(producer.keys.parked("m")))
         producer.push(id="c2", json=HI, model="unknown")

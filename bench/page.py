@@ -1,0 +1,80 @@
+"""The page of results: what was aimed at, what came out, and beside whom."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.table import RESULTS, Row, Run, machine, render, summarise, table_line
+
+OURS = "rsm-engine"
+CEILING = "raw streams"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One line of the table of aims."""
+
+    what: str
+    aim: str
+    got: str
+    met: bool
+
+    def cells(self) -> tuple[str, ...]:
+        return self.what, self.aim, self.got, "yes" if self.met else "**no**"
+
+
+def targets(rows: list[Row], ours: Mapping[str, Any]) -> list[Target]:
+    """The issue's targets, each beside its measurement from this very run."""
+    us = next(r for r in rows if r.name == OURS)
+    peers = [r for r in rows if r.name not in (OURS, CEILING)]
+    best = max(peers, key=lambda r: r.calls_per_s.median)
+    p50, p99 = min(r.rtt_p50_ms.median for r in peers), min(r.rtt_p99_ms.median for r in peers)
+    ratio = us.calls_per_s.median / best.calls_per_s.median
+    trips = {k.removeprefix("trips_"): v for k, v in ours.items() if k.startswith("trips_")}
+    return [
+        Target("calls/s, 100 in flight", f"≥ 4 times {best.name}", f"{ratio:.1f} times", ratio >= 4),
+        Target("round trip at low load, p50", "≤ 1 ms", f"{us.rtt_p50_ms.median:.2f} ms", us.rtt_p50_ms.median <= 1),
+        Target(
+            "… p50 below every peer's", f"< {p50:.2f} ms", f"{us.rtt_p50_ms.median:.2f} ms", us.rtt_p50_ms.median < p50
+        ),
+        Target(
+            "… p99 below every peer's", f"< {p99:.2f} ms", f"{us.rtt_p99_ms.median:.2f} ms", us.rtt_p99_ms.median < p99
+        ),
+        _at_least("router alone, assignments/s a process", ours["assignments_per_s"], 20_000),
+        _below("a call's time in the router, p99, ms", ours["call_p99_ms"], 1),
+        _below("cancel: flag set → abort in the worker, p50, ms", ours["cancel_p50_ms"], 2),
+        _below("… p99, ms", ours["cancel_p99_ms"], 10),
+        _below("router's memory, MiB", ours["router_mib"], 64),
+        _below(f"our part of a worker, MiB, over {ours['library']}", ours["worker_mib"], 10),
+        *(_below(f"round trips to Redis a call, {name}", value, 1) for name, value in trips.items()),
+    ]
+
+
+def _below(what: str, value: float, limit: float) -> Target:
+    return Target(what, f"≤ {limit:g}", f"{value:.2f}", value <= limit)
+
+
+def _at_least(what: str, value: float, limit: float) -> Target:
+    return Target(what, f"≥ {limit:,.0f}", f"{value:,.0f}", value >= limit)
+
+
+def write(name: str, runs: Iterable[Run], ours: Mapping[str, Any], server: str, folder: Path = RESULTS) -> Path:
+    """Writes NAME.md and NAME.json; returns the path of the former."""
+    runs = list(runs)
+    about = machine(f"{os.cpu_count()} cores, shared with others", server)
+    rows = summarise(runs)
+    head = ("What", "Target", "Measured", "Met")
+    lines = ["", "## Targets", "", table_line(head), table_line(["---", "---", "---:", "---"])]
+    lines += [table_line(t.cells()) for t in targets(rows, ours)]
+    lines += ["", "Made by `make bench`.", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.md"
+    path.write_text(render(about, rows) + "\n".join(lines), encoding="utf-8")
+    data = {"machine": about, "runs": [{f: getattr(r, f) for f in Run.__slots__} for r in runs], "ours": dict(ours)}
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    return path
