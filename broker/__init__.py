@@ -1,8 +1,7 @@
 """The contract with Redis: what producers, routers and workers agree on. A producer needs this package alone.
 
-    from broker import Client
-with Client() as client:
-    print(client.submit("Explain quantum computing", max_tokens=64).result().text)
+    with Client() as client:
+        print(client.submit("Explain quantum computing", max_tokens=64).result().text)
 """
 
 from broker.aio import AsyncCall, AsyncClient

@@ -30,6 +30,8 @@ from broker.transitions import Submission, Transitions
 
 log = logging.getLogger("rsm.client")
 
+# Calls per push. Small, so that router and worker are at work on the first while the next are on their way.
+PUSH_MANY = 32
 _BLOCK_S = 2.0
 _READ_MANY = 1000
 # How old a wait must be before the record is asked directly.
@@ -181,8 +183,8 @@ class Client:
         """Pushes many calls in few round trips. Raises what `submit` raises; calls before a conflict stay pushed."""
         self._ensure_reader()
         handles = []
-        for at in range(0, len(calls), self.settings.batch):
-            handles += self._push(calls[at : at + self.settings.batch])
+        for at in range(0, len(calls), PUSH_MANY):
+            handles += self._push(calls[at : at + PUSH_MANY])
         return handles
 
     def _push(self, calls: Sequence[Submission]) -> list[CallHandle]:

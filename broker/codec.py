@@ -64,7 +64,9 @@ def _no_extensions(code: int, data: bytes) -> Any:
 
 def digest(kind: str, model: str, data: bytes) -> str:
     """Tells a repeated push of a call from another call under the same id."""
-    return hashlib.blake2b(data, digest_size=16, key=f"{kind}|{model}".encode()[:64]).hexdigest()
+    hashed = hashlib.blake2b(f"{kind}|{model}|".encode(), digest_size=16)
+    hashed.update(data)
+    return hashed.hexdigest()
 
 
 def text(raw: bytes | str | None) -> str:

@@ -138,9 +138,11 @@ class Router:
         return self._leftovers(arrivals, placements, replies[-1]) if placements else ([], [])
 
     def _look(self, arrivals: Sequence[Arrival]) -> dict[str, SessionView]:
-        """Brings the view of the fleet up to date, unless it is fresh and no session's affinity is asked for."""
+        """Brings the view of the fleet up to date, unless it is fresh, serves all models asked for, and no session's
+        affinity is asked for."""
         sessions = {a.view.session for a in arrivals if self._policy.needs_session(a.view)}
-        if sessions or time.monotonic() - self._looked > _LOOK_AGAIN_S:
+        unserved = {a.view.model for a in arrivals if a.view.model} - {e.model for e in self._fleet.values()}
+        if sessions or unserved or time.monotonic() - self._looked > _LOOK_AGAIN_S:
             look = scripts.run(self._redis, self._transitions.look(list(sessions)))
             self._fleet, self._looked = {e.id: e for e in look.engines}, time.monotonic()
             return look.sessions

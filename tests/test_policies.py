@@ -14,7 +14,6 @@ import pytest
 import redis
 
 from broker import InvalidRequest, Settings, scripts
-from broker import client as client_module
 from broker.client import Client
 from broker.keys import Keys
 from broker.transitions import EngineView, SessionView, Transitions
@@ -38,12 +37,6 @@ def engine(engine_id: str, queued_tokens: int = 0, **fields: Any) -> EngineView:
 
 def call(prompt_tokens: int = 10, session: str = "s") -> CallView:
     return CallView(session, "m", prompt_tokens)
-
-
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Client.close` waits for one blocking read."""
-    monkeypatch.setattr(client_module, "_BLOCK_S", 0.02)
 
 
 # -- load

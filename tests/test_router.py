@@ -21,12 +21,12 @@ import pytest
 import redis
 
 from broker import CallRecord, Client, RequestState, Settings, child, codec, scripts
-from broker import client as client_module
 from broker.embedded import EmbeddedRedis
 from broker.ids import new_id
 from broker.keys import ROUTER_GROUP, Keys
 from broker.models import ErrorCode
 from broker.transitions import Claimed, EngineView, SessionView, Transitions
+from router import router as router_module
 from router.policies import CallView, Choice
 from router.policies.least_loaded import LeastLoaded
 from router.router import Router
@@ -36,12 +36,6 @@ from tests.fake_worker import FakeWorker, echo, hold, patient, routing
 
 HI = '{"prompt":"hi"}'
 LIMIT = 4096
-
-
-@pytest.fixture(autouse=True)
-def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Client.close` waits for one blocking read."""
-    monkeypatch.setattr(client_module, "_BLOCK_S", 0.02)
 
 
 @pytest.fixture
@@ -295,6 +289,35 @@ def test_a_forged_reference_cannot_stop_the_router(
     producer.push(id="good", json=HI)
     place()
     assert producer.record("good").engine == "e1"
+
+
+def test_an_engine_that_has_just_come_is_known(
+    place: Callable[[], int], ready: FakeWorker, settings: Settings, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router's view of the fleet may be a moment old; a refusal is for ever."""
+    monkeypatch.setattr(router_module, "_LOOK_AGAIN_S", 60.0)
+    producer.push(id="c1", json=HI)
+    place()
+    newcomer = FakeWorker(settings, "e2", "m2").up()
+    producer.push(id="c2", json=HI, model="m2")
+    place()
+    assert (producer.state("c2"), producer.record("c2").engine) == ("PENDING", "e2")
+    newcomer.close()
+
+
+def test_an_engine_that_has_just_gone_gets_no_calls(
+    place: Callable[[], int], ready: FakeWorker, settings: Settings, producer: Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "_LOOK_AGAIN_S", 60.0)
+    producer.push_many(["c1"])
+    place()
+    scripts.run(producer.db, Transitions(producer.keys, settings).drain("e1"))
+    newcomer = FakeWorker(settings, "e2").up()
+    producer.push_many(["c2"])
+    place()
+    place()
+    assert {producer.record(c).engine for c in ("c1", "c2")} == {"e2"}
+    newcomer.close()
 
 
 def test_a_storm_of_bad_entries(settings: Settings, producer: Producer) -> None:

@@ -810,6 +810,15 @@ def test_finishes_of_a_batch_are_judged_one_by_one(world: World) -> None:
     assert world.run(world.transitions.finish("e1", ends)) == ["done", "stale", "again"]
 
 
+def test_the_engines_own_count_of_tokens_replaces_the_estimate(world: World) -> None:
+    worker = world.worker()
+    for call_id, tokens in (("c1", 12), ("c2", 0)):
+        worker.finish(world.start(call_id, worker, inbox="box"), prompt_tokens=tokens)
+        assert world.record(call_id).ints("prompt_tokens") == (tokens,)
+        assert world.news("box")[-1].ints("prompt_tokens") == (tokens,)
+    assert world.engine().ints("queued_tokens", "running_tokens") == (0, 0)
+
+
 # -- release
 
 
@@ -875,6 +884,18 @@ def test_a_flagged_call_given_back_is_cancelled(world: World) -> None:
     assert (world.state("c1"), world.record("c1")["error"]) == ("CANCELLED", "enough")
     assert world.news("box")[0]["state"] == "CANCELLED"
     assert not world.stream()
+
+
+def test_a_second_assignment_leaves_nothing_of_the_first(world: World) -> None:
+    worker = world.worker()
+    world.run(world.transitions.session("charge", "s", "", 5_000, 0))
+    call = world.start("c1", worker, session="s")
+    assert world.record("c1").ints("level", "inherited") == (2, 5000)
+    worker.release(call, fault=False)
+    world.db.delete(world.keys.session("s"))  # expired meanwhile
+    world.assign("c1")
+    assert world.record("c1").ints("level", "inherited") == (0, 0)
+    assert worker.take().level == 0
 
 
 # -- cancel

@@ -7,6 +7,8 @@ lines are there for everybody to read. With --supervised this process is the wor
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -28,9 +30,18 @@ NODE_VARIABLE = "RSM_NODE"
 API_KEY_VARIABLE = "RSM_OPENAI_API_KEY"
 SUPERVISED_FLAG = "--supervised"
 
+_M_ARENA_MAX = -8  # malloc.h
+
+
+def share_heaps() -> None:
+    """Lets the worker's threads share two malloc arenas (glibc) instead of one each; saves most of a MiB."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+
 
 def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     """Runs one worker in this process until it ends; returns its exit status."""
+    share_heaps()
     try:
         backend = create_backend(config)
     except InvalidRequest as e:

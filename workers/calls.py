@@ -50,6 +50,7 @@ class Calls:
     Args:
         put: takes what has to be written, in order; never blocks.
         left: called when a call has left the engine.
+        died: called with the reason when a call finds the engine gone.
     """
 
     def __init__(
@@ -59,12 +60,15 @@ class Calls:
         keys: Keys,
         put: Callable[[Item], None],
         left: Callable[[], None],
+        died: Callable[[str], None],
     ) -> None:
         self._backend = backend
         self._redis = server
         self._keys = keys
         self._put = put
         self._left = left
+        self._died = died
+        self._refusing = False
         self._running: dict[str, Running] = {}
 
     def __len__(self) -> int:
@@ -73,6 +77,10 @@ class Calls:
     def start(self, claimed: Sequence[Claimed]) -> None:
         loop = asyncio.get_running_loop()
         for call in claimed:
+            if self._refusing:
+                self._put(Release(call.fence, False, ErrorCode.ENGINE_ERROR.value, "The engine had died before."))
+                self._left()
+                continue
             running = Running(call, [call.events], cancelled=call.cancelled)
             self._running[key_of(call.fence)] = running
             running.task = loop.create_task(self._run(running))
@@ -84,6 +92,10 @@ class Calls:
         if running is not None:
             running.cancelled = True
             self._backend.abort(key)
+
+    def refuse(self) -> None:
+        """The engine is gone: what the claimer still brings goes back, and that is no attempt lost to a death."""
+        self._refusing = True
 
     def drop(self, fences: Sequence[Fence]) -> None:
         """These calls are somebody else's by now: stop them and say nothing more of them."""
@@ -119,6 +131,7 @@ class Calls:
         except EngineDied as e:
             error = f"The engine died while the call was running: {e}"
             message = Release(fence, True, ErrorCode.ATTEMPTS_EXHAUSTED.value, error)
+            self._died(str(e))
         except EngineError as e:
             message = Release(fence, True, ErrorCode.ENGINE_ERROR.value, f"The engine failed: {e}")
         except Exception as e:

@@ -7,12 +7,14 @@ restart of `rsm node` touches a running engine.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -32,6 +34,7 @@ from broker.settings import Settings
 from broker.transitions import Transitions
 from workers.__main__ import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
 from workers.config import EngineConfig
+from workers.launch import report_death
 
 log = logging.getLogger("rsm.node")
 
@@ -40,6 +43,7 @@ _FAILURE_TTL_S = 7 * 24 * 3600
 _POLL_S = 0.1
 # What a job may take beyond the work itself.
 _MARGIN_S = 60
+_GONE = (EngineState.STOPPED, EngineState.DEAD, "")
 
 
 def queue_name(settings: Settings, node: str) -> str:
@@ -137,13 +141,15 @@ def start_engine(config: dict[str, Any], timeout_s: float) -> dict[str, Any]:
 def stop_engine(engine_id: str, drain: bool) -> dict[str, Any]:
     """RQ job: stops an engine of this host; one that does not leave within the grace is killed."""
     settings = Settings()
+    _require_here(settings, engine_id)
     status = drain_engine(engine_id, "stop")
-    supervisor = int(status["supervisor"] or 0)
-    until = time.monotonic() + (settings.drain_grace_s if drain else 0) + _MARGIN_S / 2
-    while _state(settings, engine_id) not in (EngineState.STOPPED, EngineState.DEAD, "") or _alive(supervisor):
-        if time.monotonic() > until or not drain:
-            _kill_session(supervisor)
-            drain = True
+    supervisor, worker = int(status["supervisor"]), int(status["pid"])
+    until = time.monotonic() + (settings.drain_grace_s + _MARGIN_S / 2 if drain else 0)
+    while _alive(supervisor) or _alive(worker) or _state(settings, engine_id) not in _GONE:
+        if time.monotonic() > until:
+            _kill_session(supervisor)  # first, for it would start the worker again
+            _kill_session(worker)
+            report_death(settings, engine_id, worker)
         time.sleep(_POLL_S)
     log.info("engine %s stopped", engine_id)
     return Monitor(settings).engine(engine_id)
@@ -169,6 +175,16 @@ def _state(settings: Settings, engine_id: str) -> str:
         return ""
 
 
+def _require_here(settings: Settings, engine_id: str) -> None:
+    """Its pids mean something on its own host alone: elsewhere they are those of strangers."""
+    try:
+        node = Monitor(settings).engine(engine_id)["node"]
+    except UnknownCall:
+        return  # the order to drain says so
+    if node != os.environ.get(NODE_VARIABLE):
+        raise EngineFailed(f"Engine {engine_id} runs on node {node}; ask that one to stop it.")
+
+
 def _alive(pid: int) -> bool:
     if pid <= 0:
         return False
@@ -176,9 +192,19 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return True
+    return not _ended(pid)
+
+
+def _ended(pid: int) -> bool:
+    """Whether only its exit status is left: in a container whose first process is no init, nobody takes that."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] == "Z"
 
 
 def _kill_session(pid: int) -> None:
     if _alive(pid):
-        os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)

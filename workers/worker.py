@@ -80,7 +80,14 @@ class Worker:
         self._publisher = Publisher(
             self.engine, self.settings, self._transitions, lambda fences: self._call(self._calls.drop, fences)
         )
-        self._calls = Calls(backend, self._redis, self._keys, self._publisher.put, lambda: self._room.give())
+        self._calls = Calls(
+            backend,
+            self._redis,
+            self._keys,
+            put=self._publisher.put,
+            left=lambda: self._room.give(),
+            died=self._engine_died,
+        )
         self._facts = EngineFacts(model=model, max_num_seqs=0)
         self._room = Room(0)
         self._incarnation = ""
@@ -106,9 +113,10 @@ class Worker:
             control_from = await self._register()
             self._facts = await self._start_engine()
         except EngineDied as e:
-            log.error("engine %s did not start: %s", self.engine, e)
+            stopped = self._told_to_stop.is_set()
+            log.log(logging.INFO if stopped else logging.ERROR, "engine %s did not start: %s", self.engine, e)
             await self._leave()
-            return EXIT_ENGINE_DIED
+            return EXIT_OK if stopped else EXIT_ENGINE_DIED
         self._publisher.start()
         await self._announce()
         await self._open_for_work(control_from)
@@ -154,9 +162,9 @@ class Worker:
 
     async def _drain(self) -> None:
         """Out of service: no new calls, running ones finish. The process stays until it is told to stop."""
+        await self._beat(EngineState.DRAINING)  # first of all: from here on the router sends nothing
         if self._claimer is not None:
             await asyncio.to_thread(self._claimer.close)
-        await self._beat(EngineState.DRAINING)
         try:
             while await self._run(self._transitions.drain(self.engine), _FLUSH_S) >= self.settings.batch:
                 pass
@@ -188,7 +196,11 @@ class Worker:
         self._redis.close()
 
     async def _watch_engine(self) -> None:
-        self._want("died", await self._backend.died())
+        self._engine_died(await self._backend.died())
+
+    def _engine_died(self, reason: str) -> None:
+        self._calls.refuse()
+        self._want("died", reason)
 
     async def _start_engine(self) -> EngineFacts:
         """Brings the engine up, unless a signal comes first.

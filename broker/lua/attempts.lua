@@ -9,7 +9,7 @@ end
 
 -- Puts a PENDING call back on the router stream, without its body. c: the call as read_call gave it.
 local function to_router(id, c)
-  redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING')
+  redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING', 'level', 0, 'inherited', 0)
   redis.call('XADD', CALLS, '*', 'id', id, 'gen', c.gen, 'session', c.session, 'model', c.model,
     'prompt_tokens', c.prompt_tokens)
 end

@@ -49,8 +49,9 @@ end
 -- The weight of a call in its engine's load: its prompt's tokens as they were counted when it was assigned.
 local function load_of(c) return tonumber(c.prompt_tokens) or 0 end
 
--- HSET without the fields that are empty or, of the numbers, zero. (A session or an engine may be called "0".)
-local numbers = {priority = true, prompt_tokens = true, stream = true, level = true, inherited = true,
+-- HSET without the fields that are empty or, of these numbers, zero. Names are not among them, for an engine may be
+-- called "0", nor is prompt_tokens: the engine's count replaces the estimate also if it is zero.
+local numbers = {priority = true, stream = true, level = true, inherited = true,
   completion_tokens = true, cached_tokens = true, failures = true}
 local function set_fields(key, pairs_)
   local list = {}

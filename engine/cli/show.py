@@ -12,6 +12,8 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from broker import EngineFailed
+from broker.models import EngineState
 from broker.monitor import Monitor
 from engine.cli import tables
 from engine.cli.app import app, monitor_of
@@ -41,7 +43,14 @@ def ps(
 
 
 @app.command()
-def engines(ctx: typer.Context, json: Json = False, watch: Watch = False) -> None:
+def engines(
+    ctx: typer.Context,
+    json: Json = False,
+    watch: Watch = False,
+    ready: Annotated[
+        str | None, typer.Option(metavar="ENGINE", help="For health checks: status 1 unless this engine is READY.")
+    ] = None,
+) -> None:
     """Engines: state, load, KV cache, heartbeat."""
 
     def view(monitor: Monitor) -> tuple[Any, RenderableType]:
@@ -49,6 +58,15 @@ def engines(ctx: typer.Context, json: Json = False, watch: Watch = False) -> Non
         return found, tables.engines_table(found, monitor.now_ms())
 
     _show(ctx, view, json, watch)
+    if ready is not None:
+        with monitor_of(ctx) as monitor:
+            _require_ready(monitor, ready)
+
+
+def _require_ready(monitor: Monitor, engine_id: str) -> None:
+    state = monitor.engine(engine_id)["state"]
+    if state != EngineState.READY:
+        raise EngineFailed(f"Engine {engine_id} is {state}, not READY.")
 
 
 @app.command()

@@ -1,0 +1,104 @@
+"""Real worker processes with modelled engines, what undisturbed ones would have said, and who is left of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from broker import Client, RequestState, Settings
+from broker.errors import UnknownCall
+from broker.monitor import Monitor
+from tests.rsm_command import clean_env
+from workers.__main__ import CONFIG_VARIABLE
+from workers.config import EngineConfig
+from workers.sim_text import Prompt, answer
+
+_WAIT_S = 60
+
+
+def sim(engine_id: str = "e1", step_s: float = 0.01, max_num_seqs: int = 64, **engine_args: Any) -> EngineConfig:
+    """An engine whose calls give a token every `step_s` seconds, and nothing else takes time."""
+    times = {"step_s": step_s, "prefill_token_s": 0, "decode_seq_s": 0, "context_token_s": 0}
+    return EngineConfig(engine_id=engine_id, backend="sim", max_num_seqs=max_num_seqs, engine_args=times | engine_args)
+
+
+def said(prompt: str, max_tokens: int) -> str:
+    """What an undisturbed engine answers."""
+    return answer(Prompt.of(prompt).seed(), max_tokens).text
+
+
+def assert_undisturbed(client: Client, call_id: str, prompt: str, max_tokens: int) -> None:
+    """A streamed call ended well; its log holds each token once, in pieces numbered without gap, and one end."""
+    record = client.record(call_id)
+    assert record.state is RequestState.COMPLETED, record
+    assert record.result is not None
+    pieces = list(client.stream(call_id))
+    assert [p.n for p in pieces] == list(range(len(pieces)))
+    assert "".join(p.text for p in pieces) == said(prompt, max_tokens) == record.result.text
+    assert [i for p in pieces for i in p.token_ids] == record.result.token_ids
+    log: Any = client.redis.xrange(client.keys.events(call_id))
+    assert [b"state" in fields for _, fields in log] == [False] * len(pieces) + [True]
+
+
+class WorkerProcess:
+    """One `python -m workers`, with its output in a file."""
+
+    def __init__(self, config: EngineConfig, settings: Settings, log: Path) -> None:
+        self.engine_id = config.engine_id
+        self._log = log
+        env = clean_env() | settings.environment() | {CONFIG_VARIABLE: config.model_dump_json(exclude={"api_key"})}
+        with log.open("ab") as output:
+            command = [sys.executable, "-m", "workers"]
+            self._process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def send(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        return self._process.wait(_WAIT_S)
+
+    def kill(self) -> None:
+        """kill -9, also of one that has ended or stands still."""
+        self._process.kill()
+        self._process.wait()
+
+
+def state_of(monitor: Monitor, engine_id: str) -> str:
+    try:
+        return str(monitor.engine(engine_id)["state"])
+    except UnknownCall:
+        return ""
+
+
+def processes_of(settings: Settings, folder: Path | None = None) -> list[psutil.Process]:
+    """Routers, workers, supervisors and nodes of one namespace, and with `folder` the server that lives there.
+
+    Found by what they were started with, so those count, too, whose parent is gone.
+    """
+    return [p for p in psutil.process_iter() if _belongs(p, settings, folder)]
+
+
+def _belongs(process: psutil.Process, settings: Settings, folder: Path | None) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        env = process.environ()
+        ours = env.get("RSM_REDIS_URL") == settings.url() and env.get("RSM_NAMESPACE") == settings.namespace
+        return ours or (folder is not None and process.cwd() == str(folder))
+    except psutil.Error:
+        return False
