@@ -1,7 +1,6 @@
 """The contract with Redis: what producers, routers and workers agree on. A producer needs this package alone.
 
-    with Client() as client:
-        print(client.submit("Explain quantum computing", max_tokens=64).result().text)
+Example: `Client().submit("Explain quantum computing", max_tokens=64).result().text`
 """
 
 from broker.aio import AsyncCall, AsyncClient

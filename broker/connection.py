@@ -23,7 +23,13 @@ T = TypeVar("T")
 log = logging.getLogger("rsm.redis")
 
 # What a restart, a fail-over, a cut line or a full server looks like from here; anything else is an error of ours.
-BLIPS = (errors.ConnectionError, errors.TimeoutError, errors.BusyLoadingError, errors.ReadOnlyError, errors.OutOfMemoryError)
+BLIPS = (
+    errors.ConnectionError,
+    errors.TimeoutError,
+    errors.BusyLoadingError,
+    errors.ReadOnlyError,
+    errors.OutOfMemoryError,
+)
 
 COMMAND_TIMEOUT_S = 10.0
 

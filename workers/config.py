@@ -14,6 +14,7 @@ from workers.backend import Backend
 
 BackendName = Literal["vllm", "openai", "sim"]
 
+
 class EngineConfig(BaseModel):
     """One engine.
 
