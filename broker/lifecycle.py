@@ -102,10 +102,9 @@ class RequestLifecycleManager:
         return RequestMetadata(self._monitor.call(request_id), self._monitor.now_ms())
 
     def get_running_requests(self) -> list[RequestMetadata]:
-        """Calls that run on any engine now."""
+        """Calls that run now, longest first: on any engine, and those that their makers run themselves."""
         now = self._monitor.now_ms()
-        calls = [c.record for c in self._monitor.active_calls() if c.where == "running"]
-        return [RequestMetadata(record, now) for record in calls]
+        return [RequestMetadata(record, now) for record in self._monitor.running_calls()]
 
     def get_session_requests(self, session_id: str) -> list[RequestMetadata]:
         """A session's calls: the unfinished ones, then the latest finished ones whose records have not expired."""

@@ -148,34 +148,42 @@ class CallRecord:
 
     @classmethod
     def from_hash(cls, call_id: str, h: Mapping[bytes, bytes]) -> CallRecord:
-        """Reads the hash `{ns}:call:ID`."""
-        t = {k.decode(): codec.text(v) for k, v in h.items() if k not in _BYTES}
+        """Reads the hash `{ns}:call:ID`. On the way of every result, so it takes each field once and as it is."""
+        get = h.get
 
-        def optional(name: str) -> int | None:
-            return codec.number(t[name]) if t.get(name) else None
+        def words(name: bytes) -> str:
+            value = get(name)
+            return value.decode("utf-8", "replace") if value else ""
+
+        def whole(name: bytes) -> int:
+            return int(get(name) or 0)
+
+        def moment(name: bytes) -> int | None:
+            value = get(name)
+            return int(value) if value else None
 
         return cls(
             id=call_id,
-            state=RequestState(t["state"]),
-            session=t.get("session", ""),
-            kind=t.get("kind", ""),
-            engine=t.get("engine", ""),
-            model=t.get("model", ""),
-            attempt=codec.number(t.get("attempt"), 1),
-            priority=codec.number(t.get("priority")),
-            level=codec.number(t.get("level")),
-            stream=t.get("stream") == "1",
-            prompt_tokens=codec.number(t.get("prompt_tokens")),
-            submitted_ms=codec.number(t.get("submitted_ms")),
-            assigned_ms=optional("assigned_ms"),
-            started_ms=optional("started_ms"),
-            finished_ms=optional("finished_ms"),
-            deadline_ms=optional("deadline_ms"),
-            error_code=t.get("error_code", ""),
-            error=t.get("error", ""),
-            why=t.get("why", ""),
-            cancel_requested="cancel" in t,
-            result=_result(call_id, t, h.get(b"result", b"")),
+            state=_STATES[h[b"state"]],
+            session=words(b"session"),
+            kind=words(b"kind"),
+            engine=words(b"engine"),
+            model=words(b"model"),
+            attempt=int(get(b"attempt") or 1),
+            priority=whole(b"priority"),
+            level=whole(b"level"),
+            stream=get(b"stream") == b"1",
+            prompt_tokens=whole(b"prompt_tokens"),
+            submitted_ms=whole(b"submitted_ms"),
+            assigned_ms=moment(b"assigned_ms"),
+            started_ms=moment(b"started_ms"),
+            finished_ms=moment(b"finished_ms"),
+            deadline_ms=moment(b"deadline_ms"),
+            error_code=words(b"error_code"),
+            error=words(b"error"),
+            why=words(b"why"),
+            cancel_requested=b"cancel" in h,
+            result=_result(call_id, h),
         )
 
     def outcome(self) -> CallResult:
@@ -193,7 +201,7 @@ class CallRecord:
         return CallCancelled(self) if self.state is RequestState.CANCELLED else CallFailed(self)
 
 
-_BYTES = frozenset({b"result", b"body", b"json"})
+_STATES = {state.value.encode(): state for state in RequestState}
 
 
 def result_format(data: bytes) -> codec.Format:
@@ -201,27 +209,28 @@ def result_format(data: bytes) -> codec.Format:
     return "json" if data[:1] == b"{" else "body"
 
 
-def _result(call_id: str, t: Mapping[str, str], data: bytes) -> CallResult | None:
+def _result(call_id: str, h: Mapping[bytes, bytes]) -> CallResult | None:
+    data = h.get(b"result")
     if not data:
         return None
     r = codec.decode(data, result_format(data))
-    submitted, started, finished = (codec.number(t.get(k)) for k in ("submitted_ms", "started_ms", "finished_ms"))
+    submitted, started, finished = (int(h.get(k) or 0) for k in (b"submitted_ms", b"started_ms", b"finished_ms"))
     ttft = r.get("ttft_ms")
     waiting = (started - submitted) / 1000 if started else 0.0
     return CallResult(
         request_id=call_id,
-        session_id=t.get("session", ""),
-        engine_id=t.get("engine", ""),
+        session_id=h.get(b"session", b"").decode(),
+        engine_id=h.get(b"engine", b"").decode(),
         text=r.get("text", ""),
         token_ids=r.get("token_ids", []),
-        prompt_tokens=codec.number(t.get("prompt_tokens")),
-        completion_tokens=codec.number(t.get("completion_tokens")),
-        cached_tokens=codec.number(t.get("cached_tokens")),
+        prompt_tokens=int(h.get(b"prompt_tokens") or 0),
+        completion_tokens=int(h.get(b"completion_tokens") or 0),
+        cached_tokens=int(h.get(b"cached_tokens") or 0),
         finish_reason=r.get("finish_reason", ""),
         latency=(finished - submitted) / 1000,
         waiting_time=waiting,
         ttft=None if ttft is None else waiting + ttft / 1000,
-        attempts=codec.number(t.get("attempt"), 1),
+        attempts=int(h.get(b"attempt") or 1),
         response=r.get("response"),
     )
 

@@ -111,6 +111,19 @@ class Monitor:
                     found.append(ActiveCall(call_id, where, engine, CallRecord.from_hash(call_id, fields)))
         return found
 
+    def running_calls(self) -> list[CallRecord]:
+        """Calls that run now, longest first: on engines, and those that their makers run themselves."""
+        found = []
+        for key in self._redis.scan_iter(match=_literal(self.keys.session("")) + "*:calls", count=_SCAN, _type="set"):
+            ids = [text(raw) for raw in self._redis.smembers(key)]
+            pipe = self._redis.pipeline(transaction=False)
+            for call_id in ids:
+                pipe.hget(self.keys.call(call_id), "state")
+            for call_id, state in zip(ids, pipe.execute(), strict=True):
+                if state == b"RUNNING":
+                    found.append(CallRecord.from_hash(call_id, self._redis.hgetall(self.keys.call(call_id))))
+        return sorted(found, key=lambda record: record.started_ms or 0)
+
     def _places(self) -> Iterator[tuple[str, str, str]]:
         for engine in self.engine_ids():
             yield "running", engine, self.keys.running(engine)

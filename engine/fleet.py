@@ -111,6 +111,12 @@ class Fleet:
 
     def stop(self) -> None:
         """Stops everything, bounded: workers drain at once side by side, then routers, then Redis."""
+        self.stop_parts()
+        if self.embedded is not None:
+            self.embedded.stop()
+
+    def stop_parts(self) -> None:
+        """Stops all but Redis."""
         for worker in self.workers.values():
             worker.request_stop()
         for worker in self.workers.values():
@@ -119,8 +125,6 @@ class Fleet:
         for router in self.routers:
             router.stop()
         self.routers.clear()
-        if self.embedded is not None:
-            self.embedded.stop()
 
 
 def _is_ready(monitor: Monitor, engine_id: str) -> bool:

@@ -18,6 +18,7 @@ from workers.config import EngineConfig
 from workers.node import NodeClient
 
 Future = asyncio.Future[CallResult]
+_CLOSE_S = 5.0
 
 
 class MultiEngineManager:
@@ -76,6 +77,8 @@ class MultiEngineManager:
             with contextlib.suppress(RsmError):
                 NodeClient(node, self.settings).stop_engine(engine_id)
         self._remote.clear()
+        self._fleet.stop_parts()
+        self._close_client()  # behind the drain: until then it hears of the calls that finish
         self._fleet.stop()
         self._started = False
 
@@ -86,9 +89,6 @@ class MultiEngineManager:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
         await asyncio.to_thread(self.stop)
 
     def add_engine(self, config: EngineConfig, node: str | None = None) -> None:
@@ -215,12 +215,30 @@ class MultiEngineManager:
         self._require_started("sending calls")
         loop = asyncio.get_running_loop()
         if self._client is None or self._loop is not loop:
+            self._close_client()
             self._client, self._loop = AsyncClient(settings=self.settings), loop
         return self._client
+
+    def _close_client(self) -> None:
+        """Closes the client in the loop it belongs to. A loop that has ended took its client along."""
+        client, loop, self._client = self._client, self._loop, None
+        if client is None or loop is None or not loop.is_running():
+            return
+        closing = asyncio.run_coroutine_threadsafe(client.close(), loop)
+        if not _is_running_here(loop):  # from within that loop nobody can wait for it; it closes as soon as it can
+            with contextlib.suppress(TimeoutError):
+                closing.result(_CLOSE_S)
 
     def _require_started(self, what: str) -> None:
         if not self._started:
             raise RsmError(f"Call start() (or use `async with`) before {what}.")
+
+
+def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
 
 
 def _look_at_error(future: Future) -> None:

@@ -140,16 +140,22 @@ def test_cancel_of_waiting_and_running_calls(
         assert client.submit("d", max_tokens=2).result(20).completion_tokens == 2, "the slot is free again"
 
 
-async def test_a_call_flagged_before_it_begins_never_runs(settings: Settings, db: redis.Redis, keys: Keys) -> None:
-    class Untouched(SimBackend):
-        async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
-            raise AssertionError("it must not run")
+class Untouched(SimBackend):
+    """Fails the test if it is asked to run anything."""
 
+    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+        raise AssertionError("it must not run")
+
+
+@pytest.mark.parametrize("overtaken", [False, True], ids=["flag in the claim", "cancel before the claim's reply"])
+async def test_a_call_flagged_before_it_begins_never_runs(db: redis.Redis, keys: Keys, overtaken: bool) -> None:
     put: list[Item] = []
     left = asyncio.Event()
     calls = Calls(Untouched(), db, keys, put.append, left.set, lambda _: None)
     fence = Fence("c1", "1-0", 1)
-    calls.start([Claimed(fence, "s1", "generate", False, "", 0, 0, 0, "", 1, "body", b"\x80", cancelled=True)])
+    for i in range(3 if overtaken else 0):
+        calls.cancel(Fence(f"c{i}", "1-0", 1))
+    calls.start([Claimed(fence, "s1", "generate", False, "", 0, 0, 0, "", 1, "body", b"\x80", cancelled=not overtaken)])
     await asyncio.wait_for(left.wait(), 10)
     (end,) = put
     assert isinstance(end, Finish)

@@ -28,6 +28,10 @@ from workers.publisher import Item, Output
 log = logging.getLogger("rsm.worker")
 
 
+# How many cancels of calls that are not here are remembered: those that a claim on its way may still bring, and more.
+_EARLY_MAX = 4096
+
+
 @dataclass(slots=True)
 class Running:
     """A call in the engine. `numbers`: the next event number, shared with the publisher."""
@@ -70,6 +74,7 @@ class Calls:
         self._died = died
         self._refusing = False
         self._running: dict[str, Running] = {}
+        self._early: dict[str, None] = {}  # cancelled before they came, oldest first
 
     def __len__(self) -> int:
         return len(self._running)
@@ -81,8 +86,9 @@ class Calls:
                 self._put(Release(call.fence, False, ErrorCode.ENGINE_ERROR.value, "The engine had died before."))
                 self._left()
                 continue
-            running = Running(call, [call.events], cancelled=call.cancelled)
-            self._running[key_of(call.fence)] = running
+            key = key_of(call.fence)
+            running = Running(call, [call.events], cancelled=call.cancelled or key in self._early)
+            self._running[key] = running
             running.task = loop.create_task(self._run(running))
 
     def cancel(self, fence: Fence) -> None:
@@ -92,6 +98,11 @@ class Calls:
         if running is not None:
             running.cancelled = True
             self._backend.abort(key)
+            return
+        # It has ended; or it is claimed, and the order overtook the claim's reply: they come by two connections.
+        self._early[key] = None
+        if len(self._early) > _EARLY_MAX:
+            del self._early[next(iter(self._early))]
 
     def refuse(self) -> None:
         """The engine is gone: what the claimer still brings goes back, and that is no attempt lost to a death."""

@@ -46,8 +46,10 @@ local function bound_engine(name, session, chosen, seen)
   return chosen
 end
 
+local place_fields = {'state', 'gen', 'engine', 'session', 'model', 'priority', 'submitted_ms', 'deadline_ms',
+  'prompt_tokens', 'cancel_before', 'cancel_reason'}
 local function assign(entry, id, gen, e, bind, seen, hit, prompt_tokens, why)
-  local c = read_call(id)
+  local c = read_call(id, place_fields)
   if c.state == '' then return 'missing', '' end
   take_entry(entry)
   if c.state ~= 'PENDING' or c.gen ~= gen or c.engine ~= '' then return 'stale', c.engine end
@@ -56,11 +58,11 @@ local function assign(entry, id, gen, e, bind, seen, hit, prompt_tokens, why)
   local cancel_before = c.cancel_before ~= '' and c.cancel_before
   local by_session = session.cancel_before and id_at_most(gen, session.cancel_before)
   if by_session or (cancel_before and id_at_most(gen, cancel_before)) then
-    end_call(id, c, 'CANCELLED', '', by_session and session.cancel_reason or c.cancel_reason, '')
+    end_call(id, read_call(id), 'CANCELLED', '', by_session and session.cancel_reason or c.cancel_reason, '')
     return 'cancelled', ''
   end
   if c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW then
-    end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed before an engine took the call.', '')
+    end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed before an engine took the call.', '')
     return 'expired', ''
   end
   if e == '' then

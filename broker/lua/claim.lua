@@ -11,15 +11,16 @@ local owner = redis.call('HMGET', engine_key(e), 'incarnation', 'claim_no', 'cla
 if owner[1] ~= incarnation or owner[4] == 'DEAD' then return {'fenced'} end
 
 local out = {'ok'}
+local job_fields = {'state', 'engine', 'gen', 'attempt', 'session', 'kind', 'stream', 'inbox', 'priority', 'level',
+  'events', 'traceparent', 'prompt_tokens', 'deadline_ms', 'cancel', 'format', 'body', 'json'}
 local function hand_over(id, c)
-  local more = redis.call('HMGET', call_key(id), 'kind', 'traceparent', c.format)
-  out[#out + 1] = {id, c.gen, c.attempt, c.session, more[1] or '', c.stream, c.inbox, c.priority, c.level, c.events,
-    more[2] or '', c.prompt_tokens, c.format, more[3] or '', c.cancel}
+  out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
+    c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel}
 end
 
 if owner[2] == claim_no then
   for id in string.gmatch(owner[3] or '', '%S+') do
-    local c = read_call(id)
+    local c = read_call(id, job_fields)
     if c.state == 'RUNNING' and c.engine == e then hand_over(id, c) end
   end
   return out
@@ -28,13 +29,13 @@ end
 local claimed = {}
 for _, id in ipairs(redis.call('ZRANGE', queue_key(e), 0, max - 1)) do
   later('ZREM', queue_key(e), id)
-  local c = read_call(id)
+  local c = read_call(id, job_fields)
   -- Anything else here is the trace of a call that ended or moved meanwhile.
   if c.state == 'PENDING' and c.engine == e then
     local load = load_of(c)
     count(engine_key(e), 'queued_tokens', -load)
     if c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW then
-      end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was waiting.', '')
+      end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was waiting.', '')
     else
       redis.call('HSET', call_key(id), 'state', 'RUNNING', 'started_ms', int(NOW))
       later('ZADD', running_key(e), int(NOW), id)

@@ -30,8 +30,10 @@ local function charge_session(c, prompt, completion, cached)
   count_total('cached_tokens', cached)
 end
 
+local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
+  'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason', 'format'}
 local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident)
-  local c = read_call(id)
+  local c = read_call(id, end_fields)
   if c.gen ~= gen or c.attempt ~= attempt or c.engine ~= e then return 'stale' end
   if c.state ~= 'RUNNING' then return c.state == 'PENDING' and 'stale' or 'again' end
   -- A cancel that was acknowledged before this finish has taken effect, whatever the engine managed to do.

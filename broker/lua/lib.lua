@@ -39,10 +39,12 @@ local function parked_key(model) return P .. 'parked:' .. model end
 local call_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'model', 'priority', 'level', 'stream', 'inbox',
   'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason',
   'cancel_before', 'format'}
-local function read_call(id)
-  local v = redis.call('HMGET', call_key(id), unpack(call_fields))
+-- fields: what the script needs, if that is less than all.
+local function read_call(id, fields)
+  fields = fields or call_fields
+  local v = redis.call('HMGET', call_key(id), unpack(fields))
   local c = {}
-  for i = 1, #call_fields do c[call_fields[i]] = v[i] or '' end
+  for i = 1, #fields do c[fields[i]] = v[i] or '' end
   return c
 end
 
