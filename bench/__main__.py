@@ -79,6 +79,7 @@ def main() -> None:
             server.flushall()
         server.close()
     path = page.write(args.name, runs, medians(ours), about)
+    page.into_readme(path, HERE.parent / "README.md")
     print(path.read_text())
 
 

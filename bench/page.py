@@ -13,6 +13,7 @@ from bench.table import RESULTS, Row, Run, machine, render, summarise, table_lin
 
 OURS = "rsm-engine"
 CEILING = "raw streams"
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,19 @@ def _below(what: str, value: float, limit: float) -> Target:
 
 def _at_least(what: str, value: float, limit: float) -> Target:
     return Target(what, f"≥ {limit:,.0f}", f"{value:,.0f}", value >= limit)
+
+
+def into_readme(page: Path, readme: Path) -> None:
+    """Puts the tables of a page between the README's two bench marks, so that its figures are those of a run."""
+    head, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    tail = rest.split(END)[1]
+    readme.write_text(head + excerpt(page) + tail, encoding="utf-8")
+
+
+def excerpt(page: Path) -> str:
+    """What the README shows of a page: everything below its title, one level deeper."""
+    body = page.read_text(encoding="utf-8").split("\n", 1)[1].strip().replace("## ", "### ")
+    return f"{BEGIN}\n{body}\n{END}"
 
 
 def write(name: str, runs: Iterable[Run], ours: Mapping[str, Any], server: str, folder: Path = RESULTS) -> Path:

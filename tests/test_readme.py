@@ -94,6 +94,12 @@ def test_the_policy_of_ones_own_as_shown(tmp_path: Path) -> None:
     assert "FewestCalls" in done.stdout, done.stderr
 
 
+def test_the_figures_are_those_of_a_run() -> None:
+    from bench.page import excerpt
+
+    assert excerpt(ROOT / "bench" / "results" / "broker.md") in README
+
+
 def test_every_setting_is_documented() -> None:
     from broker import Settings
 
