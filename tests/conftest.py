@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,11 @@ _LASTING = re.compile(
     r"|engine:[^:]+(:queue|:running)?"  # an engine's hash lasts while it is registered
     r"|session:[^:]+:calls)"
 )
+
+
+# Started in a shell's background, SIGINT is ignored here and in every child; the tests of Ctrl-C need it to arrive.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

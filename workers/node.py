@@ -19,7 +19,6 @@ from typing import Any
 
 import redis
 from rq import Queue, Worker
-from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
@@ -64,8 +63,7 @@ class NodeClient:
 
     def __init__(self, node: str, settings: Settings) -> None:
         self.node = node
-        self._connection = redis.Redis.from_url(settings.url())
-        self._queue = Queue(queue_name(settings, node), connection=self._connection, serializer=JSONSerializer)
+        self._settings = settings
         self._grace_s = settings.drain_grace_s
 
     def start_engine(self, config: EngineConfig, timeout_s: float) -> dict[str, Any]:
@@ -89,12 +87,15 @@ class NodeClient:
 
     def _run(self, job: Any, work_s: float, *args: Any) -> dict[str, Any]:
         limit = int(work_s) + _MARGIN_S
-        queued = self._queue.enqueue(
-            job, args=args, job_timeout=limit, result_ttl=_RESULT_TTL_S, failure_ttl=_FAILURE_TTL_S
-        )
-        result = queued.latest_result(timeout=limit)
+        with connect(self._settings, block_s=limit) as connection:  # to wait for the result is one blocking read
+            queue = Queue(queue_name(self._settings, self.node), connection=connection, serializer=JSONSerializer)
+            queued = queue.enqueue(
+                job, args=args, job_timeout=limit, result_ttl=_RESULT_TTL_S, failure_ttl=_FAILURE_TTL_S
+            )
+            result = queued.latest_result(timeout=limit)
+            if result is None:
+                queued.cancel()
         if result is None:
-            self._withdraw(queued)
             raise EngineFailed(
                 f"Node {self.node} did not answer within {limit} s. Is `rsm node --name {self.node}` running?"
             )
@@ -102,9 +103,6 @@ class NodeClient:
             raise EngineFailed(_last_line(result.exc_string) or f"The job failed on node {self.node}.")
         value: dict[str, Any] = result.return_value
         return value
-
-    def _withdraw(self, job: Job) -> None:
-        job.cancel()
 
 
 def _last_line(trace: str | None) -> str:
