@@ -23,6 +23,7 @@ from broker.errors import BrokerUnavailable, Conflict, UnknownCall
 from broker.events import End, read_event
 from broker.ids import check_id, new_id
 from broker.keys import Keys
+from broker.line import Line
 from broker.models import CallRecord, CallResult, Delta
 from broker.request import Prompt, build
 from broker.settings import Settings
@@ -350,40 +351,41 @@ class Client:
                 self._reader.start()
 
     def _read_inbox(self) -> None:
-        reader = connect(self.settings, _BLOCK_S)
+        line = Line(self.settings, _BLOCK_S)
         key, last, backoff = self.keys.inbox(self._inbox), "0-0", Backoff("inbox")
+        block = ("BLOCK", int(_BLOCK_S * 1000), "COUNT", _READ_MANY)
         reconciled = time.monotonic()
         while not self._closed.is_set():
             try:
-                reply: Any = reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+                entries = line.read_stream("XREAD", *block, "STREAMS", key, last)
                 if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
                     reconciled = time.monotonic()
-                    self._reconcile(reader)
+                    self._reconcile()
             except BLIPS as e:
                 self._closed.wait(backoff.pause(e))
                 continue
-            if reply:
-                last = codec.text(reply[0][1][-1][0])
-                self._deliver(reply[0][1])
-        reader.close()
+            if entries:
+                last = codec.text(entries[-1][0])
+                self._deliver(entries)
+        line.close()
 
     def _deliver(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
         self._settle({codec.text(f[b"call"]): f for _, f in entries if b"state" in f})
 
-    def _reconcile(self, reader: Any) -> None:
+    def _reconcile(self) -> None:
         """Asks the records of all open calls: news may have been trimmed, or lost with a Redis that restarted."""
         with self._changed:
             ids = [h.id for h in self._open.values() if h._pushed]
         if ids:
-            reader.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
+            self.redis.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
         for at in range(0, len(ids), self.settings.batch):
             some = ids[at : at + self.settings.batch]
-            pipe = reader.pipeline(transaction=False)
+            pipe: Any = self.redis.pipeline(transaction=False)
             for call_id in some:
                 pipe.hget(self.keys.call(call_id), "state")
             for call_id, state in zip(some, pipe.execute(), strict=True):
                 if state not in (b"PENDING", b"RUNNING"):
-                    self._settle({call_id: reader.hgetall(self.keys.call(call_id))})
+                    self._settle({call_id: self._hash(call_id)})
 
     def _settle(self, ends: Mapping[str, Mapping[bytes, bytes]]) -> None:
         """Notes ends, wakes waiters, and calls back outside the lock."""

@@ -18,8 +18,11 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError
 
+from broker.line import Arg as Arg
+from broker.line import Line
+
 T = TypeVar("T")
-Arg = str | bytes | int | float
+Server = redis.Redis | Line
 
 _INCLUDE = re.compile(r"^--- @include (.+)\n")
 
@@ -56,7 +59,7 @@ class Command(Generic[T]):
     parse: Callable[[Any], T]
 
 
-def run(server: redis.Redis, command: Command[T]) -> T:
+def run(server: Server, command: Command[T]) -> T:
     """Runs one command in one round trip."""
     send: Any = server.execute_command  # untyped in redis-py
     try:
@@ -66,12 +69,19 @@ def run(server: redis.Redis, command: Command[T]) -> T:
     return command.parse(reply)
 
 
-def run_after(server: redis.Redis, wait: Sequence[Arg], command: Command[T]) -> T:
-    """A blocking command and then a script, in one round trip: the server runs the script the moment the wait ends."""
+def _exchange(server: Server, commands: Sequence[Sequence[Arg]]) -> list[Any]:
+    if isinstance(server, Line):
+        return server.exchange(commands)
     pipe: Any = server.pipeline(transaction=False)
-    pipe.execute_command(*wait)
-    pipe.execute_command("EVALSHA", command.script.sha, 1, *command.args)
-    waited, reply = pipe.execute(raise_on_error=False)
+    for command in commands:
+        pipe.execute_command(*command)
+    replies: list[Any] = pipe.execute(raise_on_error=False)
+    return replies
+
+
+def run_after(server: Line, wait: Sequence[Arg], command: Command[T]) -> T:
+    """A blocking command and then a script, in one round trip: the server runs the script the moment the wait ends."""
+    waited, reply = server.exchange([wait, ("EVALSHA", command.script.sha, 1, *command.args)])
     if isinstance(waited, Exception):
         raise waited
     if isinstance(reply, NoScriptError):
@@ -81,12 +91,13 @@ def run_after(server: redis.Redis, wait: Sequence[Arg], command: Command[T]) -> 
     return command.parse(reply)
 
 
-def load_all(server: redis.Redis) -> None:
+def load_all(server: Server) -> None:
     """Makes every script known to the server."""
     for entry in (files("broker") / "lua").iterdir():
         text = entry.read_text(encoding="utf-8")
         if text.startswith("--- @include"):
-            server.script_load(script(entry.name.removesuffix(".lua")).text)
+            send: Any = server.execute_command
+            send("SCRIPT LOAD", script(entry.name.removesuffix(".lua")).text)
 
 
 async def arun(server: redis.asyncio.Redis, command: Command[T]) -> T:
@@ -99,7 +110,7 @@ async def arun(server: redis.asyncio.Redis, command: Command[T]) -> T:
     return command.parse(reply)
 
 
-def run_all(server: redis.Redis, commands: Sequence[Command[Any]]) -> list[Any]:
+def run_all(server: Server, commands: Sequence[Command[Any]]) -> list[Any]:
     """Runs commands in order, in one round trip.
 
     A server that lost its scripts (a restart) gets all of them again before the refused commands are repeated, so
@@ -108,12 +119,7 @@ def run_all(server: redis.Redis, commands: Sequence[Command[Any]]) -> list[Any]:
     Raises:
         redis.RedisError: the first error of any command; those before and after it have run.
     """
-    if len(commands) == 1:  # spares the pipeline, which at low load is most of the way
-        return [run(server, commands[0])]
-    pipe: Any = server.pipeline(transaction=False)
-    for command in commands:
-        pipe.execute_command("EVALSHA", command.script.sha, 1, *command.args)
-    replies = pipe.execute(raise_on_error=False)
+    replies = _exchange(server, [("EVALSHA", c.script.sha, 1, *c.args) for c in commands])
     results = []
     for command, reply in zip(commands, replies, strict=True):
         if isinstance(reply, NoScriptError):

@@ -21,6 +21,7 @@ from broker.codec import text
 from broker.connection import BLIPS, Backoff, connect
 from broker.ids import new_id
 from broker.keys import ROUTER_GROUP, Keys
+from broker.line import Line
 from broker.models import EngineState, ErrorCode
 from broker.settings import Settings
 from broker.transitions import EngineView, Placement, Rejection, SessionView, Transitions
@@ -51,8 +52,8 @@ class Router:
         self._transitions = Transitions(self.keys, self.settings)
         self._policy = policy or create_policy(self.settings)
         self._tick_s = self.settings.tick_ms / 1000
-        # One connection does all: the blocking read is short, and nothing else happens meanwhile.
-        self._redis = connect(self.settings, block_s=self._tick_s)
+        self._line = Line(self.settings, block_s=self._tick_s)
+        self._redis = connect(self.settings)
         self._upkeep = Upkeep(self._redis, self.keys, self.settings, self.name)
         self._fleet: dict[str, EngineView] = {}
         self._looked = -_LOOK_AGAIN_S
@@ -87,6 +88,7 @@ class Router:
                 backoff.recovered()
         self._upkeep.leave()
         self._redis.close()
+        self._line.close()
 
     def _prepare(self) -> None:
         """Makes the group at the beginning of the stream, so that calls pushed before the first router count."""
@@ -95,13 +97,12 @@ class Router:
         except ResponseError as e:
             if "BUSYGROUP" not in str(e):
                 raise
-        scripts.load_all(self._redis)
+        scripts.load_all(self._line)
 
     def _read(self) -> Entries:
-        reply: Any = self._redis.xreadgroup(
-            ROUTER_GROUP, self.name, {self.keys.calls: ">"}, count=self.settings.batch, block=self.settings.tick_ms
-        )
-        return reply[0][1] if reply else ()
+        count, block = self.settings.batch, self.settings.tick_ms
+        group = ("GROUP", ROUTER_GROUP, self.name, "COUNT", count, "BLOCK", block)
+        return self._line.read_stream("XREADGROUP", *group, "STREAMS", self.keys.calls, ">")
 
     def place(self, entries: Entries) -> int:
         """Places one batch; returns how many entries it had. What cannot be placed now stays ours and comes again."""
@@ -132,7 +133,7 @@ class Router:
             commands.append(self._transitions.reject([*rejections, *refused]))
         if placements:
             commands.append(self._transitions.assign(placements))
-        replies = scripts.run_all(self._redis, commands)
+        replies = scripts.run_all(self._line, commands)
         for r in (*rejections, *refused):
             log.info("refused %s: %s", r.call_id or r.entry, r.error_code)
         return self._leftovers(arrivals, placements, replies[-1]) if placements else ([], [])
@@ -143,7 +144,7 @@ class Router:
         sessions = {a.view.session for a in arrivals if self._policy.needs_session(a.view)}
         unserved = {a.view.model for a in arrivals if a.view.model} - {e.model for e in self._fleet.values()}
         if sessions or unserved or time.monotonic() - self._looked > _LOOK_AGAIN_S:
-            look = scripts.run(self._redis, self._transitions.look(list(sessions)))
+            look = scripts.run(self._line, self._transitions.look(list(sessions)))
             self._fleet, self._looked = {e.id: e for e in look.engines}, time.monotonic()
             return look.sessions
         return {}

@@ -17,6 +17,7 @@ import redis
 from pydantic import SecretStr
 
 from broker import Client, EngineFailed, InvalidRequest, Settings
+from broker.embedded import EmbeddedRedis
 from broker.monitor import Monitor
 from engine import EngineConfig, MultiEngineManager
 from tests.conftest import eventually
@@ -127,6 +128,34 @@ def test_stop_without_drain_gives_calls_to_others(
         result = handle.result(30)
         assert (result.engine_id, result.text, result.attempts) == ("n2", said("x", 500), 2)
         host.stop_engine("n2")
+
+
+def test_stop_waits_for_running_calls(settings: Settings, node: Node, client: Client) -> None:
+    """For longer than redis-py waits for a reply by default, 5 s."""
+    host = NodeClient(_NAME, settings)
+    with routing(settings):
+        host.start_engine(sim("n1"), _START_S)
+        handle = client.submit("x", stream=True, max_tokens=650)
+        eventually(lambda: client.redis.xlen(client.keys.events(handle.id)))
+        assert host.stop_engine("n1")["state"] == "STOPPED"
+        assert handle.result(5).attempts == 1
+
+
+def test_a_node_outlives_its_redis(settings: Settings, tmp_path: Path) -> None:
+    with EmbeddedRedis() as server:
+        there = settings.with_redis(server.url)
+        node = Node(there, tmp_path / "node.log")
+        try:
+            eventually(lambda: "Listening on" in node.log())
+            server.kill()
+            server.start()
+            host = NodeClient(_NAME, there)
+            assert host.start_engine(sim("n1"), _START_S)["state"] == "READY"
+            host.stop_engine("n1")
+            assert node.process.poll() is None
+        finally:
+            node.end()
+            assert not processes_of(there)
 
 
 def test_drain_and_what_cannot_be_done(

@@ -20,7 +20,7 @@ from broker.keys import Keys
 from broker.monitor import Monitor
 from broker.transitions import Claimed, Fence, Finish, Transitions
 from tests.conftest import eventually
-from tests.fake_worker import routing
+from tests.fake_worker import FakeWorker, routing
 from tests.sim_processes import WorkerProcess, assert_undisturbed, said, sim, state_of
 from workers.backend import Job, Outcome, Piece
 from workers.calls import Calls
@@ -200,6 +200,16 @@ def test_a_worker_that_comes_back_takes_its_own_calls_back(settings: Settings, c
         record = handle.wait(30)
         assert (record.engine, record.attempt) == ("e1", 2)
         assert_undisturbed(client, handle.id, prompt, 120)
+
+
+def test_a_late_heartbeat_takes_no_state_back(settings: Settings, monitor: Monitor, db: redis.Redis) -> None:
+    """The lease's thread may have sent one just before the worker reported more."""
+    worker = FakeWorker(settings, server=db).up()
+    assert worker.beat("STARTING", running=3)
+    assert state_of(monitor, "e1") == "READY"
+    assert worker.beat("DRAINING")
+    assert worker.beat("READY")
+    assert state_of(monitor, "e1") == "DRAINING"
 
 
 def test_a_zombie_changes_nothing_and_serves_again(

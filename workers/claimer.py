@@ -10,11 +10,10 @@ import itertools
 import threading
 from collections.abc import Callable
 
-import redis
-
 from broker import scripts
-from broker.connection import connect, persist
+from broker.connection import persist
 from broker.keys import Keys
+from broker.line import Line
 from broker.settings import Settings
 from broker.transitions import Claimed, Transitions
 
@@ -77,7 +76,7 @@ class Claimer(threading.Thread):
         self._room = room
         self._deliver = deliver
         self._bell = Keys(settings.namespace).bell(engine)
-        self._redis: redis.Redis = connect(settings, block_s=_BELL_S)
+        self._line = Line(settings, block_s=_BELL_S)
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -101,7 +100,7 @@ class Claimer(threading.Thread):
             if claimed:
                 self._deliver(claimed)
             more = len(claimed) == free
-        self._redis.close()
+        self._line.close()
 
     def _claim(self, claim_no: int, most: int, sleep: bool) -> list[Claimed] | None:
         """Claims, after a sleep on the bell if nothing is known to wait.
@@ -113,9 +112,9 @@ class Claimer(threading.Thread):
 
         def attempt() -> None:
             if sleep:
-                replies.append(scripts.run_after(self._redis, ("BLPOP", self._bell, _BELL_S), command))
+                replies.append(scripts.run_after(self._line, ("BLPOP", self._bell, _BELL_S), command))
             else:
-                replies.append(scripts.run(self._redis, command))
+                replies.append(scripts.run(self._line, command))
 
         persist(attempt, "claimer", self._closed.is_set)
         return replies[0] if replies else []

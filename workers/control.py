@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
-
-import redis
 
 from broker.codec import number, text
-from broker.connection import BLIPS, Backoff, connect
+from broker.connection import BLIPS, Backoff
 from broker.keys import Keys
+from broker.line import Line
 from broker.settings import Settings
 from broker.transitions import Fence
 
@@ -38,7 +36,7 @@ class Control(threading.Thread):
         self._last = start
         self._cancel = cancel
         self._order = order
-        self._redis: redis.Redis = connect(settings, block_s=_BLOCK_S)
+        self._line = Line(settings, block_s=_BLOCK_S)
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -48,15 +46,17 @@ class Control(threading.Thread):
         backoff = Backoff("control")
         while not self._closed.is_set():
             try:
-                reply: Any = self._redis.xread({self._key: self._last}, block=int(_BLOCK_S * 1000))
+                entries = self._line.read_stream(
+                    "XREAD", "BLOCK", int(_BLOCK_S * 1000), "STREAMS", self._key, self._last
+                )
             except BLIPS as e:
                 self._closed.wait(backoff.pause(e))
                 continue
             backoff.recovered()
-            for entry, fields in reply[0][1] if reply else ():
+            for entry, fields in entries:
                 self._last = text(entry)
                 self._obey(fields)
-        self._redis.close()
+        self._line.close()
 
     def _obey(self, fields: dict[bytes, bytes]) -> None:
         op = text(fields.get(b"op"))

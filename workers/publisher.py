@@ -13,7 +13,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from broker import scripts
-from broker.connection import connect, persist
+from broker.connection import persist
+from broker.line import Line
 from broker.settings import Settings
 from broker.transitions import Event, Fence, Finish, Release, Transitions
 from workers.backend import Piece
@@ -54,7 +55,7 @@ class Publisher(threading.Thread):
         self._batch = settings.batch
         self._transitions = transitions
         self._stale = stale
-        self._redis = connect(settings)
+        self._line = Line(settings)
         self._queue: SimpleQueue[Item | None] = SimpleQueue()
         self._abandoned = threading.Event()
 
@@ -67,7 +68,7 @@ class Publisher(threading.Thread):
         self._queue.put(_CLOSE)
         self.join(timeout_s)
         self._abandoned.set()
-        self._redis.close()
+        self._line.close()
 
     def run(self) -> None:
         open_ = True
@@ -79,7 +80,7 @@ class Publisher(threading.Thread):
                 self._report(gathered, self._send(commands))
 
     def _send(self, commands: Sequence[scripts.Command[Any]]) -> list[list[str]]:
-        return persist(lambda: scripts.run_all(self._redis, commands), "publisher", self._abandoned.is_set) or []
+        return persist(lambda: scripts.run_all(self._line, commands), "publisher", self._abandoned.is_set) or []
 
     def _take(self) -> tuple[list[Item], bool]:
         item = self._queue.get()

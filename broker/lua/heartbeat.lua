@@ -7,8 +7,10 @@ local e, incarnation, state = ARGV[4], ARGV[5], ARGV[6]
 local key = engine_key(e)
 local r = redis.call('HMGET', key, 'incarnation', 'state')
 if r[1] ~= incarnation or r[2] == 'DEAD' or r[2] == 'STOPPED' then return 'fenced' end
--- An operator's drain holds until the worker has seen it.
-if r[2] == 'DRAINING' and state == 'READY' then state = 'DRAINING' end
+-- An incarnation's state never goes back: a beat may have been on its way when the next one reported more, and an
+-- operator's drain holds until the worker has seen it.
+local rank = {STARTING = 1, READY = 2, DRAINING = 3, STOPPED = 4}
+if rank[state] < (rank[r[2]] or 0) then state = r[2] end
 local fields = {}
 for i = 7, #ARGV do fields[#fields + 1] = ARGV[i] end
 redis.call('HSET', key, 'state', state, unpack(fields))
