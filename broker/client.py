@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,7 @@ from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect, persist
 from broker.errors import BrokerUnavailable, Conflict, UnknownCall
 from broker.events import End, read_event
+from broker.handle import CallHandle as CallHandle
 from broker.ids import check_id, new_id
 from broker.keys import Keys
 from broker.line import Line
@@ -37,63 +38,6 @@ _BLOCK_S = 2.0
 _READ_MANY = 1000
 # How old a wait must be before the record is asked directly.
 _RECONCILE_S = 5.0
-
-
-class CallHandle:
-    """A submitted call. Threads may share it."""
-
-    def __init__(self, client: Client, call_id: str, session: str, stream: bool) -> None:
-        self._client = client
-        self.id = call_id
-        self.session = session
-        self.streamed = stream
-        self._pushed = False
-        self._callbacks: list[Callable[[CallHandle], None]] = []
-        self._news: Mapping[bytes, bytes] | None = None
-        self._record: CallRecord | None = None
-
-    def __repr__(self) -> str:
-        return f"CallHandle(id={self.id!r}, session={self.session!r}, done={self.done})"
-
-    @property
-    def done(self) -> bool:
-        return self._news is not None or self._record is not None
-
-    def result(self, timeout: float | None = None) -> CallResult:
-        """Waits for the end of the call, at most `timeout` seconds.
-
-        Raises:
-            CallCancelled, CallFailed: it ended without a result.
-            TimeoutError: it has not ended; it goes on, and may be waited for again.
-        """
-        return self.wait(timeout).outcome()
-
-    def wait(self, timeout: float | None = None) -> CallRecord:
-        """Like `result`, but gives the record however the call ended."""
-        self._client._await(lambda: self.done, timeout, self.id)
-        if self._record is None:
-            self._record = self._client._ended(self.id, self._news or {})
-        return self._record
-
-    def add_done_callback(self, callback: Callable[[CallHandle], None]) -> None:
-        """Calls `callback` once the call has ended, from the client's thread; at once if it has. It must not block."""
-        with self._client._changed:
-            if not self.done:
-                self._callbacks.append(callback)
-                return
-        callback(self)
-
-    def stream(self, last_event_id: str = "0-0") -> Iterator[Delta]:
-        """The pieces of the call from behind `last_event_id` on, to its end; see `Client.stream`."""
-        return self._client.stream(self.id, last_event_id)
-
-    def cancel(self, reason: str = "") -> bool:
-        """See `Client.cancel`."""
-        return self._client.cancel(self.id, reason)
-
-    def record(self) -> CallRecord:
-        """The record as it stands now."""
-        return self._client.record(self.id)
 
 
 class Client:
@@ -117,6 +61,7 @@ class Client:
         self.keys = Keys(self.settings.namespace)
         self.transitions = Transitions(self.keys, self.settings)
         self.redis = connect(self.settings)
+        self._line, self._line_free = Line(self.settings), threading.Lock()
         self._timeout_s = timeout_s
         self._inbox = new_id()
         self._open: dict[str, CallHandle] = {}
@@ -327,6 +272,7 @@ class Client:
         if self._reader is not None and self._reader is not threading.current_thread():
             self._wake_reader()
             self._reader.join(_BLOCK_S + 1)
+        self._line.close()
         self.redis.close()
 
     def _wake_reader(self) -> None:
@@ -420,8 +366,17 @@ class Client:
         return found
 
     def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
-        result: scripts.T = self._retry(lambda: scripts.run(self.redis, command))
+        result: scripts.T = self._retry(lambda: self._send(command))
         return result
+
+    def _send(self, command: scripts.Command[scripts.T]) -> scripts.T:
+        """Over the client's own line if no other thread is using it, else over the pool."""
+        if not self._line_free.acquire(blocking=False):
+            return scripts.run(self.redis, command)
+        try:
+            return scripts.run(self._line, command)
+        finally:
+            self._line_free.release()
 
     def _retry(self, action: Any) -> Any:
         try:

@@ -13,8 +13,8 @@ from broker import Client, RequestState, Settings
 from broker.errors import UnknownCall
 from broker.monitor import Monitor
 from tests.rsm_command import clean_env
-from workers.__main__ import CONFIG_VARIABLE
 from workers.config import EngineConfig
+from workers.environment import CONFIG_VARIABLE
 from workers.sim_text import Prompt, answer
 
 _WAIT_S = 60

@@ -24,10 +24,11 @@ from tests.fake_worker import FakeWorker, routing
 from tests.sim_processes import WorkerProcess, assert_undisturbed, said, sim, state_of
 from workers.backend import Job, Outcome, Piece
 from workers.calls import Calls
+from workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK
 from workers.publisher import Item
 from workers.sim_backend import SimBackend
 from workers.sim_engine import SimConfig, SimTimes
-from workers.worker import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK, Worker
+from workers.worker import Worker
 
 Start = Callable[..., WorkerProcess]
 

@@ -18,17 +18,11 @@ from broker import logs
 from broker.errors import EngineIdTaken, InvalidRequest
 from broker.settings import Settings
 from workers.config import EngineConfig, create_backend
-from workers.worker import EXIT_ID_TAKEN, Worker
+from workers.environment import CONFIG_VARIABLE, EXIT_ID_TAKEN, EXIT_INVALID, NODE_VARIABLE, SUPERVISED_FLAG
+from workers.launch import worker_process
+from workers.worker import Worker
 
 log = logging.getLogger("rsm.worker")
-
-# Its configuration can never run: starting it again is useless.
-EXIT_INVALID = 78
-
-CONFIG_VARIABLE = "RSM_ENGINE"
-NODE_VARIABLE = "RSM_NODE"
-API_KEY_VARIABLE = "RSM_OPENAI_API_KEY"
-SUPERVISED_FLAG = "--supervised"
 
 _M_ARENA_MAX = -8  # malloc.h
 
@@ -57,8 +51,6 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
 
 def run_supervised(config: EngineConfig, settings: Settings, node: str = "") -> int:
     """Keeps a worker running in a child process until SIGTERM, or until it has left in order; returns its status."""
-    from workers.launch import worker_process
-
     worker = worker_process(config, settings, node=node)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.request_stop())

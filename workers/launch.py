@@ -12,10 +12,16 @@ from broker.connection import BLIPS, connect
 from broker.keys import Keys
 from broker.settings import Settings
 from broker.transitions import Transitions
-from workers.__main__ import API_KEY_VARIABLE, CONFIG_VARIABLE, EXIT_INVALID, NODE_VARIABLE
 from workers.config import EngineConfig
+from workers.environment import (
+    API_KEY_VARIABLE,
+    CONFIG_VARIABLE,
+    EXIT_ID_TAKEN,
+    EXIT_INVALID,
+    NODE_VARIABLE,
+    SUPERVISOR_VARIABLE,
+)
 from workers.supervisor import Supervised
-from workers.worker import EXIT_ID_TAKEN, SUPERVISOR_VARIABLE
 
 log = logging.getLogger("rsm.supervisor")
 

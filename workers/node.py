@@ -31,8 +31,8 @@ from broker.models import EngineState
 from broker.monitor import Monitor
 from broker.settings import Settings
 from broker.transitions import Transitions
-from workers.__main__ import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
 from workers.config import EngineConfig
+from workers.environment import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
 from workers.launch import report_death
 
 log = logging.getLogger("rsm.node")

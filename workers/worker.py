@@ -34,17 +34,11 @@ from workers.backend import Backend, EngineDied, EngineFacts
 from workers.calls import Calls
 from workers.claimer import Claimer, Room
 from workers.control import Control
+from workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
 from workers.lease import Lease
 from workers.publisher import Publisher
 
 log = logging.getLogger("rsm.worker")
-
-EXIT_OK = 0
-EXIT_ENGINE_DIED = 70
-EXIT_ID_TAKEN = 75
-
-# The pid of the detached process that keeps this worker running, if there is one.
-SUPERVISOR_VARIABLE = "RSM_SUPERVISOR"
 
 _ABORT_S = 5.0
 _FLUSH_S = 10.0

@@ -121,7 +121,8 @@ def worker(
     supervised: Annotated[bool, typer.Option("--supervised", help="Start it again when it dies.")] = False,
 ) -> None:
     """One engine, in the foreground. SIGTERM drains it."""
-    from workers.__main__ import NODE_VARIABLE, run_supervised, run_worker
+    from workers.__main__ import run_supervised, run_worker
+    from workers.environment import NODE_VARIABLE
 
     logs.configure(engine_id)
     config = engine_config(engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg)
