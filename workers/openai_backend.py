@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
+from workers.environment import API_KEY_VARIABLE
 from workers.openai_calls import CANNOT_CONTINUE, Exchange, exchange
 from workers.openai_wire import SseParser, document, error, error_inside
 from workers.rate import RateMeter
@@ -21,7 +22,7 @@ from workers.rate import RateMeter
 if TYPE_CHECKING:
     import httpx
 
-KEY_VARIABLE = "RSM_OPENAI_API_KEY"
+
 _DONE = "[DONE]"
 _CLOSE_S = 5.0  # for the connections of calls that were ended
 
@@ -74,11 +75,11 @@ class OpenAIBackend(Backend):
     ) -> None:
         parts = urlsplit(base_url)
         if parts.username or parts.password:
-            raise ValueError(f"Give the key in {KEY_VARIABLE}, not in the URL: URLs end up in logs.")
+            raise ValueError(f"Give the key in {API_KEY_VARIABLE}, not in the URL: URLs end up in logs.")
         self._base_url = base_url.rstrip("/")
         self._where = parts.netloc or base_url
         self._model = model
-        self._key = api_key or SecretStr(os.environ.get(KEY_VARIABLE, ""))
+        self._key = api_key or SecretStr(os.environ.get(API_KEY_VARIABLE, ""))
         self._max_num_seqs = max_num_seqs
         self._kv_tokens = kv_tokens
         self._timeout_s = timeout_s
@@ -187,7 +188,7 @@ class OpenAIBackend(Backend):
     async def _greet(self, client: httpx.AsyncClient) -> None:
         status, models = await self._models(client)
         if status in (401, 403):
-            raise EngineDied(f"{self._where} refuses the API key; set {KEY_VARIABLE}.")
+            raise EngineDied(f"{self._where} refuses the API key; set {API_KEY_VARIABLE}.")
         if not 0 < status < 500:
             raise EngineDied(f"No OpenAI-compatible server answers at {self._where}.")
         self._is_vllm = any(m.get("owned_by") == "vllm" for m in models)
