@@ -46,12 +46,13 @@ def run_once(system: str, url: str) -> dict[str, Any]:
     return result
 
 
-def measure_ours(url: str) -> dict[str, Any]:
+def measure_ours(url: str, server_pid: int) -> dict[str, Any]:
     """The figures without peers, once."""
     found: dict[str, Any] = {}
     for measure in (figures.router_alone, figures.cancellation, figures.memory):
         found |= measure(url)
     found |= figures.trips_per_call(url, CALLS["rsm-engine"] // 2, INFLIGHT)
+    found |= figures.cpu_per_call(url, server_pid, CALLS["rsm-engine"] // 2, INFLIGHT)
     print("  " + ", ".join(f"{k} {v:.2f}" for k, v in found.items() if isinstance(v, float)), flush=True)
     return found
 
@@ -75,7 +76,7 @@ def main() -> None:
             for system in CALLS:
                 runs.append(Run.parse(json.dumps(run_once(system, embedded.url))))
                 server.flushall()
-            ours.append(measure_ours(embedded.url))
+            ours.append(measure_ours(embedded.url, embedded.pid or 0))
             server.flushall()
         server.close()
     path = page.write(args.name, runs, medians(ours), about)

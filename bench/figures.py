@@ -127,6 +127,26 @@ def _worker_memory(url: str) -> dict[str, float]:
     return figures
 
 
+def cpu_per_call(url: str, server_pid: int, calls: int, inflight: int) -> dict[str, float]:
+    """Processor time a call takes in each process, in microseconds. On two cores their sum bounds the throughput."""
+    settings = _settings(url)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        fleet(settings, Path(name), INSTANT) as pids,
+        Client(settings=settings) as client,
+    ):
+        throughput(client, 1_000, inflight)
+        processes = {"server": server_pid, **pids, "producer": os.getpid()}
+        before = {part: _cpu_s(pid) for part, pid in processes.items()}
+        throughput(client, calls, inflight)
+        return {f"cpu_{part}": (_cpu_s(pid) - before[part]) / calls * 1e6 for part, pid in processes.items()}
+
+
+def _cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
 def trips_per_call(url: str, calls: int, inflight: int) -> dict[str, float]:
     """Round trips a call makes in each process, amortised, with so many in flight. Idle time-outs count too."""
     trips = RoundTrips()
