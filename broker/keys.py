@@ -31,6 +31,10 @@ class Keys:
         return f"{self.prefix}engines"
 
     @property
+    def routers(self) -> str:
+        return f"{self.prefix}routers"
+
+    @property
     def dead(self) -> str:
         return f"{self.prefix}dead"
 

@@ -232,8 +232,8 @@ class Transitions:
         args = self._args(s.lease_ms, s.max_attempts, s.batch, engine, incarnation)
         return Command(script("reap"), args, lambda r: Reaped(int(r[0]), _texts(r[1:])))
 
-    def expire(self) -> Command[int]:
-        return Command(script("expire"), self._args(self._settings.batch), int)
+    def expire(self, router: str = "") -> Command[int]:
+        return Command(script("expire"), self._args(self._settings.batch, router), int)
 
     def unpark(self, model: str) -> Command[int]:
         return Command(script("unpark"), self._args(model, self._settings.batch), int)

@@ -134,10 +134,11 @@ def _routers(server: Any, monitor: Monitor) -> Check:
         return Check("routers", "problem", "no router has ever served this namespace.", advice)
     if ROUTER_GROUP not in groups:
         return Check("routers", "problem", "the consumer group is missing.", advice)
-    idle = [int(c["idle"]) for c in server.xinfo_consumers(monitor.keys.calls, ROUTER_GROUP)]
-    alive = sum(ms < 2 * monitor.settings.lease_ms for ms in idle)
+    alive = server.zcount(monitor.keys.routers, monitor.now_ms() - 2 * monitor.settings.lease_ms, "+inf")
     if not alive:
-        return Check("routers", "problem", f"none is alive ({len(idle)} consumers left behind).", advice)
+        return Check(
+            "routers", "problem", f"none is alive ({server.zcard(monitor.keys.routers)} seen of late).", advice
+        )
     return Check("routers", "ok", f"{alive} alive.")
 
 

@@ -38,7 +38,7 @@ class Upkeep:
         """Does all duties once; returns entries taken over from dead routers, to be placed."""
         if time.monotonic() - self._connected_since > self._settings.lease_ms / 1000:
             self._reap()
-        while scripts.run(self._redis, self._transitions.expire()) == self._settings.batch:
+        while scripts.run(self._redis, self._transitions.expire(self._name)) == self._settings.batch:
             pass
         self._unpark()
         return self._take_over()
@@ -46,6 +46,7 @@ class Upkeep:
     def leave(self) -> None:
         """Deletes this consumer if nothing is pending for it (deleting it would drop what is)."""
         try:
+            self._redis.zrem(self._keys.routers, self._name)
             self._drop_consumer(self._name)
         except redis.RedisError:
             log.debug("consumer %s stays behind", self._name)

@@ -19,11 +19,12 @@ from typing import Any
 
 import redis
 from rq import Queue, Worker
+from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from broker import scripts
-from broker.connection import connect
+from broker.connection import connect, persist
 from broker.errors import EngineFailed, InvalidRequest, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
@@ -40,6 +41,7 @@ log = logging.getLogger("rsm.node")
 _RESULT_TTL_S = 3600
 _FAILURE_TTL_S = 7 * 24 * 3600
 _POLL_S = 0.1
+_BLOCK_S = 2
 # What a job may take beyond the work itself.
 _MARGIN_S = 60
 _GONE = (EngineState.STOPPED, EngineState.DEAD, "")
@@ -87,12 +89,12 @@ class NodeClient:
 
     def _run(self, job: Any, work_s: float, *args: Any) -> dict[str, Any]:
         limit = int(work_s) + _MARGIN_S
-        with connect(self._settings, block_s=limit) as connection:  # to wait for the result is one blocking read
+        with connect(self._settings, block_s=_BLOCK_S) as connection:
             queue = Queue(queue_name(self._settings, self.node), connection=connection, serializer=JSONSerializer)
             queued = queue.enqueue(
                 job, args=args, job_timeout=limit, result_ttl=_RESULT_TTL_S, failure_ttl=_FAILURE_TTL_S
             )
-            result = queued.latest_result(timeout=limit)
+            result = _await(queued, limit)
             if result is None:
                 queued.cancel()
         if result is None:
@@ -103,6 +105,15 @@ class NodeClient:
             raise EngineFailed(_last_line(result.exc_string) or f"The job failed on node {self.node}.")
         value: dict[str, Any] = result.return_value
         return value
+
+
+def _await(job: Job, limit_s: float) -> Result | None:
+    """The result of a job, None if it has none within `limit_s` seconds. Redis may be away for a while meanwhile."""
+    until = time.monotonic() + limit_s
+    result = None
+    while result is None and time.monotonic() < until:
+        result = persist(lambda: job.latest_result(timeout=_BLOCK_S), "node", lambda: False, limit_s)
+    return result
 
 
 def _last_line(trace: str | None) -> str:
