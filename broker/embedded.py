@@ -6,7 +6,6 @@ Its folder has mode 0700, so it is reachable by its owner alone; it has no TCP p
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import subprocess
 import tempfile
@@ -148,9 +147,3 @@ class EmbeddedRedis:
             return False
         finally:
             probe.close()
-
-
-def owner_only(path: Path) -> bool:
-    """Whether nobody but this user can reach into `path`."""
-    status = os.stat(path)
-    return status.st_uid == os.getuid() and status.st_mode & 0o077 == 0

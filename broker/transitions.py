@@ -55,7 +55,6 @@ class Placement(NamedTuple):
     bind: bool
     seen: str
     hit: bool | None
-    prompt_tokens: int
     why: str
 
 
@@ -224,7 +223,7 @@ class Transitions:
         args = self._args(self._bounds)
         for p in placements:
             hit = "" if p.hit is None else int(p.hit)
-            args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.prompt_tokens, p.why]
+            args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.why]
         return Command(script("assign"), args, lambda r: [Placed(text(a), text(b)) for a, b in _pairs(r)])
 
     def reap(self, engine: str = "", incarnation: str = "") -> Command[Reaped]:

@@ -170,7 +170,7 @@ class Router:
         ready = [e for e in serving if e.state == EngineState.READY]
         if not ready:
             why = "no engine of its model takes calls yet"
-            return Placement(a.entry, a.call_id, a.gen, "", False, "", None, a.view.prompt_tokens, why)
+            return Placement(a.entry, a.call_id, a.gen, "", False, "", None, why)
         session = sessions.get(a.view.session, SessionView())
         choice = self._policy.choose(a.view, ready, session)
         fleet[choice.engine] = with_call(fleet[choice.engine], a.view.prompt_tokens)
@@ -184,7 +184,6 @@ class Router:
             choice.bind,
             session.bound,
             choice.hit,
-            a.view.prompt_tokens,
             choice.why,
         )
 

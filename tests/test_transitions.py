@@ -82,7 +82,7 @@ class World:
 
     def placement(self, call_id: str, engine: str = "e1", **changes: Any) -> Placement:
         entry, fields = self.entry_of(call_id)
-        defaults = Placement(entry, call_id, fields.get("gen", ""), engine, False, "", None, 10, "a test says so")
+        defaults = Placement(entry, call_id, fields.get("gen", ""), engine, False, "", None, "a test says so")
         return defaults._replace(**changes)
 
     def assign(self, call_id: str, engine: str = "e1", **changes: Any) -> Placed:

@@ -4,7 +4,7 @@
 -- ARGV     bounds: the upper ends of the scheduling levels, in service units, separated by spaces
 --          per call: entry id gen ("" = the entry itself) engine ("" = park) bind ("1" = bind the session to
 --          this engine) seen (the session's engine as the router saw it) hit ("1" hit, "0" miss, "" not asked)
---          prompt_tokens (estimate) why (for `rsm call`)
+--          why (for `rsm call`)
 -- Returns  flat list, per call: code, engine
 --          "assigned" | "parked" | "cancelled" | "expired" | "stale" (nothing to do) | and, with the entry left on
 --          the stream: "unplaced" (the engine takes no calls any more: choose again) | "missing" (no record)
@@ -48,7 +48,7 @@ end
 
 local place_fields = {'state', 'gen', 'engine', 'session', 'model', 'priority', 'submitted_ms', 'deadline_ms',
   'prompt_tokens', 'cancel_before', 'cancel_reason'}
-local function assign(entry, id, gen, e, bind, seen, hit, prompt_tokens, why)
+local function assign(entry, id, gen, e, bind, seen, hit, why)
   local c = read_call(id, place_fields)
   if c.state == '' then return 'missing', '' end
   take_entry(entry)
@@ -92,11 +92,11 @@ local function assign(entry, id, gen, e, bind, seen, hit, prompt_tokens, why)
 end
 
 local out = {}
-for at = 5, #ARGV, 9 do
+for at = 5, #ARGV, 8 do
   local gen = ARGV[at + 2]
   if gen == '' then gen = ARGV[at] end
   local code, e = assign(ARGV[at], ARGV[at + 1], gen, ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6],
-    ARGV[at + 7], ARGV[at + 8])
+    ARGV[at + 7])
   out[#out + 1] = code
   out[#out + 1] = e
 end
