@@ -20,7 +20,7 @@ from broker.errors import BrokerUnavailable, Conflict, UnknownCall
 from broker.events import End, read_event
 from broker.ids import check_id, new_id
 from broker.keys import Keys
-from broker.models import CallRecord, CallResult, Delta
+from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
 from broker.request import Prompt, build
 from broker.settings import Settings
 from broker.transitions import Submission, Transitions
@@ -122,6 +122,7 @@ class AsyncClient:
         stream: bool = False,
         prompt_tokens: int | None = None,
         traceparent: str = "",
+        on_engine_loss: OnEngineLoss = "continue",
         **params: Any,
     ) -> AsyncCall:
         """Pushes one call; returns once Redis has it. Arguments and errors as `broker.Client.submit`."""
@@ -138,6 +139,7 @@ class AsyncClient:
             stream=stream,
             prompt_tokens=prompt_tokens,
             traceparent=traceparent,
+            on_engine_loss=on_engine_loss,
             params=params,
         )
         return await self._push(call)

@@ -25,7 +25,7 @@ from broker.handle import CallHandle as CallHandle
 from broker.ids import check_id, new_id
 from broker.keys import Keys
 from broker.line import Line
-from broker.models import CallRecord, CallResult, Delta
+from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
 from broker.request import Prompt, build
 from broker.settings import Settings
 from broker.transitions import Submission, Transitions
@@ -84,6 +84,7 @@ class Client:
         stream: bool = False,
         prompt_tokens: int | None = None,
         traceparent: str = "",
+        on_engine_loss: OnEngineLoss = "continue",
         **params: Any,
     ) -> CallHandle:
         """Pushes one call; returns at once.
@@ -95,6 +96,9 @@ class Client:
             priority: lower is earlier, from -128 to 127.
             deadline_ms: epoch milliseconds on Redis's clock; not finished by then, the call fails.
             stream: whether pieces are kept as they come.
+            on_engine_loss: what if its engine process dies: "continue" = another engine goes on behind the pieces that
+                are out; "restart" = it begins anew, and a stream says so (`Delta.restart`); "fail" = it fails at once
+                with `engine_lost`.
             params: fields of the body, such as `max_tokens` and other sampling parameters.
 
         Raises:
@@ -113,6 +117,7 @@ class Client:
             stream=stream,
             prompt_tokens=prompt_tokens,
             traceparent=traceparent,
+            on_engine_loss=on_engine_loss,
             params=params,
         )
         return self.submit_many([call])[0]

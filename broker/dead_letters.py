@@ -150,15 +150,15 @@ class DeadLetters:
         found = text(self._redis.hget(self.keys.call(request.id), "digest"))
         if found:
             return found == codec.digest(request.kind, request.model, letter.body)
-        names = ("id", "session", "kind", "model", "priority", "prompt_tokens")
+        names = ("id", "session", "kind", "model", "priority", "prompt_tokens", "on_engine_loss")
         entry = {name: getattr(request, name) for name in names}
         self._redis.xadd(self.keys.calls, {**entry, "stream": int(request.stream), "json": letter.body})
         return True
 
     def _request(self, call_id: str, letter: DeadLetter) -> CallRequest:
         """The call's routing fields. What the letter does not keep comes from the record, while that lasts."""
-        names = ["priority", "stream", "prompt_tokens"]
-        priority, stream, tokens = self._redis.hmget(self.keys.call(letter.call_id), names)
+        names = ["priority", "stream", "prompt_tokens", "on_engine_loss"]
+        priority, stream, tokens, on_loss = self._redis.hmget(self.keys.call(letter.call_id), names)
         body = codec.decode(letter.body, letter.body_field)
         return check_request(
             id=check_id(call_id, "id"),
@@ -169,6 +169,7 @@ class DeadLetters:
             priority=number(priority),
             stream=stream == b"1",
             prompt_tokens=number(tokens) or estimate_tokens(body, len(letter.body)),
+            on_engine_loss=text(on_loss) or "continue",
         )
 
     def _entry(self, entry: str, with_body: bool = False) -> DeadLetter | None:

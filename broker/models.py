@@ -15,6 +15,8 @@ from broker.ids import check_id, check_model
 
 Kind = Literal["generate", "chat.completions", "completions", "embeddings"]
 KINDS: tuple[str, ...] = get_args(Kind)
+# What becomes of a call whose engine process is lost under it: see `Client.submit`.
+OnEngineLoss = Literal["continue", "restart", "fail"]
 MAX_PROMPT_TOKENS = 100_000_000
 
 
@@ -40,6 +42,7 @@ class ErrorCode(StrEnum):
     OVERLOADED = "overloaded"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
     ENGINE_ERROR = "engine_error"
+    ENGINE_LOST = "engine_lost"
     NO_ENGINE_FOR_MODEL = "no_engine_for_model"
     CONFLICT = "conflict"
 
@@ -69,6 +72,7 @@ class CallRequest(BaseModel):
     stream: bool = False
     inbox: str = ""
     traceparent: str = Field("", max_length=256)
+    on_engine_loss: OnEngineLoss = "continue"
 
     @field_validator("id", "session", "inbox")
     @classmethod
@@ -93,6 +97,7 @@ class CallRequest(BaseModel):
             int(self.stream),
             self.inbox,
             self.traceparent,
+            "" if self.on_engine_loss == "continue" else self.on_engine_loss,
         ]
 
 

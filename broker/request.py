@@ -33,6 +33,7 @@ def build(
     inbox: str = "",
     prompt_tokens: int | None = None,
     traceparent: str = "",
+    on_engine_loss: str = "continue",
     params: Mapping[str, Any] | None = None,
 ) -> Submission:
     """A call, checked and encoded.
@@ -60,6 +61,7 @@ def build(
         inbox=inbox,
         prompt_tokens=estimate_tokens(body, len(data)) if prompt_tokens is None else prompt_tokens,
         traceparent=traceparent,
+        on_engine_loss=on_engine_loss,
     )
     return Submission(request, codec.digest(request.kind, request.model, data), data)
 

@@ -142,7 +142,8 @@ class MultiEngineManager:
             prompt: text or token ids; with `kind="chat.completions"` and its kin, the request body.
             priority: lower is earlier, from -128 to 127.
             deadline: seconds from now; not finished by then, the call fails with `deadline_exceeded`.
-            options: `kind`, `model`, `prompt_tokens`, `traceparent`, as `broker.Client.submit` takes them.
+            options: `kind`, `model`, `prompt_tokens`, `traceparent`, `on_engine_loss`, as `broker.Client.submit` takes
+                them.
 
         Raises:
             InvalidRequest, Conflict, BrokerUnavailable: see `broker.Client.submit`. The future raises CallCancelled

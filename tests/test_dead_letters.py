@@ -59,7 +59,7 @@ def test_a_letter_says_what_happened_but_not_the_prompt(
 
 
 def test_replay_under_a_new_id_while_the_record_lasts(worker: FakeWorker, client: Client, letters: DeadLetters) -> None:
-    client.submit("the prompt", id="c", session="s", priority=-3, stream=True)
+    client.submit("the prompt", id="c", session="s", priority=-3, stream=True, on_engine_loss="restart")
     kill(worker)
     entry = letters.show("c").entry
     again = letters.replay("c")
@@ -67,6 +67,7 @@ def test_replay_under_a_new_id_while_the_record_lasts(worker: FakeWorker, client
     assert letters.count() == 0
     record = client.record(again)
     assert (record.session, record.priority, record.stream) == ("s", -3, True)
+    assert client.redis.hget(client.keys.call(again), "on_engine_loss") == b"restart"
     assert "the prompt" in serve(worker, client, again)
     assert client.record("c").state == "FAILED"
 

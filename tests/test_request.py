@@ -337,13 +337,14 @@ def test_every_field_of_a_raw_entry() -> None:
     arrival = read(
         id="c1", session="s", kind="chat.completions", body=msgpack.packb({"messages": []}), priority="-5",
         deadline_ms="123", stream="1", inbox="box", model="m", prompt_tokens="9", traceparent="00-ab",
+        on_engine_loss="restart",
     )  # fmt: skip
     assert isinstance(arrival, Arrival)
     assert arrival.admission is not None
     assert arrival.admission.body_field == "body"
     assert arrival.admission.request == CallRequest(
         id="c1", session="s", kind="chat.completions", model="m", priority=-5, prompt_tokens=9, deadline_ms=123,
-        stream=True, inbox="box", traceparent="00-ab",
+        stream=True, inbox="box", traceparent="00-ab", on_engine_loss="restart",
     )  # fmt: skip
 
 

@@ -160,6 +160,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("negative tokens", {"json": HI, "prompt_tokens": "-1"}, "invalid_request", "prompt_tokens"),
     ("a session's forbidden name", {"json": HI, "session": "a b"}, "invalid_request", "session must be"),
     ("an inbox's forbidden name", {"json": HI, "inbox": "{x}"}, "invalid_request", "inbox must be"),
+    ("an unknown wish", {"json": HI, "on_engine_loss": "weep"}, "invalid_request", "on_engine_loss"),
     ("a long traceparent", {"json": HI, "traceparent": "x" * 300}, "invalid_request", "traceparent"),
     ("a reference to nothing", {"ref": "1"}, "invalid_request", "does not exist"),
     ("a return of nothing", {"gen": "5-1"}, "invalid_request", "does not exist"),

@@ -192,7 +192,7 @@ def world(request: pytest.FixtureRequest, settings: Settings) -> Iterator[World]
 def test_submit_makes_a_record_and_pushes_routing_fields_only(world: World) -> None:
     call = world.prepare(
         "c1", "tell me", session="s1", model="m", priority=-3, deadline_ms=1 << 50, stream=True, inbox="box",
-        prompt_tokens=7, traceparent="00-ab", params={"max_tokens": 4},
+        prompt_tokens=7, traceparent="00-ab", on_engine_loss="restart", params={"max_tokens": 4},
     )  # fmt: skip
     assert world.run(world.transitions.submit([call])) == [Submitted("new", RequestState.PENDING)]
     record = world.record("c1")
@@ -204,6 +204,7 @@ def test_submit_makes_a_record_and_pushes_routing_fields_only(world: World) -> N
     expected = {
         "state": "PENDING", "session": "s1", "kind": "generate", "model": "m", "priority": "-3", "prompt_tokens": "7",
         "deadline_ms": str(1 << 50), "stream": "1", "inbox": "box", "traceparent": "00-ab", "digest": call.digest,
+        "on_engine_loss": "restart",
         "attempt": "1", "engine": "",
     }  # fmt: skip
     assert {name: record[name] for name in expected} == expected
@@ -245,8 +246,9 @@ def test_a_repeated_push_says_how_the_call_ended(world: World) -> None:
 
 def test_admit_moves_the_body_into_the_record(world: World) -> None:
     entry = world.push("c1", stream="1")
-    assert world.admit(entry, "c1", stream=True, inbox="box", prompt_tokens=3) == "new"
+    assert world.admit(entry, "c1", stream=True, inbox="box", prompt_tokens=3, on_engine_loss="fail") == "new"
     record = world.record("c1")
+    assert (record["stream"], record["inbox"], record["on_engine_loss"]) == ("1", "box", "fail")
     assert (record["json"], record["gen"], record["state"]) == ('{"prompt":"hi"}', entry, "PENDING")
     assert not record["body"]
     assert world.stream(), "the entry stays until the call is assigned"

@@ -3,11 +3,11 @@
 -- the entry to the record; a refused entry leaves the stream, an admitted one stays until it is assigned.
 --
 -- ARGV     per call: entry id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
---          digest format ("json" | "body")
+--          on_engine_loss ("" = continue) digest format ("json" | "body")
 -- Returns  list, per call: "new" | "duplicate" | "conflict" | "gone" (another router was faster)
 -- Emits    on conflict: a dead letter, and an "end" event to the inbox that the entry named
 local names = {'entry', 'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream',
-  'inbox', 'traceparent', 'digest', 'format'}
+  'inbox', 'traceparent', 'on_engine_loss', 'digest', 'format'}
 local conflict = 'This id belongs to another call with another body; choose a new id.'
 
 local function body_of(fields, name)

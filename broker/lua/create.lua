@@ -16,7 +16,8 @@ local function create_call(c, push, format, body)
   end
   set_fields(key, {'state', 'PENDING', 'session', c.session, 'kind', c.kind, 'model', c.model,
     'priority', c.priority, 'prompt_tokens', c.prompt_tokens, 'deadline_ms', c.deadline_ms,
-    'stream', c.stream, 'inbox', c.inbox, 'traceparent', c.traceparent, 'digest', c.digest,
+    'stream', c.stream, 'inbox', c.inbox, 'traceparent', c.traceparent,
+    'on_engine_loss', c.on_engine_loss or '', 'digest', c.digest,
     'gen', push(), 'attempt', 1, 'submitted_ms', int(NOW), 'format', format, format, body})
   if seen[3] then redis.call('PERSIST', key) end
   if c.deadline_ms ~= '' then redis.call('ZADD', DEADLINES, c.deadline_ms, c.id) end

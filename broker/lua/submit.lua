@@ -1,10 +1,11 @@
 --- @include lib create
 -- Client.submit: stores each body in the call's record and pushes routing fields only, in one step.
 --
--- ARGV     per call: id session kind model priority prompt_tokens deadline_ms stream inbox traceparent digest body
+-- ARGV     per call: id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
+--          on_engine_loss ("" = continue) digest body
 -- Returns  flat list, per call: code ("new" | "duplicate" | "conflict"), state of the record
 local names = {'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream', 'inbox',
-  'traceparent', 'digest'}
+  'traceparent', 'on_engine_loss', 'digest'}
 local out = {}
 for at = 4, #ARGV, #names + 1 do
   local c = {}
