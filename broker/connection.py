@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import redis
@@ -17,12 +17,14 @@ import redis.asyncio
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
 
+from broker.link import ASYNC_LINKS, LINKS
 from broker.settings import Settings
 
 T = TypeVar("T")
 log = logging.getLogger("rsm.redis")
 
 # What a restart, a fail-over, a cut line or a full server looks like from here; anything else is an error of ours.
+# Refusals that pass, such as MISCONF, MOVED or NOREPLICAS, are made ConnectionErrors by `broker.link`.
 BLIPS = (
     errors.ConnectionError,
     errors.TimeoutError,
@@ -36,21 +38,32 @@ COMMAND_TIMEOUT_S = 10.0
 
 def connect(settings: Settings, block_s: float | None = None) -> redis.Redis:
     """A client for ordinary commands, or, with `block_s`, one for reads that block up to so many seconds."""
+    from redis.connection import ConnectionPool, parse_url
     from redis.retry import Retry
 
-    return redis.Redis.from_url(settings.url(), retry=Retry(NoBackoff(), 0), **_options(block_s))
+    options = _options(settings, block_s, parse_url, LINKS)
+    return redis.Redis.from_pool(ConnectionPool(**options, retry=Retry(NoBackoff(), 0)))
 
 
 def connect_async(settings: Settings, block_s: float | None = None) -> redis.asyncio.Redis:
     """The same for asyncio."""
+    from redis.asyncio.connection import ConnectionPool, parse_url
     from redis.asyncio.retry import Retry
 
-    return redis.asyncio.Redis.from_url(settings.url(), retry=Retry(NoBackoff(), 0), **_options(block_s))
+    options = _options(settings, block_s, parse_url, ASYNC_LINKS)
+    return redis.asyncio.Redis.from_pool(ConnectionPool(**options, retry=Retry(NoBackoff(), 0)))
 
 
-def _options(block_s: float | None) -> dict[str, Any]:
-    timeout = COMMAND_TIMEOUT_S + (block_s or 0.0)
-    return {"protocol": 2, "socket_timeout": timeout, "socket_connect_timeout": COMMAND_TIMEOUT_S}
+def _options(settings: Settings, block_s: float | None, parse: Any, links: Mapping[str, type]) -> dict[str, Any]:
+    url = settings.url()
+    options: dict[str, Any] = {
+        "protocol": 2,
+        "socket_timeout": COMMAND_TIMEOUT_S + (block_s or 0.0),
+        "socket_connect_timeout": COMMAND_TIMEOUT_S,
+    }
+    options |= parse(url)
+    options["connection_class"] = links[url.partition("://")[0]]
+    return options
 
 
 class Backoff:
