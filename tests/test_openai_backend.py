@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -325,11 +326,41 @@ async def test_a_server_that_is_answering_is_not_dead(server: Server, start: Any
     assert out.completion_tokens == 20
 
 
-async def test_calls_to_a_closed_port_may_run_elsewhere(server: Server, start: Any) -> None:
+async def test_a_server_whose_port_is_closed_is_dead_at_once(server: Server, start: Any) -> None:
     backend = await start()
     await server.close()
-    with pytest.raises(EngineError, match="ConnectError"):
+    with pytest.raises(EngineDied, match="does not answer any more"):
         await run(backend, job())
+    assert "does not answer" in await asyncio.wait_for(backend.died(), 1)
+
+
+async def test_a_server_that_dies_under_its_calls_is_dead_at_once(server: Server, start: Any) -> None:
+    """Also for the calls whose connections still stand."""
+    server.stall_after = 1
+    backend = await start()
+    stalled = [Heard(), Heard()]
+    tasks = [
+        asyncio.create_task(backend.run(replace(job(stream=True), key=f"c/{i}"), h.hear)) for i, h in enumerate(stalled)
+    ]
+    for heard in stalled:
+        await heard.first(1)
+    server.stall_after, server.cut_after, server.health = None, 1, 503
+    with pytest.raises(EngineDied, match="does not answer any more"):
+        await run(backend, replace(job(stream=True), key="c/9"))
+    for task in tasks:
+        with pytest.raises(EngineDied, match="does not answer any more"):
+            await asyncio.wait_for(task, 1)
+
+
+async def test_start_waits_for_a_server_that_comes_up(server: Server) -> None:
+    server.health = 503
+    backend = OpenAIBackend(server.url)
+    starting = asyncio.create_task(backend.start())
+    await asyncio.sleep(0.3)
+    assert not starting.done()
+    server.health = 200
+    assert (await asyncio.wait_for(starting, 5)).model == "the-model"
+    await backend.stop(0)
 
 
 async def test_stop_ends_what_does_not_finish(server: Server, start: Any) -> None:
@@ -356,12 +387,12 @@ async def test_start_says_why_it_cannot(server: Server, monkeypatch: pytest.Monk
     for status, why in ((401, "refuses the API key; set RSM_OPENAI_API_KEY"), (502, "No OpenAI-compatible server")):
         server.health = status
         with pytest.raises(EngineDied, match=why):
-            await OpenAIBackend(server.url).start()
+            await OpenAIBackend(server.url, connect_s=0).start()
     server.health = 404
     with pytest.raises(EngineDied, match="lists no models"):
         await OpenAIBackend(server.url).start()
-    with pytest.raises(EngineDied, match="No OpenAI-compatible server"):
-        await OpenAIBackend("nonsense").start()
+    with pytest.raises(ValueError, match="must be a URL such as"):
+        OpenAIBackend("nonsense")
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(EngineDied, match=r"pip install rsm-engine\[openai\]"):
         await OpenAIBackend(server.url).start()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"broker": set(), "router": {"broker"}, "workers": {"broker"}, "engine": {"broker", "router", "workers"}}
 # A producer installs the base and uses broker alone.
-HEAVY = {"vllm", "torch", "transformers", "httpx", "fastapi"}
+HEAVY = {"vllm", "torch", "transformers", "httpx", "fastapi", "starlette", "uvicorn"}
 
 
 def imported_roots(path: Path, *, at_import: bool) -> set[str]:

@@ -293,6 +293,24 @@ def test_an_answer_depends_on_the_prompt_and_is_the_same_at_any_length() -> None
     assert long.chars(80_000) == len("".join(map(token_text, long.ids[:80_000])))
 
 
+def test_a_prompt_that_ends_with_its_own_answer_is_gone_on_with() -> None:
+    whole = answer(Prompt(text="Say it").seed(), 12)
+    for said in range(12):
+        seed, already = Prompt(text="Say it" + whole.text[: whole.chars(said)]).origin()
+        rest = answer(seed, 12 - said, said=already)
+        assert (already, rest.ids) == (said, whole.ids[said:])
+    assert Prompt(text="Say it w1 w2").origin() == (Prompt(text="Say it w1 w2").seed(), 0), "not its own words"
+    assert Prompt(text=" w1 w2").origin() == (Prompt(text=" w1 w2").seed(), 0)
+    assert Prompt(text="Say it" + whole.text + " more").origin()[1] == 0
+
+
+def test_an_answer_gone_on_with_ends_where_the_whole_one_does() -> None:
+    whole = answer(11, 500, eos_mean=20)
+    assert whole.finish_reason == "stop"
+    rest = answer(11, 500, eos_mean=20, said=1)
+    assert (rest.ids, rest.finish_reason) == (whole.ids[1:], "stop")
+
+
 def test_an_answer_ends_before_the_stop_string_that_is_complete_first() -> None:
     whole = answer(3, 30)
     second, third = token_text(whole.ids[1]), token_text(whole.ids[2])

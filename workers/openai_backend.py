@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 
 _DONE = "[DONE]"
 _CLOSE_S = 5.0  # for the connections of calls that were ended
+_ASK_AGAIN_S = 0.2  # while a server is waited for
+
+log = logging.getLogger("rsm.worker")
+
+
+def _answers(status: int) -> bool:
+    """Whether a server with this answer to a health check is there; a 5xx may come from a proxy before it."""
+    return 0 < status < 500
 
 
 @dataclass(slots=True)
@@ -54,11 +63,12 @@ class OpenAIBackend(Backend):
         max_num_seqs: calls that the server is given at once.
         kv_tokens: capacity of its KV cache, if known.
         timeout_s: how long it may be silent in the middle of a call.
+        connect_s: how long `start` waits for a server that does not answer yet, or not any more.
         health_s: time between two health checks, and how long each may take.
         health_misses: so many in a row that fail, and the server counts as dead.
 
     Raises:
-        ValueError: the URL holds a password, which would end up in logs.
+        ValueError: the URL is none, or holds a password, which would end up in logs.
     """
 
     def __init__(
@@ -70,10 +80,13 @@ class OpenAIBackend(Backend):
         max_num_seqs: int = 64,
         kv_tokens: int = 0,
         timeout_s: float = 600.0,
+        connect_s: float = 60.0,
         health_s: float = 5.0,
         health_misses: int = 3,
     ) -> None:
         parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError("base_url must be a URL such as http://host:8000/v1.")
         if parts.username or parts.password:
             raise ValueError(f"Give the key in {API_KEY_VARIABLE}, not in the URL: URLs end up in logs.")
         self._base_url = base_url.rstrip("/")
@@ -83,27 +96,29 @@ class OpenAIBackend(Backend):
         self._max_num_seqs = max_num_seqs
         self._kv_tokens = kv_tokens
         self._timeout_s = timeout_s
+        self._connect_s = connect_s
         self._health_s = health_s
         self._health_misses = health_misses
         self._misses = 0
         self._is_vllm = False
         self._client: httpx.AsyncClient | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._doubt: asyncio.Task[bool] | None = None
         self._runs: dict[str, _Run] = {}
         self._rate = RateMeter()
         self._death = asyncio.Event()
         self._gone = "The engine was not started."  # why no call can run, "" while it can
 
     async def start(self) -> EngineFacts:
-        """Connects, and asks the server for its models.
+        """Connects, and asks the server for its models. A server that is still coming up is waited for.
 
         Raises:
-            EngineDied: httpx is missing, nobody answers, the key is refused, or no model is known.
+            EngineDied: httpx is missing, nobody answers within `connect_s`, the key is refused, or no model is known.
         """
         self._client = self._connect()
         try:
             await self._greet(self._client)
-        except EngineDied:
+        except BaseException:
             await self._client.aclose()
             raise
         self._gone, self._misses = "", 0
@@ -141,7 +156,7 @@ class OpenAIBackend(Backend):
         return EngineLoad(0.0, self._rate.per_s(time.perf_counter()))
 
     async def died(self) -> str:
-        """Waits until the server has failed `health_misses` health checks in a row."""
+        """Waits until the server has failed `health_misses` health checks in a row, or one right after a call broke."""
         await self._death.wait()
         return self._gone
 
@@ -165,6 +180,10 @@ class OpenAIBackend(Backend):
                 for run in list(self._runs.values()):
                     await run.done.wait()
 
+    def _die(self, reason: str) -> None:
+        self._lose(self._gone or reason)
+        self._death.set()
+
     def _lose(self, reason: str) -> None:
         self._gone = reason
         for run in self._runs.values():
@@ -186,15 +205,27 @@ class OpenAIBackend(Backend):
         )
 
     async def _greet(self, client: httpx.AsyncClient) -> None:
-        status, models = await self._models(client)
+        status, models = await self._first_answer(client)
         if status in (401, 403):
             raise EngineDied(f"{self._where} refuses the API key; set {API_KEY_VARIABLE}.")
-        if not 0 < status < 500:
+        if not _answers(status):
             raise EngineDied(f"No OpenAI-compatible server answers at {self._where}.")
         self._is_vllm = any(m.get("owned_by") == "vllm" for m in models)
         self._model = self._model or next((str(m["id"]) for m in models if m.get("id")), "")
         if not self._model:
             raise EngineDied(f"{self._where} lists no models; name the one to use.")
+
+    async def _first_answer(self, client: httpx.AsyncClient) -> tuple[int, list[dict[str, Any]]]:
+        """As `_models`, but asked until the server is there, at most `connect_s` seconds."""
+        until, told = time.monotonic() + self._connect_s, False
+        while True:
+            found = await self._models(client)
+            if _answers(found[0]) or time.monotonic() > until:
+                return found
+            if not told:
+                log.warning("waiting for a server at %s, at most %.0f s", self._where, self._connect_s)
+                told = True
+            await asyncio.sleep(_ASK_AGAIN_S)
 
     async def _models(self, client: httpx.AsyncClient) -> tuple[int, list[dict[str, Any]]]:
         """The status of GET /models, 0 if nobody answers, and the models listed."""
@@ -214,11 +245,21 @@ class OpenAIBackend(Backend):
         while self._client is not None:
             await asyncio.sleep(self._health_s)
             status, _ = await self._models(self._client)
-            self._misses = 0 if 0 < status < 500 else self._misses + 1
+            self._misses = 0 if _answers(status) else self._misses + 1
             if self._misses >= self._health_misses:
-                self._lose(f"{self._where} has not answered {self._misses} health checks in a row.")
-                self._death.set()
+                self._die(f"{self._where} has not answered {self._misses} health checks in a row.")
                 return
+
+    async def _is_there(self) -> bool:
+        """Whether the server answers now. Asked once for all calls that broke at the same time."""
+        if self._doubt is None or self._doubt.done():
+            self._doubt = asyncio.create_task(self._ask(), name="openai-doubt")
+        return await asyncio.shield(self._doubt)
+
+    async def _ask(self) -> bool:
+        if self._client is None:
+            return False
+        return _answers((await self._models(self._client))[0])
 
     # -- one call
 
@@ -230,14 +271,19 @@ class OpenAIBackend(Backend):
         except httpx.HTTPError as e:
             # The answer was whole; only its last words are missing.
             if not ex.finished:
-                raise self._lost(ex, f"The connection to {self._where} failed: {type(e).__name__}.") from e
+                raise await self._lost(ex, f"The connection to {self._where} failed: {type(e).__name__}.") from e
         except EngineError as e:
-            raise self._lost(ex, str(e)) from e
+            raise await self._lost(ex, str(e)) from e
         if not ex.streams:
             self._rate.add(ex.tokens(), time.perf_counter())
 
-    def _lost(self, ex: Exchange, why: str) -> CallRejected | EngineError:
-        return EngineError(why) if ex.continuable else CallRejected(CANNOT_CONTINUE)
+    async def _lost(self, ex: Exchange, why: str) -> CallRejected | EngineError | EngineDied:
+        """What a broken call means: its server is gone, with all it ran; or this one attempt failed."""
+        lost: EngineError | EngineDied = EngineError(why)
+        if not await self._is_there():
+            self._die(f"{self._where} does not answer any more.")
+            lost = EngineDied(self._gone)
+        return lost if ex.continuable else CallRejected(CANNOT_CONTINUE)
 
     async def _exchange(self, ex: Exchange, job: Job, emit: Callable[[Piece], None]) -> None:
         if self._client is None:

@@ -69,6 +69,21 @@ class SimBackend(Backend):
         """`tokens_per_s` counts output tokens in real time."""
         return EngineLoad(self._engine.kv_usage, self._rate.per_s(time.perf_counter()))
 
+    @property
+    def gone(self) -> str:
+        """Why it can run no call; "" while it can."""
+        return self._gone
+
+    @property
+    def running(self) -> int:
+        """Calls in the batch."""
+        return len(self._engine.running)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a slot or for room in the cache."""
+        return self._engine.waiting
+
     async def died(self) -> str:
         """Waits for `kill`."""
         await self._death.wait()

@@ -64,7 +64,8 @@ def read(job: Job, config: SimConfig) -> Request:
     asked = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_MAX_TOKENS
     stops = _stops(body["stop"]) if body.get("stop") else _NO_STOPS
     eos_mean = 0 if body.get("ignore_eos") else config.eos_mean
-    found = answer(prompt.seed(), min(asked, room), stops, eos_mean)
+    seed, said = prompt.origin()
+    found = answer(seed, min(asked, room), stops, eos_mean, said)
     if job.resumed is None:
         return Request(prompt, size, found)
     return Request(prompt, size, found, *_position(job.kind, job.resumed))

@@ -119,6 +119,19 @@ class Prompt:
         """Its token ids."""
         return self.ids or tokenize(self.text)
 
+    def origin(self) -> tuple[int, int]:
+        """The seed of the answer, and how many words of that very answer the prompt ends with already.
+
+        A greedy model that reads the beginning of its own answer goes on where it ends; that is how an attempt goes on
+        on another server. Known by text alone; a prompt that ends in words of the same form by itself is not seen.
+        """
+        words = _trailing_words(self.text)
+        if words:
+            head = Prompt(self.text.removesuffix("".join(words)))
+            if head.text and _words().slice(head.seed() % _CYCLE, len(words))[1] == "".join(words):
+                return head.seed(), len(words)
+        return self.seed(), 0
+
     def seed(self) -> int:
         """A number that stands for the prompt, the same in every process.
 
@@ -133,14 +146,24 @@ class Prompt:
             raise CallRejected("Token ids must be whole numbers from 0.") from e
 
 
-def answer(seed: int, limit: int, stops: tuple[str, ...] = (), eos_mean: int = 0) -> Answer:
+def _trailing_words(text: str) -> list[str]:
+    """The words, as answers have them, that a text ends with."""
+    words, end = [], len(text)
+    while (at := text.rfind(" w", 0, end)) >= 0 and text[at + 2 : end].isdecimal():
+        words.append(text[at:end])
+        end = at
+    return words[::-1]
+
+
+def answer(seed: int, limit: int, stops: tuple[str, ...] = (), eos_mean: int = 0, said: int = 0) -> Answer:
     """The answer to a prompt with this seed: at most `limit` tokens, less where it ends by itself or at a stop string.
 
-    `eos_mean` 0: it never ends by itself. Like vLLM, the text ends before a stop string, the ids behind it.
+    `eos_mean` 0: it never ends by itself. Its first `said` tokens are out already. Like vLLM, the text ends before a
+    stop string, the ids behind it.
     """
-    start = seed % _CYCLE
+    start = (seed + said) % _CYCLE
     length, reason = limit, "length"
-    if eos_mean and (own := 1 + crc32(seed.to_bytes(4, "little")) % (2 * eos_mean)) < limit:
+    if eos_mean and (own := max(1, 1 + crc32(seed.to_bytes(4, "little")) % (2 * eos_mean) - said)) < limit:
         length, reason = own, "stop"
     ids, text = _words().slice(start, length)
     if reason == "stop":

@@ -1,0 +1,41 @@
+"""`rsm sim-server`: a modelled engine behind OpenAI's HTTP API. It needs no Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from broker import logs
+from engine.cli.app import app, settings_of
+from engine.cli.output import say
+from engine.cli.parts import EngineArg, MaxNumSeqs, Model, engine_config
+
+
+@app.command("sim-server")
+def sim_server(
+    ctx: typer.Context,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one; the first line printed names it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    model: Model = "",
+    max_num_seqs: MaxNumSeqs = 256,
+    engine_arg: EngineArg = None,
+) -> None:
+    """A simulated engine as an OpenAI-compatible HTTP server, in the foreground: what `vllm serve` is for a real one.
+
+    For trying out and measuring what speaks to such servers: `--backend openai`, and other products' routers.
+    """
+    from workers.config import create_backend
+    from workers.sim_backend import SimBackend
+    from workers.sim_server import serve
+
+    logs.configure("sim-server")
+    backend = create_backend(engine_config("sim-server", model, 0, "sim", max_num_seqs, 1, None, engine_arg))
+    assert isinstance(backend, SimBackend)  # noqa: S101
+    name = backend.config.model
+
+    def announce(at: int) -> None:
+        say(f"Listening on http://{host}:{at}/v1 with model {name}.")
+
+    asyncio.run(serve(backend, host, port, settings_of(ctx).drain_grace_s, announce))
