@@ -149,6 +149,7 @@ class Finish(NamedTuple):
     completion_tokens: int
     cached_tokens: int
     resident_tokens: int
+    events: int | None = None  # published of the call, earlier attempts included
 
 
 class Release(NamedTuple):
@@ -164,6 +165,13 @@ class Registered(NamedTuple):
     heartbeat_ms: int = 0
     node: str = ""
     pid: str = ""
+
+
+class Differences(NamedTuple):
+    """How a worker's calls and Redis's account of them differ."""
+
+    lost: list[Fence]  # held by the worker, and not running on it by Redis's account
+    unknown: list[Fence]  # the reverse
 
 
 class Reaped(NamedTuple):
@@ -283,6 +291,7 @@ class Transitions:
                 e.completion_tokens,
                 e.cached_tokens,
                 e.resident_tokens,
+                "" if e.events is None else e.events,
             ]
         return Command(script("finish"), args, _texts)
 
@@ -291,6 +300,13 @@ class Transitions:
         for c in calls:
             args += [c.fence.call_id, c.fence.gen, c.fence.attempt, int(c.fault), c.error_code, c.error]
         return Command(script("release"), args, _texts)
+
+    def reconcile(self, engine: str, incarnation: str, held: Sequence[Fence]) -> Command[Differences | None]:
+        """None if the lease was lost."""
+        args = self._args(engine, incarnation)
+        for f in held:
+            args += [f.call_id, f.gen, f.attempt]
+        return Command(script("reconcile"), args, lambda r: _differences(r, held))
 
     # -- life cycle and process table
 
@@ -349,6 +365,13 @@ def _claimed_call(r: Sequence[bytes]) -> Claimed:
         body=r[13],
         cancelled=bool(r[14]),
     )
+
+
+def _differences(reply: Sequence[Any], held: Sequence[Fence]) -> Differences | None:
+    if reply[0] == b"fenced":
+        return None
+    lost, unknown = reply
+    return Differences([held[i] for i in lost], [Fence(text(r[0]), text(r[1]), int(r[2])) for r in unknown])
 
 
 def _look(reply: Sequence[Any], sessions: Sequence[str]) -> Look:

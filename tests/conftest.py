@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +18,10 @@ from broker.connection import connect
 from broker.embedded import EmbeddedRedis
 from broker.ids import new_id
 from broker.keys import Keys
+from broker.monitor import Monitor
 from broker.transitions import Transitions
+from tests.sim_processes import Start, WorkerProcess, sim, state_of
+from tests.waiting import eventually as eventually
 
 # Keys that may stay without an expiry: they hold no call for ever, or vanish when empty.
 _LASTING = re.compile(
@@ -73,6 +76,48 @@ def client(settings: Settings) -> Iterator[Client]:
         yield c
 
 
+@pytest.fixture
+def monitor(settings: Settings, db: redis.Redis) -> Monitor:
+    return Monitor(settings, db)
+
+
+@pytest.fixture
+def fragile() -> Iterator[EmbeddedRedis]:
+    """A server that a test may kill."""
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def cut_off(fragile: EmbeddedRedis, settings: Settings) -> Settings:
+    """Settings for the fragile server."""
+    # `everysec` may lose what was written while a sync was under way; most tests are not about that.
+    with redis.Redis(unix_socket_path=str(fragile.socket)) as server:
+        server.config_set("appendfsync", "always")
+    return settings.with_redis(fragile.url)
+
+
+@pytest.fixture
+def start(settings: Settings, tmp_path: Path) -> Iterator[Start]:
+    """Starts workers; whatever is left of them is killed in the end."""
+    started: list[WorkerProcess] = []
+
+    def start(
+        engine_id: str = "e1", *, ready: bool = True, settings: Settings = settings, **sim_args: Any
+    ) -> WorkerProcess:
+        worker = WorkerProcess(sim(engine_id, **sim_args), settings, tmp_path / f"{engine_id}-{len(started)}.log")
+        started.append(worker)
+        if ready:
+            look = Monitor(settings)
+            eventually(lambda: look.engine(engine_id)["pid"] == worker.pid if state_of(look, engine_id) else False)
+            eventually(lambda: state_of(look, engine_id) == "READY", what=worker.log())
+        return worker
+
+    yield start
+    for worker in started:
+        worker.kill()
+
+
 @pytest.fixture(autouse=True)
 def no_key_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test that leaves a key without TTL off the named list, or a finished call that never expires."""
@@ -115,11 +160,3 @@ def no_processes_left(server: EmbeddedRedis) -> Iterator[None]:
     for p in alive:
         p.kill()
     assert not names, f"processes left behind: {names}"
-
-
-def eventually(condition: Callable[[], object], timeout_s: float = 20.0, what: str = "") -> None:
-    """Waits until `condition()` is true; fails the test after `timeout_s`."""
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, f"waited {timeout_s} s in vain{': ' + what if what else ''}"
-        time.sleep(0.02)

@@ -106,6 +106,7 @@ class FakeWorker:
         cached_tokens: int = 0,
         resident_tokens: int = 0,
         fence: Fence | None = None,
+        events: int | None = None,
     ) -> str:
         """Ends a call; returns the script's word for it."""
         result = {"text": text, "token_ids": [1, 2], "finish_reason": "stop", "ttft_ms": 1}
@@ -119,6 +120,7 @@ class FakeWorker:
             completion_tokens,
             cached_tokens,
             resident_tokens,
+            events,
         )
         self.held.pop(call.fence.call_id, None)
         return scripts.run(self.db, self.transitions.finish(self.engine, [end]))[0]

@@ -18,7 +18,7 @@ from broker.connection import BLIPS
 from broker.errors import RsmError
 from broker.models import EngineState
 from broker.monitor import Monitor
-from tests.conftest import eventually
+from tests.waiting import eventually
 
 RSM = str(Path(sys.executable).parent / "rsm")
 

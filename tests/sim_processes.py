@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from broker import Client, RequestState, Settings
+from broker.client import CallHandle
 from broker.errors import UnknownCall
 from broker.monitor import Monitor
 from tests.rsm_command import clean_env
@@ -76,6 +78,24 @@ class WorkerProcess:
         """kill -9, also of one that has ended or stands still."""
         self._process.kill()
         self._process.wait()
+
+
+Start = Callable[..., WorkerProcess]
+
+
+def pieces(client: Client, handle: CallHandle) -> int:
+    """How many events its log has."""
+    return int(client.redis.xlen(client.keys.events(handle.id)))
+
+
+def submit_streams(client: Client, count: int, max_tokens: int) -> dict[str, CallHandle]:
+    """Streamed calls by their prompts."""
+    prompts = [f"prompt number {i}" for i in range(count)]
+    return {p: client.submit(p, stream=True, max_tokens=max_tokens) for p in prompts}
+
+
+def all_speak(client: Client, handles: Sequence[CallHandle]) -> bool:
+    return all(pieces(client, h) for h in handles)
 
 
 def state_of(monitor: Monitor, engine_id: str) -> str:

@@ -19,6 +19,7 @@ from broker.scripts import Command, T
 from broker.transitions import (
     Admission,
     Claimed,
+    Differences,
     Event,
     Finish,
     Placed,
@@ -604,6 +605,32 @@ def test_a_flag_set_before_a_replayed_claim_is_handed_over(world: World) -> None
     assert [c.cancelled for c in worker.claim(claim_no=1) or ()] == [True]
 
 
+# -- reconcile
+
+
+def test_a_worker_learns_how_its_calls_differ_from_those_of_redis(world: World) -> None:
+    worker, other = world.worker("e1"), world.worker("e2")
+    mine, ended, moved, again = (world.start(f"c{i}", worker) for i in range(4))
+    worker.finish(ended)
+    worker.release(moved, fault=False)
+    world.assign("c2", "e2")
+    theirs = other.take()
+    worker.release(again, fault=False)
+    world.assign("c3", "e1")
+    anew = worker.take()
+
+    def look(worker: FakeWorker, *held: Claimed) -> Differences | None:
+        return world.run(world.transitions.reconcile(worker.engine, worker.incarnation, [c.fence for c in held]))
+
+    assert look(worker, mine, anew) == look(other, theirs) == ([], [])
+    assert look(worker, mine, ended, moved, again) == ([c.fence for c in (ended, moved, again)], [anew.fence])
+    assert look(other) == ([], [theirs.fence])
+    world.forget("c0")
+    assert look(worker, mine, anew) == ([mine.fence], [])
+    worker.incarnation = "another"
+    assert look(worker, mine) is None
+
+
 # -- publish
 
 
@@ -664,7 +691,31 @@ def test_a_publish_under_an_old_fence_changes_nothing(world: World) -> None:
     assert [f.get("text") for _, f in world.log("c1")] == ["a", "b", None]
 
 
+def test_events_behind_a_gap_are_not_written(world: World) -> None:
+    """Redis lost one that it had acknowledged; the worker is to begin again behind what is left."""
+    worker = world.worker()
+    call = world.start("c1", worker, stream=True, inbox="box")
+    worker.publish(call, "a")
+    assert worker.publish(call, "c", "d", first=2) == ["gap", "gap"]
+    assert [f["text"] for _, f in world.log("c1")] == ["a"]
+    assert world.record("c1").ints("events") == (1,)
+    assert worker.publish(call, "b", first=1) == ["ok"]
+
+
 # -- finish
+
+
+def test_an_end_behind_a_gap_changes_nothing(world: World) -> None:
+    worker = world.worker()
+    call = world.start("c1", worker, stream=True)
+    worker.publish(call, "a")
+    before = world.record("c1")
+    assert worker.finish(call, events=2) == "gap"
+    assert (world.record("c1"), world.running()) == (before, ["c1"])
+    assert worker.finish(call, state=RequestState.CANCELLED, events=2) == "done", "nobody misses the rest of it"
+    whole = world.start("c2", worker, stream=True)
+    worker.publish(whole, "a")
+    assert worker.finish(whole, events=1) == "done"
 
 
 def test_finish_ends_a_call(world: World) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,68 +14,25 @@ import pytest
 import redis
 
 from broker import AsyncClient, CallCancelled, Client, RequestState, Settings, scripts
-from broker.client import CallHandle
 from broker.embedded import EmbeddedRedis
 from broker.keys import Keys
 from broker.monitor import Monitor
-from broker.transitions import Claimed, Fence, Finish, Transitions
+from broker.transitions import Claimed, Fence, Transitions
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, routing
-from tests.sim_processes import WorkerProcess, assert_undisturbed, said, sim, state_of
+from tests.sim_processes import Start, all_speak, assert_undisturbed, pieces, said, state_of, submit_streams
 from workers.backend import Job, Outcome, Piece
 from workers.calls import Calls
 from workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK
-from workers.publisher import Item
+from workers.publisher import Ended, Item
 from workers.sim_backend import SimBackend
 from workers.sim_engine import SimConfig, SimTimes
 from workers.worker import Worker
-
-Start = Callable[..., WorkerProcess]
 
 # Steps of 10 ms.
 _STEPS = SimConfig(times=SimTimes(step_s=0.01))
 _CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 _SECRET = "the launch code is 0000"
-
-
-@pytest.fixture
-def monitor(settings: Settings, db: redis.Redis) -> Monitor:
-    return Monitor(settings, db)
-
-
-@pytest.fixture
-def start(settings: Settings, tmp_path: Path) -> Iterator[Start]:
-    """Starts workers; whatever is left of them is killed in the end."""
-    started: list[WorkerProcess] = []
-
-    def start(
-        engine_id: str = "e1", *, ready: bool = True, settings: Settings = settings, **sim_args: Any
-    ) -> WorkerProcess:
-        worker = WorkerProcess(sim(engine_id, **sim_args), settings, tmp_path / f"{engine_id}-{len(started)}.log")
-        started.append(worker)
-        if ready:
-            look = Monitor(settings)
-            eventually(lambda: look.engine(engine_id)["pid"] == worker.pid if state_of(look, engine_id) else False)
-            eventually(lambda: state_of(look, engine_id) == "READY", what=worker.log())
-        return worker
-
-    yield start
-    for worker in started:
-        worker.kill()
-
-
-def pieces(client: Client, handle: CallHandle) -> int:
-    return int(client.redis.xlen(client.keys.events(handle.id)))
-
-
-def submit_streams(client: Client, count: int, max_tokens: int) -> dict[str, CallHandle]:
-    """Streamed calls by their prompts."""
-    prompts = [f"prompt number {i}" for i in range(count)]
-    return {p: client.submit(p, stream=True, max_tokens=max_tokens) for p in prompts}
-
-
-def all_speak(client: Client, handles: Sequence[CallHandle]) -> bool:
-    return all(pieces(client, h) for h in handles)
 
 
 # -- calls
@@ -159,8 +116,8 @@ async def test_a_call_flagged_before_it_begins_never_runs(db: redis.Redis, keys:
     calls.start([Claimed(fence, "s1", "generate", False, "", 0, 0, 0, "", 1, "body", b"\x80", cancelled=not overtaken)])
     await asyncio.wait_for(left.wait(), 10)
     (end,) = put
-    assert isinstance(end, Finish)
-    assert (end.fence, end.state) == (fence, RequestState.CANCELLED)
+    assert isinstance(end, Ended)
+    assert (end.finish.fence, end.finish.state) == (fence, RequestState.CANCELLED)
 
 
 def test_the_deadline_of_a_running_call(settings: Settings, client: Client, start: Start) -> None:
@@ -367,22 +324,6 @@ async def test_an_unexpected_error_is_tried_again_then_buried_and_tells_no_promp
 
 
 # -- Redis goes away
-
-
-@pytest.fixture
-def fragile() -> Iterator[EmbeddedRedis]:
-    """A server that a test may kill."""
-    with EmbeddedRedis() as server:
-        yield server
-
-
-@pytest.fixture
-def cut_off(fragile: EmbeddedRedis, settings: Settings) -> Settings:
-    """Settings for the fragile server."""
-    # `everysec` may lose what was written while a sync was under way; what is tested here is the worker.
-    with redis.Redis(unix_socket_path=str(fragile.socket)) as server:
-        server.config_set("appendfsync", "always")
-    return settings.with_redis(fragile.url)
 
 
 def test_redis_killed_under_load_loses_nothing_and_no_engine(

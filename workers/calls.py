@@ -23,10 +23,12 @@ from broker.keys import Keys
 from broker.models import ErrorCode, RequestState
 from broker.transitions import Claimed, Fence, Finish, Release
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
-from workers.publisher import Item, Output
+from workers.publisher import Ended, Item, Output, given_up
 
 log = logging.getLogger("rsm.worker")
 
+
+_FORGOTTEN = "Redis had forgotten that the call was taken."
 
 # How many cancels of calls that are not here are remembered: those that a claim on its way may still bring, and more.
 _EARLY_MAX = 4096
@@ -40,6 +42,7 @@ class Running:
     numbers: list[int]
     cancelled: bool = False
     dropped: bool = False  # no longer ours: say nothing more of it
+    gap: bool = False  # Redis lost some of its events: another attempt has to say them again
     task: asyncio.Task[None] | None = None
 
 
@@ -87,9 +90,22 @@ class Calls:
                 self._left()
                 continue
             key = key_of(call.fence)
+            if key in self._running:
+                self._take_again(self._running[key])
+                continue
             running = Running(call, [call.events], cancelled=call.cancelled or key in self._early)
             self._running[key] = running
             running.task = loop.create_task(self._run(running))
+
+    def _take_again(self, running: Running) -> None:
+        """Redis forgot a claim, and the call came again under the very same fence while it is here.
+
+        The copy that runs goes on. One that is being dropped already cannot be told from its heir by any fence, so
+        that one is to come under a new one.
+        """
+        if running.dropped:
+            self._put(Release(running.claimed.fence, False, "", _FORGOTTEN))
+        self._left()
 
     def cancel(self, fence: Fence) -> None:
         """The call's user wants it stopped; its partial text stays with the record."""
@@ -116,6 +132,19 @@ class Calls:
             if running is not None:
                 running.dropped = True
                 self._backend.abort(key)
+
+    def give_up(self, fences: Sequence[Fence]) -> None:
+        """Redis has lost events of these calls: their next attempts go on behind what is left of the log."""
+        for fence in fences:
+            key = key_of(fence)
+            running = self._running.get(key)
+            if running is not None:
+                running.gap = True
+                self._backend.abort(key)
+
+    def held(self) -> list[Fence]:
+        """The calls in the engine that are ours as far as we know."""
+        return [r.claimed.fence for r in self._running.values() if not r.dropped]
 
     def drop_all(self) -> None:
         self.drop([r.claimed.fence for r in self._running.values()])
@@ -150,8 +179,10 @@ class Calls:
             name = type(e).__name__
             log.error("call %s: %s in the backend", fence.call_id, name, exc_info=log.isEnabledFor(logging.DEBUG))
             message = Release(fence, True, ErrorCode.ENGINE_ERROR.value, f"The engine failed: {name}.")
+        if running.gap:
+            message = given_up(fence)
         if not running.dropped:
-            self._put(message)
+            self._put(Ended(message, running.numbers) if isinstance(message, Finish) else message)
         del self._running[key_of(fence)]
         self._left()
 
@@ -168,7 +199,7 @@ class Calls:
         return _finish(c, RequestState.COMPLETED, outcome)
 
     def _emit(self, running: Running, piece: Piece) -> None:
-        if running.claimed.stream and not running.dropped:
+        if running.claimed.stream and not running.dropped and not running.gap:
             self._put(Output(running.claimed.fence, running.numbers, piece))
 
     async def _job(self, c: Claimed) -> Job:

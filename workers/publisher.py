@@ -30,13 +30,25 @@ class Output:
 
 
 @dataclass(slots=True)
+class Ended:
+    """A call's end on its way out, behind all of its pieces."""
+
+    finish: Finish
+    numbers: list[int]
+
+
+@dataclass(slots=True)
 class _Gathered:
     pieces: dict[Fence, Event] = field(default_factory=dict)
     finishes: list[Finish] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
 
+    def leaving(self) -> list[Fence]:
+        return [*(f.fence for f in self.finishes), *(r.fence for r in self.releases)]
 
-Item = Output | Finish | Release
+
+Item = Output | Ended | Release
+_GAP = "Redis lost a part of what the call had published."
 _CLOSE = None
 
 
@@ -45,23 +57,39 @@ class Publisher(threading.Thread):
 
     Args:
         stale: called from this thread with the fences of calls that are no longer this worker's.
+        gap: called from this thread with the fences of calls of which Redis has lost events.
     """
 
     def __init__(
-        self, engine: str, settings: Settings, transitions: Transitions, stale: Callable[[list[Fence]], None]
+        self,
+        engine: str,
+        settings: Settings,
+        transitions: Transitions,
+        stale: Callable[[list[Fence]], None],
+        gap: Callable[[list[Fence]], None],
     ) -> None:
         super().__init__(name="rsm-publish", daemon=True)
         self._engine = engine
         self._batch = settings.batch
         self._transitions = transitions
         self._stale = stale
+        self._gap = gap
+        self._leaving: dict[Fence, None] = {}
         self._line = Line(settings)
         self._queue: SimpleQueue[Item | None] = SimpleQueue()
         self._abandoned = threading.Event()
 
     def put(self, item: Item) -> None:
         """Hands over one item; never blocks. Items of one call keep their order."""
+        if isinstance(item, Ended):
+            self._leaving[item.finish.fence] = None
+        elif isinstance(item, Release):
+            self._leaving[item.fence] = None
         self._queue.put(item)
+
+    def leaving(self) -> list[Fence]:
+        """Calls whose end, or whose return to the router, is not in Redis yet."""
+        return list(self._leaving)
 
     def close(self, timeout_s: float) -> None:
         """Writes what is queued, at most `timeout_s` seconds long, and ends the thread."""
@@ -78,6 +106,8 @@ class Publisher(threading.Thread):
             commands = self._commands(gathered)
             if commands:
                 self._report(gathered, self._send(commands))
+            for fence in gathered.leaving():
+                self._leaving.pop(fence, None)
 
     def _send(self, commands: Sequence[scripts.Command[Any]]) -> list[list[str]]:
         return persist(lambda: scripts.run_all(self._line, commands), "publisher", self._abandoned.is_set) or []
@@ -106,17 +136,29 @@ class Publisher(threading.Thread):
         return commands
 
     def _report(self, g: _Gathered, replies: Sequence[list[str]]) -> None:
+        rows = iter(replies)
         if g.pieces and replies:
-            stale = [fence for fence, reply in zip(g.pieces, replies[0], strict=True) if reply == "stale"]
-            if stale:
+            pieces = list(zip(g.pieces, next(rows), strict=True))
+            if stale := [fence for fence, reply in pieces if reply == "stale"]:
                 self._stale(stale)
+            if gaps := [fence for fence, reply in pieces if reply == "gap"]:
+                self._gap(gaps)
+        if g.finishes and replies:
+            ends = zip(g.finishes, next(rows), strict=True)
+            if gaps := [end.fence for end, reply in ends if reply == "gap"]:
+                self._send([self._transitions.release(self._engine, [given_up(fence) for fence in gaps])])
+
+
+def given_up(fence: Fence) -> Release:
+    """The end of an attempt of whose events Redis has lost some. Nobody's fault: the next goes on behind the log."""
+    return Release(fence, False, "", _GAP)
 
 
 def _gather(items: Sequence[Item]) -> _Gathered:
     g = _Gathered()
     for item in items:
-        if isinstance(item, Finish):
-            g.finishes.append(item)
+        if isinstance(item, Ended):
+            g.finishes.append(item.finish._replace(events=item.numbers[0]))
         elif isinstance(item, Release):
             g.releases.append(item)
         else:

@@ -37,11 +37,14 @@ from workers.control import Control
 from workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
 from workers.lease import Lease
 from workers.publisher import Publisher
+from workers.reconcile import Reconciler
 
 log = logging.getLogger("rsm.worker")
 
 _ABORT_S = 5.0
 _FLUSH_S = 10.0
+# Heartbeats between two looks at Redis's account of the calls.
+_BEATS_PER_LOOK = 4
 
 
 class Worker:
@@ -72,7 +75,11 @@ class Worker:
         self._transitions = Transitions(self._keys, self.settings)
         self._redis = connect(self.settings)
         self._publisher = Publisher(
-            self.engine, self.settings, self._transitions, lambda fences: self._call(self._calls.drop, fences)
+            self.engine,
+            self.settings,
+            self._transitions,
+            stale=lambda fences: self._call(self._calls.drop, fences),
+            gap=lambda fences: self._call(self._calls.give_up, fences),
         )
         self._calls = Calls(
             backend,
@@ -82,6 +89,7 @@ class Worker:
             left=lambda: self._room.give(),
             died=self._engine_died,
         )
+        self._reconciler = Reconciler(self.engine, self._redis, self._transitions, self._calls, self._publisher)
         self._facts = EngineFacts(model=model, max_num_seqs=0)
         self._room = Room(0)
         self._incarnation = ""
@@ -114,11 +122,12 @@ class Worker:
         self._publisher.start()
         await self._announce()
         await self._open_for_work(control_from)
-        watch = asyncio.create_task(self._watch_engine())
+        watches = [asyncio.create_task(self._watch_engine()), asyncio.create_task(self._keep_accounts())]
         try:
             return await self._grant_wishes()
         finally:
-            watch.cancel()
+            for watch in watches:
+                watch.cancel()
 
     def request_stop(self) -> None:
         """Asks `serve` to drain and return; may be called from any thread."""
@@ -191,6 +200,15 @@ class Worker:
 
     async def _watch_engine(self) -> None:
         self._engine_died(await self._backend.died())
+
+    async def _keep_accounts(self) -> None:
+        """Also without a blip that was seen: a fail-over between two commands shows nowhere."""
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_ms * _BEATS_PER_LOOK / 1000)
+            try:
+                await self._reconciler.look(self._incarnation, lambda: self._incarnation)
+            except BLIPS:
+                log.debug("engine %s: Redis is away; its account of the calls is looked at later", self.engine)
 
     def _engine_died(self, reason: str) -> None:
         self._calls.refuse()

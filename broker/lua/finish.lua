@@ -3,7 +3,9 @@
 --
 -- ARGV     engine, then per call: id gen attempt state error_code error result prompt_tokens completion_tokens
 --          cached_tokens resident_tokens (tokens of the session now believed cached on this engine)
+--          events (how many the worker has published of it, earlier attempts included; "" = not told)
 -- Returns  list, per call: "done" | "again" (this very finish had arrived before) | "stale"
+--          | "gap" (Redis lost some of its events; nothing is changed: give the attempt up)
 -- Source of the service rule: Autellix, Algorithm 1, line 4: service = max(service, inherited + own).
 -- The unit is uncached prompt tokens + 2 x completion tokens (the weights of VTC and llm-d).
 local e = ARGV[4]
@@ -32,7 +34,7 @@ end
 
 local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
   'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason', 'format'}
-local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident)
+local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident, events)
   local c = read_call(id, end_fields)
   if c.gen ~= gen or c.attempt ~= attempt or c.engine ~= e then return 'stale' end
   if c.state ~= 'RUNNING' then return c.state == 'PENDING' and 'stale' or 'again' end
@@ -42,6 +44,8 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
   elseif c.cancel ~= '' then
     state, code, message = 'CANCELLED', '', c.cancel_reason
   end
+  -- Only a completed call promises that its log is whole.
+  if state == 'COMPLETED' and events ~= '' and tonumber(events) > (tonumber(c.events) or 0) then return 'gap' end
   later('ZREM', running_key(e), id)
   count(engine_key(e), 'running_tokens', -load_of(c))
   charge_session(c, tonumber(prompt), tonumber(completion), tonumber(cached))
@@ -55,6 +59,6 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
 end
 
 local out = {}
-for at = 5, #ARGV, 11 do out[#out + 1] = finish(unpack(ARGV, at, at + 10)) end
+for at = 5, #ARGV, 12 do out[#out + 1] = finish(unpack(ARGV, at, at + 11)) end
 write_all()
 return out

@@ -1,10 +1,12 @@
 --- @include lib
 -- A worker publishes what its calls have produced. An old fence changes nothing; an event number that is
--- already in the log is the retry of a publish whose reply was lost.
+-- already in the log is the retry of a publish whose reply was lost; one that leaves a gap behind the log's end says
+-- that Redis lost events that it had acknowledged.
 --
 -- ARGV     engine, then per event: id gen attempt n text token_ids chunk replay
 --          n: the event's number in the call, from 0, across attempts
 -- Returns  list, per event: "ok" | "seen" | "stale" (tell the engine to stop)
+--          | "gap" (nothing is written: give the attempt up; the next one goes on behind the log)
 -- Emits    the event to the call's log, and to the client's inbox with the log's entry id
 local e = ARGV[4]
 
@@ -28,7 +30,9 @@ end
 local function publish(id, gen, attempt, n, ...)
   local r = redis.call('HMGET', call_key(id), 'state', 'gen', 'attempt', 'engine', 'events', 'inbox')
   if r[1] ~= 'RUNNING' or r[2] ~= gen or r[3] ~= attempt or r[4] ~= e then return 'stale' end
-  if tonumber(n) < (tonumber(r[5]) or 0) then return 'seen' end
+  local events = tonumber(r[5]) or 0
+  if tonumber(n) < events then return 'seen' end
+  if tonumber(n) > events then return 'gap' end
   write_event(id, gen, r[6] or '', n, ...)
   return 'ok'
 end
