@@ -16,14 +16,15 @@ from typing import Any
 
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect_async
-from broker.errors import BrokerUnavailable, Conflict, UnknownCall
+from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
 from broker.events import End, read_event
 from broker.ids import check_id, new_id
 from broker.keys import Keys
 from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
+from broker.overload import OnOverload, Patience
 from broker.request import Prompt, build
 from broker.settings import Settings
-from broker.transitions import Submission, Transitions
+from broker.transitions import Submission, Submitted, Transitions
 
 _BLOCK_S = 2.0
 _READ_MANY = 1000
@@ -94,18 +95,22 @@ class AsyncClient:
         namespace: str | None = None,
         settings: Settings | None = None,
         timeout_s: float = 30.0,
+        on_overload: OnOverload = "raise",
+        overload_timeout_s: float | None = None,
     ) -> None:
         self.settings = (settings or Settings()).with_redis(redis_url, namespace)
         self.keys = Keys(self.settings.namespace)
         self.transitions = Transitions(self.keys, self.settings)
         self.redis = connect_async(self.settings)
         self._timeout_s = timeout_s
+        self._on_overload, self._overload_timeout_s = on_overload, overload_timeout_s
         self._inbox = new_id()
         self._open: dict[str, AsyncCall] = {}
         self._outbox: list[tuple[Submission, asyncio.Future[None]]] = []
         self._pusher: asyncio.Task[None] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._closed = False
+        self._closing = asyncio.Event()
 
     # -- submitting
 
@@ -123,6 +128,7 @@ class AsyncClient:
         prompt_tokens: int | None = None,
         traceparent: str = "",
         on_engine_loss: OnEngineLoss = "continue",
+        on_overload: OnOverload | None = None,
         **params: Any,
     ) -> AsyncCall:
         """Pushes one call; returns once Redis has it. Arguments and errors as `broker.Client.submit`."""
@@ -142,7 +148,15 @@ class AsyncClient:
             on_engine_loss=on_engine_loss,
             params=params,
         )
-        return await self._push(call)
+        patience = Patience(on_overload or self._on_overload, self._overload_timeout_s)
+        while True:
+            try:
+                return await self._push(call)
+            except Overloaded as refusal:
+                pause = patience.pause(refusal)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._closing.wait()
 
     async def _push(self, call: Submission) -> AsyncCall:
         if self._closed:
@@ -177,17 +191,20 @@ class AsyncClient:
                 continue
             for (call, pushed), reply in zip(some, replies, strict=True):
                 if not pushed.done():
-                    await self._acknowledge(call, pushed, reply.code, reply.state.terminal)
+                    await self._acknowledge(call, pushed, reply)
 
-    async def _acknowledge(self, call: Submission, pushed: asyncio.Future[None], code: str, terminal: bool) -> None:
+    async def _acknowledge(self, call: Submission, pushed: asyncio.Future[None], reply: Submitted) -> None:
         call_id = call.request.id
-        if code == "conflict":
+        if reply.code == "overloaded":
+            pushed.set_exception(Overloaded(reply.bound, reply.retry_ms / 1000, refused=[call]))
+            return
+        if reply.code == "conflict":
             pushed.set_exception(
                 Conflict(f"The id {call_id} belongs to another call with another body; choose a new id.")
             )
             return
         pushed.set_result(None)
-        if terminal:
+        if reply.ended:
             with contextlib.suppress(BrokerUnavailable):  # the reconciler will find it
                 self._settle(call_id, await self._hash(call_id))
 
@@ -291,6 +308,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends the client's tasks. Calls go on without it."""
         self._closed = True
+        self._closing.set()
         for task in (self._reader, self._pusher):
             if task is not None:
                 await _end(task)

@@ -19,16 +19,17 @@ import redis
 
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect, persist
-from broker.errors import BrokerUnavailable, Conflict, UnknownCall
+from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
 from broker.events import End, read_event
 from broker.handle import CallHandle as CallHandle
 from broker.ids import check_id, new_id
 from broker.keys import Keys
 from broker.line import Line
 from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
+from broker.overload import OnOverload, Patience
 from broker.request import Prompt, build
 from broker.settings import Settings
-from broker.transitions import Submission, Transitions
+from broker.transitions import Submission, Submitted, Transitions
 
 log = logging.getLogger("rsm.client")
 
@@ -47,6 +48,8 @@ class Client:
         redis_url: redis://, rediss:// or unix://; none = RSM_REDIS_URL, else the embedded server of this user.
         namespace: none = RSM_NAMESPACE, else "rsm".
         timeout_s: how long a command may keep trying while Redis does not answer.
+        on_overload: what `submit` does when there is no room for more calls: "raise" `Overloaded`, or "wait" for it.
+        overload_timeout_s: how long it waits for room before it raises after all; none = until `close`.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class Client:
         namespace: str | None = None,
         settings: Settings | None = None,
         timeout_s: float = 30.0,
+        on_overload: OnOverload = "raise",
+        overload_timeout_s: float | None = None,
     ) -> None:
         self.settings = (settings or Settings()).with_redis(redis_url, namespace)
         self.keys = Keys(self.settings.namespace)
@@ -63,6 +68,7 @@ class Client:
         self.redis = connect(self.settings)
         self._line, self._line_free = Line(self.settings), threading.Lock()
         self._timeout_s = timeout_s
+        self._on_overload, self._overload_timeout_s = on_overload, overload_timeout_s
         self._inbox = new_id()
         self._open: dict[str, CallHandle] = {}
         self._changed = threading.Condition()
@@ -85,6 +91,7 @@ class Client:
         prompt_tokens: int | None = None,
         traceparent: str = "",
         on_engine_loss: OnEngineLoss = "continue",
+        on_overload: OnOverload | None = None,
         **params: Any,
     ) -> CallHandle:
         """Pushes one call; returns at once.
@@ -99,11 +106,13 @@ class Client:
             on_engine_loss: what if its engine process dies: "continue" = another engine goes on behind the pieces that
                 are out; "restart" = it begins anew, and a stream says so (`Delta.restart`); "fail" = it fails at once
                 with `engine_lost`.
+            on_overload: "raise" or "wait" if there is no room; none = as the client was told.
             params: fields of the body, such as `max_tokens` and other sampling parameters.
 
         Raises:
             InvalidRequest: the call can never run.
             Conflict: another call with another body has this id.
+            Overloaded: there is no room for more calls now, and it was not to wait, or not for so long.
             BrokerUnavailable: Redis did not answer in time. The call may have been pushed: repeat it with its id.
         """
         call = self.prepare(
@@ -120,7 +129,7 @@ class Client:
             on_engine_loss=on_engine_loss,
             params=params,
         )
-        return self.submit_many([call])[0]
+        return self.submit_many([call], on_overload=on_overload)[0]
 
     def prepare(self, prompt: Prompt, **options: Any) -> Submission:
         """A checked and encoded call for `submit_many`; takes what `submit` takes, body fields as `params={…}`.
@@ -130,15 +139,29 @@ class Client:
         """
         return build(prompt, max_body_bytes=self.settings.max_body_bytes, inbox=self._inbox, **options)
 
-    def submit_many(self, calls: Sequence[Submission]) -> list[CallHandle]:
-        """Pushes many calls in few round trips. Raises what `submit` raises; calls before a conflict stay pushed."""
-        self._ensure_reader()
-        handles = []
-        for at in range(0, len(calls), PUSH_MANY):
-            handles += self._push(calls[at : at + PUSH_MANY])
-        return handles
+    def submit_many(self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None) -> list[CallHandle]:
+        """Pushes many calls in few round trips.
 
-    def _push(self, calls: Sequence[Submission]) -> list[CallHandle]:
+        Raises what `submit` raises. Calls before a conflict stay pushed; of an overload, the error tells the handles of
+        the calls that are in (`accepted`) and those to submit again (`refused`).
+        """
+        self._ensure_reader()
+        patience = Patience(on_overload or self._on_overload, self._overload_timeout_s)
+        handles: dict[int, CallHandle] = {}
+        waiting = list(range(len(calls)))
+        while waiting:
+            some, rest = waiting[:PUSH_MANY], waiting[PUSH_MANY:]
+            pushed, refusal = self._push([calls[i] for i in some])
+            handles |= {i: h for i, h in zip(some, pushed, strict=True) if h._pushed}
+            waiting = [i for i in some if i not in handles] + rest
+            if refusal is not None:
+                accepted = [handles[i] for i in sorted(handles)]
+                error = Overloaded(refusal.bound, refusal.retry_ms / 1000, accepted, [calls[i] for i in waiting])
+                self._closed.wait(patience.pause(error))
+        return [handles[i] for i in range(len(calls))]
+
+    def _push(self, calls: Sequence[Submission]) -> tuple[list[CallHandle], Submitted | None]:
+        """The handles, and the first refusal for want of room, if any."""
         with self._changed:  # listening begins before the push, so no news can slip through
             handles = [self._open.setdefault(h.id, h) for h in (self._new_handle(c) for c in calls)]
         try:
@@ -146,16 +169,16 @@ class Client:
         except Exception:
             self._forget(handles)
             raise
-        refused = [h for h, reply in zip(handles, replies, strict=True) if reply.code == "conflict"]
         for handle, reply in zip(handles, replies, strict=True):
-            if reply.code != "conflict":
+            if reply.code in ("new", "duplicate"):
                 handle._pushed = True
-            if reply.code == "duplicate" and reply.state.terminal:
+            if reply.code == "duplicate" and reply.ended:
                 self._settle({handle.id: self._hash(handle.id)})
-        if refused:
-            self._forget(refused)
-            raise Conflict(f"The id {refused[0].id} belongs to another call with another body; choose a new id.")
-        return handles
+        self._forget(handles)
+        for handle, reply in zip(handles, replies, strict=True):
+            if reply.code == "conflict":
+                raise Conflict(f"The id {handle.id} belongs to another call with another body; choose a new id.")
+        return handles, next((r for r in replies if r.code == "overloaded"), None)
 
     def _new_handle(self, call: Submission) -> CallHandle:
         return CallHandle(self, call.request.id, call.request.session, call.request.stream)

@@ -16,7 +16,7 @@ import redis
 from broker import codec, scripts
 from broker.codec import number, text
 from broker.connection import connect
-from broker.errors import InvalidRequest, UnknownCall
+from broker.errors import InvalidRequest, Overloaded, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
 from broker.models import CallRequest
@@ -116,6 +116,7 @@ class DeadLetters:
         Raises:
             UnknownCall: there is no such letter.
             InvalidRequest: its body was not kept.
+            Overloaded: there is no room for it now; the letter stays.
         """
         entry = self.show(ref).entry
         letter = self._entry(entry, with_body=True)
@@ -139,21 +140,12 @@ class DeadLetters:
     def _push(self, call_id: str, letter: DeadLetter) -> bool:
         """False if the id belongs to another call."""
         request = self._request(call_id, letter)
-        if letter.body_field == "json":
-            return self._push_json(request, letter)
         digest = codec.digest(request.kind, request.model, letter.body)
-        command = self._transitions.submit([Submission(request, digest, letter.body)])
-        return scripts.run(self._redis, command)[0].code != "conflict"
-
-    def _push_json(self, request: CallRequest, letter: DeadLetter) -> bool:
-        """As the producer did it, by a bare XADD: its result will be JSON again."""
-        found = text(self._redis.hget(self.keys.call(request.id), "digest"))
-        if found:
-            return found == codec.digest(request.kind, request.model, letter.body)
-        names = ("id", "session", "kind", "model", "priority", "prompt_tokens", "on_engine_loss")
-        entry = {name: getattr(request, name) for name in names}
-        self._redis.xadd(self.keys.calls, {**entry, "stream": int(request.stream), "json": letter.body})
-        return True
+        command = self._transitions.submit([Submission(request, digest, letter.body, letter.body_field)])
+        reply = scripts.run(self._redis, command)[0]
+        if reply.code == "overloaded":
+            raise Overloaded(reply.bound, reply.retry_ms / 1000)
+        return reply.code != "conflict"
 
     def _request(self, call_id: str, letter: DeadLetter) -> CallRequest:
         """The call's routing fields. What the letter does not keep comes from the record, while that lasts."""

@@ -3,22 +3,27 @@
 RsmError
 ├── InvalidRequest (ValueError)     the call as given can never run; says what to change
 ├── Conflict                        the id belongs to another call with another body
+├── Overloaded                      no room for the call now; says when to try again
 ├── CallEnded                       a call reached a terminal state without a result; carries the record
 │   ├── CallCancelled
 │   └── CallFailed                  .error_code out of the closed set `ErrorCode`
 ├── UnknownCall (KeyError)          no record: never submitted, or expired after the result TTL
 ├── IllegalTransition               a state change that the life cycle does not allow
 ├── EngineIdTaken                   another live worker holds this engine id
+├── EvictingRedis                   Redis is set to delete keys when its memory is full
 ├── EngineFailed                    an engine could not be started, or died
 └── BrokerUnavailable               Redis could not be reached in the time given
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from broker.handle import CallHandle
     from broker.models import CallRecord
+    from broker.transitions import Submission
 
 
 class RsmError(Exception):
@@ -31,6 +36,33 @@ class InvalidRequest(RsmError, ValueError):
 
 class Conflict(RsmError):
     """The id is already used by another call with another body."""
+
+
+class Overloaded(RsmError):
+    """There is no room for more calls now. What was refused has left no trace, so it may be submitted again as it is.
+
+    Attributes:
+        retry_after: seconds after which there will be room at the present rate; 0 = the call's deadline has passed.
+        bound: what is full: "open_calls", "open_bytes", "session_calls" or "session_bytes".
+        setting: the variable that sets it.
+        accepted: handles of the calls of this `submit_many` that are in, in the order given.
+        refused: its other calls, for the next `submit_many`.
+    """
+
+    def __init__(
+        self,
+        bound: str,
+        retry_after: float,
+        accepted: Sequence[CallHandle] = (),
+        refused: Sequence[Submission] = (),
+    ) -> None:
+        self.bound = bound
+        self.retry_after = retry_after
+        self.setting = f"RSM_MAX_{bound.upper()}"
+        self.accepted = list(accepted)
+        self.refused = list(refused)
+        advice = f"Try again in {retry_after:g} s" if retry_after else "Its deadline has passed"
+        super().__init__(f"There is no room for the call ({self.setting} is reached). {advice}.")
 
 
 class CallEnded(RsmError):
@@ -72,6 +104,10 @@ class IllegalTransition(RsmError):
 
 class EngineIdTaken(RsmError):
     """Another live worker holds this engine id."""
+
+
+class EvictingRedis(RsmError):
+    """Redis is set to delete keys when its memory is full: accepted calls would vanish."""
 
 
 class EngineFailed(RsmError):

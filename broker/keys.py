@@ -46,6 +46,18 @@ class Keys:
     def stats(self) -> str:
         return f"{self.prefix}stats"
 
+    @property
+    def usage(self) -> str:
+        return f"{self.prefix}usage"
+
+    @property
+    def session_bytes(self) -> str:
+        return f"{self.prefix}usage:sessions"
+
+    @property
+    def finished(self) -> str:
+        return f"{self.prefix}finished"
+
     def call(self, call_id: str) -> str:
         return f"{self.prefix}call:{call_id}"
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from broker.ids import check_id
@@ -29,6 +29,12 @@ class Settings(BaseSettings):
     result_ttl_s: int = Field(3600, ge=1, description="how long a finished call's record, log and inbox live")
     session_ttl_s: int = Field(3600, ge=1, description="how long an idle session's entry and affinity live")
     max_body_bytes: int = Field(8 << 20, ge=1024, description="largest body of a call")
+    max_open_calls: int = Field(200_000, ge=0, description="unfinished calls in all; 0 = no bound, as below")
+    max_open_bytes: int = Field(1 << 30, ge=0, description="bytes of their bodies")
+    max_session_calls: int = Field(20_000, ge=0, description="unfinished calls of one session")
+    max_session_bytes: int = Field(256 << 20, ge=0, description="bytes of their bodies")
+    max_retained_bytes: int = Field(1 << 30, ge=0, description="bytes of finished calls: records, results, logs")
+    max_dead_bytes: int = Field(256 << 20, ge=0, description="bytes of dead letters")
     inbox_max: int = Field(10_000, ge=100, description="events kept in a client's inbox, approximately")
     batch: int = Field(256, ge=1, le=4096, description="calls per round trip in router, worker and client")
 
@@ -45,6 +51,13 @@ class Settings(BaseSettings):
     @classmethod
     def _namespace_is_an_id(cls, value: str) -> str:
         return check_id(value, "namespace")
+
+    @model_validator(mode="after")
+    def _a_body_fits(self) -> Settings:
+        for name in ("max_open_bytes", "max_session_bytes", "max_dead_bytes"):
+            if 0 < getattr(self, name) < self.max_body_bytes:
+                raise ValueError(f"{name} must be 0 or at least max_body_bytes ({self.max_body_bytes})")
+        return self
 
     @field_validator("level_bounds", mode="before")
     @classmethod

@@ -14,16 +14,23 @@ from broker.settings import Settings
 
 
 class Submission(NamedTuple):
-    """A checked call with its encoded body."""
+    """A checked call with its encoded body: msgpack ("body") or JSON, as its result will be."""
 
     request: CallRequest
     digest: str
     body: bytes
+    body_field: Format = "body"
 
 
 class Submitted(NamedTuple):
-    code: str  # "new" | "duplicate" | "conflict"
-    state: RequestState
+    code: str  # "new" | "duplicate" | "conflict" | "overloaded"
+    state: RequestState | None  # None if overloaded: there is no record
+    bound: str = ""  # which one is in the way (lua/overload.lua)
+    retry_ms: int = 0  # when to try again; 0 = never, its deadline has passed
+
+    @property
+    def ended(self) -> bool:
+        return self.state is not None and self.state.terminal
 
 
 class Admission(NamedTuple):
@@ -179,6 +186,15 @@ class Reaped(NamedTuple):
     engines: list[str]
 
 
+class Retained(NamedTuple):
+    entries: int  # of the index of finished calls that went
+    early: int  # calls whose records went before their TTL
+
+
+# Index entries (of up to 64 calls each) that one run of `retain` may remove: some milliseconds of Redis.
+RETAIN_ENTRIES = 16
+
+
 class Transitions:
     """Commands of one namespace. Building one is free of I/O; `broker.scripts.run` and `arun` send it."""
 
@@ -188,7 +204,7 @@ class Transitions:
             keys.prefix,
             settings.result_ttl_s * 1000,
             settings.session_ttl_s * 1000,
-            settings.inbox_max,
+            _bounds(settings),
         ]
         self._bounds = " ".join(map(str, settings.level_bounds))
 
@@ -200,7 +216,7 @@ class Transitions:
     def submit(self, calls: Sequence[Submission]) -> Command[list[Submitted]]:
         args = self._args()
         for c in calls:
-            args += [*c.request.fields(), c.digest, c.body]
+            args += [*c.request.fields(), c.digest, c.body_field, c.body]
         return Command(script("submit"), args, _submitted)
 
     def cancel(self, call_id: str, reason: str) -> Command[str]:
@@ -241,6 +257,12 @@ class Transitions:
 
     def expire(self, router: str = "") -> Command[int]:
         return Command(script("expire"), self._args(self._settings.batch, router), int)
+
+    def retain(self) -> Command[Retained]:
+        s = self._settings
+        return Command(
+            script("retain"), self._args(s.max_retained_bytes, RETAIN_ENTRIES), lambda r: Retained(int(r[0]), int(r[1]))
+        )
 
     def unpark(self, model: str) -> Command[int]:
         return Command(script("unpark"), self._args(model, self._settings.batch), int)
@@ -333,8 +355,28 @@ def _flat(fields: Mapping[str, Arg]) -> list[Arg]:
     return [part for pair in fields.items() for part in pair]
 
 
+def _bounds(s: Settings) -> str:
+    """As lua/lib.lua reads them."""
+    bounds = (
+        s.inbox_max,
+        s.max_dead_bytes,
+        s.max_open_calls,
+        s.max_open_bytes,
+        s.max_session_calls,
+        s.max_session_bytes,
+    )
+    return " ".join(map(str, bounds))
+
+
 def _submitted(reply: Sequence[bytes]) -> list[Submitted]:
-    return [Submitted(text(code), RequestState(text(state))) for code, state in _pairs(reply)]
+    return [_submitted_call(text(code), text(detail)) for code, detail in _pairs(reply)]
+
+
+def _submitted_call(code: str, detail: str) -> Submitted:
+    if code != "overloaded":
+        return Submitted(code, RequestState(detail))
+    bound, _, retry_ms = detail.partition(" ")
+    return Submitted(code, None, bound, int(retry_ms))
 
 
 def _registered(reply: Sequence[bytes]) -> Registered:

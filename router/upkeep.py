@@ -13,7 +13,7 @@ from broker.codec import text
 from broker.keys import ROUTER_GROUP, Keys
 from broker.models import EngineState
 from broker.settings import Settings
-from broker.transitions import Transitions
+from broker.transitions import RETAIN_ENTRIES, Transitions
 
 log = logging.getLogger("rsm.router")
 
@@ -39,6 +39,8 @@ class Upkeep:
         if time.monotonic() - self._connected_since > self._settings.lease_ms / 1000:
             self._reap()
         while scripts.run(self._redis, self._transitions.expire(self._name)) == self._settings.batch:
+            pass
+        while scripts.run(self._redis, self._transitions.retain()).entries == RETAIN_ENTRIES:
             pass
         self._unpark()
         return self._take_over()

@@ -25,7 +25,7 @@ from tests.waiting import eventually as eventually
 
 # Keys that may stay without an expiry: they hold no call for ever, or vanish when empty.
 _LASTING = re.compile(
-    r"(calls|dead|stats|engines|deadlines|parked:.*"
+    r"(calls|dead|stats|usage|usage:sessions|finished|engines|deadlines|parked:.*"
     r"|engine:[^:]+(:queue|:running)?"  # an engine's hash lasts while it is registered
     r"|session:[^:]+:calls)"
 )

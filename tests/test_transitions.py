@@ -1728,8 +1728,34 @@ class Walk:
         for session in ("s1", "s2", "s3"):
             of_it = {c: r["state"] for c, r in records.items() if r["session"] == session}
             assert self.world.open_calls(session) == {c for c, s in of_it.items() if s in ("PENDING", "RUNNING")}
+        self.check_usage(records)
         due = {codec.text(c) for c in self.world.db.zrange(self.world.keys.deadlines, 0, -1)}
         assert due <= {c for c, r in records.items() if r["state"] in ("PENDING", "RUNNING") and r["deadline_ms"]}
+
+    def check_usage(self, records: dict[str, Fields]) -> None:
+        """The counters say what is really there."""
+        open_ = {c for c, r in records.items() if r["state"] in ("PENDING", "RUNNING")}
+        sizes = {c: self._size(c, "body") + self._size(c, "json") for c in records}
+        usage = _texts(self.world.db.hgetall(self.world.keys.usage))
+        assert usage.ints("open_calls", "open_bytes") == (len(open_), sum(sizes[c] for c in open_))
+        by_session: Counter[str] = Counter()
+        for call_id in open_:
+            by_session[records[call_id]["session"]] += sizes[call_id]
+        assert self.world.db.hgetall(self.world.keys.session_bytes) == {
+            s.encode(): str(n).encode() for s, n in by_session.items()
+        }
+        ended = sorted(c for c in records if c not in open_)
+        index = [_texts(f) for _, f in self.world.db.xrange(self.world.keys.finished)]
+        assert sorted(c for e in index for c in e["ids"].split()) == ended
+        kept = sum(1024 + sizes[c] + self._size(c, "result") + self._log_bytes(c) for c in ended)
+        assert usage.ints("retained_bytes") == (sum(int(e["bytes"]) for e in index),) == (kept,)
+
+    def _size(self, call_id: str, field: str) -> int:
+        return int(self.world.db.hstrlen(self.world.keys.call(call_id), field))
+
+    def _log_bytes(self, call_id: str) -> int:
+        pieces = [f for _, f in self.world.log(call_id) if not f["state"]]
+        return sum(32 + sum(len(f[n]) for n in ("text", "token_ids", "chunk", "replay")) for f in pieces)
 
     def places(self) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}

@@ -1,13 +1,15 @@
---- @include lib create terminal
+--- @include lib create overload terminal
 -- The router makes records for calls that were pushed by a bare XADD. The body moves inside Redis, from
 -- the entry to the record; a refused entry leaves the stream, an admitted one stays until it is assigned.
 --
 -- ARGV     per call: entry id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
 --          on_engine_loss ("" = continue) digest format ("json" | "body")
--- Returns  list, per call: "new" | "duplicate" | "conflict" | "gone" (another router was faster)
+-- Returns  list, per call: "new" | "duplicate" | "conflict" | "overloaded" | "gone" (another router was faster)
 -- Emits    on conflict: a dead letter, and an "end" event to the inbox that the entry named
+--          on overload: a FAILED record without the body, and its end
 local names = {'entry', 'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream',
   'inbox', 'traceparent', 'on_engine_loss', 'digest', 'format'}
+local overloaded = 'No room for this call (bound: %s). Push it again, under the same id if you like, in %s ms or later.'
 local conflict = 'This id belongs to another call with another body; choose a new id.'
 
 local function body_of(fields, name)
@@ -22,8 +24,15 @@ local function admit(c)
   if not found[1] then return 'gone' end
   -- This very entry, read again after its router died: assign goes on with it.
   if redis.call('HGET', call_key(c.id), 'gen') == c.entry then return 'duplicate' end
-  local code = create_call(c, function() return c.entry end, c.format, body_of(found[1][2], c.format))
+  local function entry() return c.entry end
+  local body = body_of(found[1][2], c.format)
+  local code, bound = create_call(c, entry, c.format, body, room)
   if code ~= 'new' then take_entry(c.entry) end
+  if code == 'overloaded' then
+    local wait = retry_after(c, bound, #body)
+    create_call(c, entry, c.format, '')
+    end_call(c.id, read_call(c.id), 'FAILED', 'overloaded', string.format(overloaded, bound, wait), '')
+  end
   if code == 'conflict' then
     bury(c.id, 'conflict', conflict, 'session', c.session, 'kind', c.kind, 'model', c.model)
     tell_inbox(c.inbox, c.id, 'FAILED', 'conflict', conflict, '', 'n', 0, 'gen', c.entry)

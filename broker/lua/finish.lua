@@ -33,7 +33,7 @@ local function charge_session(c, prompt, completion, cached)
 end
 
 local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
-  'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason', 'format'}
+  'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason', 'format', 'bytes', 'log_bytes'}
 local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident, events)
   local c = read_call(id, end_fields)
   if c.gen ~= gen or c.attempt ~= attempt or c.engine ~= e then return 'stale' end

@@ -3,10 +3,14 @@
 -- KEYS[1]  the namespace prefix, e.g. "{rsm}:"; all other keys are built from it, so they share its slot
 -- ARGV[1]  result_ttl_ms    how long a finished call's record, log and inbox live
 -- ARGV[2]  session_ttl_ms   how long an idle session's process-table entry lives
--- ARGV[3]  inbox_max        approximate length an inbox is trimmed to
+-- ARGV[3]  bounds           "inbox_max dead_bytes open_calls open_bytes session_calls session_bytes"; 0 = none
 -- ARGV[4…] the script's own arguments
 local P = KEYS[1]
-local RESULT_TTL, SESSION_TTL, INBOX_MAX = ARGV[1], ARGV[2], ARGV[3]
+local RESULT_TTL, SESSION_TTL = ARGV[1], ARGV[2]
+local BOUND = {}
+BOUND.inbox_max, BOUND.dead_bytes, BOUND.open_calls, BOUND.open_bytes, BOUND.session_calls, BOUND.session_bytes =
+  string.match(ARGV[3], '(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)')
+for name, n in pairs(BOUND) do BOUND[name] = tonumber(n) end
 
 -- Redis's clock is the only clock that is compared (architecture, rule 2). Milliseconds.
 local clock = redis.call('TIME')
@@ -20,6 +24,9 @@ local ENGINES = P .. 'engines'
 local DEAD = P .. 'dead'
 local DEADLINES = P .. 'deadlines'
 local STATS = P .. 'stats'
+local USAGE = P .. 'usage'
+local SESSION_BYTES = P .. 'usage:sessions'
+local FINISHED = P .. 'finished'
 local function call_key(id) return P .. 'call:' .. id end
 local function log_key(id) return P .. 'call:' .. id .. ':events' end
 local function inbox_key(client) return P .. 'inbox:' .. client end
@@ -38,7 +45,7 @@ local function parked_key(model) return P .. 'parked:' .. model end
 -- Fields that are empty or zero are not stored.
 local call_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'model', 'priority', 'level', 'stream', 'inbox',
   'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason',
-  'cancel_before', 'format'}
+  'cancel_before', 'format', 'bytes', 'log_bytes'}
 -- fields: what the script needs, if that is less than all.
 local function read_call(id, fields)
   fields = fields or call_fields
@@ -71,6 +78,7 @@ end
 -- calls move is written once, and so is the expiry of a key that a hundred calls touch. A script must not read a key
 -- that it has such a write outstanding for.
 local increments, settings, expiries, taken, rung = {}, {}, {}, {}, {}
+local finished = {ids = {}, bytes = {}}
 local members = {ZADD = {}, ZREM = {}, SADD = {}, SREM = {}, LPUSH = {}}
 
 local function gather(map, key)
@@ -89,6 +97,11 @@ local function later(command, key, ...)
   local list = gather(members[command], key)
   for i = 1, select('#', ...) do list[#list + 1] = (select(i, ...)) end
 end
+-- How far a counter, or the size of a set, will have moved once write_all has run.
+local function pending(key, field)
+  return increments[key] and increments[key][field] or 0
+end
+local function pending_members(key) return #(members.SADD[key] or {}) - #(members.SREM[key] or {}) end
 -- Takes an entry off the router stream. XACK alone would keep it for ever (docs/protocol.md).
 local function take_entry(entry) taken[#taken + 1] = entry end
 -- Wakes the worker that waits for work. One ring is enough however many calls wait.
@@ -106,17 +119,30 @@ local function write_members(command)
   end
 end
 
+-- The index of finished calls, in the order of their ends: what they take up, and whose records that are. A batch is
+-- one entry (or a few), so that a call costs its name and little more.
+local function write_finished()
+  for at = 1, #finished.ids, 64 do
+    local to, bytes = math.min(at + 63, #finished.ids), 0
+    for i = at, to do bytes = bytes + finished.bytes[i] end
+    redis.call('XADD', FINISHED, '*', 'bytes', int(bytes), 'ids', table.concat(finished.ids, ' ', at, to))
+  end
+end
+
 local function write_all()
   for key, fields in pairs(settings) do
     for field, value in pairs(fields) do redis.call('HSET', key, field, value) end
   end
   for key, fields in pairs(increments) do
     for field, n in pairs(fields) do
-      if n ~= 0 then redis.call('HINCRBY', key, field, int(n)) end
+      local now = n ~= 0 and redis.call('HINCRBY', key, field, int(n))
+      -- A session has a field there only while calls of it are open.
+      if key == SESSION_BYTES and now == 0 then redis.call('HDEL', key, field) end
     end
   end
   for _, command in ipairs({'ZADD', 'ZREM', 'SADD', 'SREM', 'LPUSH'}) do write_members(command) end
   for key, ttl in pairs(expiries) do redis.call('PEXPIRE', key, ttl) end
+  write_finished()
   in_chunks(taken, function(...)
     redis.call('XACK', CALLS, 'router', ...)
     redis.call('XDEL', CALLS, ...)

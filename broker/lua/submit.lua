@@ -1,11 +1,13 @@
---- @include lib create
+--- @include lib create overload
 -- Client.submit: stores each body in the call's record and pushes routing fields only, in one step.
 --
 -- ARGV     per call: id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
---          on_engine_loss ("" = continue) digest body
--- Returns  flat list, per call: code ("new" | "duplicate" | "conflict"), state of the record
+--          on_engine_loss ("" = continue) digest format ("body" = msgpack | "json") body
+-- Returns  flat list, per call: code, detail
+--          "new" | "duplicate" | "conflict", state of the record
+--          "overloaded" (nothing has changed), "BOUND RETRY_MS" (lua/overload.lua)
 local names = {'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream', 'inbox',
-  'traceparent', 'on_engine_loss', 'digest'}
+  'traceparent', 'on_engine_loss', 'digest', 'format'}
 local out = {}
 for at = 4, #ARGV, #names + 1 do
   local c = {}
@@ -14,9 +16,11 @@ for at = 4, #ARGV, #names + 1 do
     return redis.call('XADD', CALLS, '*', 'id', c.id, 'session', c.session, 'model', c.model,
       'prompt_tokens', c.prompt_tokens, 'ref', '1')
   end
-  local code, state = create_call(c, push, 'body', ARGV[at + #names])
+  local body = ARGV[at + #names]
+  local code, detail = create_call(c, push, c.format, body, room)
+  if code == 'overloaded' then detail = detail .. ' ' .. retry_after(c, detail, #body) end
   out[#out + 1] = code
-  out[#out + 1] = state
+  out[#out + 1] = detail
 end
 write_all()
 return out

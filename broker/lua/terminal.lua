@@ -5,19 +5,43 @@
 --
 -- Emits: the record's end to the client's inbox and to the call's log. An event with a `state` is an end.
 
--- Results larger than this stay in the record alone; the inbox event then says big=1.
-local INBOX_RESULT_MAX = 65536
+-- Results larger than this stay in the record alone; the inbox event then says big=1. An inbox that nobody empties
+-- gets small results only, so that 10,000 events for a client that is gone are not 10,000 results.
+local INBOX_RESULT_MAX, UNREAD_RESULT_MAX, UNREAD_MANY = 65536, 1024, 256
+
+local unread = {}
+local function result_max(inbox)
+  unread[inbox] = (unread[inbox] or redis.call('XLEN', inbox)) + 1
+  return unread[inbox] > UNREAD_MANY and UNREAD_RESULT_MAX or INBOX_RESULT_MAX
+end
 
 local function tell_inbox(client, id, state, code, message, result, ...)
   if client == '' then return end
-  if #result > INBOX_RESULT_MAX then return tell_inbox(client, id, state, code, message, '', 'big', 1, ...) end
   local inbox = inbox_key(client)
+  if #result > result_max(inbox) then return tell_inbox(client, id, state, code, message, '', 'big', 1, ...) end
   local event = {'call', id, 'state', state, 'finished_ms', int(NOW), ...}
   if code ~= '' then event[#event + 1] = 'error_code'; event[#event + 1] = code end
   if message ~= '' then event[#event + 1] = 'error'; event[#event + 1] = message end
   if result ~= '' then event[#event + 1] = 'result'; event[#event + 1] = result end
-  redis.call('XADD', inbox, 'MAXLEN', '~', INBOX_MAX, '*', unpack(event))
+  redis.call('XADD', inbox, 'MAXLEN', '~', BOUND.inbox_max, '*', unpack(event))
   touch(inbox, RESULT_TTL)
+end
+
+-- What a finished call's record takes in Redis beside its body, result and log, its share of the index and of the
+-- process table included. Measured by tests/test_retention.py.
+local RECORD_BYTES = 1024
+
+-- What was counted when the call was created is counted back, and what stays of it until its TTL is counted instead.
+local function settle_usage(id, c, state, result)
+  if c.bytes == '' then return end -- a record of a version that did not count
+  local body = tonumber(c.bytes)
+  count(USAGE, 'open_calls', -1)
+  count(USAGE, 'open_bytes', -body)
+  count(SESSION_BYTES, c.session, -body)
+  local kept = RECORD_BYTES + #result + (tonumber(c.log_bytes) or 0) + (state == 'FAILED' and body or 0)
+  count(USAGE, 'retained_bytes', kept)
+  finished.ids[#finished.ids + 1] = id
+  finished.bytes[#finished.bytes + 1] = kept
 end
 
 -- c: the call as read_call gave it. Further field-value pairs go into the record, and are told.
@@ -33,6 +57,7 @@ local function end_call(id, c, state, code, message, result, ...)
   end
   if c.deadline_ms ~= '' then redis.call('ZREM', DEADLINES, id) end
   later('SREM', session_calls_key(c.session), id)
+  settle_usage(id, c, state, result)
   local session = session_key(c.session)
   set_later(session, 'last_completion_ms', int(NOW))
   count(session, string.lower(state), 1)
@@ -47,8 +72,24 @@ local function end_call(id, c, state, code, message, result, ...)
   count_total(string.lower(state))
 end
 
--- A dead letter keeps what is needed to understand and to replay the call.
+-- A dead letter keeps what is needed to understand and to replay the call. Letters have bodies of up to megabytes, so
+-- the stream is bounded in bytes, too: each letter says how many bytes had been buried before it (`before`), so that
+-- the oldest and the newest tell what lies between them, also when some of that was replayed or deleted by hand.
 local function bury(id, code, message, ...)
-  redis.call('XADD', DEAD, 'MAXLEN', '~', 10000, '*', 'id', id, 'error_code', code, 'error', message, ...)
+  local size = RECORD_BYTES
+  for i = 1, select('#', ...) do size = size + #tostring((select(i, ...))) end
+  local buried = redis.call('HINCRBY', USAGE, 'buried_bytes', size)
+  redis.call('XADD', DEAD, 'MAXLEN', '~', 10000, '*', 'id', id, 'error_code', code, 'error', message,
+    'before', int(buried - size), ...)
   count_total('dead_letters')
+  if BOUND.dead_bytes == 0 then return end
+  for _ = 1, 100 do
+    local oldest = redis.call('XRANGE', DEAD, '-', '+', 'COUNT', 1)[1]
+    local fields, before = oldest[2], 0
+    for i = 1, #fields, 2 do
+      if fields[i] == 'before' then before = tonumber(fields[i + 1]) end
+    end
+    if buried - before <= BOUND.dead_bytes then return end
+    redis.call('XDEL', DEAD, oldest[1])
+  end
 end
