@@ -6,6 +6,7 @@ Example: `Client().submit("Explain quantum computing", max_tokens=64).result().t
 from broker.aio import AsyncCall, AsyncClient
 from broker.client import CallHandle, Client
 from broker.errors import (
+    BadRecord,
     BrokerUnavailable,
     CallCancelled,
     CallEnded,
@@ -26,6 +27,7 @@ from broker.settings import Settings
 __all__ = [
     "AsyncCall",
     "AsyncClient",
+    "BadRecord",
     "BrokerUnavailable",
     "CallCancelled",
     "CallEnded",

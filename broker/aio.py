@@ -17,7 +17,7 @@ from typing import Any
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect_async
 from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
-from broker.events import End, read_event
+from broker.events import End, end_record, is_end, read_event
 from broker.ids import check_id, new_id
 from broker.keys import Keys
 from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
@@ -254,7 +254,8 @@ class AsyncClient:
                 event = read_event(call_id, fields, last)
                 if isinstance(event, End):
                     return
-                yield event
+                if event is not None:
+                    yield event
 
     async def _live(self, call: AsyncCall) -> AsyncIterator[Delta]:
         """Pieces from the inbox; those it lacks, from the log."""
@@ -354,15 +355,16 @@ class AsyncClient:
 
     def _deliver(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
         for _, fields in entries:
-            call_id = codec.text(fields[b"call"])
+            call_id = codec.text(fields.get(b"call"))
             call = self._open.get(call_id)
             if call is None:
                 continue
-            if b"state" in fields:
+            if is_end(fields):
                 self._settle(call_id, fields)
             elif call._pieces is not None:
-                event = read_event(call_id, fields, codec.text(fields[b"eid"]))
-                call._pieces.put_nowait(event)
+                event = read_event(call_id, fields, codec.text(fields.get(b"eid")))
+                if isinstance(event, Delta):
+                    call._pieces.put_nowait(event)
 
     def _settle(self, call_id: str, found: Mapping[bytes, bytes]) -> None:
         call = self._open.pop(call_id, None)
@@ -387,9 +389,7 @@ class AsyncClient:
                     self._settle(call_id, await reader.hgetall(self.keys.call(call_id)))
 
     async def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
-        if b"submitted_ms" in news and not news.get(b"big"):
-            return CallRecord.from_hash(call_id, news)
-        return await self.record(call_id)
+        return end_record(call_id, news) or await self.record(call_id)
 
     # -- Redis
 

@@ -20,7 +20,7 @@ import redis
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect, persist
 from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
-from broker.events import End, read_event
+from broker.events import End, end_record, is_end, read_event
 from broker.handle import CallHandle as CallHandle
 from broker.ids import check_id, new_id
 from broker.keys import Keys
@@ -267,7 +267,8 @@ class Client:
                 event = read_event(call_id, fields, last)
                 if isinstance(event, End):
                     return
-                yield event
+                if event is not None:
+                    yield event
 
     def deadline_in(self, seconds: float) -> int:
         """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
@@ -344,7 +345,7 @@ class Client:
         line.close()
 
     def _deliver(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
-        self._settle({codec.text(f[b"call"]): f for _, f in entries if b"state" in f})
+        self._settle({codec.text(f[b"call"]): f for _, f in entries if is_end(f)})
 
     def _reconcile(self) -> None:
         """Asks the records of all open calls: news may have been trimmed, or lost with a Redis that restarted."""
@@ -376,9 +377,7 @@ class Client:
                     log.exception("a callback of call %s raised", handle.id)
 
     def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
-        if b"submitted_ms" in news and not news.get(b"big"):
-            return CallRecord.from_hash(call_id, news)
-        return self.record(call_id)
+        return end_record(call_id, news) or self.record(call_id)
 
     def _await(self, done: Any, timeout: float | None, call_id: str) -> None:
         with self._changed:

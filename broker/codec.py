@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any, Literal
 
 import msgpack
@@ -13,6 +14,8 @@ from broker.errors import InvalidRequest
 # A record keeps its body under the name of its format, so the result can be written in the same one:
 # who pushes JSON with redis-cli reads JSON with redis-cli.
 Format = Literal["json", "body"]
+# How a timestamp, msgpack's own extension type, begins: in 4, 8 or 12 bytes.
+_TIMESTAMPS = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
 
 
 def encode(value: dict[str, Any], fmt: Format = "body") -> bytes:
@@ -38,7 +41,7 @@ def decode(data: bytes, fmt: Format = "body") -> dict[str, Any]:
     """
     try:
         value = _loads(data) if fmt == "json" else _unpack(data)
-    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as e:
+    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.exceptions.UnpackException) as e:
         name = "JSON" if fmt == "json" else "msgpack"
         raise InvalidRequest(f"The body is not valid {name} ({type(e).__name__}).") from e
     if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
@@ -55,7 +58,10 @@ def _loads(data: bytes) -> Any:
 
 def _unpack(data: bytes) -> Any:
     # Inner maps may have any keys: logit_bias has token ids.
-    return msgpack.unpackb(data, ext_hook=_no_extensions, strict_map_key=False)
+    value = msgpack.unpackb(data, ext_hook=_no_extensions, strict_map_key=False, timestamp=3)
+    if any(head in data for head in _TIMESTAMPS):  # these pass the hook by, as datetimes, which cannot be packed
+        msgpack.packb(value)
+    return value
 
 
 def _no_extensions(code: int, data: bytes) -> Any:
@@ -77,5 +83,14 @@ def text(raw: bytes | str | None) -> str:
 
 
 def number(raw: bytes | str | None, default: int = 0) -> int:
-    """A Redis reply as a whole number, `default` for a missing or empty one."""
-    return int(float(raw)) if raw else default
+    """A Redis reply as a whole number, `default` for one that is missing, empty or none."""
+    return int(real(raw, default)) if raw else default
+
+
+def real(raw: bytes | str | None, default: float = 0.0) -> float:
+    """A Redis reply as a finite number, `default` for one that is missing, empty or none."""
+    try:
+        value = float(raw) if raw else default
+    except ValueError:
+        return default
+    return value if math.isfinite(value) else default

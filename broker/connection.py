@@ -18,6 +18,7 @@ from redis import exceptions as errors
 from redis.backoff import NoBackoff
 
 from broker.link import ASYNC_LINKS, LINKS
+from broker.errors import InvalidRequest
 from broker.settings import Settings
 
 T = TypeVar("T")
@@ -34,6 +35,10 @@ BLIPS = (
 )
 
 COMMAND_TIMEOUT_S = 10.0
+_URL = (
+    "The Redis URL must be redis://[user:password@]host[:port][/db], rediss://… or unix:///path; "
+    "escape what a password holds of :/?#[]@ by %XX."
+)
 
 
 def connect(settings: Settings, block_s: float | None = None) -> redis.Redis:
@@ -61,8 +66,11 @@ def _options(settings: Settings, block_s: float | None, parse: Any, links: Mappi
         "socket_timeout": COMMAND_TIMEOUT_S + (block_s or 0.0),
         "socket_connect_timeout": COMMAND_TIMEOUT_S,
     }
-    options |= parse(url)
-    options["connection_class"] = links[url.partition("://")[0]]
+    try:
+        options |= parse(url)
+        options["connection_class"] = links[url.partition("://")[0]]
+    except (ValueError, LookupError):  # their messages may quote a password
+        raise InvalidRequest(_URL) from None
     return options
 
 

@@ -24,7 +24,7 @@ from broker.request import check_request, estimate_tokens
 from broker.settings import Settings
 from broker.transitions import Submission, Transitions
 
-_ENTRY = re.compile(r"\d+-\d+")
+_ENTRY = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 # Letters come with their bodies, of up to megabytes each, so few are read at once.
 _PAGE = 20
 _MAX_ID = 128

@@ -7,6 +7,7 @@ RsmError
 ├── CallEnded                       a call reached a terminal state without a result; carries the record
 │   ├── CallCancelled
 │   └── CallFailed                  .error_code out of the closed set `ErrorCode`
+├── BadRecord                       what Redis holds of a call cannot be read
 ├── UnknownCall (KeyError)          no record: never submitted, or expired after the result TTL
 ├── IllegalTransition               a state change that the life cycle does not allow
 ├── EngineIdTaken                   another live worker holds this engine id
@@ -96,6 +97,10 @@ class UnknownCall(RsmError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class BadRecord(RsmError):
+    """What Redis holds of a call cannot be read: somebody else than the parts has written there."""
 
 
 class IllegalTransition(RsmError):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from broker.codec import number, text
-from broker.models import CallRecord, Delta
+from broker.errors import BadRecord
+from broker.models import ENDS, CallRecord, Delta
+
+log = logging.getLogger("rsm.client")
 
 Fields = Mapping[bytes, bytes]
 
@@ -19,15 +23,41 @@ class End:
     record: CallRecord | None
 
 
-def read_event(call_id: str, fields: Fields, event_id: str) -> Delta | End:
-    """One entry of an inbox or a log."""
-    if b"state" in fields:
-        whole = b"submitted_ms" in fields and not fields.get(b"big")
-        return End(number(fields.get(b"n")), CallRecord.from_hash(call_id, fields) if whole else None)
+def read_event(call_id: str, fields: Fields, event_id: str) -> Delta | End | None:
+    """One entry of an inbox or a log; None for one that no part has written so, which a reader skips."""
+    try:
+        return _end(call_id, fields) if b"state" in fields else _delta(fields, event_id)
+    except (LookupError, ValueError):
+        log.warning("call %s: an event that cannot be read is skipped", call_id)
+        return None
+
+
+def is_end(fields: Fields) -> bool:
+    """Whether an entry of an inbox tells that its call has ended."""
+    return fields.get(b"state") in ENDS and b"call" in fields
+
+
+def end_record(call_id: str, fields: Fields) -> CallRecord | None:
+    """The record as the news of an end tell it; None where they leave the result out, or cannot be read."""
+    if b"submitted_ms" not in fields or fields.get(b"big"):
+        return None
+    try:
+        return CallRecord.from_hash(call_id, fields)
+    except BadRecord:
+        return None
+
+
+def _end(call_id: str, fields: Fields) -> End:
+    if fields[b"state"] not in ENDS:
+        raise ValueError("no state of an end")
+    return End(number(fields.get(b"n")), end_record(call_id, fields))
+
+
+def _delta(fields: Fields, event_id: str) -> Delta:
     ids = text(fields.get(b"token_ids"))
     chunks = text(fields.get(b"chunk"))
     return Delta(
-        n=number(fields.get(b"n")),
+        n=int(fields[b"n"]),
         event_id=event_id,
         text=text(fields.get(b"text")),
         token_ids=[int(i) for i in ids.split()],

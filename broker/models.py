@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from broker import codec
-from broker.errors import CallCancelled, CallEnded, CallFailed
+from broker.errors import BadRecord, CallCancelled, CallEnded, CallFailed
 from broker.ids import check_id, check_model
 
 Kind = Literal["generate", "chat.completions", "completions", "embeddings"]
@@ -71,7 +71,8 @@ class CallRequest(BaseModel):
     deadline_ms: int | None = Field(None, ge=0, le=1 << 52)
     stream: bool = False
     inbox: str = ""
-    traceparent: str = Field("", max_length=256)
+    # Goes into a header as it is.
+    traceparent: str = Field("", max_length=256, pattern=r"^[!-~]*$")
     on_engine_loss: OnEngineLoss = "continue"
 
     @field_validator("id", "session", "inbox")
@@ -153,7 +154,19 @@ class CallRecord:
 
     @classmethod
     def from_hash(cls, call_id: str, h: Mapping[bytes, bytes]) -> CallRecord:
-        """Reads the hash `{ns}:call:ID`. On the way of every result, so it takes each field once and as it is."""
+        """Reads the hash `{ns}:call:ID`.
+
+        Raises:
+            BadRecord: no part has written it so. The message never quotes it.
+        """
+        try:
+            return cls._from_hash(call_id, h)
+        except (LookupError, ValueError, TypeError, ArithmeticError) as e:
+            raise BadRecord(f"The record of call {call_id} cannot be read ({type(e).__name__}).") from None
+
+    @classmethod
+    def _from_hash(cls, call_id: str, h: Mapping[bytes, bytes]) -> CallRecord:
+        """On the way of every result, so it takes each field once and as it is."""
         get = h.get
 
         def words(name: bytes) -> str:
@@ -207,6 +220,8 @@ class CallRecord:
 
 
 _STATES = {state.value.encode(): state for state in RequestState}
+# What a reader of news takes for an end.
+ENDS = frozenset(raw for raw, state in _STATES.items() if state.terminal)
 
 
 def result_format(data: bytes) -> codec.Format:
@@ -219,6 +234,7 @@ def _result(call_id: str, h: Mapping[bytes, bytes]) -> CallResult | None:
     if not data:
         return None
     r = codec.decode(data, result_format(data))
+    _check_result(r)
     submitted, started, finished = (int(h.get(k) or 0) for k in (b"submitted_ms", b"started_ms", b"finished_ms"))
     ttft = r.get("ttft_ms")
     waiting = (started - submitted) / 1000 if started else 0.0
@@ -226,18 +242,25 @@ def _result(call_id: str, h: Mapping[bytes, bytes]) -> CallResult | None:
         request_id=call_id,
         session_id=h.get(b"session", b"").decode(),
         engine_id=h.get(b"engine", b"").decode(),
-        text=r.get("text", ""),
-        token_ids=r.get("token_ids", []),
+        text=r.get("text") or "",
+        token_ids=r.get("token_ids") or [],
         prompt_tokens=int(h.get(b"prompt_tokens") or 0),
         completion_tokens=int(h.get(b"completion_tokens") or 0),
         cached_tokens=int(h.get(b"cached_tokens") or 0),
-        finish_reason=r.get("finish_reason", ""),
+        finish_reason=r.get("finish_reason") or "",
         latency=(finished - submitted) / 1000,
         waiting_time=waiting,
         ttft=None if ttft is None else waiting + ttft / 1000,
         attempts=int(h.get(b"attempt") or 1),
         response=r.get("response"),
     )
+
+
+def _check_result(r: Mapping[str, Any]) -> None:
+    said, why, ids, response = (r.get(name) for name in ("text", "finish_reason", "token_ids", "response"))
+    texts = isinstance(said, str | None) and isinstance(why, str | None)
+    if not (texts and isinstance(ids, list | None) and isinstance(response, dict | None)):
+        raise TypeError("a field of the result is of another type")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import redis
 
-from broker.codec import number, text
+from broker.codec import number, real, text
 from broker.connection import connect
-from broker.errors import UnknownCall
+from broker.errors import BadRecord, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
 from broker.models import CallRecord
@@ -84,8 +84,8 @@ class Monitor:
             "running_tokens": number(h.get("running_tokens")),
             "served": number(h.get("served")),
             "kv_tokens": number(h.get("kv_tokens")),
-            "kv_usage": float(h.get("kv_usage") or 0),
-            "tokens_per_s": float(h.get("tokens_per_s") or 0),
+            "kv_usage": real(h.get("kv_usage")),
+            "tokens_per_s": real(h.get("tokens_per_s")),
             "version": h.get("version", ""),
             "heartbeat_ms": number(text(str(beat))) if beat else 0,
         }
@@ -106,10 +106,17 @@ class Monitor:
         for where, engine, key in self._places():
             for raw in self._redis.zrange(key, 0, limit - len(found) - 1) if len(found) < limit else ():
                 call_id = text(raw)
-                fields = self._redis.hgetall(self.keys.call(call_id))
-                if b"state" in fields:
-                    found.append(ActiveCall(call_id, where, engine, CallRecord.from_hash(call_id, fields)))
+                record = self._readable(call_id)
+                if record is not None:
+                    found.append(ActiveCall(call_id, where, engine, record))
         return found
+
+    def _readable(self, call_id: str) -> CallRecord | None:
+        """A record, None if it has gone meanwhile; one that cannot be read must not hide the others."""
+        try:
+            return CallRecord.from_hash(call_id, self._redis.hgetall(self.keys.call(call_id)))
+        except BadRecord:
+            return None
 
     def running_calls(self) -> list[CallRecord]:
         """Calls that run now, longest first: on engines, and those that their makers run themselves."""
@@ -119,9 +126,8 @@ class Monitor:
             pipe = self._redis.pipeline(transaction=False)
             for call_id in ids:
                 pipe.hget(self.keys.call(call_id), "state")
-            for call_id, state in zip(ids, pipe.execute(), strict=True):
-                if state == b"RUNNING":
-                    found.append(CallRecord.from_hash(call_id, self._redis.hgetall(self.keys.call(call_id))))
+            running = [c for c, state in zip(ids, pipe.execute(), strict=True) if state == b"RUNNING"]
+            found += [record for c in running if (record := self._readable(c))]
         return sorted(found, key=lambda record: record.started_ms or 0)
 
     def _places(self) -> Iterator[tuple[str, str, str]]:

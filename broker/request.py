@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 # Characters a token of prose has on average; good enough to weigh a prompt before its engine counts it.
 _CHARACTERS_PER_TOKEN = 4
+# Levels of lists and maps in a body. Schemas of tools have a dozen.
+_DEEPEST = 100
 
 
 def build(
@@ -107,6 +110,7 @@ def check_body(kind: str, body: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequest: it has not. The message never quotes the body.
     """
+    _check_values(body)
     if kind == "generate":
         _check_generate(body)
     elif kind == "chat.completions" and not isinstance(body.get("messages"), list):
@@ -115,6 +119,19 @@ def check_body(kind: str, body: Mapping[str, Any]) -> None:
         raise InvalidRequest('completions needs a "prompt".')
     elif kind == "embeddings" and "input" not in body:
         raise InvalidRequest('embeddings needs an "input".')
+
+
+def _check_values(body: Mapping[str, Any]) -> None:
+    """No number that is none, and no depth that would end somebody's stack: both have brought engines down."""
+    level: list[Any] = list(body.values())
+    for _ in range(_DEEPEST):
+        if any(isinstance(v, float) and not math.isfinite(v) for v in level):
+            raise InvalidRequest("The body holds a number that is infinite, or none (NaN); use finite ones.")
+        maps = [v.values() for v in level if isinstance(v, dict)]
+        level = [item for inner in (*maps, *(v for v in level if isinstance(v, list | tuple))) for item in inner]
+        if not level:
+            return
+    raise InvalidRequest(f"The body is nested more than {_DEEPEST} levels deep.")
 
 
 def _check_generate(body: Mapping[str, Any]) -> None:

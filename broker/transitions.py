@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from broker.codec import Format, number, text
+from broker.codec import Format, number, real, text
 from broker.keys import Keys
 from broker.models import CallRequest, RequestState
 from broker.scripts import Arg, Command, script
@@ -393,7 +393,7 @@ def _claimed(reply: Sequence[Any]) -> list[Claimed] | None:
 
 def _claimed_call(r: Sequence[bytes]) -> Claimed:
     return Claimed(
-        fence=Fence(text(r[0]), text(r[1]), int(r[2])),
+        fence=Fence(text(r[0]), text(r[1]), number(r[2])),
         session=text(r[3]),
         kind=text(r[4]),
         stream=r[5] == b"1",
@@ -433,7 +433,7 @@ def _engine_view(row: Sequence[bytes]) -> EngineView:
         running_tokens=number(row[7]),
         served=number(row[8]),
         max_num_seqs=number(row[9], 1),
-        tokens_per_s=float(row[10] or 0),
+        tokens_per_s=real(row[10]),
     )
 
 

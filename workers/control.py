@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -12,7 +13,10 @@ from broker.line import Line
 from broker.settings import Settings
 from broker.transitions import Fence
 
+log = logging.getLogger("rsm.worker")
+
 _BLOCK_S = 1.0
+_ORDERS = ("drain", "stop")
 
 
 class Control(threading.Thread):
@@ -59,8 +63,11 @@ class Control(threading.Thread):
         self._line.close()
 
     def _obey(self, fields: dict[bytes, bytes]) -> None:
+        """Does what the order says; one that no script has written must not end this thread."""
         op = text(fields.get(b"op"))
         if op == "cancel":
-            self._cancel(Fence(text(fields[b"id"]), text(fields[b"gen"]), number(fields[b"attempt"])))
-        else:
+            self._cancel(Fence(text(fields.get(b"id")), text(fields.get(b"gen")), number(fields.get(b"attempt"))))
+        elif op in _ORDERS:
             self._order(op)
+        else:
+            log.warning("an order that is none was skipped")

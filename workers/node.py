@@ -49,7 +49,7 @@ _GONE = (EngineState.STOPPED, EngineState.DEAD, "")
 
 def queue_name(settings: Settings, node: str) -> str:
     """The RQ queue of one host. A node worker listens to exactly one queue: with several, RQ can lose a job."""
-    return f"rsm-node-{settings.namespace}-{check_id(node, 'node')}"
+    return f"rsm-node/{settings.namespace}/{check_id(node, 'node')}"  # no id holds a slash: no two hosts share one
 
 
 def run_node(node: str, settings: Settings) -> None:
@@ -57,7 +57,24 @@ def run_node(node: str, settings: Settings) -> None:
     os.environ.update(settings.environment() | {NODE_VARIABLE: node})  # the jobs run in forks of this process
     connection = redis.Redis.from_url(settings.url())
     queue = Queue(queue_name(settings, node), connection=connection, serializer=JSONSerializer)
-    Worker([queue], connection=connection, serializer=JSONSerializer).work()
+    Worker([queue], connection=connection, serializer=JSONSerializer, job_class=NodeJob).work()
+
+
+class NodeJob(Job):  # type: ignore[misc]  # RQ is untyped
+    """One of this module's jobs. RQ would run any function that a job names, and callbacks and webhooks as well: then
+    whoever may write RQ's keys would own this host."""
+
+    @property
+    def func(self) -> Any:
+        """Raises EngineFailed for a job that is none of ours."""
+        if self.func_name not in _JOBS:
+            raise EngineFailed("This node starts, stops and drains engines, and does nothing else.")
+        return _JOBS[self.func_name]
+
+    def restore(self, raw_data: Any) -> None:
+        super().restore(raw_data)
+        self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
+        self.webhooks: list[Any] = []
 
 
 class NodeClient:
@@ -166,6 +183,7 @@ def stop_engine(engine_id: str, drain: bool) -> dict[str, Any]:
 
 def drain_engine(engine_id: str, op: str = "drain") -> dict[str, Any]:
     """RQ job: takes an engine out of service; its waiting calls go to others."""
+    check_id(engine_id, "engine")
     settings = Settings()
     server, transitions = connect(settings), Transitions(Keys(settings.namespace), settings)
     while True:
@@ -175,6 +193,9 @@ def drain_engine(engine_id: str, op: str = "drain") -> dict[str, Any]:
         if moved < settings.batch:
             return Monitor(settings, server).engine(engine_id)
         op = "drain"
+
+
+_JOBS = {f"{job.__module__}.{job.__qualname__}": job for job in (start_engine, stop_engine, drain_engine)}
 
 
 def _state(settings: Settings, engine_id: str) -> str:

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
 from workers.environment import API_KEY_VARIABLE
 from workers.openai_calls import CANNOT_CONTINUE, Exchange, exchange
-from workers.openai_wire import SseParser, document, error, error_inside
+from workers.openai_wire import MAX_BYTES, SseParser, document, error, error_inside, readable
 from workers.rate import RateMeter
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ class OpenAIBackend(Backend):
         finally:
             run.done.set()
             self._runs.pop(job.key, None)
-        return ex.outcome(run.aborted)
+        with readable():
+            return ex.outcome(run.aborted)
 
     def abort(self, key: str) -> None:
         """Closes the call's connection at once; that is how a server learns of it."""
@@ -294,11 +295,13 @@ class OpenAIBackend(Backend):
         url, content = self._base_url + ex.path, ex.content()
         async with self._client.stream("POST", url, content=content, headers=headers) as reply:
             if reply.status_code != 200:
-                raise error(reply.status_code, await reply.aread(), self._key.get_secret_value())
+                raise error(reply.status_code, await _whole(reply), self._key.get_secret_value())
             if ex.streams:
                 await self._read_stream(ex, reply, emit)
             else:
-                ex.whole(await reply.aread())
+                data = await _whole(reply)
+                with readable():
+                    ex.whole(data)
 
     async def _read_stream(self, ex: Exchange, reply: httpx.Response, emit: Callable[[Piece], None]) -> None:
         parser = SseParser()
@@ -320,8 +323,25 @@ class OpenAIBackend(Backend):
             if (wrong := error_inside(doc, self._key.get_secret_value())) is not None:
                 raise wrong
             before = ex.tokens()
-            piece = ex.chunk(doc, data)
+            with readable():
+                piece = ex.chunk(doc, data)
             self._rate.add(max(0, ex.tokens() - before), time.perf_counter())
             if piece is not None:
                 emit(piece)
         return False
+
+
+async def _whole(reply: httpx.Response) -> bytes:
+    """A reply's body.
+
+    Raises:
+        EngineError: it is larger than any sound one.
+    """
+    parts: list[bytes] = []
+    size = 0
+    async for part in reply.aiter_bytes():
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BYTES:
+            raise EngineError("The server sent a body that does not end.")
+    return b"".join(parts)

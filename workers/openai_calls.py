@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+from broker.models import MAX_PROMPT_TOKENS
 from workers.backend import CallRejected, Job, Outcome, Piece, Resumed
 from workers.openai_wire import Assembler, choice_text, document, single_line
 
@@ -136,6 +137,8 @@ class GenerateExchange(Exchange):
         text, ids, reason = choice.get("text") or "", choice.get("token_ids") or [], choice.get("finish_reason") or ""
         if not (text or ids or reason):
             return None
+        if not (isinstance(text, str) and isinstance(reason, str) and all(type(i) is int for i in ids)):
+            raise TypeError("a field of a choice is of another type")
         self._note_first()
         self._reason = reason or self._reason
         self._chunks += bool(text or ids)
@@ -203,7 +206,7 @@ class OpenAIExchange(Exchange):
         if self._response is None:
             return Outcome("abort", prompt_tokens=self._size)
         choice: dict[str, Any] = next(iter(self._response.get("choices") or ()), {})
-        reason = choice.get("finish_reason") or "stop"
+        reason = str(choice.get("finish_reason") or "stop")
         return Outcome(reason, choice_text(choice), [], *self._counts(), response=self._response)
 
     def tokens(self) -> int:
@@ -269,4 +272,5 @@ def _continued(prompt: str | list[int], before: Resumed, count: int) -> str | li
 
 
 def _number(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+    """A count of tokens; what can be none is taken for no count."""
+    return value if isinstance(value, int) and 0 <= value <= MAX_PROMPT_TOKENS else 0

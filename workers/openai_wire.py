@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from workers.backend import CallRejected, EngineError
@@ -15,25 +17,47 @@ _ONCE = frozenset({"role", "id", "type", "name"})  # of a delta's texts, those t
 _MAX_MESSAGE = 500
 
 
+# An event, or a whole body, that is larger comes from no sound server.
+MAX_BYTES = 64 << 20
+
+
 class SseParser:
     """Server-sent events out of bytes, however the network cut them. Only `data` matters; comments are skipped.
 
     Lines end as the standard says: not at the Unicode separators that JSON texts may hold.
     """
 
-    def __init__(self) -> None:
-        self._rest = b""
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._rest: list[bytes] = []  # of a line that has not ended; joined once, or a long one would cost its square
         self._data: list[bytes] = []
+        self._held = 0
 
     def feed(self, data: bytes) -> list[str]:
-        """The data of each event that is now complete."""
-        *lines, self._rest = _END_OF_LINE.split(self._rest + data)
-        return [event for line in lines if (event := self._line(line)) is not None]
+        """The data of each event that is now complete.
+
+        Raises:
+            EngineError: an event grows beyond all bounds.
+        """
+        if not data:
+            return []
+        ends_here = b"\n" in data or b"\r" in data or (self._rest and self._rest[-1].endswith(b"\r"))
+        self._rest.append(data)
+        self._held += len(data)
+        events: list[str] = []
+        if ends_here:
+            *lines, rest = _END_OF_LINE.split(b"".join(self._rest))
+            self._rest = [rest] if rest else []
+            events = [event for line in lines if (event := self._line(line)) is not None]
+            self._held = len(rest) + sum(map(len, self._data))
+        if self._held > self._max_bytes:
+            raise EngineError("The server sent an event that does not end.")
+        return events
 
     def close(self) -> list[str]:
         """What is left when the connection ends: some servers leave out the last empty line."""
         events = self.feed(b"\n\n") if self._rest or self._data else []
-        self._rest = b""
+        self._rest, self._held = [], 0
         return events
 
     def _line(self, line: bytes) -> str | None:
@@ -64,11 +88,26 @@ def document(data: str | bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(data)
+        if (b"\\u" if isinstance(data, bytes) else "\\u") in data:  # type: ignore[operator]
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is text that Redis could not be sent
     except (ValueError, RecursionError) as e:
         raise EngineError("The server sent something that is not JSON.") from e
     if not isinstance(value, dict):
         raise EngineError("The server sent something that is not a JSON object.")
     return value
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Around whatever takes a server's documents apart.
+
+    Raises:
+        EngineError: a document is of another shape than OpenAI's API says.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
+        raise EngineError(f"The server sent something of another shape ({type(e).__name__}).") from None
 
 
 def error(status: int, body: str | bytes, secret: str = "") -> CallRejected | EngineError:
@@ -121,7 +160,7 @@ class Assembler:
 
     @property
     def finish_reason(self) -> str:
-        return self._choices.get(0, {}).get("finish_reason") or "stop"
+        return str(self._choices.get(0, {}).get("finish_reason") or "stop")
 
     def add(self, chunk: dict[str, Any]) -> None:
         """Takes in one chunk."""
@@ -177,4 +216,5 @@ def _merge_tools(whole: list[dict[str, Any]], parts: list[dict[str, Any]]) -> No
 
 def choice_text(choice: dict[str, Any]) -> str:
     """The text of a choice of either kind, "" if it has none."""
-    return choice.get("text") or (choice.get("message") or {}).get("content") or ""
+    text = choice.get("text") or (choice.get("message") or {}).get("content")
+    return text if isinstance(text, str) else ""
