@@ -17,8 +17,8 @@ import redis.asyncio
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
 
-from broker.link import ASYNC_LINKS, LINKS
 from broker.errors import InvalidRequest
+from broker.link import ASYNC_LINKS, LINKS
 from broker.settings import Settings
 
 T = TypeVar("T")

@@ -6,7 +6,9 @@ Its folder has mode 0700, so it is reachable by its owner alone; it has no TCP p
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -76,10 +78,10 @@ class EmbeddedRedis:
         """Starts the server, or finds the one that runs in this folder; returns its URL.
 
         Raises:
-            BrokerUnavailable: no server binary, or it does not come up; the message names its log.
+            BrokerUnavailable: no server binary, a folder that is not safely ours, or it does not come up; the message
+                names its log.
         """
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
+        self._take_folder()
         if len(str(self.socket)) > _MAX_SOCKET_PATH:
             raise BrokerUnavailable(
                 f"The path {self.socket} is too long for a unix socket; set RSM_DATA_DIR to a shorter one."
@@ -111,6 +113,18 @@ class EmbeddedRedis:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _take_folder(self) -> None:
+        """Makes the folder, or makes sure that nobody else can have laid anything into it, such as a socket."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = self.folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise BrokerUnavailable(f"{self.folder} is no folder of this user's own; set RSM_DATA_DIR to one that is.")
+        if found.st_mode & 0o022 and any(self.folder.iterdir()):
+            raise BrokerUnavailable(
+                f"Others may write to {self.folder}, and there are files in it; set RSM_DATA_DIR to another folder."
+            )
+        self.folder.chmod(0o700)
 
     def _launch(self) -> None:
         log = self.folder / "redis.log"

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 
 from broker import BrokerUnavailable
 from broker.embedded import EmbeddedRedis
+
+NOBODY = 65534
+_CONNECT = """
+import os, socket, sys
+path, uid = sys.argv[1], int(sys.argv[2])
+if uid:
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+try:
+    socket.socket(socket.AF_UNIX).connect(path)
+except OSError as e:
+    print(type(e).__name__)
+else:
+    print("connected")
+"""
 
 
 @pytest.fixture
@@ -24,6 +44,57 @@ def test_it_is_reachable_by_its_owner_alone(folder: Path) -> None:
         assert folder.stat().st_mode & 0o077 == 0
         assert server.socket.stat().st_mode & 0o077 == 0
         assert client.config_get("port") == {"port": "0"}
+
+
+def test_it_hears_nothing_but_its_socket(folder: Path) -> None:
+    with EmbeddedRedis(folder) as server:
+        assert server.pid is not None
+        found = psutil.Process(server.pid).net_connections(kind="inet")
+        assert found == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_cannot_connect() -> None:
+    with tempfile.TemporaryDirectory(prefix="rsm-embedded-") as name:
+        Path(name).chmod(0o755)  # so that the server's own folder is what keeps others out
+        with EmbeddedRedis(Path(name) / "state") as server:
+            assert [connects(server.socket, uid) for uid in (0, NOBODY)] == ["connected", "PermissionError"]
+            server.folder.chmod(0o755)  # even so the socket has a mode of its own
+            assert connects(server.socket, NOBODY) == "PermissionError"
+
+
+def connects(path: Path, uid: int) -> str:
+    """What another user's attempt to connect comes to."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CONNECT, str(path), str(uid)], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_somebody_else_is_refused(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    os.chown(folder, NOBODY, NOBODY)
+    with pytest.raises(BrokerUnavailable, match="no folder of this user's own"):
+        EmbeddedRedis(folder).start()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_link_is_refused(folder: Path) -> None:
+    elsewhere = folder.with_name("elsewhere")
+    elsewhere.mkdir()
+    folder.symlink_to(elsewhere)
+    with pytest.raises(BrokerUnavailable, match="no folder of this user's own"):
+        EmbeddedRedis(folder).start()
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_folder_into_which_others_may_have_laid_something_is_refused(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    (folder / "redis.sock").touch()
+    with pytest.raises(BrokerUnavailable, match="Others may write"):
+        EmbeddedRedis(folder).start()
 
 
 def test_a_folder_that_was_open_to_others_is_closed(folder: Path) -> None:

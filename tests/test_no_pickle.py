@@ -53,7 +53,7 @@ def test_the_search_finds_what_it_looks_for(source: str, found: list[str]) -> No
 def test_rq_is_always_told_to_use_json() -> None:
     """RQ's default serializer is pickle: each queue and each worker must be told otherwise."""
     told = 0
-    for path in _FILES:
+    for path in (p for p in _FILES if p.relative_to(ROOT).parts[0] != "bench"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Queue", "Worker"):
                 if any(isinstance(a, ast.Name) and a.id == "SimpleQueue" for a in node.args):

@@ -15,6 +15,9 @@ import psutil
 import pytest
 import redis
 from pydantic import SecretStr
+from rq import Callback, Queue
+from rq.results import Result
+from rq.serializers import JSONSerializer
 
 from broker import Client, EngineFailed, InvalidRequest, Settings
 from broker.embedded import EmbeddedRedis
@@ -24,7 +27,7 @@ from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, routing
 from tests.rsm_command import RSM, clean_env
 from tests.sim_processes import processes_of, said, sim, state_of
-from workers.node import NodeClient, _alive, queue_name
+from workers.node import NodeClient, _alive, _await, queue_name
 
 _NAME = "host"
 _START_S = 40
@@ -216,3 +219,16 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
     assert not _alive(process.pid)
     assert not _alive(0)
     assert _alive(os.getpid())
+
+
+def test_a_node_does_nothing_but_its_own_jobs(settings: Settings, node: Node, tmp_path: Path) -> None:
+    """RQ runs whatever function a job names; then whoever can write its keys would own the host."""
+    proof = tmp_path / "owned"
+    with redis.Redis.from_url(settings.url()) as plain:
+        queue = Queue(queue_name(settings, _NAME), connection=plain, serializer=JSONSerializer)
+        job = queue.enqueue("os.mkdir", str(proof), on_failure=Callback("os.getcwd"))
+        result = _await(job, _START_S)
+    assert result is not None
+    assert result.type == Result.Type.FAILED
+    assert "does nothing else" in (result.exc_string or "")
+    assert not proof.exists()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from workers.openai_wire import Assembler, SseParser, error
+import pytest
+
+from workers.backend import EngineError
+from workers.openai_wire import Assembler, SseParser, document, error
 
 
 def test_sse_as_the_standard_says() -> None:
@@ -60,3 +63,18 @@ def test_an_assembled_stream_is_the_whole_body() -> None:
 
 def test_a_servers_message_is_cut() -> None:
     assert len(str(error(400, "x" * 10_000))) < 600
+
+
+def test_an_event_that_does_not_end_is_refused() -> None:
+    for line in (b"x" * 10, b"data: xxxxxx\n"):
+        parser = SseParser(max_bytes=1000)
+        with pytest.raises(EngineError, match="does not end"):
+            all(parser.feed(line) == [] for _ in range(200))
+    parser = SseParser(max_bytes=1000)
+    assert sum(len(parser.feed(b"data: xxxxxx\n\n")) for _ in range(1000)) == 1000, "many small ones are fine"
+
+
+def test_a_lone_surrogate_is_no_text() -> None:
+    with pytest.raises(EngineError):
+        document('{"text":"\\ud800"}')
+    assert document('{"text":"\\ud83d\\ude00"}') == {"text": "😀"}

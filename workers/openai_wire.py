@@ -31,7 +31,7 @@ class SseParser:
         self._max_bytes = max_bytes
         self._rest: list[bytes] = []  # of a line that has not ended; joined once, or a long one would cost its square
         self._data: list[bytes] = []
-        self._held = 0
+        self._held = 0  # bytes in both
 
     def feed(self, data: bytes) -> list[str]:
         """The data of each event that is now complete.
@@ -47,9 +47,10 @@ class SseParser:
         events: list[str] = []
         if ends_here:
             *lines, rest = _END_OF_LINE.split(b"".join(self._rest))
+            self._held -= sum(map(len, self._rest))
             self._rest = [rest] if rest else []
             events = [event for line in lines if (event := self._line(line)) is not None]
-            self._held = len(rest) + sum(map(len, self._data))
+            self._held += len(rest)
         if self._held > self._max_bytes:
             raise EngineError("The server sent an event that does not end.")
         return events
@@ -66,8 +67,10 @@ class SseParser:
             name, _, value = line.partition(b":")
             if name == b"data":
                 self._data.append(value.removeprefix(b" "))
+                self._held += len(value)
             return None
         event, self._data = b"\n".join(self._data), []
+        self._held = 0
         return event.decode("utf-8", "replace") if event else None
 
 

@@ -139,16 +139,22 @@ def _sse(data: bytes) -> None:
     parser, at = SseParser(max_bytes=LIMIT), max(1, data[:1][0] if data else 1)
     events = [event for i in range(0, len(data), at) for event in parser.feed(data[i : i + at])]
     for event in [*events, *parser.close()]:
+        if event == "[DONE]":
+            continue
         error_inside(document(event))
         single_line(event)
 
 
 def _server(kind: str, stream: bool) -> Callable[[bytes], object]:
     """A whole conversation with a server that may say anything."""
-    body = {"generate": {"prompt": "hi"}, "chat.completions": {"messages": []}, "embeddings": {"input": "hi"}}[kind]
+    bodies: dict[str, dict[str, Any]] = {
+        "generate": {"prompt": "hi"},
+        "chat.completions": {"messages": []},
+        "embeddings": {"input": "hi"},
+    }
 
     def read(data: bytes) -> object:
-        ex = exchange(Job(key="c/1", call_id="c", session="s", kind=kind, body=body, stream=stream), "m", True)
+        ex = exchange(Job(key="c/1", call_id="c", session="s", kind=kind, body=bodies[kind], stream=stream), "m", True)
         if not ex.streams:
             with readable():
                 ex.whole(data)
@@ -194,7 +200,7 @@ def _vllm(data: bytes) -> object:
 
 _BODY: dict[str, Any] = {"prompt": "hi", "max_tokens": 5, "stop": ["a"], "logit_bias": {"5": -1.5}, "x": None}
 _CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": [{"type": "text", "text": "é"}]}], "n": 1}
-_RESULT = msgpack.packb({"text": "a", "token_ids": [1], "finish_reason": "stop", "ttft_ms": 1.5, "response": None})
+_RESULT = msgpack.packb({"text": "a", "token_ids": [1], "finish_reason": "stop", "ttft_ms": 1, "response": None})
 _CHUNK = json.dumps({"id": "x", "choices": [{"index": 0, "text": "a", "token_ids": [7], "finish_reason": None}]})
 _DELTA = json.dumps(
     {"choices": [{"index": 0, "delta": {"content": "a", "tool_calls": [{"index": 0, "function": {"name": "f"}}]}}]}

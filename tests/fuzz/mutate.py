@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 # Values on which decoders are known to stumble.
 _SPECIAL = [
     b"", b"\x00", b"\xff", b"-1", b"0", b"1e999", b"nan", b"-inf", b"9" * 5000, b"1_0", "١٢".encode(), b"{", b"[[[[",
-    b'"', b"\\ud800", b"null", b"true", b"[]", b"{}", b'{"a":', b"\xd6\xff\x00\x00\x00\x01", b"\xc7\x0c\xff", b"\xdf\xff\xff\xff\xff",
+    b'"', b"\\ud800", b"null", b"true", b"[]", b"{}", b'{"a":', b"\xd6\xff\x00\x00\x00\x01", b"\xc7\x0c\xff",
+    b"\xdf\xff\xff\xff\xff",
     b"\xc1", b"\x81\xa1a", b"\n", b"\r", b"\r\n\r\n", b":events", b"}", b" ", b"%s%n", b"..", b"\x00state\x00RUNNING",
     b"\x00n\x00x", b"NaN", b"1" * 400, b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b"$(id)", b"@", b"://", b"?db=x",
 ]  # fmt: skip
