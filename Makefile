@@ -10,7 +10,7 @@ VLLM_STAMP := $(VENV)/.vllm
 # vLLM proper on a machine with an NVIDIA GPU; a CPU build, made by a third party, pinned by hash, everywhere else.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench chaos clean
 
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
@@ -25,6 +25,13 @@ check: $(BASE_STAMP)
 
 bench: $(BASE_STAMP)
 	$(PY) -m bench
+
+# `make chaos MINUTES=30 SEED=2 VLLM=1` is a long one, with a worker of real vLLM; it goes into docs/conformance.md.
+MINUTES ?= 2
+SEED ?= 1
+VLLM ?= 0
+chaos: $(if $(filter-out 0,$(VLLM)),$(VLLM_STAMP),$(BASE_STAMP))
+	$(PY) -m chaos --minutes $(MINUTES) --seed $(SEED) --vllm $(VLLM) --report docs/conformance.md
 
 $(BASE_STAMP): requirements/base.txt requirements/dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("rsm-engine needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +19,9 @@ from broker.ids import new_id
 from broker.keys import Keys
 from broker.monitor import Monitor
 from broker.transitions import Transitions
+from chaos.leaks import leaked_keys
 from tests.sim_processes import Start, WorkerProcess, sim, state_of
 from tests.waiting import eventually as eventually
-
-# Keys that may stay without an expiry: they hold no call for ever, or vanish when empty.
-_LASTING = re.compile(
-    r"(calls|dead|stats|usage|usage:sessions|finished|engines|deadlines|parked:.*"
-    r"|engine:[^:]+(:queue|:running)?"  # an engine's hash lasts while it is registered
-    r"|session:[^:]+:calls)"
-)
-
 
 # Started in a shell's background, SIGINT is ignored here and in every child; the tests of Ctrl-C need it to arrive.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -128,24 +120,10 @@ def no_key_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     watcher = connect(settings)
     try:
-        prefix = Keys(settings.namespace).prefix
-        leaks = [name for name in _lasting_keys(watcher, prefix) if not _LASTING.fullmatch(name)]
-        leaks = [name for name in leaks if not _is_open_call(watcher, prefix + name)]
+        leaks = leaked_keys(watcher, Keys(settings.namespace).prefix)
         assert not leaks, f"keys without TTL: {leaks}"
     finally:
         watcher.close()
-
-
-def _lasting_keys(watcher: redis.Redis, prefix: str) -> Iterator[str]:
-    pattern = prefix.replace("[", r"\[") + "*"
-    for key in watcher.scan_iter(match=pattern, count=1000):
-        if watcher.ttl(key) == -1:
-            yield key.decode().removeprefix(prefix)
-
-
-def _is_open_call(watcher: redis.Redis, key: str) -> bool:
-    """A call that is not finished must not expire, nor its log."""
-    return watcher.hget(key.removesuffix(":events"), "state") in (b"PENDING", b"RUNNING") if ":call:" in key else False
 
 
 @pytest.fixture(autouse=True)

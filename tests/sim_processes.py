@@ -14,6 +14,7 @@ from broker import Client, RequestState, Settings
 from broker.client import CallHandle
 from broker.errors import UnknownCall
 from broker.monitor import Monitor
+from chaos import leaks
 from tests.rsm_command import clean_env
 from workers.config import EngineConfig
 from workers.environment import CONFIG_VARIABLE
@@ -106,19 +107,5 @@ def state_of(monitor: Monitor, engine_id: str) -> str:
 
 
 def processes_of(settings: Settings, folder: Path | None = None) -> list[psutil.Process]:
-    """Routers, workers, supervisors and nodes of one namespace, and with `folder` the server that lives there.
-
-    Found by what they were started with, so those count, too, whose parent is gone.
-    """
-    return [p for p in psutil.process_iter() if _belongs(p, settings, folder)]
-
-
-def _belongs(process: psutil.Process, settings: Settings, folder: Path | None) -> bool:
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        env = process.environ()
-        ours = env.get("RSM_REDIS_URL") == settings.url() and env.get("RSM_NAMESPACE") == settings.namespace
-        return ours or (folder is not None and process.cwd() == str(folder))
-    except psutil.Error:
-        return False
+    """Routers, workers, supervisors and nodes of one namespace, and with `folder` the server that lives there."""
+    return leaks.processes_of(settings.namespace, folder, settings.url())

@@ -14,7 +14,7 @@ from broker import InvalidRequest, Settings
 from broker.ids import MODEL_PATTERN, RESERVED_ENDS, is_id
 from broker.keys import Keys
 from broker.scripts import script
-from tests.conftest import _LASTING
+from chaos.leaks import LASTING
 from workers.node import queue_name
 
 KINDS: dict[str, Callable[[Keys, str], str]] = {
@@ -114,4 +114,4 @@ def test_lua_builds_the_same_names() -> None:
 
 def test_the_watchman_over_keys_knows_no_key_of_an_id() -> None:
     """The leak check of these tests must not take a call's record for one of the keys that may stay."""
-    assert not any(_LASTING.fullmatch(make(Keys("n"), "x").removeprefix("{n}:")) for make in (Keys.call, Keys.events))
+    assert not any(LASTING.fullmatch(make(Keys("n"), "x").removeprefix("{n}:")) for make in (Keys.call, Keys.events))

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"broker": set(), "router": {"broker"}, "workers": {"broker"}, "engine": {"broker", "router", "workers"}}
+ROOMS = {
+    "broker": set(),
+    "router": {"broker"},
+    "workers": {"broker"},
+    "engine": {"broker", "router", "workers"},
+    "chaos": {"broker", "router", "workers", "engine"},
+}
 # A producer installs the base and uses broker alone.
 HEAVY = {"vllm", "torch", "transformers", "httpx", "fastapi", "starlette", "uvicorn"}
 

@@ -29,7 +29,7 @@ from broker.transitions import (
     Submitted,
     Transitions,
 )
-from tests.conftest import _LASTING
+from chaos.leaks import LASTING
 from tests.fake_worker import FakeWorker
 
 LONG_AGO = 1
@@ -165,7 +165,7 @@ class World:
     def leaks(self) -> list[str]:
         mine = (k for k in self.db.scan_iter() if k.decode().startswith(self.keys.prefix))
         names = (k.decode().removeprefix(self.keys.prefix) for k in mine if self.db.ttl(k) == -1)
-        return [n for n in names if not _LASTING.fullmatch(n) and not self._open(n)]
+        return [n for n in names if not LASTING.fullmatch(n) and not self._open(n)]
 
     def _open(self, name: str) -> bool:
         return name.startswith("call:") and self.state(name[5:].removesuffix(":events")) in ("PENDING", "RUNNING")

@@ -1,0 +1,185 @@
+"""The faults: what can go wrong, to whom, for how long; and the schedule that a seed draws."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil
+
+from chaos.producers import KINDS as PRODUCERS
+from chaos.stage import ROUTERS, SIM_WORKERS, Part, Stage
+
+Heal = Callable[[], None]
+_WARM_UP_S = 3.0
+_GAP_S = 2.2
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of fault.
+
+    Attributes:
+        name: for the report.
+        groups: letters of the parts that it may hit: r(outers), w(orkers with sim), v(LLM workers), p(roducers);
+            "" = Redis, of which there is one, so that such faults never overlap.
+        lasts_s: least and most.
+        inject: does it to a part; returns what heals it.
+    """
+
+    name: str
+    groups: str
+    lasts_s: tuple[float, float]
+    inject: Callable[[Stage, Part | None, random.Random], Heal]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One planned fault. Times in seconds from the beginning."""
+
+    at_s: float
+    kind: Kind
+    target: str
+    lasts_s: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.at_s:7.1f} s  {self.kind.name:<28} {self.target:<6} for {self.lasts_s:.1f} s"
+
+
+def schedule(seed: int, seconds: float, vllm: int) -> list[Fault]:
+    """All faults of a run, by time. Kinds come in shuffled rounds, so that even a short run sees each of them."""
+    rng = random.Random(seed)
+    targets = [f"r{i}" for i in range(ROUTERS)] + [f"w{i}" for i in range(SIM_WORKERS)]
+    targets += [f"v{i}" for i in range(vllm)] + [f"p{i}" for i in range(len(PRODUCERS))]
+    faults: list[Fault] = []
+    now, redis_free = _WARM_UP_S, 0.0
+    for kind in _rounds(rng, vllm):
+        lasts = rng.uniform(*kind.lasts_s)
+        target = rng.choice([t for t in targets if t[0] in kind.groups]) if kind.groups else "redis"
+        at = now if kind.groups else max(now, redis_free)
+        if at + lasts > seconds:
+            return sorted(faults, key=lambda f: f.at_s)
+        if not kind.groups:
+            redis_free = at + lasts + 2.0
+        faults.append(Fault(at, kind, target, lasts, rng.randrange(1 << 30)))
+        now += rng.uniform(0.2, 2 * _GAP_S - 0.2)
+    raise AssertionError("unreachable")
+
+
+def _rounds(rng: random.Random, vllm: int) -> Iterator[Kind]:
+    known = [k for k in KINDS if k.groups != "v" or vllm]
+    while True:
+        rng.shuffle(known)
+        yield from known
+
+
+def _nothing() -> None:
+    """A death is healed by whoever supervises the dead."""
+
+
+def _signal(number: int) -> Callable[[Stage, Part | None, random.Random], Heal]:
+    def inject(_: Stage, part: Part | None, __: random.Random) -> Heal:
+        if part is not None and part.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(part.pid, number)
+        return _nothing
+
+    return inject
+
+
+def _stop_and_wake(_: Stage, part: Part | None, __: random.Random) -> Heal:
+    pid = part.pid if part is not None else None
+    if pid is None:
+        return _nothing
+    return _sleep(pid)
+
+
+def _stop_redis(stage: Stage, _: Part | None, __: random.Random) -> Heal:
+    return _sleep(stage.server.pid) if stage.server.pid is not None else _nothing
+
+
+def _sleep(pid: int) -> Heal:
+    def wake() -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    return wake
+
+
+def _kill_redis(stage: Stage, _: Part | None, __: random.Random) -> Heal:
+    stage.server.kill()
+    return stage.start_redis
+
+
+def _fill_disk(stage: Stage, _: Part | None, __: random.Random) -> Heal:
+    stage.fill_disk()
+    return stage.empty_disk
+
+
+def _kill_engine_core(_: Stage, part: Part | None, __: random.Random) -> Heal:
+    if part is not None and part.pid is not None:
+        with suppress(psutil.Error):
+            for child in psutil.Process(part.pid).children(recursive=True):
+                if "EngineCore" in child.name():
+                    child.kill()
+    return _nothing
+
+
+def _line(change: Callable[[Part, random.Random], None]) -> Callable[[Stage, Part | None, random.Random], Heal]:
+    def inject(stage: Stage, part: Part | None, rng: random.Random) -> Heal:
+        assert part is not None
+        stage.do(lambda: change(part, rng))
+        return lambda: stage.do(part.line.flow)
+
+    return inject
+
+
+def _drop_replies(part: Part, rng: random.Random) -> None:
+    part.line.swallow = rng.randint(1, 6)
+
+
+def _tear(part: Part, rng: random.Random) -> None:
+    part.line.tear = rng.randint(1, 4)
+
+
+def _cut(part: Part, _: random.Random) -> None:
+    part.line.cut()
+
+
+def _delay(part: Part, rng: random.Random) -> None:
+    part.line.delay_s = rng.choice((0.02, 0.1, 0.4, 2.0))
+
+
+def _stall(part: Part, _: random.Random) -> None:
+    part.line.stall()
+
+
+_BLINK = (0.0, 0.0)
+_LONGER_THAN_A_LEASE = (2.0, 5.0)
+KINDS = (
+    Kind("kill -9 of a router", "r", _BLINK, _signal(signal.SIGKILL)),
+    Kind("kill -9 of a worker", "wv", _BLINK, _signal(signal.SIGKILL)),
+    Kind("kill -9 of a producer", "p", _BLINK, _signal(signal.SIGKILL)),
+    Kind("producer dies between push and wait", "p", _BLINK, _signal(signal.SIGUSR1)),
+    Kind("EngineCore alone killed", "v", _BLINK, _kill_engine_core),
+    Kind("SIGTERM to a router", "r", _BLINK, _signal(signal.SIGTERM)),
+    Kind("SIGTERM to a worker", "wv", _BLINK, _signal(signal.SIGTERM)),
+    Kind("router stopped beyond its lease, woken", "r", _LONGER_THAN_A_LEASE, _stop_and_wake),
+    Kind("worker stopped beyond its lease, woken", "wv", _LONGER_THAN_A_LEASE, _stop_and_wake),
+    Kind("producer stopped, woken", "p", _LONGER_THAN_A_LEASE, _stop_and_wake),
+    Kind("Redis killed, restarted", "", (0.0, 2.0), _kill_redis),
+    Kind("Redis stopped, woken", "", (0.5, 4.0), _stop_redis),
+    Kind("disk full for the AOF", "", (0.5, 3.0), _fill_disk),
+    Kind("replies dropped", "rwvp", (1.0, 3.0), _line(_drop_replies)),
+    Kind("requests torn in half", "rwvp", (1.0, 3.0), _line(_tear)),
+    Kind("connections cut", "rwvp", _BLINK, _line(_cut)),
+    Kind("line delayed", "rwvp", (1.0, 6.0), _line(_delay)),
+    Kind("line stalled, then flowing", "rwvp", (0.5, 5.0), _line(_stall)),
+)

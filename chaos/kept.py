@@ -1,0 +1,114 @@
+"""What Redis holds of a run when it is over, read straight from the server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from broker.codec import number, text
+from broker.keys import ROUTER_GROUP, Keys
+from broker.models import CallRecord
+from broker.monitor import Monitor
+from broker.settings import Settings
+from chaos.leaks import leaked_keys
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a call's log. `at_ms` is Redis's clock; `end`: it is a terminal event."""
+
+    at_ms: int
+    n: int
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    end: bool = False
+
+
+@dataclass(slots=True)
+class Kept:
+    """One call's record and log, and how many ends were sent to inboxes."""
+
+    state: str
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    error_code: str = ""
+    engine: str = ""
+    attempts: int = 1
+    finished_ms: int = 0
+    log: list[Entry] = field(default_factory=list)
+    told: int = 0
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """All of it. `busy` says in words what still waits or runs; `leaked` names keys that would stay for ever."""
+
+    calls: dict[str, Kept] = field(default_factory=dict)
+    totals: dict[str, int] = field(default_factory=dict)
+    busy: list[str] = field(default_factory=list)
+    leaked: list[str] = field(default_factory=list)
+
+
+def snapshot(settings: Settings, server: redis.Redis, ids: Iterable[str]) -> Snapshot:
+    """Reads everything about these calls."""
+    keys, monitor = Keys(settings.namespace), Monitor(settings, server)
+    told = _ends_told(server, keys)
+    calls = {}
+    for call_id in ids:
+        found: Any = server.hgetall(keys.call(call_id))
+        if b"state" in found:
+            calls[call_id] = _kept(
+                CallRecord.from_hash(call_id, found), server.xrange(keys.events(call_id)), told[call_id]
+            )
+    totals = {name: int(value) for name, value in monitor.stats().items()}
+    return Snapshot(calls, totals, busy(settings, server), leaked_keys(server, keys.prefix))
+
+
+def busy(settings: Settings, server: redis.Redis) -> list[str]:
+    """What is not at rest; nothing, once all calls have ended and all workers know it."""
+    keys, monitor, db = Keys(settings.namespace), Monitor(settings, server), _any(server)
+    found = {"entries on the router stream": db.xlen(keys.calls), "deadlines": db.zcard(keys.deadlines)}
+    found["entries pending for routers"] = db.xpending(keys.calls, ROUTER_GROUP)["pending"]
+    found["parked calls"] = monitor._parked()
+    for e in monitor.engines():
+        name = e["engine_id"]
+        found |= {f"{what} on {name}": e[what] for what in ("running", "queued", "running_tokens", "queued_tokens")}
+        found[f"calls that {name} says it runs"] = number(db.hget(keys.engine(name), "running"))
+    return [f"{count} {what}" for what, count in found.items() if count]
+
+
+def _kept(record: CallRecord, log: Any, told: int) -> Kept:
+    result = record.result
+    return Kept(
+        record.state.value,
+        result.text if result else "",
+        result.token_ids if result else [],
+        record.error_code,
+        record.engine,
+        record.attempt,
+        record.finished_ms or 0,
+        [_entry(eid, fields) for eid, fields in log],
+        told,
+    )
+
+
+def _entry(eid: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+    ids = tuple(int(i) for i in text(fields.get(b"token_ids")).split())
+    at_ms = int(eid.partition(b"-")[0])
+    return Entry(at_ms, number(fields.get(b"n")), text(fields.get(b"text")), ids, b"state" in fields)
+
+
+def _ends_told(server: redis.Redis, keys: Keys) -> Counter[str]:
+    told: Counter[str] = Counter()
+    for key in _any(server).scan_iter(match=f"{keys.inbox('')}*", count=1000):
+        told.update(text(f[b"call"]) for _, f in _any(server).xrange(key) if b"state" in f)
+    return told
+
+
+def _any(server: redis.Redis) -> Any:
+    """redis-py's replies have no useful types."""
+    return server

@@ -1,0 +1,144 @@
+"""A producer that knows docs/protocol.md and a Redis client: XADD of JSON, HMGET of the record, XREAD of the log.
+
+Only cancels go through our client: they are scripts. A thread for each lane.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import redis
+
+from broker import BrokerUnavailable, Client, Settings
+from broker.connection import connect
+from chaos.calls import Act, Plan
+from chaos.producers import LANES, PAUSE_S, Book
+
+_POLL_S = 0.1
+_BLOCK_MS = 500
+
+
+def run(book: Book, settings: Settings) -> None:
+    """Returns when the book has nothing more to do."""
+    with Client(settings=settings) as client:
+        lanes = [_Lane(book, client) for _ in range(LANES)]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+    for lane in lanes:
+        if lane.error is not None:
+            raise lane.error
+
+
+class _Lane(threading.Thread):
+    def __init__(self, book: Book, client: Client) -> None:
+        super().__init__(daemon=True)
+        self.error: BaseException | None = None
+        self._book = book
+        self._client = client
+        self._keys = client.keys
+        self._redis: Any = connect(client.settings, _BLOCK_MS / 1000)
+
+    def run(self) -> None:
+        try:
+            while (plans := self._book.take()) is not None:
+                self._together(plans)
+                time.sleep(PAUSE_S)
+        except BaseException as e:
+            self.error = e
+            self._book.stopping.set()
+
+    def _together(self, plans: list[Plan]) -> None:
+        for plan in plans:
+            if not self._book.story(plan).accepted:
+                self._push(plan)
+        if plans and plans[0].act is Act.CANCEL_SESSION:
+            self._cancel_session(plans)
+        for plan in plans:
+            self._follow(plan)
+
+    def _push(self, plan: Plan) -> None:
+        if plan.deadline_s and not self._book.story(plan).deadline_ms:
+            self._book.deadline(plan, self._now_ms() + int(plan.deadline_s * 1000))
+        self._xadd(plan)
+        self._book.accepted(plan)
+        if plan.act is Act.TWICE:
+            self._xadd(plan)
+
+    def _xadd(self, plan: Plan) -> None:
+        body = {"prompt": plan.prompt, "max_tokens": plan.max_tokens, "temperature": 0}
+        fields = {
+            "id": plan.id,
+            "session": plan.session,
+            "json": json.dumps(body),
+            "stream": int(plan.stream),
+            "model": plan.model,
+            "inbox": self._client._inbox,
+        }
+        if deadline := self._book.story(plan).deadline_ms:
+            fields["deadline_ms"] = deadline
+        _insist(lambda: self._redis.xadd(self._keys.calls, fields))
+
+    def _follow(self, plan: Plan) -> None:
+        if plan.stream:
+            self._read(plan)
+        elif plan.act is Act.CANCEL:
+            time.sleep(plan.after / 10)
+            self._cancel(plan)
+        state, result, code = self._wait(plan)
+        self._book.end(plan, state, result.get("text", ""), result.get("token_ids", []), code)
+
+    def _read(self, plan: Plan) -> None:
+        key = self._keys.events(plan.id)
+        while True:
+            last = self._book.story(plan).last_eid
+            reply = _insist(lambda last=last: self._redis.xread({key: last}, block=_BLOCK_MS))  # type: ignore[misc]
+            for eid, fields in reply[0][1] if reply else ():
+                if b"state" in fields:
+                    return
+                ids = [int(i) for i in fields[b"token_ids"].split()]
+                self._book.piece(plan, int(fields[b"n"]), eid.decode(), fields[b"text"].decode(), ids)
+                if plan.act is Act.CANCEL and int(fields[b"n"]) >= plan.after and not self._book.story(plan).cancels:
+                    self._cancel(plan)
+            if plan.act is Act.AWAY:
+                self._redis.connection_pool.disconnect()
+
+    def _wait(self, plan: Plan) -> tuple[str, dict[str, Any], str]:
+        key = self._keys.call(plan.id)
+        while True:
+            state, result, code = _insist(lambda: self._redis.hmget(key, "state", "result", "error_code"))
+            if state not in (None, b"PENDING", b"RUNNING"):
+                return state.decode(), json.loads(result or "{}"), (code or b"").decode()
+            time.sleep(_POLL_S)
+
+    def _cancel(self, plan: Plan) -> None:
+        self._book.cancel(plan)
+        if _insist(lambda: self._client.cancel(plan.id)):
+            self._book.cancelled(plan, self._now_ms())
+
+    def _cancel_session(self, plans: list[Plan]) -> None:
+        time.sleep(plans[0].after / 10)
+        for plan in plans:
+            self._book.cancel(plan)
+        _insist(lambda: self._client.cancel_session(plans[0].session))
+        now = self._now_ms()
+        for plan in plans:
+            self._book.session_cancelled(plan, now)
+
+    def _now_ms(self) -> int:
+        seconds, micros = _insist(self._redis.time)
+        return int(seconds * 1000 + micros // 1000)
+
+
+def _insist(action: Callable[[], Any]) -> Any:
+    """Repeats until Redis takes it; every push has an id, so that is safe."""
+    while True:
+        try:
+            return action()
+        except (redis.RedisError, BrokerUnavailable):
+            time.sleep(_POLL_S)

@@ -1,0 +1,139 @@
+"""A producer with the synchronous client, a thread for each lane."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from broker import BrokerUnavailable, CallEnded, CallHandle, Client, Delta, Settings, UnknownCall
+from chaos.calls import Act, Plan
+from chaos.producers import LANES, PAUSE_S, Book
+
+T = TypeVar("T")
+
+
+def run(book: Book, settings: Settings) -> None:
+    """Returns when the book has nothing more to do."""
+    with Client(settings=settings) as client:
+        lanes = [_Lane(book, client) for _ in range(LANES)]
+        for lane in lanes:
+            lane.start()
+        for lane in lanes:
+            lane.join()
+    for lane in lanes:
+        if lane.error is not None:
+            raise lane.error
+
+
+class _Lane(threading.Thread):
+    def __init__(self, book: Book, client: Client) -> None:
+        super().__init__(daemon=True)
+        self.error: BaseException | None = None
+        self._book = book
+        self._client = client
+
+    def run(self) -> None:
+        try:
+            while (plans := self._book.take()) is not None:
+                self._together(plans)
+                time.sleep(PAUSE_S)
+        except BaseException as e:
+            self.error = e
+            self._book.stopping.set()
+
+    def _together(self, plans: list[Plan]) -> None:
+        handles = [(plan, handle) for plan in plans if (handle := self._push(plan)) is not None]
+        if plans and plans[0].act is Act.CANCEL_SESSION:
+            self._cancel_session(plans)
+        for plan, handle in handles:
+            self._follow(plan, handle)
+
+    def _push(self, plan: Plan) -> CallHandle | None:
+        story = self._book.story(plan)
+        if story.accepted:  # by a predecessor of this process
+            try:
+                return _insist(lambda: self._client.handle(plan.id))
+            except UnknownCall:
+                self._book.lost(plan)
+                return None
+        if plan.deadline_s and not story.deadline_ms:
+            self._book.deadline(plan, _insist(lambda: self._client.deadline_in(plan.deadline_s)))
+        handle = self._submit(plan)
+        self._book.accepted(plan)
+        return self._submit(plan) if plan.act is Act.TWICE else handle
+
+    def _submit(self, plan: Plan) -> CallHandle:
+        return _insist(
+            lambda: self._client.submit(
+                plan.prompt,
+                id=plan.id,
+                session=plan.session,
+                model=plan.model,
+                stream=plan.stream,
+                deadline_ms=self._book.story(plan).deadline_ms or None,
+                max_tokens=plan.max_tokens,
+                temperature=0,
+            )
+        )
+
+    def _follow(self, plan: Plan, handle: CallHandle) -> None:
+        if plan.stream:
+            self._read(plan)
+        elif plan.act is Act.CANCEL:
+            time.sleep(plan.after / 10)
+            self._cancel(plan)
+        record = _insist(handle.wait)
+        result = record.result
+        self._book.end(
+            plan, record.state, result.text if result else "", result.token_ids if result else [], record.error_code
+        )
+
+    def _read(self, plan: Plan) -> None:
+        """Reads the stream, acting in the middle of it; a second client reads on where the first one left."""
+        if self._pieces(plan, self._client) and plan.act is Act.AWAY:
+            with Client(settings=self._client.settings) as other:
+                self._pieces(plan, other)
+
+    def _pieces(self, plan: Plan, client: Client) -> bool:
+        """True if it left the stream before its end."""
+        while True:
+            try:
+                for delta in client.stream(plan.id, self._book.story(plan).last_eid):
+                    self._note(plan, delta)
+                    if plan.act is Act.CANCEL and delta.n >= plan.after and not self._book.story(plan).cancels:
+                        self._cancel(plan)
+                    if plan.act is Act.AWAY and client is self._client and delta.n == plan.after:
+                        return True
+                return False
+            except CallEnded:
+                return False
+            except BrokerUnavailable:
+                continue
+
+    def _note(self, plan: Plan, delta: Delta) -> None:
+        self._book.piece(plan, delta.n, delta.event_id, delta.text, list(delta.token_ids))
+
+    def _cancel(self, plan: Plan) -> None:
+        self._book.cancel(plan)
+        if _insist(lambda: self._client.cancel(plan.id)):
+            self._book.cancelled(plan, _insist(lambda: self._client.deadline_in(0)))
+
+    def _cancel_session(self, plans: list[Plan]) -> None:
+        time.sleep(plans[0].after / 10)
+        for plan in plans:
+            self._book.cancel(plan)
+        _insist(lambda: self._client.cancel_session(plans[0].session))
+        now = _insist(lambda: self._client.deadline_in(0))
+        for plan in plans:
+            self._book.session_cancelled(plan, now)
+
+
+def _insist(action: Callable[[], T]) -> T:
+    """Does what BrokerUnavailable asks for: it repeats."""
+    while True:
+        try:
+            return action()
+        except BrokerUnavailable:
+            continue

@@ -1,0 +1,136 @@
+"""A producer as a process of its own: `python -m chaos.producers KIND …`, started again when it dies.
+
+It works on a few calls at once until SIGTERM, then ends those under way and leaves. After SIGUSR1 it kills itself
+(kill -9) between its next push and its wait. Its successor takes its ledger up: unfinished calls are waited for by
+their ids, streams are read on from the last event id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from broker import Settings, logs
+from chaos.calls import Plan, Pool, draw
+from chaos.ledger import Ledger, Story, read
+
+KINDS = ("sync", "aio", "raw")
+LANES = 4
+# Between two calls of a lane.
+PAUSE_S = 0.15
+_LEAVE_S = 300
+
+
+class Book:
+    """What a producer has to do, what its predecessors did, and what it notes down. Threads may share one."""
+
+    def __init__(self, place: int, seed: int, path: Path, pool: Pool | None = None) -> None:
+        self._seed, self._place, self._pool = seed, place, pool
+        self._stories = read([path])
+        self._ledger = Ledger(path)
+        numbers = {_number(call) for call in self._stories}
+        self._unfinished = sorted({_number(c) for c, s in self._stories.items() if not s.ends})
+        self._fresh = itertools.count(max(numbers, default=-1) + 1)
+        self._lock = threading.Lock()
+        self._doomed = False
+        self.stopping = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: self._leave())
+        signal.signal(signal.SIGUSR1, lambda *_: self._doom())
+
+    def take(self) -> list[Plan] | None:
+        """The next calls to make, or to take up; None if there is nothing more to do."""
+        with self._lock:
+            if self._unfinished:
+                number = self._unfinished.pop(0)
+            elif self.stopping.is_set():
+                return None
+            else:
+                number = next(self._fresh)
+        plans = draw(self._seed, self._place, number, self._pool)
+        for plan in plans:
+            if plan.id not in self._stories:
+                self._stories[plan.id] = Story(plan)
+                self._ledger.note("planned", plan.id, plan=plan.as_json())
+        return [plan for plan in plans if not self.story(plan).ends]
+
+    def story(self, plan: Plan) -> Story:
+        """What this process and its predecessors know of a call."""
+        return self._stories[plan.id]
+
+    def accepted(self, plan: Plan) -> None:
+        """Its push was acknowledged."""
+        self._note("accepted", plan)
+        if self._doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def deadline(self, plan: Plan, ms: int) -> None:
+        self._note("deadline", plan, ms=ms)
+
+    def piece(self, plan: Plan, n: int, eid: str, text: str, token_ids: list[int]) -> None:
+        self._note("piece", plan, n=n, eid=eid, text=text, ids=token_ids)
+
+    def cancel(self, plan: Plan) -> None:
+        """A cancel of the call, or of its session, is about to be sent."""
+        self._note("cancel", plan)
+
+    def cancelled(self, plan: Plan, ms: int) -> None:
+        """The cancel was acknowledged as taking effect; it is `ms` on Redis's clock."""
+        self._note("cancelled", plan, ms=ms)
+
+    def session_cancelled(self, plan: Plan, ms: int) -> None:
+        self._note("session_cancelled", plan, ms=ms)
+
+    def lost(self, plan: Plan) -> None:
+        """An accepted call has no record."""
+        self._note("lost", plan)
+        self.end(plan, "LOST")
+
+    def end(self, plan: Plan, state: str, text: str = "", token_ids: list[int] | None = None, code: str = "") -> None:
+        self._note("end", plan, state=state, text=text, ids=token_ids or [], error_code=code)
+
+    def _leave(self) -> None:
+        self.stopping.set()
+        signal.alarm(_LEAVE_S)  # whoever started it may be gone, and Redis too
+
+    def _doom(self) -> None:
+        self._doomed = True
+
+    def _note(self, what: str, plan: Plan, **more: Any) -> None:
+        self._ledger.note(what, plan.id, **more)
+        self.story(plan).add({"what": what, "at": 1.0, **more})
+
+
+def heeds_signals(ledger: Path) -> Path:
+    """The file that holds the pid of the producer that works on a ledger, once SIGTERM means to it what it should."""
+    return ledger.with_suffix(".pid")
+
+
+def _number(call_id: str) -> int:
+    """The number of the group that a call belongs to: 17 of "p2-17.0"."""
+    return int(call_id.partition("-")[2].partition(".")[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="chaos.producers")
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("place", type=int)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("ledger", type=Path)
+    parser.add_argument("--pool", type=json.loads)
+    args = parser.parse_args()
+    logs.configure(f"producer {args.place}")
+    pool = Pool(args.pool["model"], tuple(args.pool["prompts"]), args.pool["max_tokens"]) if args.pool else None
+    book = Book(args.place, args.seed, args.ledger, pool)
+    heeds_signals(args.ledger).write_text(str(os.getpid()))
+    importlib.import_module(f"chaos.producer_{args.kind}").run(book, Settings())
+
+
+if __name__ == "__main__":
+    main()
