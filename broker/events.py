@@ -62,4 +62,5 @@ def _delta(fields: Fields, event_id: str) -> Delta:
         text=text(fields.get(b"text")),
         token_ids=[int(i) for i in ids.split()],
         chunks=chunks.split("\n") if chunks else [],
+        restart=fields.get(b"restart") == b"1",
     )

@@ -39,6 +39,10 @@ class Keys:
         return f"{self.prefix}dead"
 
     @property
+    def solved(self) -> str:
+        return f"{self.prefix}solved"
+
+    @property
     def deadlines(self) -> str:
         return f"{self.prefix}deadlines"
 

@@ -128,7 +128,11 @@ class CallResult:
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
-    """A call as Redis keeps it, without its body."""
+    """A call as Redis keeps it, without its body.
+
+    `failures` counts attempts lost to errors; `deaths` engine processes that died while it ran, without those that were
+    known to be another call's doing when the last of them died.
+    """
 
     id: str
     state: RequestState
@@ -137,6 +141,8 @@ class CallRecord:
     engine: str = ""
     model: str = ""
     attempt: int = 1
+    failures: int = 0
+    deaths: int = 0
     priority: int = 0
     level: int = 0
     stream: bool = False
@@ -188,6 +194,8 @@ class CallRecord:
             engine=words(b"engine"),
             model=words(b"model"),
             attempt=int(get(b"attempt") or 1),
+            failures=whole(b"failures"),
+            deaths=len(words(b"deaths").split()),
             priority=whole(b"priority"),
             level=whole(b"level"),
             stream=get(b"stream") == b"1",
@@ -270,6 +278,7 @@ class Delta:
     `n` numbers the pieces of a call from 0, across attempts. `event_id` is the entry id in the call's log: give it
     to `stream(last_event_id=…)` to continue behind this piece. OpenAI kinds carry `chunks`, the JSON documents of
     the response stream; `generate` carries `text` and `token_ids`.
+    `restart`: forget the pieces so far, the text begins anew behind this one (only with `on_engine_loss="restart"`).
     """
 
     n: int
@@ -277,3 +286,4 @@ class Delta:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     chunks: list[str] = field(default_factory=list)
+    restart: bool = False

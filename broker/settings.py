@@ -24,7 +24,8 @@ class Settings(BaseSettings):
     lease_ms: int = Field(2500, ge=300, description="a worker or router silent for so long is dead")
     heartbeat_ms: int = Field(500, ge=50, description="how often a worker renews its lease")
     tick_ms: int = Field(250, ge=20, description="how often a router looks for dead engines and passed deadlines")
-    max_attempts: int = Field(3, ge=1, description="attempts lost to deaths or errors before a call is a dead letter")
+    max_attempts: int = Field(3, ge=1, description="attempts lost to errors before a call is a dead letter")
+    max_deaths: int = Field(3, ge=2, description="engine processes that a call may take with it, the last one alone")
 
     result_ttl_s: int = Field(3600, ge=1, description="how long a finished call's record, log and inbox live")
     session_ttl_s: int = Field(3600, ge=1, description="how long an idle session's entry and affinity live")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from broker.codec import Format, number, real, text
 from broker.keys import Keys
-from broker.models import CallRequest, RequestState
+from broker.models import CallRequest, OnEngineLoss, RequestState
 from broker.scripts import Arg, Command, script
 from broker.settings import Settings
 
@@ -118,7 +118,10 @@ class Fence:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A call that a worker has taken. `events` counts the pieces that earlier attempts have published."""
+    """A call that a worker has taken.
+
+    `events` counts the pieces that earlier attempts have published; those before number `begins` are void.
+    """
 
     fence: Fence
     session: str
@@ -133,6 +136,8 @@ class Claimed:
     body_field: Format
     body: bytes = field(repr=False)
     cancelled: bool = False
+    on_engine_loss: OnEngineLoss = "continue"
+    begins: int = 0
 
 
 class Event(NamedTuple):
@@ -159,9 +164,13 @@ class Finish(NamedTuple):
     events: int | None = None  # published of the call, earlier attempts included
 
 
+# Why an attempt was lost: its engine's process died, its engine failed on it, or "": it was given back in order.
+Fault = Literal["death", "error", ""]
+
+
 class Release(NamedTuple):
     fence: Fence
-    fault: bool
+    fault: Fault
     error_code: str
     error: str
 
@@ -252,7 +261,7 @@ class Transitions:
 
     def reap(self, engine: str = "", incarnation: str = "") -> Command[Reaped]:
         s = self._settings
-        args = self._args(s.lease_ms, s.max_attempts, s.batch, engine, incarnation)
+        args = self._args(s.lease_ms, s.max_deaths, s.batch, engine, incarnation)
         return Command(script("reap"), args, lambda r: Reaped(int(r[0]), _texts(r[1:])))
 
     def expire(self, router: str = "") -> Command[int]:
@@ -278,7 +287,7 @@ class Transitions:
 
     def register(self, engine: str, incarnation: str, fields: Mapping[str, Arg]) -> Command[Registered]:
         s = self._settings
-        args = self._args(engine, incarnation, s.lease_ms, s.max_attempts, *_flat(fields))
+        args = self._args(engine, incarnation, s.lease_ms, s.max_deaths, *_flat(fields))
         return Command(script("register"), args, _registered)
 
     def heartbeat(self, engine: str, incarnation: str, state: str, load: Mapping[str, Arg]) -> Command[bool]:
@@ -288,7 +297,8 @@ class Transitions:
 
     def claim(self, engine: str, incarnation: str, claim_no: int, most: int) -> Command[list[Claimed] | None]:
         """The calls claimed, None if the lease was lost."""
-        return Command(script("claim"), self._args(engine, incarnation, claim_no, most), _claimed)
+        args = self._args(engine, incarnation, claim_no, most, self._settings.max_deaths)
+        return Command(script("claim"), args, _claimed)
 
     def publish(self, engine: str, events: Sequence[Event]) -> Command[list[str]]:
         args = self._args(engine)
@@ -318,9 +328,9 @@ class Transitions:
         return Command(script("finish"), args, _texts)
 
     def release(self, engine: str, calls: Sequence[Release]) -> Command[list[str]]:
-        args = self._args(engine, self._settings.max_attempts)
+        args = self._args(engine, self._settings.max_attempts, self._settings.max_deaths)
         for c in calls:
-            args += [c.fence.call_id, c.fence.gen, c.fence.attempt, int(c.fault), c.error_code, c.error]
+            args += [c.fence.call_id, c.fence.gen, c.fence.attempt, c.fault, c.error_code, c.error]
         return Command(script("release"), args, _texts)
 
     def reconcile(self, engine: str, incarnation: str, held: Sequence[Fence]) -> Command[Differences | None]:
@@ -391,6 +401,10 @@ def _claimed(reply: Sequence[Any]) -> list[Claimed] | None:
     return [_claimed_call(r) for r in reply[1:]]
 
 
+def _on_engine_loss(value: bytes) -> OnEngineLoss:
+    return "restart" if value == b"restart" else "fail" if value == b"fail" else "continue"
+
+
 def _claimed_call(r: Sequence[bytes]) -> Claimed:
     return Claimed(
         fence=Fence(text(r[0]), text(r[1]), number(r[2])),
@@ -406,6 +420,8 @@ def _claimed_call(r: Sequence[bytes]) -> Claimed:
         body_field="json" if r[12] == b"json" else "body",
         body=r[13],
         cancelled=bool(r[14]),
+        on_engine_loss=_on_engine_loss(r[15]),
+        begins=number(r[16]),
     )
 
 

@@ -12,7 +12,7 @@ from broker.connection import BLIPS, connect
 from broker.ids import new_id
 from broker.keys import Keys
 from broker.scripts import Arg
-from broker.transitions import Claimed, Event, Fence, Finish, Registered, Release, Transitions
+from broker.transitions import Claimed, Event, Fault, Fence, Finish, Registered, Release, Transitions
 from router.policies import Policy
 from router.router import Router
 from tests.conftest import eventually
@@ -128,8 +128,11 @@ class FakeWorker:
     def fail(self, call: Claimed, error_code: str = "engine_error", error: str = "The engine broke.") -> str:
         return self.finish(call, "", RequestState.FAILED, error_code=error_code, error=error)
 
-    def release(self, *calls: Claimed, fault: bool, error: str = "The engine broke.") -> list[str]:
-        releases = [Release(c.fence, fault, "engine_error", error) for c in calls]
+    def release(
+        self, *calls: Claimed, fault: bool = False, death: bool = False, error: str = "The engine broke."
+    ) -> list[str]:
+        kind: Fault = "death" if death else "error" if fault else ""
+        releases = [Release(c.fence, kind, "engine_error", error) for c in calls]
         for c in calls:
             self.held.pop(c.fence.call_id, None)
         return scripts.run(self.db, self.transitions.release(self.engine, releases))

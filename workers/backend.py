@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.models import OnEngineLoss
+
 
 class CallRejected(Exception):
     """The engine will never run this call; the message says what to change. It becomes FAILED `invalid_request`."""
@@ -51,6 +53,7 @@ class Job:
     level: int = 0
     traceparent: str = ""
     resumed: Resumed | None = None
+    on_engine_loss: OnEngineLoss = "continue"
 
 
 @dataclass(slots=True)

@@ -86,7 +86,7 @@ class Calls:
         loop = asyncio.get_running_loop()
         for call in claimed:
             if self._refusing:
-                self._put(Release(call.fence, False, ErrorCode.ENGINE_ERROR.value, "The engine had died before."))
+                self._put(Release(call.fence, "", ErrorCode.ENGINE_ERROR.value, "The engine had died before."))
                 self._left()
                 continue
             key = key_of(call.fence)
@@ -104,7 +104,7 @@ class Calls:
         that one is to come under a new one.
         """
         if running.dropped:
-            self._put(Release(running.claimed.fence, False, "", _FORGOTTEN))
+            self._put(Release(running.claimed.fence, "", "", _FORGOTTEN))
         self._left()
 
     def cancel(self, fence: Fence) -> None:
@@ -170,15 +170,15 @@ class Calls:
             message = Finish(fence, RequestState.FAILED, code, str(e), b"", 0, 0, 0, 0)
         except EngineDied as e:
             error = f"The engine died while the call was running: {e}"
-            message = Release(fence, True, ErrorCode.ATTEMPTS_EXHAUSTED.value, error)
+            message = Release(fence, "death", ErrorCode.ATTEMPTS_EXHAUSTED.value, error)
             self._died(str(e))
         except EngineError as e:
-            message = Release(fence, True, ErrorCode.ENGINE_ERROR.value, f"The engine failed: {e}")
+            message = Release(fence, "error", ErrorCode.ENGINE_ERROR.value, f"The engine failed: {e}")
         except Exception as e:
             # The type, never the message: it may quote the prompt.
             name = type(e).__name__
             log.error("call %s: %s in the backend", fence.call_id, name, exc_info=log.isEnabledFor(logging.DEBUG))
-            message = Release(fence, True, ErrorCode.ENGINE_ERROR.value, f"The engine failed: {name}.")
+            message = Release(fence, "error", ErrorCode.ENGINE_ERROR.value, f"The engine failed: {name}.")
         if running.gap:
             message = given_up(fence)
         if not running.dropped:
@@ -195,7 +195,7 @@ class Calls:
         if running.cancelled:
             return _finish(c, RequestState.CANCELLED, outcome)
         if outcome.finish_reason == "abort":  # nobody asked the call to stop: its engine is going down
-            return Release(c.fence, False, ErrorCode.ENGINE_ERROR.value, "The engine was stopped.")
+            return Release(c.fence, "", ErrorCode.ENGINE_ERROR.value, "The engine was stopped.")
         return _finish(c, RequestState.COMPLETED, outcome)
 
     def _emit(self, running: Running, piece: Piece) -> None:
@@ -213,7 +213,8 @@ class Calls:
             priority=c.priority,
             level=c.level,
             traceparent=c.traceparent,
-            resumed=await self._resumed(c.fence.call_id) if c.events else None,
+            resumed=await self._resumed(c.fence.call_id) if c.events > c.begins else None,
+            on_engine_loss=c.on_engine_loss,
         )
 
     async def _resumed(self, call_id: str) -> Resumed:

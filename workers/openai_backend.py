@@ -272,19 +272,21 @@ class OpenAIBackend(Backend):
         except httpx.HTTPError as e:
             # The answer was whole; only its last words are missing.
             if not ex.finished:
-                raise await self._lost(ex, f"The connection to {self._where} failed: {type(e).__name__}.") from e
+                raise await self._lost(ex, job, f"The connection to {self._where} failed: {type(e).__name__}.") from e
         except EngineError as e:
-            raise await self._lost(ex, str(e)) from e
+            raise await self._lost(ex, job, str(e)) from e
         if not ex.streams:
             self._rate.add(ex.tokens(), time.perf_counter())
 
-    async def _lost(self, ex: Exchange, why: str) -> CallRejected | EngineError | EngineDied:
+    async def _lost(self, ex: Exchange, job: Job, why: str) -> CallRejected | EngineError | EngineDied:
         """What a broken call means: its server is gone, with all it ran; or this one attempt failed."""
-        lost: EngineError | EngineDied = EngineError(why)
-        if not await self._is_there():
+        died = not await self._is_there()
+        if died:
             self._die(f"{self._where} does not answer any more.")
-            lost = EngineDied(self._gone)
-        return lost if ex.continuable else CallRejected(CANNOT_CONTINUE)
+        # A call that says itself what a loss means to it need not be continuable.
+        if ex.continuable or job.on_engine_loss == "restart" or (died and job.on_engine_loss == "fail"):
+            return EngineDied(self._gone) if died else EngineError(why)
+        return CallRejected(CANNOT_CONTINUE)
 
     async def _exchange(self, ex: Exchange, job: Job, emit: Callable[[Piece], None]) -> None:
         if self._client is None:

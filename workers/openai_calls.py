@@ -11,7 +11,8 @@ from workers.backend import CallRejected, Job, Outcome, Piece, Resumed
 from workers.openai_wire import Assembler, choice_text, document, single_line
 
 CANNOT_CONTINUE = (
-    "The remote server died in the middle of this stream and it cannot be continued; submit the call again."
+    "The remote server died in the middle of this stream and it cannot be continued; "
+    'submit the call again, with on_engine_loss="restart" if it is to begin anew by itself.'
 )
 _PATHS = {"chat.completions": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
 _DEFAULT_MAX_TOKENS = 16  # of the completions API, if the call does not say

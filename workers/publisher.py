@@ -151,7 +151,7 @@ class Publisher(threading.Thread):
 
 def given_up(fence: Fence) -> Release:
     """The end of an attempt of whose events Redis has lost some. Nobody's fault: the next goes on behind the log."""
-    return Release(fence, False, "", _GAP)
+    return Release(fence, "", "", _GAP)
 
 
 def _gather(items: Sequence[Item]) -> _Gathered:

@@ -62,7 +62,7 @@ class Reconciler:
         unknown = set(found.unknown) - {*self._calls.held(), *self._publisher.leaving()}
         again, self._suspects = unknown & self._suspects, unknown - self._suspects
         for fence in again:
-            self._publisher.put(Release(fence, False, "", _UNKNOWN))
+            self._publisher.put(Release(fence, "", "", _UNKNOWN))
         if found.lost or again:
             message = "engine %s and Redis differ: %d calls were not this engine's any more, %d ends were not known"
             log.warning(message, self._engine, len(found.lost), len(again))

@@ -150,7 +150,10 @@ def _position(kind: str, resumed: Resumed) -> tuple[int, int, int]:
         return 0, 0, 0
     match = re.fullmatch(r"sim (\d+) (\d+) (\d+)", resumed.replays[-1] if resumed.replays else "")
     if match is None:
-        raise CallRejected("This stream began on another kind of engine and cannot go on here; submit the call again.")
+        raise CallRejected(
+            "This stream began on another kind of engine and cannot go on here; "
+            'submit the call again, with on_engine_loss="restart" if it is to begin anew by itself.'
+        )
     return int(match[1]), int(match[2]), int(match[3])
 
 

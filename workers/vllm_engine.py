@@ -12,7 +12,10 @@ from typing import Any
 
 from workers.backend import CallRejected, EngineDied, EngineError, Job
 
-CANNOT_CONTINUE = "The engine died in the middle of this stream and it cannot be continued; submit the call again."
+CANNOT_CONTINUE = (
+    "The engine died in the middle of this stream and it cannot be continued; "
+    'submit the call again, with on_engine_loss="restart" if it is to begin anew by itself.'
+)
 GONE = "vLLM's engine process has ended."
 
 _LEVELS = 16  # levels of the router's queues that fit between two priorities

@@ -1,4 +1,4 @@
--- What happens to a running call whose attempt is over without a result.
+-- Where a call waits: the router stream, or the queue of an engine. Needs lib and terminal.
 
 -- The score orders an engine's queue: the user's priority class, then the scheduling level, then
 -- arrival. 8 + 4 + 41 bits: the exact integers of a double.
@@ -27,30 +27,6 @@ local function end_flagged(id, c)
   else
     end_call(id, c, 'CANCELLED', '', c.cancel_reason, '')
   end
-end
-
--- A call lost its attempt on engine e. fault: whether it counts against max_attempts (a death or an error
--- does, a graceful give-back does not). home: the engine whose queue takes it, "" = the router decides.
--- code, message: what the record will say if this was the last attempt allowed.
-local function end_attempt(id, e, fault, max_attempts, home, code, message)
-  local key = call_key(id)
-  local c = read_call(id)
-  later('ZREM', running_key(e), id)
-  -- A running set may hold the id of a call that ended or moved: its record says so, and is the law.
-  if c.state ~= 'RUNNING' or c.engine ~= e then return end
-  count(engine_key(e), 'running_tokens', -load_of(c))
-  if c.cancel ~= '' then return end_flagged(id, c) end
-  local failures = (tonumber(redis.call('HGET', key, 'failures')) or 0) + (fault and 1 or 0)
-  if failures >= max_attempts then
-    local more = redis.call('HMGET', key, 'kind', c.format)
-    bury(id, code, message, 'session', c.session, 'kind', more[1] or '', 'model', c.model, 'attempts', c.attempt,
-      c.format, more[2] or '')
-    return end_call(id, c, 'FAILED', code, message, '', 'failures', failures)
-  end
-  -- attempt is half of the fence: from here on the old attempt can change nothing.
-  redis.call('HSET', key, 'attempt', int((tonumber(c.attempt) or 1) + 1), 'failures', failures, 'lost', message)
-  count_total('requeued')
-  if home == '' then to_router(id, c) else to_queue(id, home, c) end
 end
 
 -- Gives an engine's waiting calls back to the router, at most limit of them. Returns how many.

@@ -1,21 +1,25 @@
---- @include lib terminal
+--- @include lib terminal poison
 -- A worker takes the calls its engine can start now. A claim carries a number: the same number again, after a
 -- reply was lost, gives the same calls again instead of losing them.
 --
--- ARGV     engine incarnation claim_no max
+-- A suspect of killing engines (poison.lua) runs alone: once the claims have come to it, nothing more is handed out
+-- until all that runs has left; then it is, alone; and nothing again until it has left.
+--
+-- ARGV     engine incarnation claim_no max max_deaths
 -- Returns  {"fenced"} if another incarnation owns the engine, else {"ok", call, call, …}, per call
 --          {id, gen, attempt, session, kind, stream, inbox, priority, level, events, traceparent, prompt_tokens,
---          format, body, cancel}
-local e, incarnation, claim_no, max = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7])
-local owner = redis.call('HMGET', engine_key(e), 'incarnation', 'claim_no', 'claimed', 'state')
+--          format, body, cancel, on_engine_loss, begins}
+local e, incarnation, claim_no, max, max_deaths = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
+local owner = redis.call('HMGET', engine_key(e), 'incarnation', 'claim_no', 'claimed', 'state', 'alone')
 if owner[1] ~= incarnation or owner[4] == 'DEAD' then return {'fenced'} end
 
 local out = {'ok'}
 local job_fields = {'state', 'engine', 'gen', 'attempt', 'session', 'kind', 'stream', 'inbox', 'priority', 'level',
-  'events', 'traceparent', 'prompt_tokens', 'deadline_ms', 'cancel', 'format', 'body', 'json'}
+  'events', 'traceparent', 'prompt_tokens', 'deadline_ms', 'cancel', 'format', 'body', 'json',
+  'deaths', 'on_engine_loss', 'begins'}
 local function hand_over(id, c)
   out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
-    c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel}
+    c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel, c.on_engine_loss, c.begins}
 end
 
 if owner[2] == claim_no then
@@ -26,24 +30,46 @@ if owner[2] == claim_no then
   return out
 end
 
+-- The calls that may be handed out now, in order.
+local function candidates()
+  local alone = owner[5]
+  if not alone then return redis.call('ZRANGE', queue_key(e), 0, max - 1) end
+  local c = read_call(alone, job_fields)
+  if c.engine == e and is_suspect(c.deaths, max_deaths) then
+    if c.state == 'RUNNING' then return {} end
+    if c.state == 'PENDING' then return {alone} end
+  end
+  -- It ended, moved, or was found innocent meanwhile.
+  redis.call('HDEL', engine_key(e), 'alone')
+  return redis.call('ZRANGE', queue_key(e), 0, max - 1)
+end
+
 local claimed = {}
-for _, id in ipairs(redis.call('ZRANGE', queue_key(e), 0, max - 1)) do
-  later('ZREM', queue_key(e), id)
+local function take(id, c)
+  redis.call('HSET', call_key(id), 'state', 'RUNNING', 'started_ms', int(NOW))
+  later('ZADD', running_key(e), int(NOW), id)
+  count(engine_key(e), 'running_tokens', load_of(c))
+  claimed[#claimed + 1] = id
+  hand_over(id, c)
+end
+
+for _, id in ipairs(candidates()) do
   local c = read_call(id, job_fields)
   -- Anything else here is the trace of a call that ended or moved meanwhile.
-  if c.state == 'PENDING' and c.engine == e then
-    local load = load_of(c)
-    count(engine_key(e), 'queued_tokens', -load)
-    if c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW then
-      end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was waiting.', '')
-    else
-      redis.call('HSET', call_key(id), 'state', 'RUNNING', 'started_ms', int(NOW))
-      later('ZADD', running_key(e), int(NOW), id)
-      count(engine_key(e), 'running_tokens', load)
-      claimed[#claimed + 1] = id
-      hand_over(id, c)
-    end
+  local here = c.state == 'PENDING' and c.engine == e
+  local late = here and c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW
+  local suspect = here and not late and is_suspect(c.deaths, max_deaths)
+  if suspect then redis.call('HSET', engine_key(e), 'alone', id) end
+  if suspect and (#claimed > 0 or is_busy(e)) then break end
+  later('ZREM', queue_key(e), id)
+  if here then count(engine_key(e), 'queued_tokens', -load_of(c)) end
+  if late then
+    end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was waiting.', '')
+    make_way(e)
+  elseif here then
+    take(id, c)
   end
+  if suspect then break end
 end
 if #claimed > 0 then
   redis.call('HSET', engine_key(e), 'claim_no', claim_no, 'claimed', table.concat(claimed, ' '))

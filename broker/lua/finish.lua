@@ -60,5 +60,6 @@ end
 
 local out = {}
 for at = 5, #ARGV, 12 do out[#out + 1] = finish(unpack(ARGV, at, at + 11)) end
+make_way(e)
 write_all()
 return out

@@ -106,6 +106,10 @@ local function pending_members(key) return #(members.SADD[key] or {}) - #(member
 local function take_entry(entry) taken[#taken + 1] = entry end
 -- Wakes the worker that waits for work. One ring is enough however many calls wait.
 local function ring(e) rung[e] = true end
+-- A call left an engine that is kept for a suspect (poison.lua), and the way may be free now.
+local function make_way(e)
+  if redis.call('HEXISTS', engine_key(e), 'alone') == 1 then ring(e) end
+end
 
 -- Lua cannot unpack lists of any length; the size is even, so that pairs stay together.
 local function in_chunks(list, run)

@@ -1,11 +1,11 @@
---- @include lib terminal attempts
+--- @include lib terminal attempts events poison lost
 -- Any router, on a timer: engines whose lease has ended are dead; their calls go to others.
 --
--- ARGV     lease_ms max_attempts limit (calls moved per run, so that no run blocks Redis for long)
+-- ARGV     lease_ms max_deaths limit (calls moved per run, so that no run blocks Redis for long)
 --          engine ("" = all whose lease ended; else only this one, whose death its supervisor has seen)
 --          incarnation of that engine
 -- Returns  {calls moved, engine, …}: the engines found dead in this run
-local lease, max_attempts, limit, only, incarnation = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], ARGV[8]
+local lease, max_deaths, limit, only, incarnation = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], ARGV[8]
 local message = 'The worker died while the call was running.'
 local candidates
 if only == '' then
@@ -27,7 +27,8 @@ for _, e in ipairs(candidates) do
   if moved < limit then
     local running = redis.call('ZRANGE', running_key(e), 0, limit - moved - 1)
     for _, id in ipairs(running) do
-      end_attempt(id, e, true, max_attempts, '', 'attempts_exhausted', message)
+      end_attempt(id, e, {fault = 'death', incident = redis.call('HGET', key, 'incarnation') or e,
+        max_deaths = max_deaths, home = '', message = message})
     end
     moved = moved + #running
   end

@@ -1,10 +1,10 @@
---- @include lib terminal attempts
+--- @include lib terminal attempts events poison lost
 -- A worker takes an engine id. A second worker with the same id is refused while the first one's lease holds;
 -- a worker that comes back under its id takes the calls of its dead predecessor back.
 --
--- ARGV     engine incarnation lease_ms max_attempts, then field value … of the registration
+-- ARGV     engine incarnation lease_ms max_deaths, then field value … of the registration
 -- Returns  {"ok", id to read the control stream from} | {"taken", heartbeat_ms, node, pid}
-local e, incarnation, lease, max_attempts = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
+local e, incarnation, lease, max_deaths = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
 local key = engine_key(e)
 local old = redis.call('HMGET', key, 'incarnation', 'state', 'node', 'pid')
 local beat = tonumber(redis.call('ZSCORE', ENGINES, e) or '0')
@@ -12,17 +12,18 @@ local alive = old[1] and old[2] ~= 'STOPPED' and old[2] ~= 'DEAD' and beat > NOW
 if alive and old[1] ~= incarnation then
   return {'taken', int(beat), old[3] or '', old[4] or ''}
 end
+if old[1] ~= incarnation then
+  for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do
+    end_attempt(id, e, {fault = 'death', incident = old[1] or e, max_deaths = max_deaths, home = e,
+      message = 'The worker died while the call was running.'})
+  end
+end
 local fields = {}
 for i = 8, #ARGV do fields[#fields + 1] = ARGV[i] end
 redis.call('HSET', key, 'incarnation', incarnation, 'state', 'STARTING', 'registered_ms', int(NOW), unpack(fields))
-redis.call('HDEL', key, 'claim_no', 'claimed')
+redis.call('HDEL', key, 'claim_no', 'claimed', 'alone')
 redis.call('PERSIST', key)
 redis.call('ZADD', ENGINES, int(NOW), e)
-if old[1] ~= incarnation then
-  for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do
-    end_attempt(id, e, true, max_attempts, e, 'attempts_exhausted', 'The worker died while the call was running.')
-  end
-end
 write_all()
 local last = redis.call('XREVRANGE', control_key(e), '+', '-', 'COUNT', 1)
 return {'ok', last[1] and last[1][1] or '0-0'}

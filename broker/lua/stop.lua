@@ -15,6 +15,7 @@ local function stop_call(id, flag, reason)
   if c.engine ~= '' then
     later('ZREM', queue_key(c.engine), id)
     count(engine_key(c.engine), 'queued_tokens', -load_of(c))
+    make_way(c.engine)
   else
     later('ZREM', parked_key(c.model), id)
   end

@@ -1,0 +1,70 @@
+-- end_attempt: a running call's attempt is over without a result. Needs lib, terminal, attempts, events and poison.
+
+local attempt_fields = {'failures', 'deaths', 'on_engine_loss', 'begins', 'kind', unpack(call_fields)}
+
+local function end_as_dead_letter(id, c, code, message, ...)
+  bury(id, code, message, 'session', c.session, 'kind', c.kind, 'model', c.model, 'attempts', c.attempt,
+    c.format, redis.call('HGET', call_key(id), c.format) or '')
+  end_call(id, c, 'FAILED', code, message, '', ...)
+end
+
+-- The engine's process died under the call. Returns whether the call may go on.
+local function outlives_engine(id, c, e, lost)
+  if c.on_engine_loss == 'fail' then
+    end_call(id, c, 'FAILED', 'engine_lost', lost.message, '')
+    return false
+  end
+  local deaths = unsolved(c.deaths, lost.incident)
+  deaths[#deaths + 1] = lost.incident
+  if #deaths >= lost.max_deaths and redis.call('HGET', engine_key(e), 'alone') == id then
+    solve(deaths)
+    end_as_dead_letter(id, c, 'attempts_exhausted',
+      'The call took ' .. #deaths .. ' engine processes with it, the last one while it ran alone.',
+      'deaths', table.concat(deaths, ' '))
+    return false
+  end
+  redis.call('HSET', call_key(id), 'deaths', table.concat(deaths, ' '))
+  return true
+end
+
+-- The engine failed on the call and lives. Returns whether the call may go on.
+local function outlives_error(id, c, lost)
+  local failures = (tonumber(c.failures) or 0) + 1
+  if failures < lost.max_attempts then
+    redis.call('HSET', call_key(id), 'failures', failures)
+    return true
+  end
+  end_as_dead_letter(id, c, lost.code, lost.message, 'failures', failures)
+  return false
+end
+
+-- A stream that is not to be continued: its reader is told that the text begins anew behind this event.
+local function begin_anew(id, c)
+  local n = tonumber(c.events) or 0
+  if c.on_engine_loss ~= 'restart' or n <= (tonumber(c.begins) or 0) then return end
+  add_event(id, c, int(n), {'restart', '1'}, '')
+  redis.call('HSET', call_key(id), 'begins', int(n + 1))
+end
+
+-- A call lost its attempt on engine e. lost:
+--   fault         "death" (the engine's process is gone) | "error" (it failed on this call) | "" (given back in order)
+--   incident      the incarnation of the engine
+--   max_attempts  errors before a call is a dead letter; max_deaths: engine processes that it may take with it
+--   home          the engine whose queue takes the call, "" = the router decides
+--   code, message what the record will say if this was the last attempt allowed
+local function end_attempt(id, e, lost)
+  local c = read_call(id, attempt_fields)
+  later('ZREM', running_key(e), id)
+  -- A running set may hold the id of a call that ended or moved: its record says so, and is the law.
+  if c.state ~= 'RUNNING' or c.engine ~= e then return end
+  count(engine_key(e), 'running_tokens', -load_of(c))
+  make_way(e)
+  if c.cancel ~= '' then return end_flagged(id, c) end
+  if lost.fault == 'death' and not outlives_engine(id, c, e, lost) then return end
+  if lost.fault == 'error' and not outlives_error(id, c, lost) then return end
+  begin_anew(id, c)
+  -- attempt is half of the fence: from here on the old attempt can change nothing.
+  redis.call('HSET', call_key(id), 'attempt', int((tonumber(c.attempt) or 1) + 1), 'lost', lost.message)
+  count_total('requeued')
+  if lost.home == '' then to_router(id, c) else to_queue(id, lost.home, c) end
+end

@@ -1,0 +1,35 @@
+-- Poison: calls that are suspected of killing their engines, and the engine that is kept for one of them. Needs lib.
+--
+-- An incident is the incarnation of an engine whose process died. A call keeps the incidents that it was part of, in
+-- `deaths`; those whose culprit was found, in the zset `solved`, count for nobody any more.
+-- An engine's field `alone` names the suspect for which it empties itself, or which runs on it alone.
+local SOLVED = P .. 'solved'
+
+-- but: an incident to leave out.
+local function unsolved(deaths, but)
+  local open = {}
+  for incident in string.gmatch(deaths, '%S+') do
+    if incident ~= but and not redis.call('ZSCORE', SOLVED, incident) then open[#open + 1] = incident end
+  end
+  return open
+end
+
+local function solve(incidents)
+  for _, incident in ipairs(incidents) do redis.call('ZADD', SOLVED, int(NOW), incident) end
+  redis.call('ZREMRANGEBYSCORE', SOLVED, '-inf', int(NOW - tonumber(SESSION_TTL)))
+  redis.call('PEXPIRE', SOLVED, SESSION_TTL)
+end
+
+-- A suspect's next death would be its last, so it happens alone: then there is no doubt whose doing it was.
+local function is_suspect(deaths, max_deaths)
+  return deaths ~= '' and #unsolved(deaths) >= max_deaths - 1
+end
+
+-- Whether anything runs on an engine. A running set may hold the id of a call that ended or moved.
+local function is_busy(e)
+  for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do
+    local r = redis.call('HMGET', call_key(id), 'state', 'engine')
+    if r[1] == 'RUNNING' and r[2] == e then return true end
+  end
+  return false
+end
