@@ -1,0 +1,180 @@
+"""Recovery after `kill -9`: the second attempt beside SAQ, taskiq and RQ, and our own times for each kind of death.
+
+    python -m bench.recovery [--rounds 5] [--limit 180] [--name recovery]
+
+The peers run first, all side by side: they mostly wait. Then our own scenarios, one after the other, with the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.recovery_ours import BUSY_CALLS_PER_S, SCENARIOS, Scenario, measure, supervised_worker, unsupervised_worker
+from bench.table import RESULTS, machine, server_name, table_line
+from bench.venvs import PEERS, python_for
+from broker import Settings
+from broker.connection import connect
+from broker.embedded import EmbeddedRedis
+
+QUEUES = ("saq", "taskiq", "rq")
+PROFILES = ("default", "tuned")
+# What a peer's script may take besides its waiting: its workers' start, and a job.
+_MARGIN_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A peer's time from the kill to the second attempt, in seconds; None: it did not come within the limit."""
+
+    name: str
+    version: str
+    settings: str
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """The times of one of our scenarios, in seconds, one a round."""
+
+    name: str
+    busy: bool
+    limit_s: float
+    seconds: list[float]
+
+    @property
+    def worst(self) -> float:
+        return max(self.seconds)
+
+    def cells(self) -> tuple[str, ...]:
+        met = "yes" if self.worst <= self.limit_s else "**no**"
+        times = (f"{median(self.seconds):.2f}", f"{self.worst:.2f}")
+        return (self.name, "busy" if self.busy else "idle", f"≤ {self.limit_s:g}", *times, str(len(self.seconds)), met)
+
+
+def run_peers(url: str, limit_s: float) -> list[Peer]:
+    """All peers with all their profiles, side by side."""
+    runs = [(name, profile, python_for(name)) for name in QUEUES for profile in PROFILES]
+    processes = [
+        subprocess.Popen(
+            [python, PEERS / f"{name}_recovery.py", "--redis", url, "--limit", str(limit_s), "--profile", profile],
+            stdout=subprocess.PIPE,
+        )
+        for name, profile, python in runs
+    ]
+    try:
+        return [_result(process, limit_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _result(process: subprocess.Popen[bytes], limit_s: float) -> Peer:
+    out, _ = process.communicate(timeout=limit_s + _MARGIN_S)
+    if process.returncode:
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
+    peer = Peer(**json.loads(out.splitlines()[-1]))
+    print(f"  {peer.name} ({peer.settings}): {shown(peer.seconds, limit_s)}", flush=True)
+    return peer
+
+
+def run_ours(url: str, rounds: int) -> list[Ours]:
+    found = []
+    for scenario in SCENARIOS:
+        for busy in (False, True):
+            seconds = [measure(url, scenario, busy) for _ in range(rounds)]
+            found.append(Ours(scenario.name, busy, scenario.limit_s, seconds))
+            print("  " + ", ".join(found[-1].cells()), flush=True)
+    return found
+
+
+def shown(seconds: float | None, limit_s: float) -> str:
+    return f"none within {limit_s:g} s" if seconds is None else f"{seconds:.1f} s"
+
+
+# -- the page
+
+
+def second_attempts(peers: Sequence[Peer], ours: Sequence[Ours], limit_s: float) -> list[str]:
+    """The table beside the peers."""
+    lines = [table_line(("System", "Version", "Settings", "kill -9 → second attempt")), table_line(["---"] * 4)]
+    for settings, scenario in (
+        ("defaults, supervised (`rsm up`)", _named(supervised_worker)),
+        ("defaults, nobody watches the worker", _named(unsupervised_worker)),
+    ):
+        runs = next(o for o in ours if o.name == scenario.name and not o.busy)
+        times = f"{median(runs.seconds):.2f} s (worst of {len(runs.seconds)}: {runs.worst:.2f} s)"
+        lines.append(table_line(("rsm-engine", version("rsm-engine"), settings, times)))
+    lines += [table_line((p.name, p.version, p.settings, shown(p.seconds, limit_s))) for p in peers]
+    return lines
+
+
+def _named(run: Any) -> Scenario:
+    return next(s for s in SCENARIOS if s.run is run)
+
+
+def page(about: Mapping[str, str], peers: Sequence[Peer], ours: Sequence[Ours], limit_s: float) -> str:
+    lines = [f"# Recovery after `kill -9`: {about['Machine']}", ""]
+    lines += [f"- {key}: {value}" for key, value in about.items() if key != "Machine"]
+    lines += ["", "## Second attempt, beside other queues", ""]
+    lines += [
+        "A worker is killed in the middle of a job of some seconds and started again at once; a second worker is there "
+        "all the time. Each system with its defaults, as far as they run a lost job again at all, and with the "
+        "shortest times that its options allow for such a job.",
+        "",
+        *second_attempts(peers, ours, limit_s),
+        "",
+        "## Our own times, with the defaults",
+        "",
+        "Seconds. Where a worker dies, the time is that of the last of its calls. Busy: "
+        f"{BUSY_CALLS_PER_S} short calls a second besides.",
+        "",
+        table_line(("What", "Load", "Target", "Median", "Worst", "Runs", "Met")),
+        table_line(["---", "---", "---:", "---:", "---:", "---:", "---"]),
+        *(table_line(o.cells()) for o in ours),
+        "",
+        "Made by `make bench-crash`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="of each of our scenarios")
+    parser.add_argument("--limit", type=float, default=180, help="seconds that a peer's second attempt is waited for")
+    parser.add_argument("--name", default="recovery", help="of the result files in bench/results")
+    args = parser.parse_args()
+    with EmbeddedRedis() as embedded:
+        server = connect(Settings().with_redis(embedded.url))
+        about = machine(f"{os.cpu_count()} cores, shared with others", server_name(server.info("server")))
+        server.close()
+        peers = run_peers(embedded.url, args.limit)
+        ours = run_ours(embedded.url, args.rounds)
+    write(args.name, page(about, peers, ours, args.limit), {
+        "machine": about,
+        "limit_s": args.limit,
+        "peers": [asdict(p) for p in peers],
+        "ours": [asdict(o) for o in ours],
+    })  # fmt: skip
+
+
+def write(name: str, text: str, data: Mapping[str, Any], folder: Path = RESULTS) -> None:
+    """Writes NAME.md and NAME.json, and shows the former."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
