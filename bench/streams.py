@@ -81,7 +81,8 @@ def page(about: Mapping[str, str], runs: Mapping[int, Sequence[Total]]) -> str:
         f"{STREAMS} streams of {TOKENS} tokens, in {SESSIONS} sessions, run on {ENGINES} modelled engines "
         f"(a token each {TOKEN_S * 1000:g} ms). When every client has heard {KILL_AFTER_TOKENS} tokens, "
         "the busiest engine gets `kill -9`. Cut: the client saw an error or an early end. "
-        "Tokens against the text of an undisturbed engine. Sums over the runs; the gap is the longest silence in a stream that went on.",
+        "Tokens are held against the text of an undisturbed engine. "
+        "Sums over the runs; the gap is the longest silence in a stream that went on.",
         "",
     ]
     head = ("System", "Version", "Engines", "Runs", "Streams", "On the killed engine", "Cut", "Tokens lost", "Repeated",
