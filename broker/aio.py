@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from broker import codec, scripts
-from broker.connection import BLIPS, Backoff, connect_async
+from broker.connection import BLIPS, Backoff, connect_async, reason
 from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
 from broker.events import End, end_record, is_end, read_event
 from broker.ids import check_id, new_id
@@ -409,7 +409,7 @@ class AsyncClient:
             except BLIPS as e:
                 if time.monotonic() > until:
                     raise BrokerUnavailable(
-                        f"Redis did not answer for {self._timeout_s:g} s ({type(e).__name__}). "
+                        f"Redis did not answer for {self._timeout_s:g} s ({reason(e)}). "
                         "Check RSM_REDIS_URL; `rsm doctor` helps."
                     ) from None
                 await asyncio.sleep(backoff.pause(e))

@@ -18,7 +18,7 @@ from typing import Any
 import redis
 
 from broker import codec, scripts
-from broker.connection import BLIPS, Backoff, connect, persist
+from broker.connection import BLIPS, Backoff, connect, persist, reason
 from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
 from broker.events import End, end_record, is_end, read_event
 from broker.handle import CallHandle as CallHandle
@@ -45,7 +45,7 @@ class Client:
     """Pushes calls and waits for them. Threads may share one; a process should have one.
 
     Args:
-        redis_url: redis://, rediss:// or unix://; none = RSM_REDIS_URL, else the embedded server of this user.
+        redis_url: see docs/operations.md for its forms; none = RSM_REDIS_URL, else the embedded server of this user.
         namespace: none = RSM_NAMESPACE, else "rsm".
         timeout_s: how long a command may keep trying while Redis does not answer.
         on_overload: what `submit` does when there is no room for more calls: "raise" `Overloaded`, or "wait" for it.
@@ -355,12 +355,13 @@ class Client:
             self.redis.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
         for at in range(0, len(ids), self.settings.batch):
             some = ids[at : at + self.settings.batch]
-            pipe: Any = self.redis.pipeline(transaction=False)
+            server: Any = self.redis  # without patience of its own: the reader's loop has it
+            pipe = server.pipeline(transaction=False)
             for call_id in some:
                 pipe.hget(self.keys.call(call_id), "state")
             for call_id, state in zip(some, pipe.execute(), strict=True):
                 if state not in (b"PENDING", b"RUNNING"):
-                    self._settle({call_id: self._hash(call_id)})
+                    self._settle({call_id: server.hgetall(self.keys.call(call_id))})
 
     def _settle(self, ends: Mapping[str, Mapping[bytes, bytes]]) -> None:
         """Notes ends, wakes waiters, and calls back outside the lock."""
@@ -410,7 +411,7 @@ class Client:
             result = persist(action, "client", self._closed.is_set, self._timeout_s)
         except BLIPS as e:
             raise BrokerUnavailable(
-                f"Redis did not answer for {self._timeout_s:g} s ({type(e).__name__}). "
+                f"Redis did not answer for {self._timeout_s:g} s ({reason(e)}). "
                 "Check RSM_REDIS_URL; `rsm doctor` helps."
             ) from None
         if result is None and self._closed.is_set():

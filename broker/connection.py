@@ -8,6 +8,7 @@ a blocking read gets a client of its own, and the protocol is pinned.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -17,9 +18,9 @@ import redis.asyncio
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
 
-from broker.errors import InvalidRequest
-from broker.link import ASYNC_LINKS, LINKS
+from broker.link import ASYNC_LINKS, LINKS, Refused
 from broker.settings import Settings
+from broker.topology import place_of
 
 T = TypeVar("T")
 log = logging.getLogger("rsm.redis")
@@ -35,43 +36,58 @@ BLIPS = (
 )
 
 COMMAND_TIMEOUT_S = 10.0
-_URL = (
-    "The Redis URL must be redis://[user:password@]host[:port][/db], rediss://… or unix:///path; "
-    "escape what a password holds of :/?#[]@ by %XX."
-)
 
 
 def connect(settings: Settings, block_s: float | None = None) -> redis.Redis:
-    """A client for ordinary commands, or, with `block_s`, one for reads that block up to so many seconds."""
-    from redis.connection import ConnectionPool, parse_url
+    """A client for ordinary commands, or, with `block_s`, one for reads that block up to so many seconds.
+
+    Raises:
+        InvalidRequest: the Redis URL has none of the known forms.
+    """
+    from redis.connection import ConnectionPool
     from redis.retry import Retry
 
-    options = _options(settings, block_s, parse_url, LINKS)
+    options = _options(settings, block_s, LINKS)
     return redis.Redis.from_pool(ConnectionPool(**options, retry=Retry(NoBackoff(), 0)))
 
 
 def connect_async(settings: Settings, block_s: float | None = None) -> redis.asyncio.Redis:
     """The same for asyncio."""
-    from redis.asyncio.connection import ConnectionPool, parse_url
+    from redis.asyncio.connection import ConnectionPool
     from redis.asyncio.retry import Retry
 
-    options = _options(settings, block_s, parse_url, ASYNC_LINKS)
+    options = _options(settings, block_s, ASYNC_LINKS)
     return redis.asyncio.Redis.from_pool(ConnectionPool(**options, retry=Retry(NoBackoff(), 0)))
 
 
-def _options(settings: Settings, block_s: float | None, parse: Any, links: Mapping[str, type]) -> dict[str, Any]:
-    url = settings.url()
+def _options(settings: Settings, block_s: float | None, links: Mapping[tuple[str, bool], type]) -> dict[str, Any]:
+    place = place_of(settings.url(), settings.namespace)
     options: dict[str, Any] = {
+        "connection_class": links[place.scheme, place.finder is not None],
         "protocol": 2,
         "socket_timeout": COMMAND_TIMEOUT_S + (block_s or 0.0),
         "socket_connect_timeout": COMMAND_TIMEOUT_S,
     }
-    try:
-        options |= parse(url)
-        options["connection_class"] = links[url.partition("://")[0]]
-    except (ValueError, LookupError):  # their messages may quote a password
-        raise InvalidRequest(_URL) from None
-    return options
+    if place.scheme != "unix":
+        options |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
+    if place.finder is not None:
+        options["finder"] = place.finder
+    return options | place.options
+
+
+def _keepalive() -> dict[int, int]:
+    """TCP options by which a peer that vanished without a word (its host lost power, a firewall forgot the line) is
+    noticed in about six seconds, also by a read that waits; not every system has all of them."""
+    wanted = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 6_000}
+    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
+
+
+_KEEPALIVE = _keepalive()
+
+
+def reason(error: Exception) -> str:
+    """Why Redis does not serve, in words fit for a log: a refusal's text quotes no data of ours."""
+    return str(error) if isinstance(error, Refused) else type(error).__name__
 
 
 class Backoff:
@@ -85,7 +101,7 @@ class Backoff:
         """The seconds to wait before the next try."""
         self._tries += 1
         if self._tries == 1:
-            log.warning("%s: Redis is not reachable (%s); trying again until it is", self._what, type(error).__name__)
+            log.warning("%s: Redis is not reachable (%s); trying again until it is", self._what, reason(error))
         return float(min(1.0, 0.02 * 2 ** min(self._tries, 6)))
 
     def recovered(self) -> bool:

@@ -1,4 +1,4 @@
-"""redis-py connections to which a refusal that passes is a lost connection.
+"""redis-py connections that find their master, and to which a refusal that passes is a lost connection.
 
 A server that is full, demoted, starting, or no longer the owner of a slot answers, but cannot serve. redis-py makes
 ordinary errors of such answers, a different class for each and for some none. Here, at the lowest place where a reply
@@ -13,6 +13,8 @@ from typing import Any
 import redis.asyncio.connection as aio
 import redis.connection as sync
 from redis import exceptions as errors
+
+from broker.topology import Address, Finder
 
 _REFUSALS = (
     errors.ReadOnlyError,  # demoted to a replica
@@ -68,6 +70,98 @@ class _AsyncLink(aio.AbstractConnection):
             raise refused from None
 
 
+class _Seeking(_Link, sync.Connection):
+    """Connects to wherever the finder's seeds say the master is, each time anew."""
+
+    _seed: type[sync.Connection] = sync.Connection
+
+    def __init__(self, *, finder: Finder, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._finder = finder
+
+    def connect_check_health(self, *args: Any, **options: Any) -> None:
+        if self._sock is None:
+            self.host, self.port = self._find()
+        super().connect_check_health(*args, **options)
+
+    def on_connect_check_health(self, *args: Any, **options: Any) -> None:
+        super().on_connect_check_health(*args, **options)
+        self.send_command("HELLO", check_health=False)  # type: ignore[no-untyped-call]
+        _require_master(self.read_response())
+
+    def _find(self) -> Address:
+        complaints = []
+        for seed in self._finder.seeds():
+            try:
+                found = self._finder.read(self._ask(seed), seed)
+            except errors.RedisError as e:
+                complaints.append(e)
+            else:
+                if found:
+                    return found
+        raise _lost(self._finder, complaints)
+
+    def _ask(self, seed: Address) -> Any:
+        link: Any = self._seed(host=seed[0], port=seed[1], **self._finder.options)
+        try:
+            link.send_command(*self._finder.question)
+            return link.read_response()
+        finally:
+            link.disconnect()
+
+
+class _AsyncSeeking(_AsyncLink, aio.Connection):
+    """The same for asyncio."""
+
+    _seed: type[aio.Connection] = aio.Connection
+
+    def __init__(self, *, finder: Finder, **options: Any) -> None:
+        super().__init__(**options)
+        self._finder = finder
+
+    async def connect_check_health(self, *args: Any, **options: Any) -> None:
+        if not self.is_connected:
+            self.host, self.port = await self._find()
+        await super().connect_check_health(*args, **options)
+
+    async def on_connect_check_health(self, *args: Any, **options: Any) -> None:
+        await super().on_connect_check_health(*args, **options)
+        await self.send_command("HELLO", check_health=False)
+        _require_master(await self.read_response())
+
+    async def _find(self) -> Address:
+        complaints = []
+        for seed in self._finder.seeds():
+            try:
+                found = self._finder.read(await self._ask(seed), seed)
+            except errors.RedisError as e:
+                complaints.append(e)
+            else:
+                if found:
+                    return found
+        raise _lost(self._finder, complaints)
+
+    async def _ask(self, seed: Address) -> Any:
+        link: Any = self._seed(host=seed[0], port=seed[1], **self._finder.options)
+        try:
+            await link.send_command(*self._finder.question)
+            return await link.read_response()
+        finally:
+            await link.disconnect(nowait=True)
+
+
+def _require_master(hello: Any) -> None:
+    """What was named a moment ago may be demoted, or not be promoted yet. HELLO, as ROLE is for administrators."""
+    role = dict(zip(hello[::2], hello[1::2], strict=True))[b"role"].decode()
+    if role != "master":
+        raise Refused(f"The node that was named as the master says that it is a {role}.")
+
+
+def _lost(finder: Finder, complaints: list[errors.RedisError]) -> Refused:
+    said = "; ".join(str(e) for e in complaints) or "all answer that they know none"
+    return Refused(f"No master found by {finder.question[0]} ({said})")
+
+
 class Link(_Link, sync.Connection):
     """Over TCP."""
 
@@ -78,6 +172,16 @@ class TlsLink(_Link, sync.SSLConnection):
 
 class UnixLink(_Link, sync.UnixDomainSocketConnection):
     """Over a unix socket."""
+
+
+class SeekingLink(_Seeking):
+    """Over TCP, to the master of the moment."""
+
+
+class SeekingTlsLink(_Seeking, sync.SSLConnection):
+    """Over TLS, to the master of the moment."""
+
+    _seed = sync.SSLConnection
 
 
 class AsyncLink(_AsyncLink, aio.Connection):
@@ -92,5 +196,28 @@ class AsyncUnixLink(_AsyncLink, aio.UnixDomainSocketConnection):
     """Over a unix socket, for asyncio."""
 
 
-LINKS = {"redis": Link, "rediss": TlsLink, "unix": UnixLink}
-ASYNC_LINKS = {"redis": AsyncLink, "rediss": AsyncTlsLink, "unix": AsyncUnixLink}
+class AsyncSeekingLink(_AsyncSeeking):
+    """Over TCP, to the master of the moment, for asyncio."""
+
+
+class AsyncSeekingTlsLink(_AsyncSeeking, aio.SSLConnection):
+    """Over TLS, to the master of the moment, for asyncio."""
+
+    _seed = aio.SSLConnection
+
+
+# By the URL's scheme, and whether the master has to be found first.
+LINKS = {
+    ("redis", False): Link,
+    ("rediss", False): TlsLink,
+    ("unix", False): UnixLink,
+    ("redis", True): SeekingLink,
+    ("rediss", True): SeekingTlsLink,
+}
+ASYNC_LINKS = {
+    ("redis", False): AsyncLink,
+    ("rediss", False): AsyncTlsLink,
+    ("unix", False): AsyncUnixLink,
+    ("redis", True): AsyncSeekingLink,
+    ("rediss", True): AsyncSeekingTlsLink,
+}

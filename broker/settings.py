@@ -17,7 +17,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="RSM_", frozen=True, extra="ignore")
 
-    redis_url: SecretStr | None = Field(None, description="redis://, rediss:// or unix://; none = the embedded server")
+    redis_url: SecretStr | None = Field(None, description="see docs/operations.md; none = the embedded server")
     namespace: str = Field("rsm", description="hash tag of all keys")
     data_dir: Path | None = Field(None, description="where the embedded server lives; none = the user's state folder")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from broker.monitor import Monitor
 from broker.transitions import Transitions
 from chaos.leaks import leaked_keys
 from tests.sim_processes import Start, WorkerProcess, sim, state_of
+from tests.topologies import TOPOLOGIES, Topology
 from tests.waiting import eventually as eventually
 
 # Started in a shell's background, SIGINT is ignored here and in every child; the tests of Ctrl-C need it to arrive.
@@ -28,19 +28,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--topology", choices=TOPOLOGIES, default="standalone", help="what `server` and `settings` are")
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    """One private server for this test process."""
-    folder = Path(f"/tmp/rsm-test-{os.getpid()}")  # short: a socket's path has 107 bytes at most
-    with EmbeddedRedis(folder) as running:
+def server(request: pytest.FixtureRequest) -> Iterator[Topology]:
+    """The Redis of this test process: one server, a master under Sentinel, or a Cluster of three masters."""
+    with TOPOLOGIES[request.config.getoption("--topology")]() as running:
         yield running
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() or path.is_socket() else path.rmdir()
-    folder.rmdir()
 
 
 @pytest.fixture
-def settings(server: EmbeddedRedis) -> Settings:
+def settings(server: Topology) -> Settings:
     """Fast timers and a namespace of its own."""
     return Settings(namespace=f"t{new_id()}", lease_ms=1500, heartbeat_ms=200, tick_ms=100).with_redis(server.url)
 
@@ -127,7 +127,7 @@ def no_key_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_processes_left(server: EmbeddedRedis) -> Iterator[None]:
+def no_processes_left(server: Topology) -> Iterator[None]:
     """Fails a test that leaves a child process behind."""
     me = psutil.Process()
     before = {p.pid for p in me.children(recursive=True)}

@@ -14,11 +14,12 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from broker import BrokerUnavailable, Client, RsmError, Settings
-from broker.connection import BLIPS, connect
+from broker import BrokerUnavailable, Client, InvalidRequest, RsmError, Settings
+from broker.connection import BLIPS, connect, reason
 from broker.dead_letters import DeadLetters
 from broker.logs import LEVEL_VARIABLE
 from broker.monitor import Monitor
+from broker.topology import place_of
 from engine.cli.output import say_error, shown_url
 
 EXIT_FAILED = 1
@@ -97,7 +98,7 @@ def _global_options(
     redis_url: Annotated[
         str | None,
         typer.Option(
-            "--redis", help="redis://, rediss:// or unix:// URL; none = RSM_REDIS_URL, else the embedded server."
+            "--redis", help="URL (redis+sentinel:// and redis+cluster:// too); none = RSM_REDIS_URL, else embedded."
         ),
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Hash tag of all keys; none = RSM_NAMESPACE, else rsm.")] = None,
@@ -112,15 +113,14 @@ def _global_options(
     # A program that serves says more: it calls `broker.logs.configure` with its own default.
     logging.getLogger().setLevel(os.environ.get(LEVEL_VARIABLE, "WARNING").upper())
     ctx.obj = Settings().with_redis(redis_url, namespace)
-    _check_url(ctx.obj.url())
+    _check_url(ctx.obj)
 
 
-def _check_url(url: str) -> None:
+def _check_url(settings: Settings) -> None:
     try:
-        redis.Redis.from_url(url).close()
-    except ValueError:  # its message may quote a password
-        message = "must be redis://[user:password@]host[:port][/db], rediss://… or unix:///path"
-        raise typer.BadParameter(message, param_hint="--redis or RSM_REDIS_URL") from None
+        place_of(settings.url(), settings.namespace)
+    except InvalidRequest as e:
+        raise typer.BadParameter(str(e), param_hint="--redis or RSM_REDIS_URL") from None
 
 
 def _check_level(level: str) -> None:
@@ -151,7 +151,7 @@ def require_redis(settings: Settings) -> None:
         ) from None
     except BLIPS as e:
         raise BrokerUnavailable(
-            f"Redis at {shown_url(settings.url())} does not answer ({type(e).__name__}). "
+            f"Redis at {shown_url(settings.url())} does not answer ({reason(e)}). "
             "Start everything with `rsm up`, or name a server with --redis or RSM_REDIS_URL."
         ) from None
     finally:
