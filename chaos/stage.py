@@ -37,7 +37,7 @@ from workers.supervisor import Supervised
 ROUTERS = 2
 SIM_WORKERS = 3
 # Fast timers, so that many deaths fit into a run; every other setting is the default, save for these:
-# attempts, for a call that was really killed often enough to be given up would look like a lost one;
+# attempts and deaths, for a call that was really killed often enough to be given up would look like a lost one;
 # the inbox, for a trimmed one could not be counted.
 _SETTINGS = {
     "lease_ms": 1500,
@@ -45,6 +45,7 @@ _SETTINGS = {
     "tick_ms": 100,
     "drain_grace_s": 1.0,
     "max_attempts": 1000,
+    "max_deaths": 1000,
     "inbox_max": 1_000_000,
 }
 _STEP_S = 0.02

@@ -122,6 +122,24 @@ async def test_kill_ends_all_calls_and_says_why(sim: SimBackend) -> None:
         await sim.run(job(), nothing)
 
 
+@pytest.mark.parametrize("times", [FAST.times, SimTimes.zero()])
+@pytest.mark.parametrize("kind", ["generate", "chat.completions"])
+async def test_a_fatal_prompt_takes_the_engine_down(times: SimTimes, kind: str) -> None:
+    backend = SimBackend(SimConfig(times=times, die_on="quantum", max_num_seqs=2))
+    await backend.start()
+    pieces = Heard()
+    if not backend.config.instant:
+        beside = asyncio.create_task(backend.run(job({"prompt": "x", "max_tokens": 5000}, stream=True), pieces.hear))
+        await pieces.first(1)
+    with pytest.raises(EngineDied, match="die_on"):
+        await backend.run(job(None if kind == "generate" else CHAT, kind, key="fatal"), nothing)
+    if not backend.config.instant:
+        with pytest.raises(EngineDied, match="die_on"):
+            await beside
+    assert "die_on" in await asyncio.wait_for(backend.died(), 1)
+    await backend.stop(0)
+
+
 async def test_stop_lets_calls_finish_within_the_grace(sim: SimBackend) -> None:
     short = asyncio.create_task(sim.run(job(key="short"), nothing))
     long = asyncio.create_task(sim.run(job({"prompt": "x", "max_tokens": 100_000}, key="long"), nothing))

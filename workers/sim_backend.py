@@ -7,6 +7,8 @@ With `SimTimes.zero()` a call is a no-op: it never waits, takes no slot and has 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,6 +55,9 @@ class SimBackend(Backend):
         request = read(job, self.config)
         live = _Live(job, request, _publisher(job, request, emit, self.config.model), began, request.published)
         if self._instant:
+            if request.fatal:
+                self._die()
+                raise EngineDied(self._gone)
             live.to_the_end()
             self._rate.add(live.done - request.published, began)
         else:
@@ -93,6 +98,11 @@ class SimBackend(Backend):
         """Failure injection: the engine dies now, and all its calls with it."""
         self._lose(reason)
         self._death.set()
+
+    def _die(self) -> None:
+        if self.config.die_hard:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.kill("A call had the text of die_on in its prompt.")
 
     async def stop(self, grace_s: float) -> None:
         """Takes no more calls, gives those that run `grace_s` seconds, then ends the rest with EngineDied."""
@@ -152,8 +162,11 @@ class SimBackend(Backend):
     def _deliver(self, produced: list[SimCall]) -> None:
         self._rate.add(len(produced), time.perf_counter())
         for call in produced:
-            if (live := self._live.get(call.key)) is not None:
-                live.advance()
+            if (live := self._live.get(call.key)) is None:
+                continue
+            if live.request.fatal:
+                self._die()
+            live.advance()
 
 
 @dataclass(slots=True, eq=False)

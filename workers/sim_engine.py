@@ -59,6 +59,8 @@ class SimConfig:
         max_model_len: most tokens of one call, prompt and output; never more than the KV cache holds.
         eos_mean: mean length, in tokens, at which an answer ends by itself; 0: never, it runs to `max_tokens`.
         speed: how many modelled seconds pass in one real second.
+        die_on: failure injection: a call whose prompt has this text takes the engine down, when its first token is due.
+        die_hard: so it takes the whole process down, by SIGKILL, as a fault in a driver would.
     """
 
     model: str = "sim-8b"
@@ -71,6 +73,8 @@ class SimConfig:
     eos_mean: int = 0
     times: SimTimes = field(default_factory=SimTimes)
     speed: float = 1.0
+    die_on: str = ""
+    die_hard: bool = False
 
     def __post_init__(self) -> None:
         if min(self.max_num_seqs, self.block_size, self.num_blocks, self.max_num_batched_tokens) < 1:

@@ -45,6 +45,7 @@ class Request:
     published: int = 0
     sent: int = 0  # characters of the text published already
     created: int = 0  # epoch s of the earlier attempt's chunks
+    fatal: bool = False  # it takes the engine down
 
 
 def read(job: Job, config: SimConfig) -> Request:
@@ -66,9 +67,10 @@ def read(job: Job, config: SimConfig) -> Request:
     eos_mean = 0 if body.get("ignore_eos") else config.eos_mean
     seed, said = prompt.origin()
     found = answer(seed, min(asked, room), stops, eos_mean, said)
+    fatal = bool(config.die_on) and config.die_on in prompt.text
     if job.resumed is None:
-        return Request(prompt, size, found)
-    return Request(prompt, size, found, *_position(job.kind, job.resumed))
+        return Request(prompt, size, found, fatal=fatal)
+    return Request(prompt, size, found, *_position(job.kind, job.resumed), fatal=fatal)
 
 
 def _prompt(job: Job) -> Any:
