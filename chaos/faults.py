@@ -149,6 +149,10 @@ def _tear(part: Part, rng: random.Random) -> None:
     part.line.tear = rng.randint(1, 4)
 
 
+def _late(part: Part, rng: random.Random) -> None:
+    part.line.late = [rng.uniform(0.1, 3.0) for _ in range(rng.randint(1, 6))]
+
+
 def _cut(part: Part, _: random.Random) -> None:
     part.line.cut()
 
@@ -179,6 +183,7 @@ KINDS = (
     Kind("disk full for the AOF", "", (0.5, 3.0), _fill_disk),
     Kind("replies dropped", "rwvp", (1.0, 3.0), _line(_drop_replies)),
     Kind("requests torn in half", "rwvp", (1.0, 3.0), _line(_tear)),
+    Kind("requests repeated, then late", "rwvp", (1.0, 3.0), _line(_late)),
     Kind("connections cut", "rwvp", _BLINK, _line(_cut)),
     Kind("line delayed", "rwvp", (1.0, 6.0), _line(_delay)),
     Kind("line stalled, then flowing", "rwvp", (0.5, 5.0), _line(_stall)),

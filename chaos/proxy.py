@@ -14,6 +14,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _CHUNK = 1 << 16
+# A request that comes late may block; nobody waits for its reply.
+_LATE_REPLY_S = 5.0
 
 
 class Proxy:
@@ -24,6 +26,8 @@ class Proxy:
         swallow: how many replies are still to be lost: the request has reached Redis, its reply does not come back,
             and the connection ends.
         tear: how many requests are still to be cut in half: Redis gets the first half, then the connection ends.
+        late: seconds by which the next requests are to be overtaken: the connection ends at once, so the request is
+            sent again over another one, and the first comes to Redis as well, so much later.
     """
 
     def __init__(self, listen: Path, server: Path) -> None:
@@ -32,6 +36,7 @@ class Proxy:
         self.delay_s = 0.0
         self.swallow = 0
         self.tear = 0
+        self.late: list[float] = []
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -55,7 +60,7 @@ class Proxy:
 
     def flow(self) -> None:
         """A good line again."""
-        self.delay_s, self.swallow, self.tear = 0.0, 0, 0
+        self.delay_s, self.swallow, self.tear, self.late = 0.0, 0, 0, []
         self._flowing.set()
 
     async def close(self) -> None:
@@ -67,12 +72,11 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
+        self._track(task)
         try:
             upstream_reader, upstream = await asyncio.open_unix_connection(str(self._server))
         except OSError:  # Redis is down; so is the line
             writer.transport.abort()
-            self._tasks.discard(task)
             return
         ends = {writer, upstream}
         self._writers |= ends
@@ -82,10 +86,17 @@ class Proxy:
             self._writers -= ends
             for end in ends:
                 end.transport.abort()
-            self._tasks.discard(task)
+
+    def _track(self, task: asyncio.Task[None]) -> None:
+        """Keeps a task until it has ended."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _requests(self, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter) -> None:
         while data := await self._next(reader):
+            if self.late:
+                self._track(asyncio.ensure_future(self._deliver(data, self.late.pop())))
+                return
             torn = self.tear > 0
             if torn:
                 self.tear -= 1
@@ -102,6 +113,18 @@ class Proxy:
                 return
             writer.write(data)
             await writer.drain()
+
+    async def _deliver(self, data: bytes, late_s: float) -> None:
+        await asyncio.sleep(late_s)
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_unix_connection(str(self._server))
+            writer.write(data)
+            await writer.drain()
+            writer.write_eof()
+            async with asyncio.timeout(_LATE_REPLY_S):
+                while await reader.read(_CHUNK):  # until Redis has done all of it
+                    pass
+            writer.close()
 
     async def _next(self, reader: asyncio.StreamReader) -> bytes:
         data = await reader.read(_CHUNK)

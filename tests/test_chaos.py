@@ -24,6 +24,7 @@ from chaos.ledger import End, Ledger, Piece, Story, read
 from chaos.proxy import Lines
 from chaos.run import run
 from chaos.verdict import Window, judge, said
+from tests.waiting import eventually
 
 _BEGAN = 1_000_000.0
 
@@ -302,6 +303,19 @@ def test_a_torn_request_is_not_done(line: tuple[Lines, redis.Redis], db: redis.R
     with pytest.raises(redis.ConnectionError):
         through.set("chaos-z", "1", ex=60)
     assert db.get("chaos-z") is None
+
+
+def test_a_late_request_is_done_though_its_connection_has_ended(
+    line: tuple[Lines, redis.Redis], db: redis.Redis
+) -> None:
+    lines, through = line
+    through.ping()
+    lines.do(lambda: setattr(through.proxy, "late", [0.3]))  # type: ignore[attr-defined]
+    with pytest.raises(redis.ConnectionError):
+        through.set("chaos-l", "1", ex=60)
+    assert db.get("chaos-l") is None
+    through.set("chaos-l", "2", ex=60)
+    eventually(lambda: db.get("chaos-l") == b"1", what="the first request, behind the second")
 
 
 def test_a_stalled_line_delivers_late(line: tuple[Lines, redis.Redis]) -> None:
