@@ -12,6 +12,9 @@ from chaos import report
 from chaos.run import run
 
 
+_SHOWN = 20  # all of them are in the folder of the run
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=2.0)
@@ -26,7 +29,7 @@ def main() -> int:
     outcome = run(args.seed, args.minutes, args.vllm)
     data = report.as_json(outcome)
     print(report.render([data]))
-    for violation in outcome.violations[:50]:
+    for violation in outcome.violations[:_SHOWN]:
         print(violation)
     if args.report is not None:
         report.save(outcome)

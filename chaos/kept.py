@@ -53,8 +53,10 @@ class Snapshot:
     leaked: list[str] = field(default_factory=list)
 
 
-def snapshot(settings: Settings, server: redis.Redis, ids: Iterable[str]) -> Snapshot:
-    """Reads everything about these calls."""
+def snapshot(
+    settings: Settings, server: redis.Redis, ids: Iterable[str], before: Mapping[str, float] | None = None
+) -> Snapshot:
+    """Reads everything about these calls. `before`: Redis's totals at the time when the ledgers began."""
     keys, monitor = Keys(settings.namespace), Monitor(settings, server)
     told = _ends_told(server, keys)
     calls = {}
@@ -64,7 +66,7 @@ def snapshot(settings: Settings, server: redis.Redis, ids: Iterable[str]) -> Sna
             calls[call_id] = _kept(
                 CallRecord.from_hash(call_id, found), server.xrange(keys.events(call_id)), told[call_id]
             )
-    totals = {name: int(value) for name, value in monitor.stats().items()}
+    totals = {name: int(value - (before or {}).get(name, 0)) for name, value in monitor.stats().items()}
     return Snapshot(calls, totals, busy(settings, server), leaked_keys(server, keys.prefix))
 
 

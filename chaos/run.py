@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from broker import Client
+from broker.monitor import Monitor
 from chaos.calls import Pool
 from chaos.faults import Fault, schedule
 from chaos.kept import Snapshot, busy, snapshot
@@ -62,7 +63,10 @@ def run(seed: int, minutes: float, vllm: int = 0, say: Callable[[str], None] = p
         stage.stop()
     left = _left(stage)
     outcome.violations += [Violation("no process left", "", name) for name in left]
-    if not outcome.violations:
+    if outcome.violations:
+        notes = [*map(str, outcome.violations), *map(str, outcome.windows)]
+        (stage.folder / "verdict.txt").write_text("\n".join(notes) + "\n")
+    else:
         stage.clean_up()
     return outcome
 
@@ -70,6 +74,7 @@ def run(seed: int, minutes: float, vllm: int = 0, say: Callable[[str], None] = p
 def _act(stage: Stage, plan: Sequence[Fault], outcome: Outcome, say: Callable[[str], None]) -> None:
     stage.start()
     pool, reference = _ask_before(stage) if outcome.vllm else (None, {})
+    before = Monitor(stage.settings).stats()
     stage.start_producers(pool)
     outcome.windows = _perform(stage, plan)
     say("all faults are over")
@@ -79,7 +84,7 @@ def _act(stage: Stage, plan: Sequence[Fault], outcome: Outcome, say: Callable[[s
         _until(lambda: not busy(stage.settings, server), _REST_WITHIN_S)
         outcome.server = _name(server.info("server"))
         outcome.stories = read(stage.ledgers)
-        outcome.found = snapshot(stage.settings, server, outcome.stories)
+        outcome.found = snapshot(stage.settings, server, outcome.stories, before)
     outcome.violations = judge(outcome.stories, outcome.found, outcome.windows, reference)
     outcome.violations += _of_processes(stage, well, ended)
 

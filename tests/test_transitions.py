@@ -1128,6 +1128,16 @@ def test_register_writes_what_the_worker_says(world: World) -> None:
     assert (view.id, view.state, view.model, view.max_num_seqs) == ("e1", "STARTING", "m", 3)
 
 
+def test_an_engine_that_starts_again_keeps_its_model_until_it_says_another(world: World) -> None:
+    FakeWorker(world.settings, server=world.db).register()
+    world.lapse()
+    assert FakeWorker(world.settings, server=world.db, model="").register().ok
+    assert world.run(world.transitions.look()).engines[0].model == "m", "calls of its model must wait, not fail"
+    world.lapse()
+    assert FakeWorker(world.settings, server=world.db, model="other").register().ok
+    assert world.run(world.transitions.look()).engines[0].model == "other"
+
+
 def test_an_engine_id_is_taken_while_its_lease_holds(world: World) -> None:
     first, second = world.worker(), FakeWorker(world.settings, server=world.db)
     reply = second.register()

@@ -19,7 +19,14 @@ if old[1] ~= incarnation then
   end
 end
 local fields = {}
-for i = 8, #ARGV do fields[#fields + 1] = ARGV[i] end
+for i = 8, #ARGV, 2 do
+  -- A worker that has to ask its engine for the model does not know it yet. Until then its predecessor's word holds:
+  -- calls of that model wait for it; without, they would be refused.
+  if ARGV[i] ~= 'model' or ARGV[i + 1] ~= '' then
+    fields[#fields + 1] = ARGV[i]
+    fields[#fields + 1] = ARGV[i + 1]
+  end
+end
 redis.call('HSET', key, 'incarnation', incarnation, 'state', 'STARTING', 'registered_ms', int(NOW), unpack(fields))
 redis.call('HDEL', key, 'claim_no', 'claimed', 'alone')
 redis.call('PERSIST', key)
