@@ -11,7 +11,6 @@ from broker import logs
 from chaos import report
 from chaos.run import run
 
-
 _SHOWN = 20  # all of them are in the folder of the run
 
 

@@ -54,6 +54,21 @@ def test_calls_run(settings: Settings, client: Client, start: Start) -> None:
         assert chat.result().response is not None
 
 
+def test_a_worker_that_loses_a_thread_ends(settings: Settings, client: Client, db: redis.Redis, start: Start) -> None:
+    """Half a worker would look alive and do nothing."""
+    worker = start()
+    with routing(settings):
+        call = client.submit("hello", stream=True, max_tokens=5000)
+        eventually(lambda: call.record().state == RequestState.RUNNING)
+        db.delete(client.keys.events(call.id))
+        db.set(client.keys.events(call.id), "not a stream", ex=60)  # the publisher does not expect that
+        assert worker.wait() == EXIT_ENGINE_DIED
+        assert "rsm-publish" in worker.log()
+        db.delete(client.keys.events(call.id))
+        eventually(lambda: call.record().state == RequestState.PENDING)
+        call.cancel()
+
+
 def test_a_body_that_cannot_be_read_fails_at_once(settings: Settings, client: Client, start: Start) -> None:
     broken = client.prepare("x")._replace(body=b"\xc1\xc1\xc1")
     refused = client.prepare("x", params={"max_tokens": -1})

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 from broker import logs
 from broker.errors import EngineIdTaken, InvalidRequest
@@ -42,11 +43,18 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
         log.error("%s", e)
         return EXIT_INVALID
     worker = Worker(config.engine_id, backend, settings, model=config.served_name, node=node)
+    threading.excepthook = lambda failed: _bury(worker, failed)
     try:
         return asyncio.run(worker.serve())
     except EngineIdTaken as e:
         log.error("%s", e)
         return EXIT_ID_TAKEN
+
+
+def _bury(worker: Worker, failed: threading.ExceptHookArgs) -> None:
+    """A worker that has lost one of its threads would look alive and do nothing; started anew, it works."""
+    threading.__excepthook__(failed)
+    worker.fail(f"its thread {failed.thread.name if failed.thread else ''} ended with {failed.exc_type.__name__}")
 
 
 def run_supervised(config: EngineConfig, settings: Settings, node: str = "") -> int:

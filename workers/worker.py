@@ -133,6 +133,10 @@ class Worker:
         """Asks `serve` to drain and return; may be called from any thread."""
         self._call(self._want, "stop")
 
+    def fail(self, reason: str) -> None:
+        """Says that a part of the worker is gone, from any thread: `serve` gives all calls back and returns."""
+        self._call(self._engine_died, reason)
+
     # -- wishes: whatever is to happen happens here, one thing after the other
 
     def _want(self, wish: str, detail: str = "") -> None:
