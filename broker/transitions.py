@@ -276,8 +276,9 @@ class Transitions:
     def unpark(self, model: str) -> Command[int]:
         return Command(script("unpark"), self._args(model, self._settings.batch), int)
 
-    def drain(self, engine: str, op: str = "drain") -> Command[int]:
-        return Command(script("drain"), self._args(engine, op, self._settings.batch), int)
+    def drain(self, engine: str, op: str = "drain", incarnation: str = "") -> Command[int]:
+        """`incarnation`: drains no other one's engine."""
+        return Command(script("drain"), self._args(engine, op, self._settings.batch, incarnation), int)
 
     def leave(self, router: str) -> Command[bool]:
         """True if the router's consumer is gone, False if entries are pending for it."""

@@ -1395,6 +1395,17 @@ def test_stop_is_told_also_while_draining(world: World) -> None:
     assert worker.orders() == [{"op": "drain"}, {"op": "stop"}]
 
 
+def test_a_worker_that_drains_itself_drains_no_successor(world: World) -> None:
+    """One that stood still until others took its id, or whose order was on its way for long."""
+    old = world.worker()
+    world.lapse()
+    successor = world.worker()
+    assert world.run(world.transitions.drain("e1", incarnation=old.incarnation)) == -1
+    assert (world.engine()["state"], successor.orders()) == ("READY", [])
+    assert world.run(world.transitions.drain("e1", incarnation=successor.incarnation)) == 0
+    assert world.engine()["state"] == "DRAINING"
+
+
 @pytest.mark.parametrize("state", ["none", "STOPPED", "DEAD"])
 def test_there_is_no_engine_to_drain(world: World, state: str) -> None:
     if state != "none":

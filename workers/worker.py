@@ -173,7 +173,8 @@ class Worker:
         if self._claimer is not None:
             await asyncio.to_thread(self._claimer.close)
         try:
-            while await self._run(self._transitions.drain(self.engine), _FLUSH_S) >= self.settings.batch:
+            drain = self._transitions.drain(self.engine, incarnation=self._incarnation)
+            while await self._run(drain, _FLUSH_S) >= self.settings.batch:
                 pass
         except BLIPS:
             log.warning("engine %s drains while Redis is away; its lease will give its calls to others", self.engine)

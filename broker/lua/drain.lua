@@ -2,11 +2,14 @@
 -- Takes an engine out of service: no new calls, its waiting ones go to others, its running ones finish.
 --
 -- ARGV     engine op ("drain" | "stop": leave when the running calls are done, or at the end of the grace) limit
--- Returns  calls given back in this round, -1 = no such engine
+--          incarnation (of a worker that drains itself: it must not drain its successor; "" = whoever runs the engine)
+-- Returns  calls given back in this round, -1 = no such engine, or not that incarnation's
 -- Emits    the op to the worker, on the first round
-local e, op, limit = ARGV[4], ARGV[5], tonumber(ARGV[6])
-local state = redis.call('HGET', engine_key(e), 'state')
+local e, op, limit, incarnation = ARGV[4], ARGV[5], tonumber(ARGV[6]), ARGV[7]
+local r = redis.call('HMGET', engine_key(e), 'state', 'incarnation')
+local state = r[1]
 if not state or state == 'STOPPED' or state == 'DEAD' then return -1 end
+if incarnation ~= '' and incarnation ~= r[2] then return -1 end
 if state ~= 'DRAINING' or op == 'stop' then
   redis.call('HSET', engine_key(e), 'state', 'DRAINING')
   order(e, 'op', op)
