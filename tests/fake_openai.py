@@ -111,7 +111,7 @@ class Server:
             await w.drain()
 
     def _chunks(self, path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-        chat, first, limit = path.endswith("chat/completions"), _said(request.get("prompt")), request["max_tokens"]
+        chat, first, limit = path.endswith("chat/completions"), _said(_begun(request)), request["max_tokens"]
         docs = [_chunk(chat, {"delta": {"role": "assistant", "content": ""}})] if chat else []
         for n in range(first, first + limit):
             said: dict[str, Any] = {"delta": {"content": WORDS[n]}} if chat else {"text": WORDS[n]}
@@ -138,6 +138,13 @@ def _chunk(chat: bool, said: dict[str, Any], reason: str | None = None) -> dict[
     return {"id": "x", "object": kind, "choices": [{"index": 0, **said, "finish_reason": reason}]}
 
 
+def _begun(request: dict[str, Any]) -> Any:
+    """What may end with words of the answer: the prompt, or the message that is to be gone on with."""
+    if request.get("continue_final_message"):
+        return request["messages"][-1]["content"]
+    return request.get("prompt")
+
+
 def _said(prompt: Any) -> int:
     """How many of its words the prompt holds."""
     if isinstance(prompt, list):
@@ -146,5 +153,5 @@ def _said(prompt: Any) -> int:
 
 
 def _usage(request: dict[str, Any], produced: int) -> dict[str, Any]:
-    prompt = 5 + _said(request.get("prompt"))
+    prompt = 5 + _said(_begun(request))
     return {"prompt_tokens": prompt, "completion_tokens": produced, "prompt_tokens_details": {"cached_tokens": 4}}

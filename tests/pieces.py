@@ -32,4 +32,5 @@ class Heard(list[Piece]):
             token_ids=[i for p in self for i in p.token_ids],
             replays=[p.replay for p in self if p.replay],
             chunks=sum(bool(p.chunk) for p in self),
+            published=[p.chunk for p in self if p.chunk],
         )

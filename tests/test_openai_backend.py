@@ -18,6 +18,7 @@ from tests.fake_openai import WORDS, Server
 from tests.pieces import Heard
 from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
 from workers.openai_backend import OpenAIBackend
+from workers.openai_resume import Said
 
 KEY = "sk-very-secret"
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -187,6 +188,81 @@ async def test_a_broken_openai_stream_says_to_submit_again(server: Server, start
     with pytest.raises(CallRejected, match="submit the call again"):
         await backend.run(job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()), heard.hear)
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("kind", ["chat.completions", "completions"])
+async def test_a_broken_openai_stream_goes_on_where_a_server_can(server: Server, start: Any, kind: str) -> None:
+    chat = kind == "chat.completions"
+    body: dict[str, Any] = CHAT if chat else {"prompt": "Say", "max_tokens": 4}
+    body = body | {"stream_options": {"include_usage": True}}
+    server.vllm, server.cut_after = chat, 2 + chat
+    backend = await start()
+    whole = server.whole(f"/v1/{'chat/' * chat}completions", body)
+    with pytest.raises(EngineError):
+        await backend.run(job(body, kind, stream=True), (heard := Heard()).hear)
+    server.cut_after = None
+    out, more = await run(backend, job(body, kind, stream=True, resumed=heard.resumed()))
+    sent = server.requests[-1]
+    assert sent["max_tokens"] == 2
+    if chat:
+        said = {"role": "assistant", "content": " w0 w1"}
+        assert (sent["messages"], sent["continue_final_message"]) == ([*CHAT["messages"], said], True)  # type: ignore[misc]
+        assert sent["add_generation_prompt"] is False
+    else:
+        assert sent["prompt"] == "Say w0 w1"
+    *chunks, usage = [json.loads(p.chunk) for p in [*heard, *more]]
+    assert "".join(_text(c["choices"][0]) for c in chunks) == out.text == "".join(WORDS[:4])
+    assert len(chunks) == 4 + chat, "one role, and each word once"
+    assert len({c["id"] for c in chunks}) == 1
+    counts = {"prompt_tokens": 5, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 4}}
+    assert usage["usage"] == counts == whole["usage"]
+    assert out.response is not None
+    assert out.response["choices"][0]["finish_reason"] == "length"
+    assert (out.prompt_tokens, out.completion_tokens) == (5, 4)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    return str(choice.get("text") or choice.get("delta", {}).get("content") or "")
+
+
+async def test_an_openai_stream_of_which_only_the_role_is_out_begins_again(server: Server, start: Any) -> None:
+    server.cut_after = 1
+    backend = await start()
+    with pytest.raises(EngineError):
+        await backend.run(job(CHAT, "chat.completions", stream=True), (heard := Heard()).hear)
+    server.cut_after = None
+    out, more = await run(backend, job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()))
+    assert (len(heard), len(more), out.text) == (1, 4, "".join(WORDS[:4]))
+    assert server.requests[0] == server.requests[1]
+
+
+async def test_an_openai_stream_that_had_ended_is_not_sent_again(server: Server, start: Any) -> None:
+    backend = await start()
+    first, heard = await run(backend, job(CHAT, "chat.completions", stream=True))
+    out, more = await run(backend, job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()))
+    assert (out.text, out.finish_reason, more, len(server.requests)) == (first.text, "length", [], 1)
+
+
+@pytest.mark.parametrize(
+    "more", [{"n": 2}, {"logprobs": True}, {"response_format": {"type": "json_object"}}, {"messages": "none"}]
+)
+async def test_what_is_more_than_text_is_not_gone_on_with(server: Server, start: Any, more: dict[str, Any]) -> None:
+    server.vllm, server.cut_after = True, 3
+    with pytest.raises(CallRejected, match="cannot be continued"):
+        await run(await start(), job(CHAT | more, "chat.completions", stream=True))
+
+
+def test_a_tool_call_that_had_begun_is_not_gone_on_with() -> None:
+    call = {"index": 0, "function": {"name": "f", "arguments": "{"}}
+    said = Said(
+        [json.dumps({"id": "x", "choices": [{"index": 0, "delta": {"role": "assistant", "tool_calls": [call]}}]})]
+    )
+    assert not said.continuable("chat.completions", CHAT, chats=True)
+    said = Said([json.dumps({"id": "x", "choices": [{"index": 0, "delta": {"content": "Well"}}]})])
+    assert said.continuable("chat.completions", CHAT, chats=True)
+    assert not said.continuable("chat.completions", CHAT, chats=False)
+    begun = {"messages": [*CHAT["messages"], {"role": "assistant", "content": "So: "}], "continue_final_message": True}  # type: ignore[misc]
+    assert said.continued("chat.completions", begun, chats=True)["messages"][-1]["content"] == "So: Well"
 
 
 async def test_an_openai_stream_broken_before_its_first_chunk_may_run_again(server: Server, start: Any) -> None:

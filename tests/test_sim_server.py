@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -168,19 +169,24 @@ async def test_the_openai_backend_runs_calls_on_it(backend: OpenAIBackend) -> No
     assert outcome.completion_tokens == 30
 
 
-async def test_an_attempt_goes_on_where_a_dead_server_stopped(backend: OpenAIBackend) -> None:
+@pytest.mark.parametrize("kind", ["generate", "completions", "chat.completions"])
+async def test_an_attempt_goes_on_where_a_dead_server_stopped(backend: OpenAIBackend, kind: str) -> None:
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Tell me"}]}
+    asked = (asked if kind == "chat.completions" else {"prompt": "Tell me"}) | {"max_tokens": 30}
+    first = Job("c/1", "c", "s", kind, asked, stream=True)
+    whole = await backend.run(replace(first, key="c/0"), Heard().hear)
     heard = Heard()
     with sim_server() as victim:
-        first = OpenAIBackend(f"{victim.url}/v1")
-        await first.start()
-        attempt = asyncio.create_task(first.run(job(), heard.hear))
+        doomed = OpenAIBackend(f"{victim.url}/v1")
+        await doomed.start()
+        attempt = asyncio.create_task(doomed.run(first, heard.hear))
         await heard.first(5)
         victim.process.kill()
         with pytest.raises(EngineDied):
             await attempt
-        await first.stop(0)
-    told = len(heard)
-    assert told < 30
-    outcome = await backend.run(job(resumed=heard.resumed()), heard.hear)
-    assert outcome.text == "".join(p.text for p in heard) == said("Tell me", 30)
-    assert (len(heard), outcome.completion_tokens) == (30, 30)
+        await doomed.stop(0)
+    assert len(heard) < 30
+    outcome = await backend.run(replace(first, resumed=heard.resumed()), heard.hear)
+    assert outcome.text == whole.text
+    assert (outcome.prompt_tokens, outcome.completion_tokens) == (whole.prompt_tokens, 30)
+    assert len(heard) == 30 + (kind == "chat.completions"), "each token once"

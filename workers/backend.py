@@ -31,12 +31,14 @@ class Resumed:
         token_ids: all token ids published, for `generate`.
         replays: the `replay` of each event in order, for the OpenAI kinds.
         chunks: how many chunks were published, for the OpenAI kinds.
+        published: those chunks.
     """
 
     text: str
     token_ids: list[int]
     replays: list[str]
     chunks: int
+    published: list[str] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

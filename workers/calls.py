@@ -222,11 +222,13 @@ class Calls:
         key = self._keys.events(call_id)
         log_: Any = await asyncio.to_thread(persist, lambda: self._redis.xrange(key), "worker", lambda: False)
         fields = [f for _, f in log_]
+        published = [line for f in fields for line in _lines(f, b"chunk")]
         return Resumed(
             text="".join(text(f.get(b"text")) for f in fields),
             token_ids=[int(i) for f in fields for i in text(f.get(b"token_ids")).split()],
             replays=[line for f in fields for line in _lines(f, b"replay")],
-            chunks=sum(len(_lines(f, b"chunk")) for f in fields),
+            chunks=len(published),
+            published=published,
         )
 
 

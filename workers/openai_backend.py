@@ -16,7 +16,8 @@ from pydantic import SecretStr
 
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
 from workers.environment import API_KEY_VARIABLE
-from workers.openai_calls import CANNOT_CONTINUE, Exchange, exchange
+from workers.openai_calls import Exchange, exchange
+from workers.openai_resume import CANNOT_CONTINUE
 from workers.openai_wire import MAX_BYTES, SseParser, document, error, error_inside, readable
 from workers.rate import RateMeter
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _DONE = "[DONE]"
 _CLOSE_S = 5.0  # for the connections of calls that were ended
+# Servers that go on with a begun message of the assistant: vLLM, and our model of one.
+_CONTINUE_CHATS = frozenset({"vllm", "rsm-engine"})
 _ASK_AGAIN_S = 0.2  # while a server is waited for
 
 log = logging.getLogger("rsm.worker")
@@ -101,6 +104,7 @@ class OpenAIBackend(Backend):
         self._health_misses = health_misses
         self._misses = 0
         self._is_vllm = False
+        self._continues_chats = False
         self._client: httpx.AsyncClient | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._doubt: asyncio.Task[bool] | None = None
@@ -130,7 +134,7 @@ class OpenAIBackend(Backend):
         """Runs one call on the server; `ttft_ms` runs from here to the first text of a stream."""
         if self._gone:
             raise EngineDied(self._gone)
-        ex = exchange(job, self._model, self._is_vllm)
+        ex = exchange(job, self._model, self._is_vllm, self._continues_chats)
         if ex.complete:
             return ex.outcome()
         run = _Run()
@@ -211,7 +215,9 @@ class OpenAIBackend(Backend):
             raise EngineDied(f"{self._where} refuses the API key; set {API_KEY_VARIABLE}.")
         if not _answers(status):
             raise EngineDied(f"No OpenAI-compatible server answers at {self._where}.")
-        self._is_vllm = any(m.get("owned_by") == "vllm" for m in models)
+        owners = {m.get("owned_by") for m in models if isinstance(m.get("owned_by"), str)}
+        self._is_vllm = "vllm" in owners
+        self._continues_chats = bool(owners & _CONTINUE_CHATS)
         self._model = self._model or next((str(m["id"]) for m in models if m.get("id")), "")
         if not self._model:
             raise EngineDied(f"{self._where} lists no models; name the one to use.")

@@ -8,12 +8,9 @@ from typing import Any
 
 from broker.models import MAX_PROMPT_TOKENS
 from workers.backend import CallRejected, Job, Outcome, Piece, Resumed
-from workers.openai_wire import Assembler, choice_text, document, single_line
+from workers.openai_resume import CANNOT_CONTINUE, Said
+from workers.openai_wire import choice_text, document
 
-CANNOT_CONTINUE = (
-    "The remote server died in the middle of this stream and it cannot be continued; "
-    'submit the call again, with on_engine_loss="restart" if it is to begin anew by itself.'
-)
 _PATHS = {"chat.completions": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
 _DEFAULT_MAX_TOKENS = 16  # of the completions API, if the call does not say
 _CHARS_A_TOKEN = 4  # the usual estimate, where the server's own count cannot be had
@@ -163,36 +160,38 @@ class GenerateExchange(Exchange):
 class OpenAIExchange(Exchange):
     """An OpenAI kind, passed on as it is."""
 
-    def __init__(self, job: Job, model: str) -> None:
+    def __init__(self, job: Job, model: str, chats: bool) -> None:
         body = {**job.body, "model": job.body.get("model") or model}
-        if job.resumed is not None and job.resumed.chunks:
-            raise CallRejected(CANNOT_CONTINUE)
+        self._kind, self._asked, self._chats = job.kind, body, chats
+        self._said = Said(job.resumed.published if job.resumed is not None else ())
+        self._before = self._said.tokens
         self._asked_usage = bool(stream_options(job.body).get("include_usage"))
-        self._assembler = Assembler()
         self._response: dict[str, Any] | None = None
-        self._published = 0
-        self._said = 0  # chunks with text, nearly always one token each
+        self.complete = self._said.assembler.finished
+        if self._said.chunks and not self.complete:
+            body = self._said.continued(job.kind, body, chats)
         super().__init__(job, _PATHS[job.kind], body, streams=job.stream and job.kind != "embeddings")
 
     @property
     def finished(self) -> bool:
-        return self._assembler.finished
+        return self._said.assembler.finished
 
     @property
     def continuable(self) -> bool:
-        return not self._published
+        return self._said.continuable(self._kind, self._asked, self._chats)
 
     def chunk(self, doc: dict[str, Any], data: str) -> Piece | None:
         self._note(doc)
-        before = len(self._assembler.text)
-        self._assembler.add(doc)
-        if len(self._assembler.text) > before:
-            self._said += 1
-            self._note_first()
-        if not doc.get("choices") and doc.get("usage") and not self._asked_usage:
+        adapted = self._said.adapt(doc)
+        if adapted is None:
             return None
-        self._published += 1
-        return Piece(chunk=single_line(data))
+        if self._said.take(adapted):
+            self._note_first()
+        if not doc.get("choices") and doc.get("usage"):
+            if not self._asked_usage:
+                return None
+            adapted["usage"] = self._whole_usage()
+        return Piece(chunk=data if adapted is doc and _is_line(data) else json.dumps(adapted, separators=(",", ":")))
 
     def whole(self, data: bytes) -> None:
         self._response = document(data)
@@ -200,10 +199,11 @@ class OpenAIExchange(Exchange):
 
     def outcome(self, aborted: bool = False) -> Outcome:
         if self.streams:
-            reason = "abort" if aborted and not self.finished else self._assembler.finish_reason
-            response = self._assembler.response(self._usage or None, reason)
-            counts = self._counts(produced=self._said)
-            return Outcome(reason, self._assembler.text, [], *counts, self._ttft_ms(), response)
+            assembler = self._said.assembler
+            reason = "abort" if aborted and not self.finished else assembler.finish_reason
+            response = assembler.response(self._whole_usage(), reason)
+            counts = self._counts(self._before, self._said.tokens - self._before)
+            return Outcome(reason, assembler.text, [], *counts, self._ttft_ms(), response)
         if self._response is None:
             return Outcome("abort", prompt_tokens=self._size)
         choice: dict[str, Any] = next(iter(self._response.get("choices") or ()), {})
@@ -211,11 +211,18 @@ class OpenAIExchange(Exchange):
         return Outcome(reason, choice_text(choice), [], *self._counts(), response=self._response)
 
     def tokens(self) -> int:
-        return super().tokens() or self._said
+        return super().tokens() or self._said.tokens - self._before
+
+    def _whole_usage(self) -> dict[str, Any] | None:
+        """The server's usage, as if what earlier attempts said had been output here."""
+        if not self._usage or not self._before:
+            return self._usage or None
+        prompt, output, _ = self._counts(self._before)
+        return {**self._usage, "prompt_tokens": prompt, "completion_tokens": output}
 
 
-def exchange(job: Job, model: str, return_token_ids: bool) -> Exchange:
-    """The exchange for a job.
+def exchange(job: Job, model: str, return_token_ids: bool, chats: bool = False) -> Exchange:
+    """The exchange for a job. `chats`: the server can go on with a message of the assistant that was begun.
 
     Raises:
         CallRejected: the job cannot run on a remote server, or cannot go on there.
@@ -223,7 +230,7 @@ def exchange(job: Job, model: str, return_token_ids: bool) -> Exchange:
     if job.kind == "generate":
         return GenerateExchange(job, model, return_token_ids)
     if job.kind in _PATHS:
-        return OpenAIExchange(job, model)
+        return OpenAIExchange(job, model, chats)
     raise CallRejected(f"A remote server does not serve {job.kind}.")
 
 
@@ -270,6 +277,10 @@ def _continued(prompt: str | list[int], before: Resumed, count: int) -> str | li
     if len(before.token_ids) < count:  # the server gave text only, and text cannot follow ids in one prompt
         raise CallRejected(CANNOT_CONTINUE)
     return prompt + before.token_ids
+
+
+def _is_line(data: str) -> bool:
+    return "\n" not in data and "\r" not in data
 
 
 def _number(value: Any) -> int:

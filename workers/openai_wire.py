@@ -152,6 +152,17 @@ class Assembler:
         self._choices: dict[int, dict[str, Any]] = {}
 
     @property
+    def head(self) -> dict[str, Any]:
+        """What all chunks have in common: id, model, time of creation."""
+        return self._head
+
+    def parts(self) -> set[str]:
+        """What the choices hold so far: role, text or content, tool calls, reasoning."""
+        choices = self._choices.values()
+        held = [*(c.get("message") or {} for c in choices), *({"text": c.get("text")} for c in choices)]
+        return {name for part in held for name, value in part.items() if value}
+
+    @property
     def finished(self) -> bool:
         """All choices seen so far have ended."""
         return bool(self._choices) and all(c.get("finish_reason") for c in self._choices.values())

@@ -105,9 +105,11 @@ def _chat_prompt(body: dict[str, Any]) -> str:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise CallRejected("messages must be a list of at least one message.")
+    messages = list(messages)
     head = json.dumps(body["tools"]) if body.get("tools") else ""
+    begun = _content(messages.pop()) if body.get("continue_final_message") else ""
     turns = [f"<|{m.get('role', 'user')}|> {_content(m)}\n" for m in messages]
-    return head + "".join(turns) + "<|assistant|>"
+    return head + "".join(turns) + "<|assistant|>" + begun
 
 
 def _content(message: dict[str, Any]) -> str:
