@@ -10,7 +10,7 @@ VLLM_STAMP := $(VENV)/.vllm
 # vLLM proper on a machine with an NVIDIA GPU; a CPU build, made by a third party, pinned by hash, everywhere else.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: demo test check bench bench-crash chaos clean
+.PHONY: demo test check bench bench-crash chaos model clean
 
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
@@ -29,6 +29,10 @@ bench: $(BASE_STAMP)
 bench-crash: $(BASE_STAMP)
 	$(PY) -m bench.recovery
 	$(PY) -m bench.streams
+# `make model EXAMPLES=5000` walks new ways each time; the tests walk the same few.
+EXAMPLES ?= 1000
+model: $(BASE_STAMP)
+	RSM_MODEL_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/test_state_machine.py -k server
 
 # `make chaos MINUTES=30 SEED=2 VLLM=1` is a long one, with a worker of real vLLM; it goes into docs/conformance.md.
 MINUTES ?= 2

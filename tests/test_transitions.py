@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import fakeredis
@@ -324,6 +322,18 @@ def test_an_admitted_call_can_be_refused(world: World) -> None:
     assert world.reject(entry, "c1") == "failed"
     assert world.state("c1") == "FAILED"
     assert not world.dead()
+
+
+def test_a_refusal_does_not_end_a_call_twice(world: World) -> None:
+    """The call was cancelled while its entry was on the stream, and then no engine served its model."""
+    world.submit("c1", inbox="box")
+    entry, _ = world.entry_of("c1")
+    world.cancel("c1")
+    assert world.reject(entry, "c1", gen=entry, inbox="box") == "stale"
+    assert world.state("c1") == "CANCELLED"
+    assert [n["state"] for n in world.news("box")] == ["CANCELLED"]
+    assert not world.dead()
+    assert not world.stream()
 
 
 def test_an_entry_is_refused_once_and_the_stream_goes_on(world: World) -> None:
@@ -1604,221 +1614,6 @@ def test_look_shows_loads_and_caches(world: World) -> None:
     assert (look.sessions["s"].bound, look.sessions["s"].resident) == ("e1", {"e1": 70, "e2": 8})
     assert (look.sessions["unknown"].bound, look.sessions["unknown"].resident) == ("", {})
     world.db.delete(world.keys.affinity("s"))
-
-
-# -- any order of events
-
-
-class Walk:
-    """Random events in a namespace of three sessions and three engines, and what must be true after each of them."""
-
-    def __init__(self, world: World, seed: int) -> None:
-        self.world = world
-        self.random = random.Random(seed)
-        self.weights: dict[str, int] = {}
-        self.workers = {e: world.worker(e) for e in ("e1", "e2", "e3")}
-        self.stale: list[Claimed] = []
-        self.events: list[Callable[[], object]] = [
-            self.submit, self.submit, self.push, self.assign, self.assign, self.assign, self.claim, self.claim,
-            self.publish, self.finish, self.finish, self.finish_late, self.release, self.cancel, self.cancel_session,
-            self.die, self.come_back, self.drain, self.unpark, self.expire,
-        ]  # fmt: skip
-
-    def worker(self) -> FakeWorker:
-        return self.random.choice(list(self.workers.values()))
-
-    def held(self) -> tuple[FakeWorker, Claimed] | None:
-        held = [(w, c) for w in self.workers.values() for c in w.held.values()]
-        return self.random.choice(held) if held else None
-
-    def _new(self) -> tuple[str, dict[str, Any]]:
-        call_id = f"c{len(self.weights)}"
-        self.weights[call_id] = self.random.randint(1, 100)
-        options = {"session": f"s{self.random.randint(1, 3)}", "inbox": "box", "prompt_tokens": self.weights[call_id]}
-        options["stream"] = self.random.random() < 0.5
-        options["on_engine_loss"] = self.random.choice(["continue", "continue", "restart", "fail"])
-        if self.random.random() < 0.2:
-            options["deadline_ms"] = self.random.choice([LONG_AGO, 1 << 50])
-        return call_id, options
-
-    def submit(self) -> None:
-        call_id, options = self._new()
-        self.world.submit(call_id, **options)
-
-    def push(self) -> None:
-        call_id, options = self._new()
-        self.world.admit(self.world.push(call_id), call_id, **options)
-
-    def assign(self) -> None:
-        entries = self.world.stream()
-        if entries:
-            call_id = self.random.choice(entries)[1]["id"]
-            engine = self.random.choice([*self.workers, *self.workers, ""])
-            self.world.assign(call_id, engine, bind=self.random.random() < 0.3)
-
-    def claim(self) -> None:
-        worker = self.worker()
-        if worker.claim(self.random.randint(1, 4)) is None:
-            self.stale += worker.held.values()
-            worker.held.clear()
-
-    def publish(self) -> None:
-        held = self.held()
-        if held and held[1].stream:
-            held[0].publish(held[1], "a", first=self.world.record(held[1].fence.call_id).ints("events")[0])
-
-    def finish(self) -> None:
-        held = self.held()
-        if held:
-            state = self.random.choice([RequestState.COMPLETED, RequestState.COMPLETED, RequestState.FAILED])
-            held[0].finish(held[1], state=state, resident_tokens=self.random.choice([0, 50]))
-            self.stale.append(held[1])
-
-    def finish_late(self) -> None:
-        if self.stale:
-            late = self.random.choice(self.stale)
-            assert self.worker().finish(late) in ("stale", "again")
-            assert self.worker().publish(late, "late", first=99) == ["stale"]
-
-    def release(self) -> None:
-        held = self.held()
-        if held:
-            held[0].release(held[1], fault=self.random.random() < 0.5, death=self.random.random() < 0.3)
-            self.stale.append(held[1])
-
-    def cancel(self) -> None:
-        if self.weights:
-            self.world.cancel(self.random.choice(list(self.weights)))
-
-    def cancel_session(self) -> None:
-        if self.random.random() < 0.2:
-            self.world.cancel_session(f"s{self.random.randint(1, 3)}")
-
-    def die(self) -> None:
-        self.world.lapse(self.worker().engine)
-        small = Transitions(self.world.keys, self.world.settings.model_copy(update={"batch": 3}))
-        while self.world.run(small.reap()).moved == 3:
-            self.check()
-
-    def come_back(self) -> None:
-        worker = self.worker()
-        self.stale += worker.held.values()
-        self.world.lapse(worker.engine)
-        self.workers[worker.engine] = self.world.worker(worker.engine)
-
-    def drain(self) -> None:
-        self.world.run(self.world.transitions.drain(self.worker().engine))
-
-    def unpark(self) -> None:
-        self.world.run(self.world.transitions.unpark(""))
-
-    def expire(self) -> None:
-        due = [codec.text(c) for c in self.world.db.zrange(self.world.keys.deadlines, 0, -1)]
-        if due:
-            self.world.db.zadd(self.world.keys.deadlines, {self.random.choice(due): LONG_AGO})
-            self.world.run(self.world.transitions.expire())
-
-    def bring_to_an_end(self) -> None:
-        for engine in self.workers:
-            self.world.lapse(engine)
-        worker = self.workers["e1"] = self.world.worker("e1")
-        self.world.run(self.world.transitions.reap())
-        self.world.run(self.world.transitions.unpark(""))
-        for _, fields in self.world.stream():
-            self.world.assign(fields["id"], "e1")
-        while calls := worker.claim(1000):  # more than once: suspects run alone
-            for call in calls:
-                assert worker.finish(call) == "done"
-
-    # -- what must be true
-
-    def check(self) -> None:
-        records = {c: self.world.record(c) for c in self.weights}
-        places = self.places()
-        for call_id, r in records.items():
-            assert places.get(call_id, []) == self.expected_places(call_id, r), call_id
-            assert (self.world.db.ttl(self.world.keys.call(call_id)) == -1) is (r["state"] in ("PENDING", "RUNNING"))
-        for engine in self.workers:
-            loads = [
-                sum(self.weights[c] for c in calls)
-                for calls in (self.world.waiting(engine), self.world.running(engine))
-            ]
-            assert self.world.engine(engine).ints("queued_tokens", "running_tokens") == tuple(loads), engine
-        ended = Counter(r["state"].lower() for r in records.values() if r["state"] not in ("PENDING", "RUNNING"))
-        for state in ("completed", "cancelled", "failed"):
-            assert self.world.stat(state) == ended[state]
-        assert self.world.stat("submitted") == len(records)
-        told = Counter(n["call"] for n in self.world.news("box") if n["state"])
-        assert told == {c: 1 for c, r in records.items() if r["state"] not in ("PENDING", "RUNNING")}
-        for session in ("s1", "s2", "s3"):
-            of_it = {c: r["state"] for c, r in records.items() if r["session"] == session}
-            assert self.world.open_calls(session) == {c for c, s in of_it.items() if s in ("PENDING", "RUNNING")}
-        self.check_usage(records)
-        due = {codec.text(c) for c in self.world.db.zrange(self.world.keys.deadlines, 0, -1)}
-        assert due <= {c for c, r in records.items() if r["state"] in ("PENDING", "RUNNING") and r["deadline_ms"]}
-
-    def check_usage(self, records: dict[str, Fields]) -> None:
-        """The counters say what is really there."""
-        open_ = {c for c, r in records.items() if r["state"] in ("PENDING", "RUNNING")}
-        sizes = {c: self._size(c, "body") + self._size(c, "json") for c in records}
-        usage = _texts(self.world.db.hgetall(self.world.keys.usage))
-        assert usage.ints("open_calls", "open_bytes") == (len(open_), sum(sizes[c] for c in open_))
-        by_session: Counter[str] = Counter()
-        for call_id in open_:
-            by_session[records[call_id]["session"]] += sizes[call_id]
-        assert self.world.db.hgetall(self.world.keys.session_bytes) == {
-            s.encode(): str(n).encode() for s, n in by_session.items()
-        }
-        ended = sorted(c for c in records if c not in open_)
-        index = [_texts(f) for _, f in self.world.db.xrange(self.world.keys.finished)]
-        assert sorted(c for e in index for c in e["ids"].split()) == ended
-        kept = sum(1024 + sizes[c] + self._size(c, "result") + self._log_bytes(c) for c in ended)
-        assert usage.ints("retained_bytes") == (sum(int(e["bytes"]) for e in index),) == (kept,)
-
-    def _size(self, call_id: str, field: str) -> int:
-        return int(self.world.db.hstrlen(self.world.keys.call(call_id), field))
-
-    def _log_bytes(self, call_id: str) -> int:
-        pieces = [f for _, f in self.world.log(call_id) if not f["state"]]
-        return sum(32 + sum(len(f[n]) for n in ("text", "token_ids", "chunk", "replay", "restart")) for f in pieces)
-
-    def places(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for engine in self.workers:
-            for where, calls in (("queue", self.world.waiting(engine)), ("running", self.world.running(engine))):
-                for call_id in calls:
-                    found.setdefault(call_id, []).append(f"{where} {engine}")
-        for raw in self.world.db.zrange(self.world.keys.parked(""), 0, -1):
-            found.setdefault(codec.text(raw), []).append("parked")
-        for entry, fields in self.world.stream():
-            if (fields["gen"] or entry) == self.world.record(fields["id"])["gen"] and self.world.state(
-                fields["id"]
-            ) == "PENDING":
-                found.setdefault(fields["id"], []).append("stream")
-        return found
-
-    def expected_places(self, call_id: str, r: Fields) -> list[str]:
-        if r["state"] == "RUNNING":
-            return [f"running {r['engine']}"]
-        if r["state"] != "PENDING":
-            return []
-        if r["engine"]:
-            return [f"queue {r['engine']}"]
-        parked = self.world.db.zscore(self.world.keys.parked(""), call_id) is not None
-        return ["parked" if parked else "stream"]
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_whatever_happens_every_call_is_in_one_place_and_ends_once(world: World, seed: int) -> None:
-    walk = Walk(world, seed)
-    for step in range(120):
-        walk.random.choice(walk.events)()
-        if step % 4 == 0:
-            walk.check()
-    walk.bring_to_an_end()
-    walk.check()
-    assert not {c for c in walk.weights if world.state(c) in ("PENDING", "RUNNING")}
-    assert not world.leaks()
 
 
 # -- generations

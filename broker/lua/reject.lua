@@ -3,7 +3,7 @@
 -- FAILED record, else a dead letter. Either way the entry leaves the stream, which goes on behind it.
 --
 -- ARGV     per entry: entry id ("" = none usable) gen ("" = the entry itself) session inbox error_code error
--- Returns  list, per entry: "failed" | "buried" | "gone"
+-- Returns  list, per entry: "failed" | "buried" | "stale" (its call has ended or found a place meanwhile) | "gone"
 local function refuse(entry, id, gen, session, inbox, code, message)
   if not redis.call('XRANGE', CALLS, entry, entry)[1] then return 'gone' end
   take_entry(entry)
@@ -14,7 +14,9 @@ local function refuse(entry, id, gen, session, inbox, code, message)
       deadline_ms = '', stream = '0', inbox = inbox, traceparent = '', digest = ''},
       function() return entry end, 'body', '')
     c = read_call(id)
-  elseif c.state ~= 'PENDING' or c.gen ~= gen or c.engine ~= '' then
+  elseif c.gen == gen and (c.state ~= 'PENDING' or c.engine ~= '') then
+    return 'stale'
+  elseif c.gen ~= gen then
     bury(id, code, message, 'entry', entry)
     tell_inbox(inbox, id, 'FAILED', code, message, '', 'n', 0, 'gen', entry)
     return 'buried'
