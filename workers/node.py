@@ -109,7 +109,12 @@ class NodeClient:
         with connect(self._settings, block_s=_BLOCK_S) as connection:
             queue = Queue(queue_name(self._settings, self.node), connection=connection, serializer=JSONSerializer)
             queued = queue.enqueue(
-                job, args=args, job_timeout=limit, result_ttl=_RESULT_TTL_S, failure_ttl=_FAILURE_TTL_S
+                job,
+                args=args,
+                description=f"{job.__name__} on {self.node}",  # RQ logs it; its own would quote the arguments
+                job_timeout=limit,
+                result_ttl=_RESULT_TTL_S,
+                failure_ttl=_FAILURE_TTL_S,
             )
             result = _await(queued, limit)
             if result is None:
