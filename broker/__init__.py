@@ -6,6 +6,7 @@ Example: `Client().submit("Explain quantum computing", max_tokens=64).result().t
 from broker.aio import AsyncCall, AsyncClient
 from broker.client import CallHandle, Client
 from broker.errors import (
+    AccessDenied,
     BadRecord,
     BrokerUnavailable,
     CallCancelled,
@@ -25,6 +26,7 @@ from broker.models import CallRecord, CallResult, Delta, ErrorCode, RequestState
 from broker.settings import Settings
 
 __all__ = [
+    "AccessDenied",
     "AsyncCall",
     "AsyncClient",
     "BadRecord",

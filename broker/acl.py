@@ -79,13 +79,13 @@ def acl_file(namespace: str, hashes: Mapping[str, str]) -> str:
     return "\n".join([*lines, *(role.line(keys, hashes.get(role.name, LOCKED)) for role in ROLES.values())]) + "\n"
 
 
-_CONNECT = "ping time select client|setinfo client|setname"
+_CONNECT = "hello ping time select client|setinfo client|setname"
 _SCRIPTS = "eval evalsha script|load"
 _CLUSTER = "cluster|slots wait"  # where the master is, and whether its replicas have it
 
 # What create_call, stop_call and end_call do, whoever runs them: they write no stream but logs and inboxes.
 _CALL_COMMANDS = (
-    "hget hmget hset hsetnx hdel hincrby hgetall del persist pexpire strlen hstrlen xread xrange xlen xadd "
+    "hget hmget hset hsetnx hexists hdel hincrby hgetall del persist pexpire strlen hstrlen xread xrange xlen xadd "
     "sadd srem scard smembers sscan zadd zrem lpush ltrim lrange"
 )
 _CALL_KEYS = ". call:* inbox:* session:* affinity:* stats usage usage:sessions"

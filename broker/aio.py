@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from broker import codec, scripts
-from broker.connection import BLIPS, Backoff, connect_async, reason
+from broker.connection import BLIPS, Backoff, connect_async, reason, require_access
 from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
 from broker.events import End, end_record, is_end, read_event
 from broker.ids import check_id, new_id
@@ -407,6 +407,7 @@ class AsyncClient:
             try:
                 result = await action()
             except BLIPS as e:
+                require_access(e)
                 if time.monotonic() > until:
                     raise BrokerUnavailable(
                         f"Redis did not answer for {self._timeout_s:g} s ({reason(e)}). "

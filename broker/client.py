@@ -408,7 +408,7 @@ class Client:
 
     def _retry(self, action: Any) -> Any:
         try:
-            result = persist(action, "client", self._closed.is_set, self._timeout_s)
+            result = persist(action, "client", self._closed.is_set, self._timeout_s, denial_is_final=True)
         except BLIPS as e:
             raise BrokerUnavailable(
                 f"Redis did not answer for {self._timeout_s:g} s ({reason(e)}). "

@@ -18,7 +18,8 @@ import redis.asyncio
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
 
-from broker.link import ASYNC_LINKS, LINKS, Refused
+from broker.errors import AccessDenied
+from broker.link import ASYNC_LINKS, LINKS, Denied, Refused
 from broker.settings import Settings
 from broker.topology import place_of
 
@@ -34,6 +35,9 @@ BLIPS = (
     errors.ReadOnlyError,
     errors.OutOfMemoryError,
 )
+
+# A user that is refused. Among the blips, for passwords and rights are changed while parts run.
+_DENIED = (errors.AuthenticationError, errors.AuthorizationError, Denied)
 
 COMMAND_TIMEOUT_S = 10.0
 
@@ -113,12 +117,36 @@ class Backoff:
         return True
 
 
+def require_access(error: Exception) -> None:
+    """For whoever should not try again for ever with a password that is wrong.
+
+    Raises:
+        AccessDenied: the error is Redis's refusal of this user.
+    """
+    # redis-py's asyncio client wraps what goes wrong while it connects.
+    error = error.__cause__ if isinstance(error.__cause__, _DENIED) else error
+    if isinstance(error, Denied):
+        raise AccessDenied(
+            f"Redis does not let this user do its part: {error}. Give it the rights of its role; `rsm acl` prints them."
+        ) from None
+    if isinstance(error, _DENIED):
+        raise AccessDenied(
+            "Redis refuses this user or its password (in RSM_REDIS_URL, or --redis); `rsm acl` makes users."
+        ) from None
+
+
 def persist(
-    action: Callable[[], T], what: str, stopped: Callable[[], bool], timeout_s: float | None = None
+    action: Callable[[], T],
+    what: str,
+    stopped: Callable[[], bool],
+    timeout_s: float | None = None,
+    *,
+    denial_is_final: bool = False,
 ) -> T | None:
     """Repeats `action` until Redis answers, for a blip is not a death. None if `stopped()` came true meanwhile.
 
     Raises:
+        AccessDenied: `denial_is_final`, and Redis refuses this user.
         redis.ConnectionError or its kin: `timeout_s` seconds have passed.
     """
     backoff = Backoff(what)
@@ -127,6 +155,8 @@ def persist(
         try:
             result = action()
         except BLIPS as e:
+            if denial_is_final:
+                require_access(e)
             if until is not None and time.monotonic() > until:
                 raise
             time.sleep(backoff.pause(e))

@@ -14,6 +14,7 @@ RsmError
 ├── EvictingRedis                   Redis is set to delete keys when its memory is full
 ├── EngineFailed                    an engine could not be started, or died
 └── BrokerUnavailable               Redis could not be reached in the time given
+    └── AccessDenied                Redis refuses this user: its password, or its rights
 """
 
 from __future__ import annotations
@@ -121,3 +122,7 @@ class EngineFailed(RsmError):
 
 class BrokerUnavailable(RsmError):
     """Redis could not be reached in the time given."""
+
+
+class AccessDenied(BrokerUnavailable):
+    """Redis refuses this user: its password, or its rights; the message says which."""

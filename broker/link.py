@@ -28,6 +28,7 @@ _CODES = {
     "NOREPLICAS": "too few replicas are connected (min-replicas-to-write)",
     "BUSY": "a script runs for too long",
 }
+_IN_SCRIPT = "ACL failure in script"  # how Valkey says NOPERM of a script's command
 _DEMOTED = "UNBLOCKED force unblock"
 
 
@@ -35,10 +36,16 @@ class Refused(errors.ConnectionError):
     """Redis answers but cannot serve now; the same command may be taken later, or by another node."""
 
 
+class Denied(Refused):
+    """Redis does not let this user do that; it may once its rights are set right."""
+
+
 def refusal(error: errors.ResponseError) -> Refused | None:
     """The passing refusal that an error stands for, None if it is an error of ours."""
     said = str(error)
     code = said.partition(" ")[0]
+    if isinstance(error, errors.NoPermissionError) or _IN_SCRIPT in said:
+        return Denied(said)
     if isinstance(error, _REFUSALS):
         return Refused(f"{type(error).__name__.removesuffix('Error')}: {said}")
     if code in _CODES:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ class Fleet:
             raise
 
     def start_router(self, name: str) -> Supervised:
-        router = Supervised(name, [sys.executable, "-m", "router"], self.settings.environment(), output=self._output)
+        command, env = [sys.executable, "-m", "router"], self.settings.environment()
+        router = Supervised(name, command, env, give_up=[os.EX_CONFIG], output=self._output)
         router.start()
         self.routers.append(router)
         return router

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import sys
 
 from broker import logs
+from broker.errors import AccessDenied
 from broker.settings import Settings
 from router.router import Router
 
+log = logging.getLogger("rsm.router")
 
-def run_router(settings: Settings) -> None:
-    """Runs one router in this process until SIGTERM or SIGINT."""
+
+def run_router(settings: Settings) -> int:
+    """Runs one router in this process until SIGTERM or SIGINT; returns its exit status, 78 if its user is refused."""
     router = Router(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: router.stop())
-    logging.getLogger("rsm.router").info("%s serves %s, policy %s", router.name, settings.namespace, settings.policy)
-    router.run()
+    log.info("%s serves %s, policy %s", router.name, settings.namespace, settings.policy)
+    try:
+        router.run()
+    except AccessDenied as e:
+        log.error("%s", e)
+        return os.EX_CONFIG
+    return os.EX_OK
 
 
 def main() -> None:
     logs.configure("router")
-    run_router(Settings())
+    sys.exit(run_router(Settings()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from redis.exceptions import ResponseError
 
 from broker import scripts
 from broker.codec import text
-from broker.connection import BLIPS, Backoff, connect
+from broker.connection import BLIPS, Backoff, connect, require_access
 from broker.ids import new_id
 from broker.keys import ROUTER_GROUP, Keys
 from broker.line import Line
@@ -64,19 +64,25 @@ class Router:
         self._stopping = True
 
     def run(self) -> None:
-        """Serves. A Redis that does not answer is waited for."""
+        """Serves. A Redis that does not answer is waited for.
+
+        Raises:
+            AccessDenied: Redis refuses this router's user from the beginning.
+        """
         backoff, due = Backoff(self.name), 0.0
-        ready = False
+        ready = served = False
         while not self._stopping:
             try:
                 if not ready:
                     self._prepare()
-                    ready = True
+                    ready = served = True
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._tick_s
                     self.place(self._upkeep.tick())
                 self.place(self._read())
             except BLIPS as e:
+                if not served:
+                    require_access(e)
                 ready = False
                 self._upkeep.blip()
                 time.sleep(backoff.pause(e))

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from redis.exceptions import NoPermissionError
 
-from broker import AsyncClient, CallCancelled, Client, RequestState, Settings
-from broker.acl import LOCKED, ROLES, acl_file
+from broker import AccessDenied, AsyncClient, CallCancelled, Client, RequestState, Settings
+from broker.acl import LOCKED, ROLES, acl_file, user_name
 from broker.dead_letters import DeadLetters
 from broker.embedded import find_server
 from broker.keys import Keys
 from broker.lifecycle import RequestLifecycleManager
+from broker.link import Denied
 from broker.monitor import Monitor
 from broker.process_table import GlobalProcessTable, SessionManager
 from engine.cli.drain import order_drain
 from engine.doctor import examine
 from router.kv_coordinator import KVCacheCoordinator
+from router.router import Router
 from tests.conftest import eventually
-from tests.roles import Roles
+from tests.roles import Roles, secret
 from tests.rsm_command import RSM, clean_env, run
 from tests.sim_processes import WorkerProcess, processes_of, sim, state_of
 from tests.test_rooms import ROOT
@@ -233,13 +238,71 @@ def refusal(client: Any, words: list[str]) -> str:
     """What Redis answers to a command of a user that may not give it."""
     try:
         reply = client.execute_command(*words)
-    except NoPermissionError:
+    except Denied:
         return "NOPERM"
     except redis.RedisError as e:
-        if "ACL failure in script" in str(e):  # as Redis 7 and Valkey say it of a script's command
-            return "NOPERM"
         return f"{type(e).__name__} {e}"
     return f"reply {reply!r}"
+
+
+# -- what the refused do
+
+
+def test_a_part_with_a_wrong_password_says_so_and_ends(roles: Roles, tmp_path: Path) -> None:
+    for role in ("router", "worker"):
+        status, said = end_of(role, roles.settings(role, "not-it"), tmp_path)
+        assert status == os.EX_CONFIG
+        assert "refuses this user or its password" in said
+        assert "not-it" not in said
+
+
+def test_a_part_under_the_wrong_role_says_so_and_ends(roles: Roles, tmp_path: Path) -> None:
+    for role, other in (("router", "producer"), ("worker", "pusher")):
+        status, said = end_of(role, roles.settings(other), tmp_path)
+        assert status == os.EX_CONFIG
+        assert "does not let this user do its part" in said
+        assert "rsm acl" in said
+
+
+def end_of(part: str, settings: Settings, folder: Path) -> tuple[int, str]:
+    """The exit status of a part that ends by itself, and what it said."""
+    if part == "worker":
+        process = WorkerProcess(sim(), settings, folder / f"{part}.log")
+        return process.wait(), process.log()
+    env = clean_env() | settings.environment()
+    done = subprocess.run(
+        [sys.executable, "-m", "router"], env=env, capture_output=True, text=True, timeout=40, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+async def test_a_client_with_a_wrong_password_hears_it_at_once(roles: Roles) -> None:
+    with Client(settings=roles.settings("producer", "not-it")) as client, pytest.raises(AccessDenied) as refused:
+        client.submit("hi")
+    assert "not-it" not in str(refused.value)
+    async with AsyncClient(settings=roles.settings("producer", "not-it")) as client2:
+        with pytest.raises(AccessDenied, match="password"):
+            await client2.submit("hi")
+    with Client(settings=roles.settings("observer")) as client, pytest.raises(AccessDenied, match="rights of its role"):
+        client.submit("hi")
+
+
+def test_a_router_waits_while_its_password_is_changed(roles: Roles, settings: Settings, db: redis.Redis) -> None:
+    router = Router(roles.settings("router"))
+    thread = threading.Thread(target=router.run)
+    thread.start()
+    keys, server = Keys(settings.namespace), typing.cast("Any", db)
+    user = user_name(keys, "router")
+    eventually(lambda: server.zcard(keys.routers))
+    server.execute_command("ACL SETUSER", user, "resetpass", ">another")
+    server.execute_command("CLIENT KILL", "USER", user)
+    server.delete(keys.routers)
+    time.sleep(0.3)
+    assert thread.is_alive()
+    server.execute_command("ACL SETUSER", user, f">{secret('router')}")
+    eventually(lambda: server.zcard(keys.routers))
+    router.stop()
+    thread.join()
 
 
 # -- the file
@@ -297,7 +360,8 @@ def test_a_line_that_names_no_role_is_refused() -> None:
 
 def test_every_command_of_the_scripts_is_somebodys_right() -> None:
     """Whoever gives a script a new command must say in broker/acl.py who may use it, and on which keys."""
-    granted = {c for role in ROLES.values() for grant in role.grants for c in grant.commands.split()}
+    parts = ("producer", "router", "worker")
+    granted = {c for name in parts for grant in ROLES[name].grants for c in grant.commands.split()}
     for entry in (ROOT / "broker" / "lua").glob("*.lua"):
         used = {found.lower() for found in re.findall(r"(?:redis\.call|later)\('([A-Z]+)'", entry.read_text())}
         assert used - {"xgroup"} <= granted, f"{entry.name}: {used - granted}"

@@ -12,11 +12,12 @@ import pytest
 import redis
 
 from broker import AsyncClient, Client, Settings
-from broker.connection import BLIPS, connect, connect_async
+from broker.connection import BLIPS, connect, connect_async, require_access
 from broker.embedded import EmbeddedRedis
+from broker.errors import AccessDenied
 from broker.ids import new_id
 from broker.line import Line
-from broker.link import Refused, refusal
+from broker.link import Denied, Refused, refusal
 from router.router import Router
 from tests.conftest import eventually
 
@@ -54,12 +55,26 @@ def test_a_refusal_that_passes_is_a_blip(said: str) -> None:
         "NOGROUP No such key '{t}:calls' or consumer group 'router' in XREADGROUP",
         "UNBLOCKED the stream key no longer exists",
         "NOSCRIPT No matching script. Please use EVAL.",
-        "NOPERM this user has no permissions to run the 'config' command",
         "CROSSSLOT Keys in request don't hash to the same slot",
     ],
 )
 def test_an_error_of_ours_is_none(said: str) -> None:
     assert refusal(_parse(said)) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "NOPERM this user has no permissions to run the 'config' command",
+        "ERR ACL failure in script: User u has no permissions to run the 'hset' command script: on @user_script:1.",
+    ],
+)
+def test_a_user_that_may_not_is_denied_and_may_be_let_in_later(said: str) -> None:
+    denied = refusal(_parse(said))
+    assert isinstance(denied, Denied)
+    assert isinstance(denied, BLIPS)
+    with pytest.raises(AccessDenied, match="no permissions"):
+        require_access(denied)
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ class Worker:
 
         Raises:
             EngineIdTaken: another live worker has this engine id.
+            AccessDenied: Redis refuses this worker's user.
         """
         self._loop = asyncio.get_running_loop()
         if handle_signals:
@@ -349,10 +350,12 @@ class Worker:
         Raises:
             redis.ConnectionError or its kin: it did not within `timeout_s`.
             EngineDied: no time limit was given, and the worker was told to stop.
+            AccessDenied: it has not begun its work yet, and Redis refuses its user.
         """
         done: list[scripts.T] = []
         given_up = self._told_to_stop.is_set if timeout_s is None else lambda: False
-        await asyncio.to_thread(persist, lambda: done.append(action()), "worker", given_up, timeout_s)
+        asking = partial(persist, denial_is_final=self._lease is None)
+        await asyncio.to_thread(asking, lambda: done.append(action()), "worker", given_up, timeout_s)
         if not done:
             raise EngineDied("told to stop while Redis was away")
         return done[0]

@@ -104,7 +104,7 @@ def router(ctx: typer.Context) -> None:
     from router.__main__ import run_router
 
     logs.configure("router")
-    run_router(settings_of(ctx))
+    raise typer.Exit(run_router(settings_of(ctx)))
 
 
 @app.command()
