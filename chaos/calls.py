@@ -28,6 +28,7 @@ _ACTS = {Act.WAIT: 8, Act.CANCEL: 3, Act.CANCEL_SESSION: 1, Act.AWAY: 3, Act.TWI
 _SESSION_CALLS = 3
 _SESSIONS = 8
 _LONG = 300
+_POOL_SHARE = 0.15  # small, for a real engine takes long to come back, and all producers may come to wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def draw(seed: int, place: int, number: int, pool: Pool | None = None) -> list[P
     if act is Act.CANCEL_SESSION:
         return [_plan(rng, f"{name}.{i}", name, act, None) for i in range(_SESSION_CALLS)]
     session = name if rng.random() < 0.3 else f"s{place}-{rng.randrange(_SESSIONS)}"
-    return [_plan(rng, name, session, act, pool if rng.random() < 0.3 else None)]
+    return [_plan(rng, name, session, act, pool if rng.random() < _POOL_SHARE else None)]
 
 
 def _plan(rng: random.Random, name: str, session: str, act: Act, pool: Pool | None) -> Plan:

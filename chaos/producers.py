@@ -22,9 +22,9 @@ from chaos.calls import Plan, Pool, draw
 from chaos.ledger import Ledger, Story, read
 
 KINDS = ("sync", "aio", "raw")
-LANES = 4
+LANES = 6
 # Between two calls of a lane.
-PAUSE_S = 0.15
+PAUSE_S = 0.3
 _LEAVE_S = 300
 
 
