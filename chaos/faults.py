@@ -167,6 +167,7 @@ def _stall(part: Part, _: random.Random) -> None:
 
 _BLINK = (0.0, 0.0)
 _LONGER_THAN_A_LEASE = (2.0, 5.0)
+# A stalled line may last longer than a command waits for its reply (10 s), so that it is sent again meanwhile.
 KINDS = (
     Kind("kill -9 of a router", "r", _BLINK, _signal(signal.SIGKILL)),
     Kind("kill -9 of a worker", "wv", _BLINK, _signal(signal.SIGKILL)),
@@ -186,5 +187,5 @@ KINDS = (
     Kind("requests repeated, then late", "rwvp", (1.0, 3.0), _line(_late)),
     Kind("connections cut", "rwvp", _BLINK, _line(_cut)),
     Kind("line delayed", "rwvp", (1.0, 6.0), _line(_delay)),
-    Kind("line stalled, then flowing", "rwvp", (0.5, 5.0), _line(_stall)),
+    Kind("line stalled, then flowing", "rwvp", (0.5, 13.0), _line(_stall)),
 )

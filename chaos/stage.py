@@ -21,7 +21,7 @@ from pathlib import Path
 
 import redis
 
-from broker import Settings
+from broker import BrokerUnavailable, Settings
 from broker.connection import connect
 from broker.embedded import EmbeddedRedis
 from broker.ids import new_id
@@ -51,6 +51,7 @@ _SETTINGS = {
 _STEP_S = 0.02
 _LEAVE_S = 5.0
 _READY_S = 180.0
+_REDIS_STARTS = 4
 
 
 @dataclass(slots=True)
@@ -166,7 +167,13 @@ class Stage:
 
     def start_redis(self) -> None:
         """`always`: what was acknowledged survives kill -9, which `everysec` does not promise."""
-        self.server.start()
+        for tries_left in reversed(range(_REDIS_STARTS)):
+            try:
+                self.server.start()
+                break
+            except BrokerUnavailable:  # a busy machine may take longer to load the AOF than one start waits for it
+                if not tries_left:
+                    raise
         self.configure("appendfsync", "always")
 
     def configure(self, name: str, value: str) -> None:
