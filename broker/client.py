@@ -214,8 +214,7 @@ class Client:
         else:
             self._ensure_reader()
             # From now on this client is told; if the call ended just before, the reconciler finds it.
-            self._retry(lambda: self.redis.hset(self.keys.call(call_id), "inbox", self._inbox))
-            if self.record(call_id).state.terminal:
+            if self._run(self.transitions.listen(call_id, self._inbox)) not in ("PENDING", "RUNNING"):
                 self._settle({call_id: self._hash(call_id)})
         return handle
 

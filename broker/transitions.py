@@ -228,6 +228,10 @@ class Transitions:
             args += [*c.request.fields(), c.digest, c.body_field, c.body]
         return Command(script("submit"), args, _submitted)
 
+    def listen(self, call_id: str, inbox: str) -> Command[str]:
+        """Sends a call's news to this inbox from now on; gives the call's state, "" = no record."""
+        return Command(script("listen"), self._args(call_id, inbox), text)
+
     def cancel(self, call_id: str, reason: str) -> Command[str]:
         return Command(script("cancel"), self._args(call_id, reason), text)
 

@@ -1000,6 +1000,29 @@ def test_a_running_call_is_flagged_and_its_worker_told_once(world: World) -> Non
     assert world.record("c1")["cancel_reason"] == "enough"
 
 
+def test_a_cancel_may_be_repeated_after_a_lost_reply(world: World) -> None:
+    """Its caller must not hear that it came too late."""
+    world.submit("c1")
+    assert [world.cancel("c1"), world.cancel("c1")] == ["cancelled", "cancelled"]
+    worker = world.worker()
+    call = world.start("c2", worker)
+    assert world.cancel("c2") == "cancelling"
+    worker.finish(call)
+    assert world.cancel("c2") == "cancelled"
+
+
+def test_whoever_listens_is_told_while_the_call_is_open(world: World) -> None:
+    worker = world.worker()
+    call = world.start("c1", worker, inbox="first")
+    assert world.run(world.transitions.listen("c1", "second")) == "RUNNING"
+    worker.finish(call)
+    assert [len(world.news(box)) for box in ("first", "second")] == [0, 1]
+    assert world.run(world.transitions.listen("c1", "third")) == "COMPLETED"
+    assert world.record("c1")["inbox"] == "second"
+    assert world.run(world.transitions.listen("gone", "third")) == ""
+    assert not world.db.exists(world.keys.call("gone")), "nothing of it would ever expire"
+
+
 def test_too_late_to_cancel(world: World) -> None:
     worker = world.worker()
     worker.finish(world.start("c1", worker))

@@ -2,13 +2,14 @@
 -- Cancels one call: a waiting one at once, a running one by flag and wake-up.
 --
 -- ARGV     id reason
--- Returns  "cancelled" | "cancelling" (the worker will end it and keep the partial text) | "finished" (too late)
+-- Returns  "cancelled" (now or before: a cancel may be repeated after a lost reply)
+--          | "cancelling" (the worker will end it and keep the partial text) | "finished" (too late)
 --          | "noted" (no record yet, but the router stream is not empty: the call ends on arrival) | "unknown"
 -- Emits    to the worker: op=cancel with the call's generation and attempt
 local id, reason = ARGV[4], ARGV[5]
 local done = stop_call(id, 'user', reason)
 write_all()
-if done == 'ended' then return 'cancelled' end
+if done == 'ended' or done == 'CANCELLED' then return 'cancelled' end
 if done == 'flagged' or done == 'before' then return 'cancelling' end
 if done ~= '' then return 'finished' end
 local last = redis.call('XREVRANGE', CALLS, '+', '-', 'COUNT', 1)
