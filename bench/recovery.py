@@ -1,6 +1,6 @@
 """Recovery after `kill -9`: the second attempt beside SAQ, taskiq and RQ, and our own times for each kind of death.
 
-    python -m bench.recovery [--rounds 5] [--limit 180] [--name recovery]
+    python -m bench.recovery [--rounds 5] [--copies 3] [--limit 180] [--name recovery]
 
 The peers run first, all side by side: they mostly wait. Then our own scenarios, one after the other, with the defaults.
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -28,17 +29,19 @@ from broker.embedded import EmbeddedRedis
 QUEUES = ("saq", "taskiq", "rq")
 PROFILES = ("default", "tuned")
 # What a peer's script may take besides its waiting: its workers' start, and a job.
-_MARGIN_S = 120
+_MARGIN_S = 200
+# Between the starts of two of them: all at once would be slow to come up.
+_STAGGER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer's time from the kill to the second attempt, in seconds; None: it did not come within the limit."""
+    """A peer's times from the kill to the second attempt, in seconds; None: it did not come within the limit."""
 
     name: str
     version: str
     settings: str
-    seconds: float | None
+    seconds: list[float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +63,36 @@ class Ours:
         return (self.name, "busy" if self.busy else "idle", f"≤ {self.limit_s:g}", *times, str(len(self.seconds)), met)
 
 
-def run_peers(url: str, limit_s: float) -> list[Peer]:
-    """All peers with all their profiles, side by side."""
+def run_peers(url: str, limit_s: float, copies: int) -> list[Peer]:
+    """All peers with all their profiles, side by side, each so many times."""
     runs = [(name, profile, python_for(name)) for name in QUEUES for profile in PROFILES]
-    processes = [
-        subprocess.Popen(
-            [python, PEERS / f"{name}_recovery.py", "--redis", url, "--limit", str(limit_s), "--profile", profile],
-            stdout=subprocess.PIPE,
-        )
-        for name, profile, python in runs
-    ]
+    processes: list[list[subprocess.Popen[bytes]]] = []
     try:
-        return [_result(process, limit_s) for process in processes]
+        for name, profile, python in runs:
+            options = ["--redis", url, "--limit", str(limit_s), "--profile", profile]
+            processes.append([_start([python, PEERS / f"{name}_recovery.py", *options]) for _ in range(copies)])
+        return [_together([_result(process, limit_s) for process in group], limit_s) for group in processes]
     finally:
-        for process in processes:
+        for process in (p for group in processes for p in group):
             process.kill()
             process.wait()
 
 
-def _result(process: subprocess.Popen[bytes], limit_s: float) -> Peer:
+def _start(command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
+    time.sleep(_STAGGER_S)
+    return subprocess.Popen(command, stdout=subprocess.PIPE)
+
+
+def _result(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]:
     out, _ = process.communicate(timeout=limit_s + _MARGIN_S)
     if process.returncode:
         raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
-    peer = Peer(**json.loads(out.splitlines()[-1]))
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def _together(results: Sequence[dict[str, Any]], limit_s: float) -> Peer:
+    peer = Peer(**(results[0] | {"seconds": [r["seconds"] for r in results]}))
     print(f"  {peer.name} ({peer.settings}): {shown(peer.seconds, limit_s)}", flush=True)
     return peer
 
@@ -97,8 +107,11 @@ def run_ours(url: str, rounds: int) -> list[Ours]:
     return found
 
 
-def shown(seconds: float | None, limit_s: float) -> str:
-    return f"none within {limit_s:g} s" if seconds is None else f"{seconds:.1f} s"
+def shown(seconds: Sequence[float | None], limit_s: float) -> str:
+    """All times of a peer, the shortest first."""
+    times = [f"{s:.1f} s" for s in sorted(s for s in seconds if s is not None)]
+    missed = len(seconds) - len(times)
+    return ", ".join([*times, *([f"none within {limit_s:g} s ({missed} of {len(seconds)})"] if missed else [])])
 
 
 # -- the page
@@ -151,6 +164,7 @@ def page(about: Mapping[str, str], peers: Sequence[Peer], ours: Sequence[Ours], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of each of our scenarios")
+    parser.add_argument("--copies", type=int, default=3, help="of each peer with each profile, side by side")
     parser.add_argument("--limit", type=float, default=180, help="seconds that a peer's second attempt is waited for")
     parser.add_argument("--name", default="recovery", help="of the result files in bench/results")
     args = parser.parse_args()
@@ -158,7 +172,7 @@ def main() -> None:
         server = connect(Settings().with_redis(embedded.url))
         about = machine(f"{os.cpu_count()} cores, shared with others", server_name(server.info("server")))
         server.close()
-        peers = run_peers(embedded.url, args.limit)
+        peers = run_peers(embedded.url, args.limit, args.copies)
         ours = run_ours(embedded.url, args.rounds)
     write(args.name, page(about, peers, ours, args.limit), {
         "machine": about,

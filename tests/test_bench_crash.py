@@ -85,13 +85,13 @@ def test_each_system_and_each_queue_has_its_environment() -> None:
 
 
 def test_the_page_says_what_was_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    peers = [Peer("slow", "1", "default", None), Peer("quick", "2", "tuned", 7.19)]
+    peers = [Peer("slow", "1", "default", [65.0, None]), Peer("quick", "2", "tuned", [9.0, 7.19])]
     ours = [
         Ours(s.name, busy, s.limit_s, [0.5, 0.4, 9.0 if busy else 0.6]) for s in SCENARIOS for busy in (False, True)
     ]
     text = recovery.page({"Machine": "m", "CPU": "c"}, peers, ours, 180)
-    assert "| slow | 1 | default | none within 180 s |" in text
-    assert "| quick | 2 | tuned | 7.2 s |" in text
+    assert "| slow | 1 | default | 65.0 s, none within 180 s (1 of 2) |" in text
+    assert "| quick | 2 | tuned | 7.2 s, 9.0 s |" in text
     assert "0.50 s (worst of 3: 0.60 s)" in text
     assert len(re.findall(r"\| busy \|.* \*\*no\*\* \|", text)) == len(SCENARIOS)
     assert len(re.findall(r"\| idle \|.* yes \|", text)) == len(SCENARIOS)

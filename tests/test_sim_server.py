@@ -91,6 +91,16 @@ def aborted(http: httpx.Client) -> int:
     return int(found[1]) if found else 0
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_tokens_are_counted_as_the_engine_counts_them(http: httpx.Client, chat: bool) -> None:
+    ask: dict[str, Any] = {"messages": [{"role": "user", "content": LONG}]} if chat else {"prompt": LONG}
+    counted = http.post("/tokenize", json=ask).json()
+    usage = http.post(f"/v1/{'chat/' * chat}completions", json=ask).json()["usage"]
+    assert counted["count"] == len(counted["tokens"]) == usage["prompt_tokens"]
+    assert http.post("/tokenize", json={}).status_code == 400
+    assert http.post("/tokenize", json=ask | {"model": "other"}).status_code == 404
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_call(http: httpx.Client, running: SimHttp, stream: bool) -> None:
     ask = {"prompt": "a long story", "max_tokens": 50_000, "stream": stream}

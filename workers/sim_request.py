@@ -54,7 +54,7 @@ def read(job: Job, config: SimConfig) -> Request:
     Raises:
         CallRejected: the body cannot run; the message says what to change.
     """
-    prompt = Prompt.of(_prompt(job))
+    prompt = read_prompt(job)
     body, size = job.body, prompt.size()
     _check_ranges(body)
     room = config.max_len - size
@@ -71,6 +71,15 @@ def read(job: Job, config: SimConfig) -> Request:
     if job.resumed is None:
         return Request(prompt, size, found, fatal=fatal)
     return Request(prompt, size, found, *_position(job.kind, job.resumed), fatal=fatal)
+
+
+def read_prompt(job: Job) -> Prompt:
+    """The prompt of a job.
+
+    Raises:
+        CallRejected: it has none that can run.
+    """
+    return Prompt.of(_prompt(job))
 
 
 def _prompt(job: Job) -> Any:

@@ -1,8 +1,8 @@
 """A modelled engine behind OpenAI's HTTP API, as `vllm serve` stands before a real one: for tests and benchmarks of
 whatever speaks to such a server, on a machine without a GPU.
 
-GET /health, /v1/models, /metrics (with vLLM's names); POST /v1/chat/completions and /v1/completions. A client that
-goes away ends its call in the engine.
+GET /health, /v1/models, /metrics (with vLLM's names); POST /v1/chat/completions, /v1/completions, /tokenize.
+A client that goes away ends its call in the engine.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import InvalidRequest
 from broker.ids import new_id
 from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
 from workers.sim_backend import SimBackend
+from workers.sim_request import read_prompt
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -65,6 +66,7 @@ class SimServer:
         from starlette.routing import Route
 
         routes = [Route(path, self._call, methods=["POST"]) for path in _KINDS]
+        routes.append(Route("/tokenize", self._tokenize, methods=["POST"]))
         routes += [Route("/health", self._health), Route("/v1/models", self._models), Route("/metrics", self._metrics)]
         return Starlette(routes=routes)
 
@@ -85,14 +87,23 @@ class SimServer:
 
         return PlainTextResponse(metrics(self), media_type="text/plain; version=0.0.4")
 
+    async def _tokenize(self, request: Request) -> Any:
+        """As vLLM's: routers that schedule by size ask for it."""
+        from starlette.responses import JSONResponse
+
+        try:
+            job = read_job("", await request.body(), self.model)
+            kind = "chat.completions" if "messages" in job.body else "completions"
+            tokens = read_prompt(replace(job, kind=kind)).tokens()
+        except (CallRejected, UnknownModel) as e:
+            return refusal(e)
+        return JSONResponse({"count": len(tokens), "max_model_len": self.backend.config.max_len, "tokens": tokens})
+
     async def _call(self, request: Request) -> Any:
         try:
-            job = read_job(_KINDS[request.url.path], await request.body(), self.model)
-        except CallRejected as e:
+            return _Reply(self, read_job(_KINDS[request.url.path], await request.body(), self.model))
+        except (CallRejected, UnknownModel) as e:
             return refusal(e)
-        except UnknownModel as e:
-            return failure(404, str(e), "NotFoundError")
-        return _Reply(self, job)
 
 
 @dataclass(slots=True)
@@ -193,6 +204,8 @@ def refusal(error: Exception) -> Any:
     """The response to a call that did not run."""
     if isinstance(error, CallRejected):
         return failure(400, str(error), "BadRequestError")
+    if isinstance(error, UnknownModel):
+        return failure(404, str(error), "NotFoundError")
     return failure(503 if isinstance(error, EngineDied) else 500, str(error), "InternalServerError")
 
 

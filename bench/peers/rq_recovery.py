@@ -28,7 +28,9 @@ JOB = f"{Path(__file__).stem}.job"
 JOB_S = 5.0
 KILL_AFTER_S = 1.0
 WORKERS = 2
-WORKER_UP_S = 30
+WORKER_UP_S = 120
+# Both workers are up then, and have done what they do at their start.
+SETTLE_S = 10
 PROFILES: dict[str, tuple[dict[str, int], str]] = {
     "default": ({}, "Retry(max=3), all else default"),
     "tuned": (
@@ -61,6 +63,7 @@ def measure(url: str, profile: str, limit_s: float) -> float | None:
     workers = [worker(url, name, profile) for _ in range(WORKERS)]
     with Redis.from_url(url, socket_timeout=None) as server:
         try:
+            time.sleep(SETTLE_S)
             Queue(name, connection=server).enqueue(JOB, url, key, retry=Retry(max=3))
             first = next_start(server, key, WORKER_UP_S)
             time.sleep(KILL_AFTER_S)

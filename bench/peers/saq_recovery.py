@@ -25,7 +25,9 @@ from saq.queue.redis import RedisQueue  # type: ignore[import-not-found]
 JOB_S = 5.0
 KILL_AFTER_S = 1.0
 BEAT_S = 0.5
-WORKER_UP_S = 30
+WORKER_UP_S = 120
+# Both workers are up then, and have done what they do at their start.
+SETTLE_S = 10
 WORKERS = 2
 # Job options, and how often the workers sweep, in seconds.
 PROFILES: dict[str, tuple[dict[str, int], int, str]] = {
@@ -63,6 +65,7 @@ async def measure(url: str, profile: str, limit_s: float) -> float | None:
     options, _, _ = PROFILES[profile]
     workers = [worker(url, queue.name, profile) for _ in range(WORKERS)]
     try:
+        await asyncio.sleep(SETTLE_S)
         await queue.enqueue("job", **options)
         first = await next_start(queue, WORKER_UP_S)
         await asyncio.sleep(KILL_AFTER_S)

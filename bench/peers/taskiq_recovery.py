@@ -29,7 +29,9 @@ KILL_AFTER_S = 1.0
 IDLE_MS = 2 * int(JOB_S * 1000)
 LOCK_S = 1.0  # its lock has no expiry by default, and would be lost with a worker that dies while it holds it
 TRAFFIC_S = 1.0
-WORKER_UP_S = 30
+WORKER_UP_S = 120
+# Both workers are up then, and have done what they do at their start.
+SETTLE_S = 10
 WORKERS = 2
 # Whether other messages come, and what to say of it.
 PROFILES = {
@@ -76,6 +78,7 @@ async def measure(url: str, profile: str, limit_s: float) -> float | None:
     workers = [worker(url, queue) for _ in range(WORKERS)]
     async with Redis.from_url(url, socket_timeout=None) as server:
         try:
+            await asyncio.sleep(SETTLE_S)
             await job.kiq()
             first = await next_start(server, queue, WORKER_UP_S)
             await asyncio.sleep(KILL_AFTER_S)
