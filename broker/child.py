@@ -65,11 +65,12 @@ def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
             return process.wait(grace_s)
         except subprocess.TimeoutExpired:
             pass
-    _kill_session(process)
+    end_session(process)
     return process.wait()
 
 
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 for all that a child has started, also after its own end."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -47,6 +47,11 @@ class Settings(BaseSettings):
         description="upper ends of the scheduling levels, in service units (tokens)",
     )
     drain_grace_s: float = Field(30.0, ge=0, description="how long a draining worker lets running calls finish")
+    # Longer than one step may take (a huge prompt in one chunk, kernels compiled on first use), shorter than patience.
+    stall_s: float = Field(
+        300.0, ge=0, description="an engine with calls and no progress for so long is dead; 0 = never"
+    )
+    start_s: float = Field(1800.0, ge=0, description="how long an engine may take to come up; 0 = for ever")
 
     @field_validator("namespace")
     @classmethod

@@ -121,6 +121,7 @@ class Claimed:
     """A call that a worker has taken.
 
     `events` counts the pieces that earlier attempts have published; those before number `begins` are void.
+    `left_ms`: what was left until its deadline when it was claimed, on Redis's clock; None = it has none.
     """
 
     fence: Fence
@@ -138,6 +139,7 @@ class Claimed:
     cancelled: bool = False
     on_engine_loss: OnEngineLoss = "continue"
     begins: int = 0
+    left_ms: int | None = None
 
 
 class Event(NamedTuple):
@@ -427,6 +429,7 @@ def _claimed_call(r: Sequence[bytes]) -> Claimed:
         cancelled=bool(r[14]),
         on_engine_loss=_on_engine_loss(r[15]),
         begins=number(r[16]),
+        left_ms=number(r[17]) if r[17] else None,
     )
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 from broker import logs
 from broker.errors import AccessDenied
@@ -14,12 +15,15 @@ from router.router import Router
 
 log = logging.getLogger("rsm.router")
 
+# A Redis that hangs may hold the router for longer; what it has read and not placed, another one takes over.
+_LEAVE_S = 5.0
+
 
 def run_router(settings: Settings) -> int:
     """Runs one router in this process until SIGTERM or SIGINT; returns its exit status, 78 if its user is refused."""
     router = Router(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: router.stop())
+        signal.signal(number, lambda *_: _stop(router))
     log.info("%s serves %s, policy %s", router.name, settings.namespace, settings.policy)
     try:
         router.run()
@@ -27,6 +31,13 @@ def run_router(settings: Settings) -> int:
         log.error("%s", e)
         return os.EX_CONFIG
     return os.EX_OK
+
+
+def _stop(router: Router) -> None:
+    router.stop()
+    bound = threading.Timer(_LEAVE_S, os._exit, [0])
+    bound.daemon = True
+    bound.start()
 
 
 def main() -> None:

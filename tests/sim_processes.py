@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ import psutil
 
 from broker import Client, RequestState, Settings
 from broker.client import CallHandle
+from broker.embedded import EmbeddedRedis
 from broker.errors import UnknownCall
 from broker.monitor import Monitor
 from chaos import leaks
@@ -97,6 +100,21 @@ def submit_streams(client: Client, count: int, max_tokens: int) -> dict[str, Cal
 
 def all_speak(client: Client, handles: Sequence[CallHandle]) -> bool:
     return all(pieces(client, h) for h in handles)
+
+
+def take_away(server: EmbeddedRedis, how: str) -> None:
+    """A Redis that is "gone" refuses connections; one that is "hanging" takes them and says nothing."""
+    if how == "gone":
+        server.kill()
+    else:
+        os.kill(server.pid or 0, signal.SIGSTOP)
+
+
+def bring_back(server: EmbeddedRedis, how: str) -> None:
+    if how == "gone":
+        server.start()
+    else:
+        os.kill(server.pid or 0, signal.SIGCONT)
 
 
 def state_of(monitor: Monitor, engine_id: str) -> str:

@@ -607,6 +607,17 @@ def test_claim_ends_a_call_whose_deadline_passed(world: World) -> None:
     assert world.engine().ints("queued_tokens") == (0,)
 
 
+def test_claim_tells_the_time_left(world: World) -> None:
+    """Not the deadline: no clock but that of Redis is to be compared with it."""
+    worker = world.worker()
+    seconds, micros = world.db.time()
+    world.queue("c1", deadline_ms=seconds * 1000 + micros // 1000 + 60_000)
+    world.queue("c2")
+    left = {c.fence.call_id: c.left_ms for c in worker.claim() or ()}
+    assert left["c2"] is None
+    assert 50_000 < (left["c1"] or 0) <= 60_000
+
+
 def test_a_flag_set_before_a_replayed_claim_is_handed_over(world: World) -> None:
     worker = world.worker()
     world.queue("c1")
@@ -1437,6 +1448,19 @@ def test_a_worker_that_drains_itself_drains_no_successor(world: World) -> None:
     assert (world.engine()["state"], successor.orders()) == ("READY", [])
     assert world.run(world.transitions.drain("e1", incarnation=successor.incarnation)) == 0
     assert world.engine()["state"] == "DRAINING"
+
+
+def test_an_order_is_given_once_however_many_rounds_it_takes(world: World) -> None:
+    worker = world.worker()
+    for i in range(3):
+        world.queue(f"q{i}")
+    small = Transitions(world.keys, world.settings.model_copy(update={"batch": 2}))
+    assert [world.run(small.drain("e1", "stop")) for _ in range(3)] == [2, 1, 0]
+    assert worker.orders() == [{"op": "stop"}]
+    worker.beat("STOPPED")
+    worker.up()
+    world.run(world.transitions.drain("e1", "stop"))
+    assert worker.orders() == [{"op": "stop"}], "it came back since"
 
 
 @pytest.mark.parametrize("state", ["none", "STOPPED", "DEAD"])

@@ -55,6 +55,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
 ]
 
+_STEP_TOKENS = 512
+_CONFIG = EngineConfig(
+    engine_id="e", max_num_seqs=8, engine_args={"block-size": 32, "max-num-batched-tokens": _STEP_TOKENS}
+)
 EACH_KIND = pytest.mark.parametrize("make", [generate, chat, completion])
 OPENAI_KINDS = pytest.mark.parametrize("make", [chat, completion])
 
@@ -62,7 +66,7 @@ OPENAI_KINDS = pytest.mark.parametrize("make", [chat, completion])
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def vllm() -> AsyncIterator[VllmBackend]:
     resource_tracker.ensure_running()  # multiprocessing's helper, which outlives the engine that needs it
-    backend = create_backend(EngineConfig(engine_id="e", max_num_seqs=8, engine_args={"block-size": 32}))
+    backend = create_backend(_CONFIG)
     assert isinstance(backend, VllmBackend)
     facts = await backend.start()
     assert (facts.model, facts.max_num_seqs) == ("tiny-llama", 8)
@@ -181,6 +185,20 @@ async def test_a_repeated_prompt_is_cached(vllm: VllmBackend) -> None:
     text = await vllm.run(completion(prompt=prompt), nothing)
     assert text.cached_tokens == second.cached_tokens
     assert vllm.load().tokens_per_s > 0
+
+
+async def test_each_step_is_progress(vllm: VllmBackend) -> None:
+    """Also one that takes in a part of a prompt and produces nothing, and one for a call that does not stream."""
+    before = vllm.progress()
+    o = await vllm.run(
+        generate(prompt="Another long prompt, of which nothing is cached. " * 100, max_tokens=1), nothing
+    )
+    parts = o.prompt_tokens / _STEP_TOKENS
+    assert parts > 2
+    assert vllm.progress() - before > parts - 1
+    before = vllm.progress()
+    await vllm.run(chat(max_tokens=5), nothing)
+    assert vllm.progress() - before >= 5
 
 
 # -- aborts

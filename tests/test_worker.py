@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,24 @@ from broker.monitor import Monitor
 from broker.transitions import Claimed, Fence, Transitions
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, routing
-from tests.sim_processes import Start, all_speak, assert_undisturbed, pieces, said, state_of, submit_streams
+from tests.sim_processes import (
+    Start,
+    all_speak,
+    assert_undisturbed,
+    bring_back,
+    pieces,
+    said,
+    state_of,
+    submit_streams,
+    take_away,
+)
 from workers.backend import Job, Outcome, Piece
 from workers.calls import Calls
 from workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK
 from workers.publisher import Ended, Item
 from workers.sim_backend import SimBackend
 from workers.sim_engine import SimConfig, SimTimes
-from workers.worker import Worker
+from workers.worker import _FAREWELL_S, Worker
 
 # Steps of 10 ms.
 _STEPS = SimConfig(times=SimTimes(step_s=0.01))
@@ -366,8 +377,9 @@ def test_redis_killed_under_load_loses_nothing_and_no_engine(
     assert worker.wait() == EXIT_OK
 
 
+@pytest.mark.parametrize("away", ["gone", "hanging"])
 def test_a_worker_stops_within_its_bound_while_redis_is_away(
-    fragile: EmbeddedRedis, cut_off: Settings, start: Start
+    fragile: EmbeddedRedis, cut_off: Settings, start: Start, away: str
 ) -> None:
     hasty = cut_off.model_copy(update={"drain_grace_s": 0.5})
     worker = start(settings=hasty)
@@ -375,11 +387,13 @@ def test_a_worker_stops_within_its_bound_while_redis_is_away(
         with routing(hasty):
             handle = client.submit("x", stream=True, max_tokens=150)
             eventually(lambda: pieces(client, handle))
-        fragile.kill()
+        take_away(fragile, away)
+        began = time.monotonic()
         worker.send(signal.SIGTERM)
         assert worker.wait() == EXIT_OK
+        assert time.monotonic() - began < hasty.drain_grace_s + _FAREWELL_S
         assert "Traceback" not in worker.log()
-        fragile.start()
+        bring_back(fragile, away)
         start("e2", settings=hasty)
         with routing(hasty):
             record = handle.wait(40)  # the lease of the first worker gives the call away

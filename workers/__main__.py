@@ -21,6 +21,7 @@ from broker.settings import Settings
 from workers.config import EngineConfig, create_backend
 from workers.environment import CONFIG_VARIABLE, EXIT_ID_TAKEN, EXIT_INVALID, NODE_VARIABLE, SUPERVISED_FLAG
 from workers.launch import worker_process
+from workers.watchdog import Fuse
 from workers.worker import Worker
 
 log = logging.getLogger("rsm.worker")
@@ -42,7 +43,8 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     except InvalidRequest as e:
         log.error("%s", e)
         return EXIT_INVALID
-    worker = Worker(config.engine_id, backend, settings, model=config.served_name, node=node)
+    fuse = Fuse(settings, armed=True)
+    worker = Worker(config.engine_id, backend, settings, model=config.served_name, node=node, fuse=fuse)
     threading.excepthook = lambda failed: _bury(worker, failed)
     try:
         return asyncio.run(worker.serve())

@@ -134,6 +134,13 @@ class Backend(ABC):
     def load(self) -> EngineLoad:
         """How busy the engine is."""
 
+    def progress(self) -> int | None:
+        """A number that changes as the engine works, also on prompts and for calls that do not stream.
+
+        None: not known, for this backend notices by itself an engine that hangs.
+        """
+        return None
+
     @abstractmethod
     async def died(self) -> str:
         """Waits for the engine's death; returns the reason. Waits for ever if it lives."""

@@ -17,11 +17,11 @@ import redis
 
 from broker import codec
 from broker.codec import text
-from broker.connection import persist
 from broker.errors import InvalidRequest
 from broker.keys import Keys
 from broker.models import ErrorCode, RequestState
-from broker.transitions import Claimed, Fence, Finish, Release
+from broker.transitions import Claimed, Fault, Fence, Finish, Release
+from workers.aside import ask
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
 from workers.publisher import Ended, Item, Output, given_up
 
@@ -29,6 +29,10 @@ log = logging.getLogger("rsm.worker")
 
 
 _FORGOTTEN = "Redis had forgotten that the call was taken."
+
+_DEADLINE = "The deadline passed while the call was running."
+# Calls that read their earlier attempts' logs at the same time.
+_READERS = 8
 
 # How many cancels of calls that are not here are remembered: those that a claim on its way may still bring, and more.
 _EARLY_MAX = 4096
@@ -41,9 +45,13 @@ class Running:
     claimed: Claimed
     numbers: list[int]
     cancelled: bool = False
+    expired: bool = False  # its deadline has passed
     dropped: bool = False  # no longer ours: say nothing more of it
     gap: bool = False  # Redis lost some of its events: another attempt has to say them again
     task: asyncio.Task[None] | None = None
+
+    def unwanted(self) -> bool:
+        return self.cancelled or self.expired or self.dropped or self.gap
 
 
 def key_of(fence: Fence) -> str:
@@ -75,8 +83,10 @@ class Calls:
         self._put = put
         self._left = left
         self._died = died
-        self._refusing = False
+        self._refusal = ""  # why no call is taken any more
+        self._readers = asyncio.Semaphore(_READERS)
         self._running: dict[str, Running] = {}
+        self.engaged = 0  # calls that the backend has
         self._early: dict[str, None] = {}  # cancelled before they came, oldest first
 
     def __len__(self) -> int:
@@ -85,8 +95,8 @@ class Calls:
     def start(self, claimed: Sequence[Claimed]) -> None:
         loop = asyncio.get_running_loop()
         for call in claimed:
-            if self._refusing:
-                self._put(Release(call.fence, "", ErrorCode.ENGINE_ERROR.value, "The engine had died before."))
+            if self._refusal:
+                self._put(Release(call.fence, "", ErrorCode.ENGINE_ERROR.value, self._refusal))
                 self._left()
                 continue
             key = key_of(call.fence)
@@ -120,9 +130,9 @@ class Calls:
         if len(self._early) > _EARLY_MAX:
             del self._early[next(iter(self._early))]
 
-    def refuse(self) -> None:
-        """The engine is gone: what the claimer still brings goes back, and that is no attempt lost to a death."""
-        self._refusing = True
+    def refuse(self, why: str) -> None:
+        """What the claimer still brings goes back from now on, and that is no attempt lost to a death."""
+        self._refusal = why
 
     def drop(self, fences: Sequence[Fence]) -> None:
         """These calls are somebody else's by now: stop them and say nothing more of them."""
@@ -154,6 +164,15 @@ class Calls:
         for key in list(self._running):
             self._backend.abort(key)
 
+    def abandon(self, fault: Fault, why: str) -> None:
+        """Gives back what did not end when it was told to, for its engine hangs, and speaks no more of it."""
+        for running in self._running.values():
+            if not running.dropped:
+                self._put(Release(running.claimed.fence, fault, ErrorCode.ATTEMPTS_EXHAUSTED.value, why))
+                running.dropped = True
+            if running.task is not None:
+                running.task.cancel()
+
     async def settle(self, timeout_s: float) -> None:
         """Waits until no call is running, at most so many seconds."""
         until = time.monotonic() + timeout_s
@@ -162,7 +181,17 @@ class Calls:
             await asyncio.wait(tasks, timeout=max(0.0, until - time.monotonic()))
 
     async def _run(self, running: Running) -> None:
+        try:
+            message = await self._message(running)
+            if not running.dropped:
+                self._put(Ended(message, running.numbers) if isinstance(message, Finish) else message)
+        finally:
+            del self._running[key_of(running.claimed.fence)]
+            self._left()
+
+    async def _message(self, running: Running) -> Finish | Release:
         fence = running.claimed.fence
+        message: Finish | Release
         try:
             message = await self._outcome(running)
         except (CallRejected, InvalidRequest) as e:
@@ -179,24 +208,46 @@ class Calls:
             name = type(e).__name__
             log.error("call %s: %s in the backend", fence.call_id, name, exc_info=log.isEnabledFor(logging.DEBUG))
             message = Release(fence, "error", ErrorCode.ENGINE_ERROR.value, f"The engine failed: {name}.")
-        if running.gap:
-            message = given_up(fence)
-        if not running.dropped:
-            self._put(Ended(message, running.numbers) if isinstance(message, Finish) else message)
-        del self._running[key_of(fence)]
-        self._left()
+        return given_up(fence) if running.gap else message
 
     async def _outcome(self, running: Running) -> Finish | Release:
         c = running.claimed
-        if running.cancelled:  # flagged before it could begin
-            outcome = Outcome("abort")
-        else:
-            outcome = await self._backend.run(await self._job(c), lambda piece: self._emit(running, piece))
+        outcome = await self._run_in_time(running)
         if running.cancelled:
             return _finish(c, RequestState.CANCELLED, outcome)
+        if running.expired:
+            end = _finish(c, RequestState.FAILED, outcome)
+            return end._replace(error_code=ErrorCode.DEADLINE_EXCEEDED.value, error=_DEADLINE)
         if outcome.finish_reason == "abort":  # nobody asked the call to stop: its engine is going down
             return Release(c.fence, "", ErrorCode.ENGINE_ERROR.value, "The engine was stopped.")
         return _finish(c, RequestState.COMPLETED, outcome)
+
+    async def _run_in_time(self, running: Running) -> Outcome:
+        """A router's order comes when the deadline passes; but there may be no router, and the time left is known."""
+        left_ms = running.claimed.left_ms
+        if left_ms is None:
+            return await self._run_in_backend(running)
+        timer = asyncio.get_running_loop().call_later(left_ms / 1000, self._expire, running)
+        try:
+            return await self._run_in_backend(running)
+        finally:
+            timer.cancel()
+
+    def _expire(self, running: Running) -> None:
+        running.expired = True
+        self._backend.abort(key_of(running.claimed.fence))
+
+    async def _run_in_backend(self, running: Running) -> Outcome:
+        if running.unwanted():  # flagged before it could begin
+            return Outcome("abort")
+        job = await self._job(running.claimed)
+        if running.unwanted():
+            return Outcome("abort")
+        self.engaged += 1
+        try:
+            return await self._backend.run(job, lambda piece: self._emit(running, piece))
+        finally:
+            self.engaged -= 1
 
     def _emit(self, running: Running, piece: Piece) -> None:
         if running.claimed.stream and not running.dropped and not running.gap:
@@ -220,7 +271,8 @@ class Calls:
     async def _resumed(self, call_id: str) -> Resumed:
         """What the reader has already, from the durable log of the call."""
         key = self._keys.events(call_id)
-        log_: Any = await asyncio.to_thread(persist, lambda: self._redis.xrange(key), "worker", lambda: False)
+        async with self._readers:
+            log_: Any = await ask(lambda: self._redis.xrange(key))
         fields = [f for _, f in log_]
         published = [line for f in fields for line in _lines(f, b"chunk")]
         return Resumed(

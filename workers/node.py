@@ -197,7 +197,6 @@ def drain_engine(engine_id: str, op: str = "drain") -> dict[str, Any]:
             raise EngineFailed(f"There is no live engine {engine_id} to {op}.")
         if moved < settings.batch:
             return Monitor(settings, server).engine(engine_id)
-        op = "drain"
 
 
 _JOBS = {f"{job.__module__}.{job.__qualname__}": job for job in (start_engine, stop_engine, drain_engine)}

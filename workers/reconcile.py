@@ -7,7 +7,6 @@ and calls are said to run here that ended long ago. No event tells of that, so a
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ import redis
 
 from broker import scripts
 from broker.transitions import Fence, Release, Transitions
+from workers.aside import aside
 from workers.calls import Calls
 from workers.publisher import Publisher
 
@@ -53,7 +53,7 @@ class Reconciler:
         """
         held = [*self._calls.held(), *self._publisher.leaving()]
         command = self._transitions.reconcile(self._engine, incarnation, held)
-        found = await asyncio.to_thread(scripts.run, self._redis, command)
+        found = await aside(lambda: scripts.run(self._redis, command))
         if found is None or incarnation != current():
             self._suspects.clear()
             return

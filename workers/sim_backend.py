@@ -23,6 +23,7 @@ Emit = Callable[[Piece], None]
 # How far, in real seconds, the model may lag behind the clock and still catch up: a busy event loop must not slow the
 # modelled engine down, but one that stood still must not make it race.
 _MAX_LAG_S = 0.25
+_HANG_S = 86_400.0
 
 
 class SimBackend(Backend):
@@ -36,12 +37,15 @@ class SimBackend(Backend):
         self._rate = RateMeter()
         self._wake = asyncio.Event()
         self._death = asyncio.Event()
+        self._steps_done = 0
+        self._stalled = False
         self._gone = "The engine was not started."  # why no call can run, "" while it can
         self._driver: asyncio.Task[None] | None = None
 
     async def start(self) -> EngineFacts:
-        """Brings the model up; at once."""
-        self._gone = ""
+        """Brings the model up."""
+        time.sleep(self.config.load_s)  # noqa: ASYNC251
+        self._gone, self._stalled = "", False
         self._death.clear()
         self._driver = asyncio.create_task(self._drive(), name="sim-engine")
         c = self.config
@@ -53,6 +57,7 @@ class SimBackend(Backend):
         if self._gone:
             raise EngineDied(self._gone)
         request = read(job, self.config)
+        self._inject(request)
         live = _Live(job, request, _publisher(job, request, emit, self.config.model), began, request.published)
         if self._instant:
             if request.fatal:
@@ -66,13 +71,17 @@ class SimBackend(Backend):
 
     def abort(self, key: str) -> None:
         """Stops a call at once: what its last step computed is lost."""
-        if (live := self._live.get(key)) is not None:
+        if (live := self._live.get(key)) is not None and not self._stalled:
             live.aborted = True
             live.settle()
 
     def load(self) -> EngineLoad:
         """`tokens_per_s` counts output tokens in real time."""
         return EngineLoad(self._engine.kv_usage, self._rate.per_s(time.perf_counter()))
+
+    def progress(self) -> int:
+        """Steps of the modelled engine."""
+        return self._steps_done
 
     @property
     def gone(self) -> str:
@@ -120,6 +129,13 @@ class SimBackend(Backend):
         for live in self._live.values():
             live.settle(EngineDied(reason))
 
+    def _inject(self, request: Request) -> None:
+        c, text = self.config, request.prompt.text
+        if c.stall_on and c.stall_on in text:
+            self._stalled = True
+        if c.hang_on and c.hang_on in text:
+            time.sleep(_HANG_S)
+
     async def _in_batch(self, live: _Live) -> None:
         if not live.left:
             live.to_the_end()  # an earlier attempt had published all tokens, if not all text
@@ -156,6 +172,9 @@ class SimBackend(Backend):
                 now = self._now()
                 continue
             await asyncio.sleep(max(0.0, (step.ends_at - self._now()) / speed))
+            if self._stalled:
+                await asyncio.Event().wait()
+            self._steps_done += 1
             self._deliver(self._engine.end(step))
             now = max(step.ends_at, self._now() - _MAX_LAG_S * speed)
 

@@ -61,6 +61,10 @@ class SimConfig:
         speed: how many modelled seconds pass in one real second.
         die_on: failure injection: a call whose prompt has this text takes the engine down, when its first token is due.
         die_hard: so it takes the whole process down, by SIGKILL, as a fault in a driver would.
+        load_s: real seconds it takes to come up, in which the event loop stands still, as it does while vLLM loads.
+        stall_on: failure injection: a call whose prompt holds this text makes the engine stand still for ever, and all
+            its calls with it; "" = none.
+        hang_on: the same, but the whole event loop stands still.
     """
 
     model: str = "sim-8b"
@@ -75,6 +79,9 @@ class SimConfig:
     speed: float = 1.0
     die_on: str = ""
     die_hard: bool = False
+    load_s: float = 0.0
+    stall_on: str = ""
+    hang_on: str = ""
 
     def __post_init__(self) -> None:
         if min(self.max_num_seqs, self.block_size, self.num_blocks, self.max_num_batched_tokens) < 1:

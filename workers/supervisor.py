@@ -107,6 +107,7 @@ class Supervised:
         while self._process is not None:
             began, process = time.monotonic(), self._process
             self.status = process.wait()
+            child.end_session(process)  # such as an engine that hangs and still has its GPU
             if self._stopping.is_set() or self.status in self._give_up:
                 return
             if self._died is not None:

@@ -44,8 +44,10 @@ class Meter:
     def __init__(self) -> None:
         self.kv_usage = 0.0
         self.rate = RateMeter()
+        self.steps = 0
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        self.steps += 1
         if scheduler_stats is not None:
             self.kv_usage = scheduler_stats.kv_cache_usage
         if iteration_stats is not None:
@@ -164,6 +166,10 @@ class VllmBackend(Backend):
         """From vLLM's own statistics. It sends none while it idles, when nothing of the cache is in use."""
         kv_usage = self._meter.kv_usage if self._runs else 0.0
         return EngineLoad(kv_usage, self._meter.rate.per_s(time.perf_counter()))
+
+    def progress(self) -> int:
+        """Steps of the engine, also those that only prefill a part of a prompt."""
+        return self._meter.steps
 
     async def died(self) -> str:
         while True:  # vLLM has no event for it that outlives its own tasks

@@ -12,17 +12,18 @@ It is worse to lose a call than to run it twice: a call leaves Redis's running s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
-import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
 from broker import scripts
-from broker.connection import BLIPS, connect, persist
+from broker.connection import BLIPS, connect
 from broker.errors import EngineIdTaken
 from broker.ids import check_id, new_id
 from broker.keys import Keys
@@ -30,6 +31,7 @@ from broker.models import EngineState
 from broker.scripts import Arg
 from broker.settings import Settings
 from broker.transitions import Claimed, Transitions
+from workers.aside import aside, ask
 from workers.backend import Backend, EngineDied, EngineFacts
 from workers.calls import Calls
 from workers.claimer import Claimer, Room
@@ -38,10 +40,19 @@ from workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
 from workers.lease import Lease
 from workers.publisher import Publisher
 from workers.reconcile import Reconciler
+from workers.watchdog import Fuse, Stall, round_s
 
 log = logging.getLogger("rsm.worker")
 
-_ABORT_S = 5.0
+# A farewell, step by step: aborted calls may end, a word to Redis (which may hang) may arrive, the engine may go down.
+_ABORT_S = 2.0
+_WORD_S = 1.5
+_ENGINE_S = 5.0
+# All of that, and the bound on a process in which one of these steps hangs.
+_FAREWELL_S = 15.0
+# The bound while the engine is still loading: there is nothing to say farewell to.
+_LOADING_S = 5.0
+# How long a worker whose engine died waits for a Redis that is away, to say so.
 _FLUSH_S = 10.0
 # Heartbeats between two looks at Redis's account of the calls.
 _BEATS_PER_LOOK = 4
@@ -53,6 +64,7 @@ class Worker:
     Args:
         model: the name calls ask for; none = what the engine says of itself.
         prefetch: calls claimed beyond the engine's slots, so that a slot never waits for a round trip.
+        fuse: ends this process if it stands still; none = nothing does.
     """
 
     def __init__(
@@ -64,6 +76,7 @@ class Worker:
         model: str = "",
         node: str = "",
         prefetch: int = 2,
+        fuse: Fuse | None = None,
     ) -> None:
         self.engine = check_id(engine, "engine")
         self.settings = settings or Settings()
@@ -71,6 +84,7 @@ class Worker:
         self._model = model
         self._node = node or socket.gethostname()
         self._prefetch = prefetch
+        self._fuse = fuse or Fuse(self.settings)
         self._keys = Keys(self.settings.namespace)
         self._transitions = Transitions(self._keys, self.settings)
         self._redis = connect(self.settings)
@@ -98,7 +112,8 @@ class Worker:
         self._control: Control | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         # ("drain" | "stop" | "died" | "renew", detail): the reason of a death, the incarnation whose lease was lost
-        self._told_to_stop = threading.Event()
+        self._told_to_stop = asyncio.Event()
+        self._serving = False
         self._wishes: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
 
     async def serve(self, handle_signals: bool = True) -> int:
@@ -111,19 +126,23 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         if handle_signals:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._loop.add_signal_handler(number, self._want, "stop")
+                # Not the loop's way to do it: the loop stands still while an engine is loaded.
+                signal.signal(number, lambda *_: self._signalled())
+        self._fuse.starting()
         try:
             control_from = await self._register()
             self._facts = await self._start_engine()
+            self._publisher.start()
+            await self._announce()
+            await self._open_for_work(control_from)
         except EngineDied as e:
             stopped = self._told_to_stop.is_set()
             log.log(logging.INFO if stopped else logging.ERROR, "engine %s did not start: %s", self.engine, e)
-            await self._leave()
+            await self._leave(0)
             return EXIT_OK if stopped else EXIT_ENGINE_DIED
-        self._publisher.start()
-        await self._announce()
-        await self._open_for_work(control_from)
-        watches = [asyncio.create_task(self._watch_engine()), asyncio.create_task(self._keep_accounts())]
+        self._serving = True
+        duties = (self._watch_engine(), self._watch_progress(), self._keep_accounts())
+        watches = [asyncio.create_task(duty) for duty in duties]
         try:
             return await self._grant_wishes()
         finally:
@@ -138,6 +157,10 @@ class Worker:
         """Says that a part of the worker is gone, from any thread: `serve` gives all calls back and returns."""
         self._call(self._engine_died, reason)
 
+    def _signalled(self) -> None:
+        self._fuse.leaving(self.settings.drain_grace_s + _FAREWELL_S if self._serving else _LOADING_S)
+        self._call(self._want, "stop")
+
     # -- wishes: whatever is to happen happens here, one thing after the other
 
     def _want(self, wish: str, detail: str = "") -> None:
@@ -149,7 +172,8 @@ class Worker:
         while True:
             wish, detail = await self._wishes.get()
             if wish == "renew" and detail == self._incarnation:
-                await self._renew()
+                with contextlib.suppress(EngineDied):  # told to stop: that wish comes next
+                    await self._renew()
             elif wish == "drain":
                 await self._drain()
             elif wish == "stop":
@@ -170,42 +194,68 @@ class Worker:
 
     async def _drain(self) -> None:
         """Out of service: no new calls, running ones finish. The process stays until it is told to stop."""
-        await self._beat(EngineState.DRAINING)  # first of all: from here on the router sends nothing
-        if self._claimer is not None:
-            await asyncio.to_thread(self._claimer.close)
         try:
-            drain = self._transitions.drain(self.engine, incarnation=self._incarnation)
-            while await self._run(drain, _FLUSH_S) >= self.settings.batch:
-                pass
-        except BLIPS:
+            async with asyncio.timeout(_WORD_S):
+                await self._beat(EngineState.DRAINING)  # first of all: from here on the router sends nothing
+                if self._claimer is not None:
+                    await aside(self._claimer.close)
+                drain = self._transitions.drain(self.engine, incarnation=self._incarnation)
+                while await self._run(drain) >= self.settings.batch:
+                    pass
+        except TimeoutError:
             log.warning("engine %s drains while Redis is away; its lease will give its calls to others", self.engine)
         log.info("engine %s drains: %d calls running", self.engine, len(self._calls))
 
     async def _stop(self) -> None:
+        """Lets calls finish within the grace, and their results be written; gives the rest back."""
+        until = time.monotonic() + self.settings.drain_grace_s
+        self._fuse.leaving(self.settings.drain_grace_s + _FAREWELL_S)
         await self._drain()
-        await self._calls.settle(self.settings.drain_grace_s)
+        self._calls.refuse("The engine was stopped.")
+        await self._calls.settle(until - time.monotonic())
         self._calls.give_back()
         await self._calls.settle(_ABORT_S)
-        await self._leave()
+        self._calls.abandon("", "The engine was stopped.")
+        await self._leave(max(_WORD_S, until - time.monotonic()))
         log.info("engine %s has stopped", self.engine)
 
     async def _bury_engine(self, reason: str) -> None:
         log.error("engine %s died (%s); its calls go to others", self.engine, reason)
+        self._fuse.leaving(_FLUSH_S + _FAREWELL_S)
         await self._drain()
         await self._calls.settle(_ABORT_S)
-        await self._leave()
+        self._calls.abandon("death", f"The engine died while the call was running: {reason}")
+        await self._leave(_FLUSH_S)
 
-    async def _leave(self) -> None:
+    async def _leave(self, flush_s: float) -> None:
         """Writes what is left to write, gives the id free, and takes the engine down."""
         if self._publisher.is_alive():
-            await asyncio.to_thread(self._publisher.close, _FLUSH_S)
-        await self._close_ears()
-        await self._beat(EngineState.STOPPED)
-        await self._backend.stop(_ABORT_S)
+            await aside(partial(self._publisher.close, flush_s))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WORD_S):
+                await self._close_ears()
+                await self._beat(EngineState.STOPPED)
+        try:
+            async with asyncio.timeout(_ENGINE_S):
+                await self._backend.stop(0)
+        except TimeoutError:
+            log.warning("engine %s did not go down in time; it is left to the end of this process", self.engine)
         self._redis.close()
 
     async def _watch_engine(self) -> None:
         self._engine_died(await self._backend.died())
+
+    async def _watch_progress(self) -> None:
+        """The engine's, and by its very running that of the event loop."""
+        stall = Stall(self.settings)
+        while True:
+            self._fuse.alive()
+            await asyncio.sleep(round_s(self.settings))
+            if stall.look(self._backend.progress() if self._calls.engaged else None):
+                self._engine_died(
+                    f"it held {self._calls.engaged} calls and made no progress for {self.settings.stall_s:g} s"
+                )
+                return
 
     async def _keep_accounts(self) -> None:
         """Also without a blip that was seen: a fail-over between two commands shows nowhere."""
@@ -217,7 +267,7 @@ class Worker:
                 log.debug("engine %s: Redis is away; its account of the calls is looked at later", self.engine)
 
     def _engine_died(self, reason: str) -> None:
-        self._calls.refuse()
+        self._calls.refuse("The engine had died before.")
         self._want("died", reason)
 
     async def _start_engine(self) -> EngineFacts:
@@ -246,7 +296,8 @@ class Worker:
         """
         self._incarnation, seen = new_id(), 0
         while True:
-            reply = await self._run(self._transitions.register(self.engine, self._incarnation, self._registration()))
+            command = self._transitions.register(self.engine, self._incarnation, self._registration())
+            reply = await self._unless_stopped(self._run(command))
             if reply.ok:
                 self._lease = self._new_lease()
                 return reply.control_from
@@ -273,7 +324,7 @@ class Worker:
         """Writes down what the engine turned out to be."""
         key = self._keys.engine(self.engine)
         fields: Any = self._registration()
-        await self._ask(lambda: self._redis.hset(key, mapping=fields))
+        await self._unless_stopped(ask(lambda: self._redis.hset(key, mapping=fields)))
 
     def _new_lease(self) -> Lease:
         incarnation = self._incarnation
@@ -322,12 +373,12 @@ class Worker:
             self._calls.start(claimed)
 
     async def _close_ears(self) -> None:
-        if self._claimer is not None:
-            await asyncio.to_thread(self._claimer.close)
         if self._control is not None:
             self._control.close()
+        if self._claimer is not None:
+            await aside(self._claimer.close)
         if self._lease is not None:
-            await asyncio.to_thread(self._lease.close)
+            await aside(self._lease.close)
 
     # -- Redis
 
@@ -336,29 +387,28 @@ class Worker:
         if self._lease is None:
             return False
         try:
-            return await asyncio.to_thread(self._lease.beat, state)
+            return await aside(partial(self._lease.beat, state))
         except BLIPS:
             log.warning("engine %s could not report %s: Redis is away", self.engine, state)
             return state is EngineState.READY  # the lease thread will report it
 
-    async def _run(self, command: scripts.Command[scripts.T], timeout_s: float | None = None) -> scripts.T:
-        return await self._ask(lambda: scripts.run(self._redis, command), timeout_s)
+    async def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
+        return await ask(lambda: scripts.run(self._redis, command), denial_is_final=self._lease is None)
 
-    async def _ask(self, action: Callable[[], scripts.T], timeout_s: float | None = None) -> scripts.T:
-        """Asks Redis until it answers, off the event loop.
+    async def _unless_stopped(self, asking: Coroutine[Any, Any, scripts.T]) -> scripts.T:
+        """What Redis answers, however long that takes.
 
         Raises:
-            redis.ConnectionError or its kin: it did not within `timeout_s`.
-            EngineDied: no time limit was given, and the worker was told to stop.
+            EngineDied: the worker was told to stop before.
             AccessDenied: it has not begun its work yet, and Redis refuses its user.
         """
-        done: list[scripts.T] = []
-        given_up = self._told_to_stop.is_set if timeout_s is None else lambda: False
-        asking = partial(persist, denial_is_final=self._lease is None)
-        await asyncio.to_thread(asking, lambda: done.append(action()), "worker", given_up, timeout_s)
-        if not done:
-            raise EngineDied("told to stop while Redis was away")
-        return done[0]
+        answer, stop = asyncio.create_task(asking), asyncio.create_task(self._told_to_stop.wait())
+        await asyncio.wait([answer, stop], return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if answer.done():
+            return answer.result()
+        answer.cancel()
+        raise EngineDied("told to stop while Redis was away")
 
     def _call(self, action: Callable[..., None], *args: object) -> None:
         """Runs something in the event loop, from another thread."""

@@ -8,7 +8,7 @@
 -- ARGV     engine incarnation claim_no max max_deaths
 -- Returns  {"fenced"} if another incarnation owns the engine, else {"ok", call, call, …}, per call
 --          {id, gen, attempt, session, kind, stream, inbox, priority, level, events, traceparent, prompt_tokens,
---          format, body, cancel, on_engine_loss, begins}
+--          format, body, cancel, on_engine_loss, begins, left: milliseconds until its deadline, "" = it has none}
 local e, incarnation, claim_no, max, max_deaths = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 local owner = redis.call('HMGET', engine_key(e), 'incarnation', 'claim_no', 'claimed', 'state', 'alone')
 if owner[1] ~= incarnation or owner[4] == 'DEAD' then return {'fenced'} end
@@ -19,7 +19,8 @@ local job_fields = {'state', 'engine', 'gen', 'attempt', 'session', 'kind', 'str
   'deaths', 'on_engine_loss', 'begins'}
 local function hand_over(id, c)
   out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
-    c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel, c.on_engine_loss, c.begins}
+    c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel, c.on_engine_loss, c.begins,
+    c.deadline_ms ~= '' and int(math.max(0, tonumber(c.deadline_ms) - NOW)) or ''}
 end
 
 if owner[2] == claim_no then

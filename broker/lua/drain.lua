@@ -4,14 +4,15 @@
 -- ARGV     engine op ("drain" | "stop": leave when the running calls are done, or at the end of the grace) limit
 --          incarnation (of a worker that drains itself: it must not drain its successor; "" = whoever runs the engine)
 -- Returns  calls given back in this round, -1 = no such engine, or not that incarnation's
--- Emits    the op to the worker, on the first round
+-- Emits    the op to the worker, once
 local e, op, limit, incarnation = ARGV[4], ARGV[5], tonumber(ARGV[6]), ARGV[7]
-local r = redis.call('HMGET', engine_key(e), 'state', 'incarnation')
-local state = r[1]
+local r = redis.call('HMGET', engine_key(e), 'state', 'incarnation', 'stopping')
+local state, stopping = r[1], r[3]
 if not state or state == 'STOPPED' or state == 'DEAD' then return -1 end
 if incarnation ~= '' and incarnation ~= r[2] then return -1 end
-if state ~= 'DRAINING' or op == 'stop' then
+if state ~= 'DRAINING' or (op == 'stop' and not stopping) then
   redis.call('HSET', engine_key(e), 'state', 'DRAINING')
+  if op == 'stop' then redis.call('HSET', engine_key(e), 'stopping', 1) end
   order(e, 'op', op)
 end
 local n = give_back_queue(e, limit)

@@ -28,7 +28,7 @@ for i = 8, #ARGV, 2 do
   end
 end
 redis.call('HSET', key, 'incarnation', incarnation, 'state', 'STARTING', 'registered_ms', int(NOW), unpack(fields))
-redis.call('HDEL', key, 'claim_no', 'claimed', 'alone')
+redis.call('HDEL', key, 'claim_no', 'claimed', 'alone', 'stopping')
 redis.call('PERSIST', key)
 redis.call('ZADD', ENGINES, int(NOW), e)
 write_all()

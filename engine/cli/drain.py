@@ -47,4 +47,3 @@ def order_drain(settings: Settings, server: redis.Redis, engine_id: str, op: str
         total += moved
         if moved < settings.batch:
             return total
-        op = "drain"
