@@ -29,7 +29,10 @@ class Memory:
 
     def __init__(self, db: Any, *keys: str) -> None:
         self._db = db
-        self._then = {key: db.dump(key) for key in keys}
+        with db.pipeline(transaction=True) as pipe:
+            for key in keys:
+                pipe.dump(key)
+            self._then = dict(zip(keys, pipe.execute(), strict=True))
 
     def restore(self) -> None:
         with self._db.pipeline(transaction=True) as pipe:
