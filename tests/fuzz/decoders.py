@@ -94,7 +94,7 @@ def _control(data: bytes) -> None:
 
 def _rows(data: bytes) -> None:
     """What scripts reply with is made of what hashes hold."""
-    parts = [*data.split(CUT), *[b""] * 17]
+    parts = [*data.split(CUT), *[b""] * 18]
     _claimed_call(parts[:18])
     _engine_view([*parts[:2], b"1", b"1", *parts[2:9]])
     _session_view([parts[0], parts[1:9]])
