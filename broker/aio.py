@@ -16,7 +16,7 @@ from typing import Any
 
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect_async, reason, require_access
-from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
+from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, Overloaded, UnknownCall
 from broker.events import End, end_record, is_end, read_event
 from broker.ids import check_id, new_id
 from broker.keys import Keys
@@ -62,6 +62,7 @@ class AsyncCall:
 
         Raises:
             CallCancelled, CallFailed: it ended without a result.
+            CallLost: Redis has lost it.
             TimeoutError: it has not ended; it goes on, and may be awaited again.
         """
         return (await self.wait(timeout)).outcome()
@@ -171,6 +172,9 @@ class AsyncClient:
             self._pusher = asyncio.create_task(self._push_all(), name="rsm-push")
         try:
             await pushed
+        except NotReplicated:
+            handle._pushed = True
+            raise
         except Exception:
             if not handle._pushed:  # else an earlier push of this very id is still awaited
                 self._open.pop(r.id, None)
@@ -182,7 +186,7 @@ class AsyncClient:
         while self._outbox:
             some, self._outbox = self._outbox[: self.settings.batch], self._outbox[self.settings.batch :]
             try:
-                replies = await self._run(self.transitions.submit([call for call, _ in some]))
+                replies, acks = await self._submit([call for call, _ in some])
             except asyncio.CancelledError:
                 self._outbox = some + self._outbox  # `close` tells all of them
                 raise
@@ -191,9 +195,19 @@ class AsyncClient:
                 continue
             for (call, pushed), reply in zip(some, replies, strict=True):
                 if not pushed.done():
-                    await self._acknowledge(call, pushed, reply)
+                    await self._acknowledge(call, pushed, reply, acks)
 
-    async def _acknowledge(self, call: Submission, pushed: asyncio.Future[None], reply: Submitted) -> None:
+    async def _submit(self, calls: Sequence[Submission]) -> tuple[list[Submitted], int]:
+        """The replies, and how many replicas have what they say; that is not asked unless it was set."""
+        command, wait = self.transitions.submit(calls), self.settings.wait_command()
+        if wait is None:
+            return await self._run(command), 0
+        result: tuple[list[Submitted], int] = await self._retry(
+            lambda: scripts.arun_replicated(self.redis, command, wait)
+        )
+        return result
+
+    async def _acknowledge(self, call: Submission, pushed: asyncio.Future[None], reply: Submitted, acks: int) -> None:
         call_id = call.request.id
         if reply.code == "overloaded":
             pushed.set_exception(Overloaded(reply.bound, reply.retry_ms / 1000, refused=[call]))
@@ -203,7 +217,11 @@ class AsyncClient:
                 Conflict(f"The id {call_id} belongs to another call with another body; choose a new id.")
             )
             return
-        pushed.set_result(None)
+        wanted = self.settings.wait_replicas
+        if acks < wanted:
+            pushed.set_exception(NotReplicated([call_id], acks, wanted))
+        else:
+            pushed.set_result(None)
         if reply.ended:
             with contextlib.suppress(BrokerUnavailable):  # the reconciler will find it
                 self._settle(call_id, await self._hash(call_id))
@@ -389,6 +407,8 @@ class AsyncClient:
                     self._settle(call_id, await reader.hgetall(self.keys.call(call_id)))
 
     async def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
+        if not news:  # the reconciler found no record
+            raise CallLost(call_id)
         return end_record(call_id, news) or await self.record(call_id)
 
     # -- Redis

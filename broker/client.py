@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +19,7 @@ import redis
 
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect, persist, reason
-from broker.errors import BrokerUnavailable, Conflict, Overloaded, UnknownCall
+from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, Overloaded, UnknownCall
 from broker.events import End, end_record, is_end, read_event
 from broker.handle import CallHandle as CallHandle
 from broker.ids import check_id, new_id
@@ -113,6 +113,7 @@ class Client:
             InvalidRequest: the call can never run.
             Conflict: another call with another body has this id.
             Overloaded: there is no room for more calls now, and it was not to wait, or not for so long.
+            NotReplicated: the call is pushed, but fewer replicas have it than `RSM_WAIT_REPLICAS` says.
             BrokerUnavailable: Redis did not answer in time. The call may have been pushed: repeat it with its id.
         """
         call = self.prepare(
@@ -165,7 +166,7 @@ class Client:
         with self._changed:  # listening begins before the push, so no news can slip through
             handles = [self._open.setdefault(h.id, h) for h in (self._new_handle(c) for c in calls)]
         try:
-            replies = self._run(self.transitions.submit(calls))
+            replies, acks = self._submit(calls)
         except Exception:
             self._forget(handles)
             raise
@@ -178,7 +179,21 @@ class Client:
         for handle, reply in zip(handles, replies, strict=True):
             if reply.code == "conflict":
                 raise Conflict(f"The id {handle.id} belongs to another call with another body; choose a new id.")
+        if acks < self.settings.wait_replicas:
+            ids = [h.id for h in handles if h._pushed]
+            if ids:
+                raise NotReplicated(ids, acks, self.settings.wait_replicas)
         return handles, next((r for r in replies if r.code == "overloaded"), None)
+
+    def _submit(self, calls: Sequence[Submission]) -> tuple[list[Submitted], int]:
+        """The replies, and how many replicas have what they say; that is not asked unless it was set."""
+        command, wait = self.transitions.submit(calls), self.settings.wait_command()
+        if wait is None:
+            return self._run(command), 0
+        result: tuple[list[Submitted], int] = self._retry(
+            lambda: self._over_line(lambda server: scripts.run_replicated(server, command, wait))
+        )
+        return result
 
     def _new_handle(self, call: Submission) -> CallHandle:
         return CallHandle(self, call.request.id, call.request.session, call.request.stream)
@@ -377,6 +392,8 @@ class Client:
                     log.exception("a callback of call %s raised", handle.id)
 
     def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
+        if not news:  # the reconciler found no record
+            raise CallLost(call_id)
         return end_record(call_id, news) or self.record(call_id)
 
     def _await(self, done: Any, timeout: float | None, call_id: str) -> None:
@@ -393,15 +410,15 @@ class Client:
         return found
 
     def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
-        result: scripts.T = self._retry(lambda: self._send(command))
+        result: scripts.T = self._retry(lambda: self._over_line(lambda server: scripts.run(server, command)))
         return result
 
-    def _send(self, command: scripts.Command[scripts.T]) -> scripts.T:
+    def _over_line(self, action: Callable[[scripts.Server], scripts.T]) -> scripts.T:
         """Over the client's own line if no other thread is using it, else over the pool."""
         if not self._line_free.acquire(blocking=False):
-            return scripts.run(self.redis, command)
+            return action(self.redis)
         try:
-            return scripts.run(self._line, command)
+            return action(self._line)
         finally:
             self._line_free.release()
 

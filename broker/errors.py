@@ -4,11 +4,13 @@ RsmError
 ├── InvalidRequest (ValueError)     the call as given can never run; says what to change
 ├── Conflict                        the id belongs to another call with another body
 ├── Overloaded                      no room for the call now; says when to try again
+├── NotReplicated                   the call is pushed, but too few replicas have it
 ├── CallEnded                       a call reached a terminal state without a result; carries the record
 │   ├── CallCancelled
 │   └── CallFailed                  .error_code out of the closed set `ErrorCode`
 ├── BadRecord                       what Redis holds of a call cannot be read
 ├── UnknownCall (KeyError)          no record: never submitted, or expired after the result TTL
+│   └── CallLost                    it was submitted, and Redis has lost it
 ├── IllegalTransition               a state change that the life cycle does not allow
 ├── EngineIdTaken                   another live worker holds this engine id
 ├── EvictingRedis                   Redis is set to delete keys when its memory is full
@@ -67,6 +69,26 @@ class Overloaded(RsmError):
         super().__init__(f"There is no room for the call ({self.setting} is reached). {advice}.")
 
 
+class NotReplicated(RsmError):
+    """Fewer replicas than `RSM_WAIT_REPLICAS` have confirmed the push in time, so a fail-over now might lose it.
+
+    The calls are pushed, and run. Submitting them again with the same ids is safe, and waits for the replicas again.
+
+    Attributes:
+        call_ids: the calls in question.
+        replicas: how many replicas have them.
+    """
+
+    def __init__(self, call_ids: Sequence[str], replicas: int, wanted: int) -> None:
+        self.call_ids = list(call_ids)
+        self.replicas = replicas
+        shown = self.call_ids[0] if len(self.call_ids) == 1 else f"{self.call_ids[0]} and {len(self.call_ids) - 1} more"
+        super().__init__(
+            f"Call {shown}: pushed, but {replicas} of {wanted} replicas have it (RSM_WAIT_REPLICAS). "
+            "Submit again with the same id to wait for them again."
+        )
+
+
 class CallEnded(RsmError):
     """A call reached a terminal state without a result.
 
@@ -102,6 +124,17 @@ class UnknownCall(RsmError, KeyError):
 
 class BadRecord(RsmError):
     """What Redis holds of a call cannot be read: somebody else than the parts has written there."""
+
+
+class CallLost(UnknownCall):
+    """A call that was accepted has no record any more, though nothing was heard of its end."""
+
+    def __init__(self, call_id: str) -> None:
+        super().__init__(
+            f"Redis has no record of call {call_id} any more: it was lost by a fail-over to a replica that "
+            "lacked it, or by a restart; or it ended unheard, and has expired. "
+            "Submit it again, with the same id if you like."
+        )
 
 
 class IllegalTransition(RsmError):

@@ -36,6 +36,7 @@ class CallHandle:
 
         Raises:
             CallCancelled, CallFailed: it ended without a result.
+            CallLost: Redis has lost it.
             TimeoutError: it has not ended; it goes on, and may be waited for again.
         """
         return self.wait(timeout).outcome()

@@ -18,6 +18,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="RSM_", frozen=True, extra="ignore")
 
     redis_url: SecretStr | None = Field(None, description="see docs/operations.md; none = the embedded server")
+    wait_replicas: int = Field(0, ge=0, description="replicas that must have a write before it counts as accepted")
+    wait_ms: int = Field(1000, ge=1, le=5000, description="how long to wait for them")
     namespace: str = Field("rsm", description="hash tag of all keys")
     data_dir: Path | None = Field(None, description="where the embedded server lives; none = the user's state folder")
 
@@ -76,6 +78,10 @@ class Settings(BaseSettings):
         if list(value) != sorted(set(value)):
             raise ValueError("level_bounds must rise")
         return value
+
+    def wait_command(self) -> tuple[str, int, int] | None:
+        """The WAIT that goes with a write that must not be lost; None if none is asked for."""
+        return ("WAIT", self.wait_replicas, self.wait_ms) if self.wait_replicas else None
 
     def url(self) -> str:
         """The Redis URL in clear, for the connection alone; it may hold a password, so never print it."""

@@ -21,6 +21,7 @@ import redis
 
 from broker import child
 from broker.embedded import EmbeddedRedis, find_server
+from broker.ids import new_id
 from broker.topology import place_of
 from tests.waiting import eventually
 
@@ -87,9 +88,9 @@ class Node:
         return answer
 
     def kill(self) -> None:
-        """kill -9."""
-        self._signal(signal.SIGKILL)
+        """kill -9, also of what it may have forked to write a snapshot."""
         if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
@@ -105,9 +106,7 @@ class Node:
             os.kill(self._process.pid, number)
 
     def stop(self) -> None:
-        if self._process is not None:
-            self.thaw()
-            self.kill()
+        self.kill()
 
     def refuse_replicas(self) -> None:
         """From now on no write reaches a replica, though clients notice nothing: what an asynchronous replica lacks."""
@@ -195,6 +194,10 @@ class UnderSentinel(_Several):
             for s in self._sentinels
         )
 
+    def namespace(self) -> str:
+        """A new one."""
+        return f"t{new_id()}"
+
     def master(self, namespace: str) -> Node:
         """The node that the Sentinels name; all namespaces live there."""
         _, port = self._sentinels[0].ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", _MASTER)
@@ -202,7 +205,7 @@ class UnderSentinel(_Several):
 
 
 class Cluster(_Several):
-    """Three masters, each with a third of the slots, and as many replicas as asked for of each."""
+    """Three masters, each with a third of the slots; the first has as many replicas as asked for, the others none."""
 
     def __init__(self, replicas: int = 0) -> None:
         super().__init__()
@@ -225,13 +228,13 @@ class Cluster(_Several):
         for i, node in enumerate(masters):
             node.ask("CLUSTER", "ADDSLOTSRANGE", bounds[i], bounds[i + 1] - 1)
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
-        replicas = [(self._member(), master) for master in masters for _ in range(self._replicas)]
+        replicas = [self._member() for _ in range(self._replicas)]
         for node in self.nodes[1:]:
             node.ask("CLUSTER", "MEET", "127.0.0.1", masters[0].port, masters[0].bus)
         eventually(self._all_know_all, _START_S, "the cluster's nodes find each other")
-        for replica, master in replicas:
-            replica.ask("CLUSTER", "REPLICATE", master.ask("CLUSTER", "MYID"))
-        eventually(lambda: all(r.replicates() for r, _ in replicas), _START_S)
+        for replica in replicas:
+            replica.ask("CLUSTER", "REPLICATE", masters[0].ask("CLUSTER", "MYID"))
+        eventually(lambda: all(r.replicates() for r in replicas), _START_S)
         eventually(self._all_see_replicas, _START_S, "the cluster's nodes learn of the replicas")
         return self
 
@@ -246,7 +249,11 @@ class Cluster(_Several):
         return all(wanted <= state for state in states) and all(len(n.ask("CLUSTER", "SLOTS")) == 3 for n in self.nodes)
 
     def _all_see_replicas(self) -> bool:
-        return all(len(row) == 3 + self._replicas for n in self.nodes for row in n.ask("CLUSTER", "SLOTS"))
+        return all(sum(map(len, n.ask("CLUSTER", "SLOTS"))) == 3 * 3 + self._replicas for n in self.nodes)
+
+    def namespace(self) -> str:
+        """A new namespace on the master that has replicas."""
+        return next(name for name in iter(lambda: f"t{new_id()}", "") if self.master(name) is self.nodes[0])
 
     def master(self, namespace: str) -> Node:
         """The node that serves a namespace's slot, by the first node that answers."""

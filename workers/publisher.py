@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -71,6 +72,7 @@ class Publisher(threading.Thread):
         super().__init__(name="rsm-publish", daemon=True)
         self._engine = engine
         self._batch = settings.batch
+        self._wait = settings.wait_command()
         self._transitions = transitions
         self._stale = stale
         self._gap = gap
@@ -105,12 +107,16 @@ class Publisher(threading.Thread):
             gathered = _gather(items)
             commands = self._commands(gathered)
             if commands:
-                self._report(gathered, self._send(commands))
+                self._report(gathered, self._send(commands, self._wait if gathered.finishes else None))
             for fence in gathered.leaving():
                 self._leaving.pop(fence, None)
 
-    def _send(self, commands: Sequence[scripts.Command[Any]]) -> list[list[str]]:
-        return persist(lambda: scripts.run_all(self._line, commands), "publisher", self._abandoned.is_set) or []
+    def _send(
+        self, commands: Sequence[scripts.Command[Any]], wait: Sequence[scripts.Arg] | None = None
+    ) -> list[list[str]]:
+        """With `wait`, also until replicas have it: a master that dies before leaves us the batch to write again."""
+        action = partial(scripts.run_all, self._line, commands, wait)
+        return persist(action, "publisher", self._abandoned.is_set) or []
 
     def _take(self) -> tuple[list[Item], bool]:
         item = self._queue.get()
