@@ -26,11 +26,13 @@ from broker.errors import (
 )
 from broker.models import CallRecord, CallResult, Delta, ErrorCode, RequestState
 from broker.settings import Settings
+from broker.shards import AsyncShardedClient, ShardedClient, namespace_of
 
 __all__ = [
     "AccessDenied",
     "AsyncCall",
     "AsyncClient",
+    "AsyncShardedClient",
     "BadRecord",
     "BrokerUnavailable",
     "CallCancelled",
@@ -54,5 +56,7 @@ __all__ = [
     "RequestState",
     "RsmError",
     "Settings",
+    "ShardedClient",
     "UnknownCall",
+    "namespace_of",
 ]

@@ -20,6 +20,7 @@ from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, 
 from broker.events import End, end_record, is_end, read_event
 from broker.ids import check_id, new_id
 from broker.keys import Keys
+from broker.live import BEGIN, FORGET, live
 from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
 from broker.overload import OnOverload, Patience
 from broker.request import Prompt, build
@@ -29,8 +30,6 @@ from broker.transitions import Submission, Submitted, Transitions
 _BLOCK_S = 2.0
 _READ_MANY = 1000
 _RECONCILE_S = 5.0
-# How long a stream waits for its next piece before it looks into the log by itself.
-_STREAM_PATIENCE_S = 5.0
 _CLOSED = "The client is closed; the calls it pushed go on."
 
 
@@ -239,7 +238,7 @@ class AsyncClient:
             raise UnknownCall(f"There is no call {call_id}; records expire after {self.settings.result_ttl_s} s.")
         return CallRecord.from_hash(call_id, found)
 
-    async def stream(self, call_id: str, last_event_id: str = "0-0") -> AsyncIterator[Delta]:
+    async def stream(self, call_id: str, last_event_id: str = BEGIN) -> AsyncIterator[Delta]:
         """The pieces of any streamed call from behind `last_event_id` on, to its end.
 
         Reads the call's durable log; see `broker.Client.stream`, also for the errors.
@@ -248,14 +247,19 @@ class AsyncClient:
             raise UnknownCall(f"Call {call_id} was submitted without stream=True, so it keeps no pieces.")
         reader = connect_async(self.settings, _BLOCK_S)
         try:
-            async for delta in self._read_log(reader, call_id, last_event_id):
+            key = self.keys.events(call_id)
+            at = last_event_id
+            if at != BEGIN and not await self._retry(lambda: self.redis.xrange(key, at, at)):
+                yield FORGET  # the piece that was read last is not in the log any more
+                at = BEGIN
+            async for delta in self._read_log(reader, call_id, at):
                 yield delta
         finally:
             await reader.aclose()
         (await self.record(call_id)).outcome()
 
     async def _read_log(self, reader: Any, call_id: str, last: str) -> AsyncIterator[Delta]:
-        key, backoff, ended = self.keys.events(call_id), Backoff("stream"), False
+        key, backoff, ended, expected = self.keys.events(call_id), Backoff("stream"), False, 0
         while not self._closed:
             try:
                 reply = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
@@ -272,37 +276,25 @@ class AsyncClient:
                 event = read_event(call_id, fields, last)
                 if isinstance(event, End):
                     return
+                if event is not None and event.n < expected:
+                    yield FORGET
+                    last, expected = BEGIN, 0
+                    break
                 if event is not None:
+                    expected = event.n + 1
                     yield event
 
     async def _live(self, call: AsyncCall) -> AsyncIterator[Delta]:
         """Pieces from the inbox; those it lacks, from the log."""
         assert call._pieces is not None  # noqa: S101
-        expected, last = 0, "0-0"
-        while True:
-            try:
-                async with asyncio.timeout(_STREAM_PATIENCE_S):
-                    event = await call._pieces.get()
-            except TimeoutError:
-                event = None
-            if event is None or event.n > expected:
-                async for delta in self._catch_up(call.id, last, event.n if event else None):
-                    if delta.n >= expected:
-                        expected, last = delta.n + 1, delta.event_id
-                        yield delta
-            if isinstance(event, Delta) and event.n == expected:
-                expected, last = expected + 1, event.event_id
-                yield event
-            if isinstance(event, End) or (event is None and call.done and call._pieces.empty()):
-                break
+        async for delta in live(call._pieces, lambda last: self._log(call.id, last), lambda: call.done):
+            yield delta
         (await call.wait()).outcome()
 
-    async def _catch_up(self, call_id: str, last: str, below: int | None) -> AsyncIterator[Delta]:
+    async def _log(self, call_id: str, last: str) -> list[Delta]:
         entries = await self._retry(lambda: self.redis.xrange(self.keys.events(call_id), min=f"({last}"))
-        for eid, fields in entries:
-            event = read_event(call_id, fields, codec.text(eid))
-            if isinstance(event, Delta) and (below is None or event.n < below):
-                yield event
+        events = [read_event(call_id, fields, codec.text(eid)) for eid, fields in entries]
+        return [event for event in events if isinstance(event, Delta)]
 
     async def deadline_in(self, seconds: float) -> int:
         """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""

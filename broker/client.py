@@ -25,6 +25,7 @@ from broker.handle import CallHandle as CallHandle
 from broker.ids import check_id, new_id
 from broker.keys import Keys
 from broker.line import Line
+from broker.live import BEGIN, FORGET
 from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
 from broker.overload import OnOverload, Patience
 from broker.request import Prompt, build
@@ -244,11 +245,12 @@ class Client:
             raise UnknownCall(f"There is no call {call_id}; records expire after {self.settings.result_ttl_s} s.")
         return CallRecord.from_hash(call_id, found)
 
-    def stream(self, call_id: str, last_event_id: str = "0-0") -> Iterator[Delta]:
+    def stream(self, call_id: str, last_event_id: str = BEGIN) -> Iterator[Delta]:
         """The pieces of a streamed call from behind `last_event_id` on, to its end.
 
         Reads the call's durable log, so it may be called again, by any process, with the `event_id` of the last piece
-        seen: nothing is lost and nothing repeated. Survives Redis restarts.
+        seen: nothing is lost and nothing repeated. Survives Redis restarts; where Redis has lost pieces that were
+        read, a `Delta.restart` says so, and all of it follows from the beginning.
 
         Raises:
             CallCancelled, CallFailed: the call ended so, after its last piece.
@@ -258,13 +260,17 @@ class Client:
             raise UnknownCall(f"Call {call_id} was submitted without stream=True, so it keeps no pieces.")
         reader = connect(self.settings, _BLOCK_S)
         try:
-            yield from self._read_log(reader, call_id, last_event_id)
+            key, at = self.keys.events(call_id), last_event_id
+            if at != BEGIN and not self._retry(lambda: self.redis.xrange(key, at, at)):
+                yield FORGET  # the piece that was read last is not in the log any more
+                at = BEGIN
+            yield from self._read_log(reader, call_id, at)
         finally:
             reader.close()
         self.record(call_id).outcome()
 
     def _read_log(self, reader: Any, call_id: str, last: str) -> Iterator[Delta]:
-        key, backoff, ended = self.keys.events(call_id), Backoff("stream"), False
+        key, backoff, ended, expected = self.keys.events(call_id), Backoff("stream"), False, 0
         while not self._closed.is_set():
             try:
                 reply = reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
@@ -281,7 +287,12 @@ class Client:
                 event = read_event(call_id, fields, last)
                 if isinstance(event, End):
                     return
+                if event is not None and event.n < expected:
+                    yield FORGET
+                    last, expected = BEGIN, 0
+                    break
                 if event is not None:
+                    expected = event.n + 1
                     yield event
 
     def deadline_in(self, seconds: float) -> int:

@@ -278,7 +278,8 @@ class Delta:
     `n` numbers the pieces of a call from 0, across attempts. `event_id` is the entry id in the call's log: give it
     to `stream(last_event_id=…)` to continue behind this piece. OpenAI kinds carry `chunks`, the JSON documents of
     the response stream; `generate` carries `text` and `token_ids`.
-    `restart`: forget the pieces so far, the text begins anew behind this one (only with `on_engine_loss="restart"`).
+    `restart`: forget the pieces so far, the text begins anew behind this one. Only with `on_engine_loss="restart"`, and
+    where Redis has lost pieces that were read (`n` = -1 then): by a fail-over to a replica that lacked them.
     """
 
     n: int

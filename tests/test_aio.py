@@ -28,6 +28,7 @@ from broker import (
     UnknownCall,
     aio,
 )
+from broker import live as live_stream
 from broker.embedded import EmbeddedRedis
 from broker.ids import new_id
 from broker.transitions import Claimed
@@ -41,7 +42,7 @@ def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Missed news are looked for at once. Elsewhere the timer is left long, so that news must come by the inbox."""
     monkeypatch.setattr(aio, "_BLOCK_S", 0.02)
     monkeypatch.setattr(aio, "_RECONCILE_S", 0.0)
-    monkeypatch.setattr(aio, "_STREAM_PATIENCE_S", 0.05)
+    monkeypatch.setattr(live_stream, "_PATIENCE_S", 0.05)
 
 
 @pytest.fixture
@@ -459,7 +460,7 @@ async def test_a_silent_stream_looks_into_the_log(
     client: AsyncClient, other: AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another client took the inbox over, so nothing comes here; the call goes on."""
-    monkeypatch.setattr(aio, "_STREAM_PATIENCE_S", 0.02)
+    monkeypatch.setattr(live_stream, "_PATIENCE_S", 0.02)
     call = await client.submit("hi", id="c1", stream=True)
     await other.submit("hi", id="c1", stream=True)
     claimed = await taken(worker)
