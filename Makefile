@@ -10,7 +10,10 @@ VLLM_STAMP := $(VENV)/.vllm
 # vLLM proper on a machine with an NVIDIA GPU; a CPU build, made by a third party, pinned by hash, everywhere else.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
-.PHONY: demo test check bench bench-crash chaos model clean
+INPUTS ?= 100000
+MACHINE ?= unnamed
+
+.PHONY: demo test check fuzz bench bench-crash chaos model clean
 
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
@@ -40,6 +43,10 @@ SEED ?= 1
 VLLM ?= 0
 chaos: $(if $(filter-out 0,$(VLLM)),$(VLLM_STAMP),$(BASE_STAMP))
 	$(PY) -m chaos --minutes $(MINUTES) --seed $(SEED) --vllm $(VLLM) --report docs/conformance.md
+
+# Malformed input for every decoder and for a router, at length; `make test` does it briefly.
+fuzz: $(BASE_STAMP)
+	$(PY) -m tests.fuzz --inputs $(INPUTS) --machine '$(MACHINE)'
 
 $(BASE_STAMP): requirements/base.txt requirements/dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("rsm-engine needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -113,7 +113,7 @@ class CallResult:
     request_id: str
     session_id: str
     engine_id: str
-    text: str
+    text: str = field(repr=False)
     token_ids: list[int] = field(repr=False)
     prompt_tokens: int
     completion_tokens: int
@@ -284,7 +284,7 @@ class Delta:
 
     n: int
     event_id: str
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    chunks: list[str] = field(default_factory=list)
+    text: str = field(default="", repr=False)
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    chunks: list[str] = field(default_factory=list, repr=False)
     restart: bool = False

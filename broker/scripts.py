@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any, Generic, TypeVar
@@ -32,7 +32,7 @@ class Script:
     """A script with its includes in place."""
 
     name: str
-    text: str
+    text: str = field(repr=False)
     sha: str
 
 
@@ -55,7 +55,7 @@ class Command(Generic[T]):
     """One script call: arguments ready to send, and how to read the reply."""
 
     script: Script
-    args: Sequence[Arg]
+    args: Sequence[Arg] = field(repr=False)
     parse: Callable[[Any], T]
 
 

@@ -15,7 +15,7 @@ from broker.ids import check_id
 class Settings(BaseSettings):
     """One object for client, router and worker. Times in the unit that the name says."""
 
-    model_config = SettingsConfigDict(env_prefix="RSM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="RSM_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     redis_url: SecretStr | None = Field(None, description="see docs/operations.md; none = the embedded server")
     wait_replicas: int = Field(0, ge=0, description="replicas that must have a write before it counts as accepted")

@@ -21,6 +21,9 @@ class Submission(NamedTuple):
     body: bytes
     body_field: Format = "body"
 
+    def __repr__(self) -> str:  # prompts and outputs never appear in a repr
+        return f"Submission({self.request!r}, {len(self.body)} bytes)"
+
 
 class Submitted(NamedTuple):
     code: str  # "new" | "duplicate" | "conflict" | "overloaded"
@@ -152,6 +155,9 @@ class Event(NamedTuple):
     chunk: str
     replay: str
 
+    def __repr__(self) -> str:
+        return f"Event({self.fence}, n={self.n})"
+
 
 class Finish(NamedTuple):
     fence: Fence
@@ -165,6 +171,9 @@ class Finish(NamedTuple):
     resident_tokens: int
     events: int | None = None  # published of the call, earlier attempts included
 
+    def __repr__(self) -> str:
+        return f"Finish({self.fence}, {self.state}, {self.error_code!r})"
+
 
 # Why an attempt was lost: its engine's process died, its engine failed on it, or "": it was given back in order.
 Fault = Literal["death", "error", ""]
@@ -175,6 +184,9 @@ class Release(NamedTuple):
     fault: Fault
     error_code: str
     error: str
+
+    def __repr__(self) -> str:  # its error may be what a remote server said, of the prompt too
+        return f"Release({self.fence}, {self.fault!r}, {self.error_code!r})"
 
 
 class Registered(NamedTuple):

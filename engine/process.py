@@ -19,7 +19,7 @@ class LLMRequest:
     request_id: str
     session_id: str
     prompt: str | list[int] = field(repr=False)
-    sampling_params: dict[str, Any] = field(default_factory=dict)
+    sampling_params: dict[str, Any] = field(default_factory=dict, repr=False)
     priority: int = 0
 
 

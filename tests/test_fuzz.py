@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.decoders import CUT, DECODERS, Decoder
+from tests.fuzz.entries import pass_through
 from tests.fuzz.run import LARGEST_BYTES, SLOWEST_S, Tally, feed, fuzz, peak_bytes
 
 each = pytest.mark.parametrize("decoder", DECODERS, ids=lambda d: d.name)
@@ -83,3 +84,10 @@ def test_the_tally_tells_a_crash_from_a_refusal() -> None:
     feed(decoder, b"refuse", tally)
     feed(decoder, b"crash", tally)
     assert (tally.inputs, tally.refused, len(tally.crashes)) == (2, 1, 1)
+
+
+def test_a_router_goes_on_behind_malformed_entries() -> None:
+    passage = pass_through(2000)
+    assert passage.answered == passage.good == 4
+    assert (passage.left, passage.pending) == (0, 0)
+    assert passage.failed > 500, "most of them were malformed"

@@ -34,9 +34,9 @@ class Resumed:
         published: those chunks.
     """
 
-    text: str
-    token_ids: list[int]
-    replays: list[str]
+    text: str = field(repr=False)
+    token_ids: list[int] = field(repr=False)
+    replays: list[str] = field(repr=False)
     chunks: int
     published: list[str] = field(default_factory=list, repr=False)
 
@@ -66,10 +66,10 @@ class Piece:
         replay: opaque text that the backend gets back in `Resumed.replays` if this attempt is lost.
     """
 
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    chunk: str = ""
-    replay: str = ""
+    text: str = field(default="", repr=False)
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    chunk: str = field(default="", repr=False)
+    replay: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

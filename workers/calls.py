@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,9 +205,10 @@ class Calls:
         except EngineError as e:
             message = Release(fence, "error", ErrorCode.ENGINE_ERROR.value, f"The engine failed: {e}")
         except Exception as e:
-            # The type, never the message: it may quote the prompt.
+            # The type and the place, never the message: it may quote the prompt.
             name = type(e).__name__
-            log.error("call %s: %s in the backend", fence.call_id, name, exc_info=log.isEnabledFor(logging.DEBUG))
+            log.error("call %s: %s in the backend", fence.call_id, name)
+            log.debug("%s", "".join(traceback.format_tb(e.__traceback__)))
             message = Release(fence, "error", ErrorCode.ENGINE_ERROR.value, f"The engine failed: {name}.")
         return given_up(fence) if running.gap else message
 

@@ -30,7 +30,7 @@ class EngineConfig(BaseModel):
         served_model_name: the name that calls ask for, where it is not `model`.
     """
 
-    model_config = ConfigDict(frozen=True, protected_namespaces=(), extra="forbid")
+    model_config = ConfigDict(frozen=True, protected_namespaces=(), extra="forbid", hide_input_in_errors=True)
 
     engine_id: str
     model: str = ""
