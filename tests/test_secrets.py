@@ -89,8 +89,8 @@ def test_no_repr_holds_a_prompt_an_output_or_a_password(thing: object) -> None:
 
 def test_errors_of_configuration_quote_no_value() -> None:
     for make in (
-        lambda: EngineConfig(engine_id="e", nonsense=KEY),
-        lambda: Settings(redis_url=["x", KEY]),  # type: ignore[arg-type]
+        lambda: EngineConfig.model_validate({"engine_id": "e", "nonsense": KEY}),
+        lambda: Settings.model_validate({"redis_url": ["x", KEY]}),
     ):
         with pytest.raises(ValidationError) as refused:
             make()
