@@ -55,6 +55,8 @@ class Monitor:
     def engine(self, engine_id: str) -> dict[str, Any]:
         """One engine: state, model, node, slots, `running` and `queued` calls, tokens, KV usage (0 to 1).
 
+        `alone`: the call for which it empties itself, or that runs on it alone, suspected of killing engines.
+
         Raises:
             UnknownCall: no such engine.
         """
@@ -78,6 +80,7 @@ class Monitor:
             "supervisor": number(h.get("supervisor")),
             "incarnation": h.get("incarnation", ""),
             "max_num_seqs": number(h.get("max_num_seqs")),
+            "alone": h.get("alone", ""),
             "running": running,
             "queued": queued,
             "queued_tokens": number(h.get("queued_tokens")),

@@ -153,7 +153,7 @@ def test_doctor_is_content(up: Deployment) -> None:
 
 
 def test_a_killed_engine_leaves_a_letter_that_can_be_replayed() -> None:
-    up = Deployment("dead", *_OPTIONS, RSM_MAX_ATTEMPTS="1")
+    up = Deployment("dead", *_OPTIONS, RSM_MAX_DEATHS="2")
     try:
         up.up("e0")
         with Client(settings=up.settings) as client:
@@ -165,12 +165,14 @@ def test_a_killed_engine_leaves_a_letter_that_can_be_replayed() -> None:
 def _kill_and_replay(up: Deployment, client: Client) -> None:
     assert up.json("dead", "ls") == []
     handle = client.submit("to be killed", id="victim", max_tokens=150)
-    eventually(lambda: running(client, "victim"))
-    (engine,) = up.json("engines")
-    os.kill(engine["pid"], signal.SIGKILL)
+    for _ in range(2):
+        eventually(lambda: running(client, "victim"))
+        (engine,) = up.json("engines")
+        os.kill(engine["pid"], signal.SIGKILL)
+        eventually(lambda: not running(client, "victim"))
     assert handle.wait(20).error_code == "attempts_exhausted"
     (letter,) = up.json("dead", "ls")
-    assert (letter["call_id"], letter["attempts"], letter["replayable"]) == ("victim", 1, True)
+    assert (letter["call_id"], letter["attempts"], letter["replayable"]) == ("victim", 2, True)
     shown = up.rsm("dead", "show", "victim") + up.rsm("dead", "show", letter["entry"]) + up.rsm("dead", "ls")
     assert "attempts_exhausted" in shown
     assert "to be killed" not in shown

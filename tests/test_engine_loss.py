@@ -62,10 +62,13 @@ def test_poison_is_found_and_its_neighbours_go_on(settings: Settings, client: Cl
 
 # -- continue, restart, fail
 
-_BODIES: dict[str, Any] = {
-    "generate": {"prompt": "Explain quantum computing", "max_tokens": 200},
-    "chat.completions": {"messages": [{"role": "user", "content": "Explain it"}], "max_tokens": 200},
-}
+_CHAT = {"messages": [{"role": "user", "content": "Explain it"}], "max_tokens": 200}
+# A remote server cannot go on with a chat that wants log probabilities; a modelled engine does not know them.
+_CALLS: list[tuple[str, dict[str, Any]]] = [
+    ("generate", {"prompt": "Explain quantum computing", "max_tokens": 200}),
+    ("chat.completions", _CHAT),
+    ("chat.completions", _CHAT | {"logprobs": True}),
+]
 _WISHES: tuple[OnEngineLoss, ...] = ("continue", "restart", "fail")
 
 
@@ -74,6 +77,7 @@ class Followed:
     """One streamed call and what its reader saw."""
 
     kind: str
+    body: dict[str, Any]
     wish: OnEngineLoss
     pieces: list[Delta] = field(default_factory=list)
     record: CallRecord | None = None
@@ -140,10 +144,10 @@ async def test_each_call_gets_what_it_asked_for(
 ) -> None:
     remote = "openai" in request.node.name
     worker = await asyncio.to_thread(start_engine, "e1")
-    with routing(settings), ThreadPoolExecutor(2 * len(_WISHES)) as threads:
+    with routing(settings), ThreadPoolExecutor(len(_CALLS) * len(_WISHES)) as threads:
         async with AsyncClient(settings=settings) as aclient:
-            calls = [Followed(kind, wish) for kind in _BODIES for wish in _WISHES]
-            pushed = [Followed(kind, wish) for kind in _BODIES for wish in _WISHES]
+            calls = [Followed(*call, wish) for call in _CALLS for wish in _WISHES]
+            pushed = [Followed(*call, wish) for call in _CALLS for wish in _WISHES]
             following: list[asyncio.Future[None]] = [asyncio.create_task(_follow(aclient, c)) for c in calls]
             loop = asyncio.get_running_loop()
             following += [loop.run_in_executor(threads, _follow_sync, client, c) for c in pushed]
@@ -152,16 +156,15 @@ async def test_each_call_gets_what_it_asked_for(
             await asyncio.to_thread(start_engine, "e2")
             async with asyncio.timeout(60):
                 await asyncio.gather(*following)
-            undisturbed = {kind: await aclient.submit(body, kind=kind) for kind, body in _BODIES.items()}
-            whole = {kind: (await call).text for kind, call in undisturbed.items()}
+            undisturbed = [await aclient.submit(body, kind=kind) for kind, body in _CALLS]
+            whole = {kind: (await call).text for (kind, _), call in zip(_CALLS, undisturbed, strict=True)}
             for call in calls + pushed:
-                # A remote server cannot be given the beginning of its own chat.
-                continuable = call.wish == "restart" or not (remote and call.kind == "chat.completions")
+                continuable = call.wish == "restart" or not (remote and "logprobs" in call.body)
                 call.check(whole[call.kind], continuable)
 
 
 async def _follow(client: AsyncClient, call: Followed) -> None:
-    handle = await client.submit(_BODIES[call.kind], kind=call.kind, stream=True, on_engine_loss=call.wish)
+    handle = await client.submit(call.body, kind=call.kind, stream=True, on_engine_loss=call.wish)
     try:
         async for delta in handle.stream():
             call.pieces.append(delta)
@@ -171,7 +174,7 @@ async def _follow(client: AsyncClient, call: Followed) -> None:
 
 
 def _follow_sync(client: Client, call: Followed) -> None:
-    handle = client.submit(_BODIES[call.kind], kind=call.kind, stream=True, on_engine_loss=call.wish)
+    handle = client.submit(call.body, kind=call.kind, stream=True, on_engine_loss=call.wish)
     try:
         for delta in handle.stream():
             call.pieces.append(delta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -304,6 +305,81 @@ def test_a_cancelled_suspect_that_kills_is_cancelled(world: World) -> None:
     die(world, worker)
     assert world.state("suspect") == "CANCELLED"
     assert not world.dead()
+
+
+# -- any order of events
+
+
+class Plague:
+    """Random events among calls of which some kill every engine that they run on."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.random = Random(seed)
+        self.workers = {e: world.worker(e) for e in ("e1", "e2")}
+        self.calls = [f"c{i}" for i in range(24)]
+        self.poison = set(self.random.sample(self.calls, 3))
+        self.alone = 0  # how often a suspect was handed out
+        for call_id in self.calls:
+            world.submit(call_id, priority=self.random.choice([-1, 0, 0]))
+
+    def step(self) -> None:
+        for _, fields in self.world.stream():
+            self.world.assign(fields["id"], self.random.choice(list(self.workers)))
+        worker = self.random.choice(list(self.workers.values()))
+        self.random.choice([self.claim, self.claim, self.finish, self.finish, self.give_back, self.kill])(worker)
+        for engine in self.workers:
+            alone = self.world.engine(engine)["alone"]
+            assert alone not in self.world.running(engine) or self.world.running(engine) == [alone]
+
+    def claim(self, worker: FakeWorker) -> None:
+        waiting = {c: self.is_suspect(c) for c in self.world.waiting(worker.engine)}
+        for call in worker.claim(self.random.randint(1, 6)) or ():
+            if waiting[call.fence.call_id]:
+                self.alone += 1
+                assert self.world.running(worker.engine) == [call.fence.call_id]
+
+    def is_suspect(self, call_id: str) -> bool:
+        unsolved = [d for d in self.world.record(call_id)["deaths"].split() if not self.is_solved(d)]
+        return len(unsolved) >= self.world.settings.max_deaths - 1
+
+    def is_solved(self, incident: str) -> bool:
+        return self.world.db.zscore(self.world.keys.solved, incident) is not None
+
+    def finish(self, worker: FakeWorker) -> None:
+        harmless = sorted(worker.held.keys() - self.poison)
+        if harmless:
+            worker.finish(worker.held[self.random.choice(harmless)])
+
+    def give_back(self, worker: FakeWorker) -> None:
+        if worker.held and self.random.random() < 0.2:
+            worker.release(self.random.choice(list(worker.held.values())), fault=False)
+
+    def kill(self, worker: FakeWorker) -> None:
+        if not worker.held.keys() & self.poison:
+            return
+        if self.random.random() < 0.5:
+            self.world.run(self.world.transitions.reap(worker.engine, worker.incarnation))
+        self.world.lapse(worker.engine)
+        self.workers[worker.engine] = self.world.worker(worker.engine)
+
+    def left(self) -> list[str]:
+        return [c for c in self.calls if self.world.state(c) in ("PENDING", "RUNNING")]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_in_any_order_suspects_run_alone_and_only_the_guilty_die(world: World, seed: int) -> None:
+    plague = Plague(world, seed)
+    for _ in range(4000):
+        plague.step()
+        if not plague.left():
+            break
+    assert not plague.left(), "nobody starves"
+    assert {letter["id"] for letter in world.dead()} == plague.poison
+    assert {c for c in plague.calls if world.state(c) == "FAILED"} == plague.poison
+    assert all(world.record(c)["failures"] == "" for c in plague.calls)
+    assert plague.alone >= len(plague.poison)
+    assert world.engine("e1").ints("queued_tokens", "running_tokens") == (0, 0)
 
 
 # -- on_engine_loss

@@ -341,7 +341,9 @@ async def test_a_character_across_the_border(vllm: VllmBackend, seen: int) -> No
 async def test_some_streams_cannot_be_gone_on_with(vllm: VllmBackend, more: dict[str, Any]) -> None:
     j = chat(stream=True, **more)
     _, pieces = await streamed(vllm, j)
-    assert "cannot be continued; submit the call again" in await rejected(vllm, again(j, pieces[:3]))
+    why = await rejected(vllm, again(j, pieces[:3]))
+    assert "cannot be continued; submit the call again" in why
+    assert 'on_engine_loss="restart"' in why
 
 
 async def test_a_stream_of_another_kind_of_engine_is_refused(vllm: VllmBackend) -> None:
