@@ -167,8 +167,7 @@ def _kill_and_replay(up: Deployment, client: Client) -> None:
     handle = client.submit("to be killed", id="victim", max_tokens=150)
     for _ in range(2):
         eventually(lambda: running(client, "victim"))
-        (engine,) = up.json("engines")
-        os.kill(engine["pid"], signal.SIGKILL)
+        os.kill(Monitor(up.settings).engine("e0")["pid"], signal.SIGKILL)
         eventually(lambda: not running(client, "victim"))
     assert handle.wait(20).error_code == "attempts_exhausted"
     (letter,) = up.json("dead", "ls")

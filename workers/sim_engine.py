@@ -86,6 +86,8 @@ class SimConfig:
     def __post_init__(self) -> None:
         if min(self.max_num_seqs, self.block_size, self.num_blocks, self.max_num_batched_tokens) < 1:
             raise ValueError("A simulated engine needs at least one slot, one block and one token a step.")
+        if not isinstance(self.die_on, str):
+            raise ValueError("die_on is a text; one that reads as JSON needs quotation marks of its own.")
         if self.max_len < 2 or self.eos_mean < 0 or not self.speed > 0:
             raise ValueError("A simulated engine needs room for two tokens, eos_mean >= 0 and speed > 0.")
 
