@@ -62,10 +62,10 @@ def test_poison_is_found_and_its_neighbours_go_on(settings: Settings, client: Cl
 
 # -- continue, restart, fail
 
-_CHAT = {"messages": [{"role": "user", "content": "Explain it"}], "max_tokens": 200}
+_CHAT = {"messages": [{"role": "user", "content": "Explain it"}], "max_tokens": 500}
 # A remote server cannot go on with a chat that wants log probabilities; a modelled engine does not know them.
 _CALLS: list[tuple[str, dict[str, Any]]] = [
-    ("generate", {"prompt": "Explain quantum computing", "max_tokens": 200}),
+    ("generate", {"prompt": "Explain quantum computing", "max_tokens": 500}),
     ("chat.completions", _CHAT),
     ("chat.completions", _CHAT | {"logprobs": True}),
 ]
