@@ -1,0 +1,38 @@
+"""One decoder under atheris, whose mutants follow the code's branches: `python -m tests.fuzz.guided NAME -runs=100000`.
+
+Atheris comes with `pip install -r requirements/fuzz.txt`; options behind the name are libFuzzer's.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["broker", "router", "workers"]):
+    from tests.fuzz.decoders import DECODERS
+
+
+def main() -> None:
+    names = {decoder.name: decoder for decoder in DECODERS}
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        sys.exit(f"Name one of: {', '.join(names)}")
+    decoder = names[sys.argv[1]]
+
+    def test_one(data: bytes) -> None:
+        try:
+            decoder.read(data)
+        except decoder.contract:
+            return
+
+    with tempfile.TemporaryDirectory() as corpus:
+        for n, seed in enumerate(decoder.seeds):
+            (Path(corpus) / str(n)).write_bytes(seed)
+        atheris.Setup([sys.argv[0], *sys.argv[2:], corpus], test_one)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
