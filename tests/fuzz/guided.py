@@ -6,13 +6,15 @@ Atheris comes with `pip install -r requirements/fuzz.txt`; options behind the na
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["broker", "router", "workers"]):
     from tests.fuzz.decoders import DECODERS
+
+# Git ignores it; what one run has found, the next one starts from.
+_CORPORA = Path(".hypothesis") / "fuzz"
 
 
 def main() -> None:
@@ -27,11 +29,12 @@ def main() -> None:
         except decoder.contract:
             return
 
-    with tempfile.TemporaryDirectory() as corpus:
-        for n, seed in enumerate(decoder.seeds):
-            (Path(corpus) / str(n)).write_bytes(seed)
-        atheris.Setup([sys.argv[0], *sys.argv[2:], corpus], test_one)
-        atheris.Fuzz()
+    corpus = _CORPORA / decoder.name.replace(" ", "-")
+    corpus.mkdir(parents=True, exist_ok=True)
+    for n, seed in enumerate(decoder.seeds):
+        (corpus / str(n)).write_bytes(seed)
+    atheris.Setup([sys.argv[0], *sys.argv[2:], str(corpus)], test_one)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":
