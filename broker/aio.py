@@ -29,6 +29,8 @@ from broker.transitions import Submission, Submitted, Transitions
 
 _BLOCK_S = 2.0
 _READ_MANY = 1000
+# See `broker.client`: an inbox is trimmed up to what was read.
+TRIM_MANY = 128
 _RECONCILE_S = 5.0
 _CLOSED = "The client is closed; the calls it pushed go on."
 
@@ -346,10 +348,13 @@ class AsyncClient:
     async def _read_inbox(self) -> None:
         reader = connect_async(self.settings, _BLOCK_S)
         key, last, backoff = self.keys.inbox(self._inbox), "0-0", Backoff("inbox")
-        reconciled = time.monotonic()
+        reconciled, read = time.monotonic(), 0
         try:
             while True:
                 try:
+                    if read >= TRIM_MANY:
+                        await reader.xtrim(key, minid=last, approximate=False)
+                        read = 0
                     reply: Any = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
                     if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
                         reconciled = time.monotonic()
@@ -358,7 +363,7 @@ class AsyncClient:
                     await asyncio.sleep(backoff.pause(e))
                     continue
                 if reply:
-                    last = codec.text(reply[0][1][-1][0])
+                    last, read = codec.text(reply[0][1][-1][0]), read + len(reply[0][1])
                     self._deliver(reply[0][1])
         finally:
             await reader.aclose()

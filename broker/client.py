@@ -38,6 +38,8 @@ log = logging.getLogger("rsm.client")
 PUSH_MANY = 32
 _BLOCK_S = 2.0
 _READ_MANY = 1000
+# After so many entries the inbox is trimmed up to the last one read: nobody else reads it.
+TRIM_MANY = 128
 # How old a wait must be before the record is asked directly.
 _RECONCILE_S = 5.0
 
@@ -354,9 +356,12 @@ class Client:
         line = Line(self.settings, _BLOCK_S)
         key, last, backoff = self.keys.inbox(self._inbox), "0-0", Backoff("inbox")
         block = ("BLOCK", int(_BLOCK_S * 1000), "COUNT", _READ_MANY)
-        reconciled = time.monotonic()
+        reconciled, read = time.monotonic(), 0
         while not self._closed.is_set():
             try:
+                if read >= TRIM_MANY:
+                    line.execute_command("XTRIM", key, "MINID", last)
+                    read = 0
                 entries = line.read_stream("XREAD", *block, "STREAMS", key, last)
                 if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
                     reconciled = time.monotonic()
@@ -365,7 +370,7 @@ class Client:
                 self._closed.wait(backoff.pause(e))
                 continue
             if entries:
-                last = codec.text(entries[-1][0])
+                last, read = codec.text(entries[-1][0]), read + len(entries)
                 self._deliver(entries)
         line.close()
 

@@ -43,9 +43,8 @@ def settings_with(**values: Any) -> Settings:
 
 
 def measured(world: World, **fields: Any) -> None:  # noqa: F811
-    """As if the routers had measured it just now."""
-    seconds, micros = world.db.time()
-    world.db.hset(world.keys.usage, mapping={"rate_ms": seconds * 1000 + micros // 1000, **fields})
+    """As if the routers had measured it."""
+    world.db.hset(world.keys.usage, mapping=fields)
 
 
 # -- which calls come in
@@ -116,29 +115,30 @@ def test_a_repeated_push_is_never_refused(small: World) -> None:
 
 def test_the_advice_follows_the_rate_of_ends(small: World) -> None:
     submit(small, *(small.prepare(f"c{i}") for i in range(3)))
-    measured(small, rate=10)
+    measured(small, turnaround_ms=300)
     replies = submit(small, *(small.prepare(f"d{i}") for i in range(3)))
-    assert [r.retry_ms for r in replies] == [100, 200, 300], "each waits for an end of its own"
+    assert [r.retry_ms for r in replies] == [100, 200, 300], "three that stay for 300 ms: one ends each 100 ms"
     assert submit(small, small.prepare("d3"))[0].retry_ms == 400
 
 
-@pytest.mark.parametrize(("rate", "ms"), [(1_000_000, 50), (0.001, 30_000), (0, 1000)])
-def test_the_advice_stays_sensible(small: World, rate: float, ms: int) -> None:
+@pytest.mark.parametrize(("turnaround_ms", "ms"), [(1, 50), (1_000_000, 30_000), (0, 1000)])
+def test_the_advice_stays_sensible(small: World, turnaround_ms: int, ms: int) -> None:
     submit(small, *(small.prepare(f"c{i}") for i in range(3)))
-    measured(small, rate=rate)
+    measured(small, turnaround_ms=turnaround_ms)
     assert submit(small, small.prepare("d0"))[0].retry_ms == ms
 
 
-def test_an_old_measurement_is_worth_nothing(small: World) -> None:
-    submit(small, *(small.prepare(f"c{i}") for i in range(3)))
-    measured(small, rate=1, rate_ms=1)
-    assert submit(small, small.prepare("d0"))[0].retry_ms == 1000
+def test_the_advice_of_a_session_is_its_own(small: World) -> None:
+    submit(small, *(small.prepare(f"c{i}", session="s") for i in range(2)))
+    measured(small, turnaround_ms=300)
+    (reply,) = submit(small, small.prepare("c2", session="s"))
+    assert (reply.bound, reply.retry_ms) == ("session_calls", 150), "of its two, one ends each 150 ms"
 
 
 def test_large_calls_wait_for_more_ends(world: World) -> None:  # noqa: F811
     bound(world, max_open_bytes=1024)
     submit(world, *(world.prepare(f"c{i}", prompt="x" * 90) for i in range(10)))
-    measured(world, rate=10)
+    measured(world, turnaround_ms=1000)
     small, large = (submit(world, world.prepare(f"d{n}", prompt="x" * n))[0].retry_ms for n in (90, 900))
     assert small < 300
     assert large > 800
@@ -146,7 +146,7 @@ def test_large_calls_wait_for_more_ends(world: World) -> None:  # noqa: F811
 
 def test_the_advice_leaves_half_of_the_time(small: World) -> None:
     submit(small, *(small.prepare(f"c{i}") for i in range(3)))
-    measured(small, rate=0.001)
+    measured(small, turnaround_ms=1_000_000)
     seconds, micros = small.db.time()
     now = seconds * 1000 + micros // 1000
     soon, late = submit(small, *(small.prepare(f"d{t}", deadline_ms=now + t) for t in (4000, -1)))
@@ -154,19 +154,22 @@ def test_the_advice_leaves_half_of_the_time(small: World) -> None:
     assert late.retry_ms == 0, "never: its deadline has passed"
 
 
-def test_the_rate_is_measured_on_the_timer(small: World) -> None:
-    worker = small.worker()
-    small.run(small.transitions.retain())
-    before = int(small.db.hget(small.keys.usage, "rate_ms"))
-    for i in range(3):
-        worker.finish(small.start(f"c{i}", worker))
-    small.db.hset(small.keys.usage, mapping={"rate_ms": before - 3000, "refused": 1000})
-    small.run(small.transitions.retain())
-    rate, refused = (float(v) for v in small.db.hmget(small.keys.usage, "rate", "refused"))
-    assert 0.5 < rate < 0.8, "3 ends in 3 s, the past counting for 1/e"
-    assert 300 < refused < 400
-    small.run(small.transitions.retain())
-    assert float(small.db.hget(small.keys.usage, "rate")) == rate, "a second router on the same timer changes nothing"
+def test_how_long_calls_stay_is_measured_on_the_timer(small: World) -> None:
+    def look(**before: int) -> list[float]:
+        if before:
+            measured(small, **before)
+        small.run(small.transitions.retain())
+        return [float(v or 0) for v in small.db.hmget(small.keys.usage, "turnaround_ms", "refused")]
+
+    now = int(small.db.time()[0]) * 1000
+    small.db.hset(small.keys.stats, mapping={"started": 100, "waiting_ms": 7, "running_ms": 8})
+    assert look() == [0, 0], "a first look has nothing to compare with"
+    small.db.hset(small.keys.stats, mapping={"started": 110, "waiting_ms": 1007, "running_ms": 3008})
+    assert look(measured_ms=now - 1000, refused=1000)[0] == 400, "4 s by 10 calls"
+    assert 300 < look()[1] < 400, "after one second, 1/e is left"
+    assert look() == look(), "a second router on the same timer changes nothing"
+    small.db.hset(small.keys.stats, mapping={"started": 111, "running_ms": 4008})
+    assert 500 < look(measured_ms=now - 1000)[0] < 700, "after one of the three seconds of smoothing a new figure counts for 28 %"
 
 
 # -- bare XADDs

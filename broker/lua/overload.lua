@@ -11,10 +11,9 @@ local refusals = 0
 local usage
 local function used(name)
   if not usage then
-    usage = {}
-    local v = redis.call('HMGET', USAGE, 'open_calls', 'open_bytes', 'refused', 'rate', 'rate_ms')
-    usage.open_calls, usage.open_bytes, usage.refused, usage.rate, usage.rate_ms =
-      tonumber(v[1]) or 0, tonumber(v[2]) or 0, tonumber(v[3]) or 0, tonumber(v[4]) or 0, tonumber(v[5]) or 0
+    local v = redis.call('HMGET', USAGE, 'open_calls', 'open_bytes', 'refused', 'turnaround_ms')
+    usage = {open_calls = tonumber(v[1]) or 0, open_bytes = tonumber(v[2]) or 0, refused = tonumber(v[3]) or 0,
+      turnaround_ms = tonumber(v[4]) or 0}
   end
   return usage[name] + pending(USAGE, name)
 end
@@ -49,19 +48,26 @@ local function room(s, bytes)
   return refused[''] or refused[s]
 end
 
--- When to try again, in ms; 0 = never, its deadline has passed. Calls end at a known rate (lua/retain.lua measures it),
--- and others that were refused of late wait for the same room: the n-th of them is sent away for n ends.
-local RETRY_MIN, RETRY_MAX, RETRY_UNKNOWN, RATE_VALID = 50, 30000, 1000, 10000
+-- When to try again, in ms; 0 = never, its deadline has passed. Of n calls that stay for a time T each, n / T end in a
+-- second (Little's law; lua/retain.lua measures T). A plain count of ends would not do: while those who were refused
+-- stay away it falls, and keeps them away for longer. Others that were refused of late wait for the same room, so the
+-- n-th of them is sent away for n ends.
+local RETRY_MIN, RETRY_MAX, RETRY_UNKNOWN = 50, 30000, 1000
 local function retry_after(c, bound, bytes)
   local ends = 1 + used('refused')
   count(USAGE, 'refused', 1)
-  if bound == 'open_bytes' then
-    local each = math.max(1, used('open_bytes') / math.max(1, used('open_calls')))
-    ends = ends + (used('open_bytes') + bytes - BOUND.open_bytes) / each
+  local calls, open_bytes, room_bytes = used('open_calls'), used('open_bytes'), BOUND.open_bytes
+  if string.find(bound, 'session', 1, true) then
+    calls, open_bytes = used_by(c.session, 'session_calls'), used_by(c.session, 'session_bytes')
+    room_bytes = BOUND.session_bytes
+  end
+  calls = math.max(1, calls)
+  if string.find(bound, 'bytes', 1, true) then
+    ends = ends + (open_bytes + bytes - room_bytes) / math.max(1, open_bytes / calls)
   end
   local wait = RETRY_UNKNOWN
-  if used('rate') > 0 and used('rate_ms') > NOW - RATE_VALID then
-    wait = math.max(RETRY_MIN, math.min(RETRY_MAX, ends / used('rate') * 1000))
+  if used('turnaround_ms') > 0 then
+    wait = math.max(RETRY_MIN, math.min(RETRY_MAX, ends * used('turnaround_ms') / calls))
   end
   if c.deadline_ms ~= '' then wait = math.min(wait, math.max(0, tonumber(c.deadline_ms) - NOW) / 2) end
   return int(math.ceil(wait))

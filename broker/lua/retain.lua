@@ -1,7 +1,7 @@
 --- @include lib
 -- Any router, on a timer: what finished calls leave behind is bounded by time and by bytes. Entries of the index whose
 -- records are gone by their TTL go; while those left take more bytes than allowed, the oldest go with their records.
--- It also measures how many calls end in a second, for those who are refused (lua/overload.lua).
+-- It also measures how long calls stay, for those who are refused (lua/overload.lua).
 --
 -- ARGV     max_bytes (0 = no bound) limit (index entries per run, of up to 64 calls each)
 -- Returns  {index entries removed, calls removed before their TTL}
@@ -33,23 +33,23 @@ in_chunks(gone, function(...) redis.call('XDEL', FINISHED, ...) end)
 count(USAGE, 'retained_bytes', -freed)
 if early > 0 then count_total('retired', early) end
 
--- Ends per second, smoothed over some seconds; and those refused of late, who come back within about the same time.
-local SMOOTH_MS, EACH_MS = 3000, 200
-local mark = redis.call('HMGET', USAGE, 'rate', 'rate_ms', 'rate_ended', 'refused')
+-- From submit to end, smoothed over some seconds; and how many were refused of late.
+local SMOOTH_MS, LATE_MS, EACH_MS = 3000, 1000, 200
+local mark = redis.call('HMGET', USAGE, 'turnaround_ms', 'measured_ms', 'measured_calls', 'measured_total_ms', 'refused')
 local span = NOW - (tonumber(mark[2]) or 0)
 if span >= EACH_MS or span < 0 then
-  local ended = 0
-  for _, n in ipairs(redis.call('HMGET', STATS, 'completed', 'cancelled', 'failed')) do
-    ended = ended + (tonumber(n) or 0)
+  local total = redis.call('HMGET', STATS, 'started', 'waiting_ms', 'running_ms')
+  local calls, spent = tonumber(total[1]) or 0, (tonumber(total[2]) or 0) + (tonumber(total[3]) or 0)
+  local ended = calls - (tonumber(mark[3]) or calls)
+  if ended > 0 then
+    local each = (spent - tonumber(mark[4])) / ended
+    local old = mark[1] and math.exp(-math.max(0, span) / SMOOTH_MS) or 0
+    redis.call('HSET', USAGE, 'turnaround_ms', string.format('%.1f', old * (tonumber(mark[1]) or 0) + (1 - old) * each))
   end
-  local old = math.exp(-span / SMOOTH_MS)
-  if mark[3] and span > 0 then
-    local measured = math.max(0, ended - tonumber(mark[3])) / span * 1000
-    local rate = old * (tonumber(mark[1]) or 0) + (1 - old) * measured
-    redis.call('HSET', USAGE, 'rate', string.format('%.3f', rate))
+  redis.call('HSET', USAGE, 'measured_ms', int(NOW), 'measured_calls', int(calls), 'measured_total_ms', int(spent))
+  if mark[5] then
+    redis.call('HSET', USAGE, 'refused', int(math.floor(math.exp(-math.max(0, span) / LATE_MS) * tonumber(mark[5]))))
   end
-  redis.call('HSET', USAGE, 'rate_ms', int(NOW), 'rate_ended', int(ended))
-  if mark[4] then redis.call('HSET', USAGE, 'refused', int(math.floor(old * tonumber(mark[4])))) end
 end
 write_all()
 return {#gone, early}

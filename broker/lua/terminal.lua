@@ -7,7 +7,7 @@
 
 -- Results larger than this stay in the record alone; the inbox event then says big=1. An inbox that nobody empties
 -- gets small results only, so that 10,000 events for a client that is gone are not 10,000 results.
-local INBOX_RESULT_MAX, UNREAD_RESULT_MAX, UNREAD_MANY = 65536, 1024, 256
+local INBOX_RESULT_MAX, UNREAD_RESULT_MAX, UNREAD_MANY = 65536, 1024, 512
 
 local unread = {}
 local function result_max(inbox)
