@@ -152,7 +152,8 @@ class Monitor:
         return sorted(found, key=lambda s: -s["service"])
 
     def session(self, session_id: str) -> dict[str, Any]:
-        """One program: `service` (tokens), `waiting_ms`, calls by state, bound `engine`, resident tokens by engine.
+        """One program: `service` (tokens), `waiting_ms`, calls by state, bytes of unfinished calls' bodies, bound
+        `engine`, resident tokens by engine.
 
         Raises:
             UnknownCall: no such session.
@@ -167,7 +168,8 @@ class Monitor:
         pipe.hgetall(self.keys.session(session))
         pipe.scard(self.keys.session_calls(session))
         pipe.hgetall(self.keys.affinity(session))
-        found, active, affinity = pipe.execute()
+        pipe.hget(self.keys.session_bytes, session)
+        found, active, affinity, open_bytes = pipe.execute()
         if not found:
             return {}
         h = {text(k): text(v) for k, v in found.items()}
@@ -180,6 +182,7 @@ class Monitor:
             "session_id": session,
             **counts,
             "active": active,
+            "open_bytes": number(open_bytes),
             "level": sum(counts["service"] >= bound for bound in self.settings.level_bounds),
             "engine": h.get("engine", ""),
             "resident_tokens": resident,
@@ -197,8 +200,25 @@ class Monitor:
         """Calls that no router has placed yet."""
         return int(self._redis.xlen(self.keys.calls))
 
+    def usage(self) -> dict[str, dict[str, int]]:
+        """What calls take up beside its bound: {name: {"used", "bound"}}; a bound of 0 is none.
+
+        `open_calls` and `open_bytes` (bodies) are of unfinished calls, `retained_bytes` of finished ones (records,
+        results, logs), `dead_bytes` of dead letters, from the oldest on, those replayed since included.
+        """
+        s = self.settings
+        h = {text(k): text(v) for k, v in self._redis.hgetall(self.keys.usage).items()}
+        oldest = self._redis.xrange(self.keys.dead, count=1)
+        dead = number(h.get("buried_bytes")) - number(oldest[0][1].get(b"before")) if oldest else 0
+        return {
+            "open_calls": {"used": number(h.get("open_calls")), "bound": s.max_open_calls},
+            "open_bytes": {"used": number(h.get("open_bytes")), "bound": s.max_open_bytes},
+            "retained_bytes": {"used": number(h.get("retained_bytes")), "bound": s.max_retained_bytes},
+            "dead_bytes": {"used": dead, "bound": s.max_dead_bytes},
+        }
+
     def stats(self) -> dict[str, Any]:
-        """Totals since the namespace began, and what waits and runs now. Mean times in seconds."""
+        """Totals since the namespace began, what waits and runs now, and `usage`. Mean times in seconds."""
         h = {text(k): number(v) for k, v in self._redis.hgetall(self.keys.stats).items()}
         engines = self.engines()
         waiting = sum(e["queued"] for e in engines) + self._parked() + self.backlog()
@@ -215,6 +235,8 @@ class Monitor:
             "unaccounted": h.get("submitted", 0) - ended - waiting - sum(e["running"] for e in engines),
             "requeued": h.get("requeued", 0),
             "dead_letters": h.get("dead_letters", 0),
+            "retired": h.get("retired", 0),
+            "usage": self.usage(),
             "prompt_tokens": h.get("prompt_tokens", 0),
             "cached_tokens": h.get("cached_tokens", 0),
             "completion_tokens": h.get("completion_tokens", 0),

@@ -13,6 +13,7 @@ from broker import scripts
 from broker.codec import text
 from broker.connection import connect
 from broker.dead_letters import DeadLetters
+from broker.eviction import SAFE
 from broker.keys import ROUTER_GROUP
 from broker.models import EngineState
 from broker.monitor import Monitor
@@ -23,6 +24,12 @@ Status = Literal["ok", "warning", "problem"]
 _FLOOR = {"Redis": (7, 0), "Valkey": (7, 2)}
 _SKEW_MS = 1000.0
 _NEARLY_FULL = 0.8
+_FULL = {
+    "open_calls": "Producers are about to be refused: add engines, or raise RSM_MAX_OPEN_CALLS.",
+    "open_bytes": "Producers are about to be refused: add engines, or raise RSM_MAX_OPEN_BYTES.",
+    "retained_bytes": "Results go before their TTL: shorten RSM_RESULT_TTL_S, or raise RSM_MAX_RETAINED_BYTES.",
+    "dead_bytes": "The oldest dead letters are about to go: `rsm dead replay`, or raise RSM_MAX_DEAD_BYTES.",
+}
 # In a healthy deployment an entry stays on the router stream for milliseconds.
 _SLOW_BACKLOG_MS = 5_000
 _STUCK_BACKLOG_MS = 60_000
@@ -99,12 +106,27 @@ def _memory(server: Any, _: Monitor) -> Check:
     info = server.info("memory")
     policy, limit, used = str(info.get("maxmemory_policy")), int(info.get("maxmemory", 0)), int(info["used_memory"])
     shown = f"maxmemory-policy {policy}, {used >> 20} MiB used" + (f" of {limit >> 20}." if limit else ".")
-    if policy != "noeviction":
-        status: Status = "problem" if limit else "warning"
-        return Check("memory", status, shown, "Set `maxmemory-policy noeviction`: any other one deletes calls.")
+    if policy != SAFE:
+        return Check("memory", "problem", shown, f"Set `maxmemory-policy {SAFE}`: no part starts on any other.")
     if limit and used > _NEARLY_FULL * limit:
         return Check("memory", "warning", shown, "Raise maxmemory, or shorten RSM_RESULT_TTL_S.")
     return Check("memory", "ok", shown)
+
+
+def _usage(_: Any, monitor: Monitor) -> Check:
+    usage = monitor.usage()
+    shown = "; ".join(usage_line(name, u) for name, u in usage.items()) + "."
+    full = [name for name, u in usage.items() if u["bound"] and u["used"] > _NEARLY_FULL * u["bound"]]
+    if not full:
+        return Check("usage", "ok", shown)
+    return Check("usage", "warning", shown, " ".join(_FULL[name] for name in full))
+
+
+def usage_line(name: str, usage: Mapping[str, int]) -> str:
+    """One bound and how far it is used, in words: "open calls 5 of 200000"."""
+    unit, size = (" MiB", 20) if name.endswith("bytes") else ("", 0)
+    bound = f"of {usage['bound'] >> size}{unit}" if usage["bound"] else "(no bound)"
+    return f"{name.replace('_', ' ')} {usage['used'] >> size} {bound}"
 
 
 def _clock(server: Any, _: Monitor) -> Check:
@@ -188,6 +210,7 @@ _CHECKS: dict[str, Callable[[Any, Monitor], Check]] = {
     "version": _version,
     "persistence": _persistence,
     "memory": _memory,
+    "usage": _usage,
     "clock": _clock,
     "scripts": _scripts,
     "routers": _routers,

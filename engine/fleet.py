@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
 
+from broker.connection import BLIPS
 from broker.embedded import EmbeddedRedis
 from broker.errors import EngineFailed, UnknownCall
+from broker.eviction import require_noeviction_at
 from broker.models import EngineState
 from broker.monitor import Monitor
 from broker.settings import Settings
@@ -52,10 +55,13 @@ class Fleet:
         Raises:
             EngineFailed: an engine did not come up; everything is stopped again.
             BrokerUnavailable: no Redis.
+            EvictingRedis: Redis would delete calls when its memory is full.
         """
         try:
             if self.embedded is not None:
                 self.embedded.start()
+            with contextlib.suppress(*BLIPS):  # the parts wait for it, and look themselves
+                require_noeviction_at(self.settings)
             for i in range(self._router_count):
                 self.start_router(f"router {i}")
             for config in engines:

@@ -67,6 +67,7 @@ class MultiEngineManager:
         Raises:
             EngineFailed: an engine did not come up; everything is stopped again.
             BrokerUnavailable: no Redis.
+            EvictingRedis: Redis would delete calls when its memory is full.
         """
         self._fleet.start(self._configs, self._start_timeout)
         self._started = True

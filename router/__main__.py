@@ -9,7 +9,7 @@ import sys
 import threading
 
 from broker import logs
-from broker.errors import AccessDenied
+from broker.errors import AccessDenied, EvictingRedis
 from broker.settings import Settings
 from router.router import Router
 
@@ -20,14 +20,14 @@ _LEAVE_S = 5.0
 
 
 def run_router(settings: Settings) -> int:
-    """Runs one router in this process until SIGTERM or SIGINT; returns its exit status, 78 if its user is refused."""
+    """Runs one router in this process until SIGTERM or SIGINT; returns its exit status, 78 if Redis will not do."""
     router = Router(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop(router))
     log.info("%s serves %s, policy %s", router.name, settings.namespace, settings.policy)
     try:
         router.run()
-    except AccessDenied as e:
+    except (AccessDenied, EvictingRedis) as e:
         log.error("%s", e)
         return os.EX_CONFIG
     return os.EX_OK

@@ -19,6 +19,7 @@ from redis.exceptions import ResponseError
 from broker import scripts
 from broker.codec import text
 from broker.connection import BLIPS, Backoff, connect, require_access
+from broker.eviction import require_noeviction
 from broker.ids import new_id
 from broker.keys import ROUTER_GROUP, Keys
 from broker.line import Line
@@ -58,6 +59,7 @@ class Router:
         self._fleet: dict[str, EngineView] = {}
         self._looked = -_LOOK_AGAIN_S
         self._stopping = False
+        self._examined = False
 
     def stop(self) -> None:
         """Makes `run` return after the batch in hand. What it has read and not placed, another router takes over."""
@@ -68,6 +70,7 @@ class Router:
 
         Raises:
             AccessDenied: Redis refuses this router's user from the beginning.
+            EvictingRedis: Redis would delete calls when its memory is full.
         """
         backoff, due = Backoff(self.name), 0.0
         ready = served = False
@@ -97,7 +100,13 @@ class Router:
         self._line.close()
 
     def _prepare(self) -> None:
-        """Makes the group at the beginning of the stream, so that calls pushed before the first router count."""
+        """Makes the group at the beginning of the stream, so that calls pushed before the first router count.
+
+        Examines the server the first time only: a running router is not to end by a fail-over.
+        """
+        if not self._examined:
+            require_noeviction(self._redis)
+            self._examined = True
         try:
             self._redis.xgroup_create(self.keys.calls, ROUTER_GROUP, id="0", mkstream=True)
         except ResponseError as e:

@@ -16,7 +16,7 @@ import sys
 import threading
 
 from broker import logs
-from broker.errors import AccessDenied, EngineIdTaken, InvalidRequest
+from broker.errors import AccessDenied, EngineIdTaken, EvictingRedis, InvalidRequest
 from broker.settings import Settings
 from workers.config import EngineConfig, create_backend
 from workers.environment import CONFIG_VARIABLE, EXIT_ID_TAKEN, EXIT_INVALID, NODE_VARIABLE, SUPERVISED_FLAG
@@ -51,7 +51,7 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     except EngineIdTaken as e:
         log.error("%s", e)
         return EXIT_ID_TAKEN
-    except AccessDenied as e:
+    except (AccessDenied, EvictingRedis) as e:
         log.error("%s", e)
         return EXIT_INVALID
 

@@ -26,6 +26,7 @@ from rq.serializers import JSONSerializer
 from broker import scripts
 from broker.connection import connect, persist
 from broker.errors import EngineFailed, InvalidRequest, UnknownCall
+from broker.eviction import require_noeviction_at
 from broker.ids import check_id
 from broker.keys import Keys
 from broker.models import EngineState
@@ -53,7 +54,8 @@ def queue_name(settings: Settings, node: str) -> str:
 
 
 def run_node(node: str, settings: Settings) -> None:
-    """Serves this host's queue until SIGTERM; running engines stay."""
+    """Serves this host's queue until SIGTERM; running engines stay. Raises EvictingRedis."""
+    require_noeviction_at(settings)
     os.environ.update(settings.environment() | {NODE_VARIABLE: node})  # the jobs run in forks of this process
     connection = redis.Redis.from_url(settings.url())
     queue = Queue(queue_name(settings, node), connection=connection, serializer=JSONSerializer)

@@ -25,6 +25,7 @@ from typing import Any
 from broker import scripts
 from broker.connection import BLIPS, connect
 from broker.errors import EngineIdTaken
+from broker.eviction import require_noeviction
 from broker.ids import check_id, new_id
 from broker.keys import Keys
 from broker.models import EngineState
@@ -122,6 +123,7 @@ class Worker:
         Raises:
             EngineIdTaken: another live worker has this engine id.
             AccessDenied: Redis refuses this worker's user.
+            EvictingRedis: Redis would delete calls when its memory is full.
         """
         self._loop = asyncio.get_running_loop()
         if handle_signals:
@@ -130,6 +132,7 @@ class Worker:
                 signal.signal(number, lambda *_: self._signalled())
         self._fuse.starting()
         try:
+            await self._ask(lambda: require_noeviction(self._redis))
             control_from = await self._register()
             self._facts = await self._start_engine()
             self._publisher.start()

@@ -29,7 +29,7 @@ end
 
 -- What a finished call's record takes in Redis beside its body, result and log, its share of the index and of the
 -- process table included. Measured by tests/test_retention.py.
-local RECORD_BYTES = 1024
+local RECORD_BYTES = 768
 
 -- What was counted when the call was created is counted back, and what stays of it until its TTL is counted instead.
 local function settle_usage(id, c, state, result)

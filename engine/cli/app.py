@@ -14,7 +14,7 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from broker import BrokerUnavailable, Client, InvalidRequest, RsmError, Settings
+from broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings
 from broker.connection import BLIPS, connect, reason
 from broker.dead_letters import DeadLetters
 from broker.logs import LEVEL_VARIABLE
@@ -41,6 +41,9 @@ class Rsm(TyperGroup):
         except BrokerUnavailable as e:
             say_error(str(e))
             raise typer.Exit(EXIT_UNAVAILABLE) from None
+        except EvictingRedis as e:
+            say_error(str(e))
+            raise typer.Exit(os.EX_CONFIG) from None
         except RsmError as e:
             say_error(str(e))
             raise typer.Exit(EXIT_FAILED) from None

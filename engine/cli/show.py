@@ -37,7 +37,7 @@ def ps(
 
     def view(monitor: Monitor) -> tuple[Any, RenderableType]:
         calls = monitor.active_calls(limit)
-        return tables.calls_json(calls), tables.calls_table(calls, monitor.backlog(), monitor.now_ms())
+        return tables.calls_json(calls), tables.calls_table(calls, monitor.backlog(), monitor.now_ms(), monitor.usage())
 
     _show(ctx, view, json, watch)
 

@@ -12,6 +12,7 @@ from broker.ids import shorten
 from broker.models import CallRecord
 from broker.monitor import ActiveCall
 from engine.cli.output import record_json, seconds, table
+from engine.doctor import usage_line
 
 _TEXT_SHOWN = 400
 
@@ -20,7 +21,10 @@ def calls_json(calls: Sequence[ActiveCall]) -> list[dict[str, Any]]:
     return [{**record_json(c.record), "where": c.where, "engine": c.engine} for c in calls]
 
 
-def calls_table(calls: Sequence[ActiveCall], backlog: int, now_ms: int) -> RenderableType:
+def calls_table(
+    calls: Sequence[ActiveCall], backlog: int, now_ms: int, usage: Mapping[str, Mapping[str, int]] | None = None
+) -> RenderableType:
+    """`usage`: as `Monitor.usage` gives it, for the foot."""
     columns = ["CALL", "SESSION", "STATE", "ENGINE", "SINCE", "PRIORITY", "LEVEL", "PROMPT", "ATTEMPT"]
     rows = [
         [
@@ -38,7 +42,8 @@ def calls_table(calls: Sequence[ActiveCall], backlog: int, now_ms: int) -> Rende
     ]
     running = sum(c.where == "running" for c in calls)
     foot = f"{running} running, {len(calls) - running} waiting, {backlog} not yet routed"
-    return Group(table("", columns, rows), Text(foot, style="dim"))
+    used = "; ".join(usage_line(name, u) for name, u in (usage or {}).items())
+    return Group(table("", columns, rows), Text(foot, style="dim"), Text(used, style="dim"))
 
 
 def _since(call: ActiveCall) -> int:
@@ -162,7 +167,9 @@ def stats_table(stats: Mapping[str, Any]) -> RenderableType:
         ["mean waiting", seconds(stats["mean_waiting_s"] * 1000)],
         ["mean running", seconds(stats["mean_running_s"] * 1000)],
     ]
-    rows = [["submitted", stats["submitted"]], *now, *ends, *rest, *shares]
+    used = [["in use", usage_line(name, usage)] for name, usage in stats["usage"].items()]
+    early = [["results gone before their TTL", stats["retired"]]]
+    rows = [["submitted", stats["submitted"]], *now, *ends, *rest, *shares, *early, *used]
     return table("", ["SINCE THE NAMESPACE BEGAN", ""], rows)
 
 
