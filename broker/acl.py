@@ -93,6 +93,7 @@ _CALL_WRITES = f"{_CALL_KEYS} deadlines finished parked:*"
 
 _PRODUCER = (
     Grant(f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS}", f"{_CALL_KEYS} finished", _CALL_WRITES),
+    Grant("xtrim", write="inbox:*"),  # of what it has read
     Grant("xadd", write="calls"),
     Grant("xrevrange xlen", read="calls"),
     # To take a waiting call out of its queue, and to tell the worker of a running one.
@@ -118,19 +119,21 @@ _RQ = Grant(
     "rq:*",
     "rq:pubsub:*",
 )
+# The policy of a full Redis is looked at before anything is served (`broker.eviction`).
+_SERVER = "info"
 # What engines' queues need from those who fill, empty and give them back.
 _FLEET_COMMANDS = "llen zcard zscore zrange zrangebyscore zremrangebyscore xrevrange xack xdel unlink blpop"
 _ROUTER = (
     Grant(
-        f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS} {_FLEET_COMMANDS} zcount expire multi exec discard "
-        "xgroup|create xgroup|delconsumer xinfo|consumers xpending xreadgroup xautoclaim",
+        f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS} {_FLEET_COMMANDS} {_SERVER} zcount expire multi exec "
+        "discard xgroup|create xgroup|delconsumer xinfo|consumers xpending xreadgroup xautoclaim",
         "*",
         "* .",
     ),
 )
 _WORKER = (
     Grant(
-        f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS} {_FLEET_COMMANDS}",
+        f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS} {_FLEET_COMMANDS} {_SERVER}",
         f"{_CALL_KEYS} engine:* engines finished deadlines parked:* dead",
         f"{_CALL_WRITES} engine:* engines",
     ),

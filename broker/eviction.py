@@ -12,6 +12,7 @@ from redis.exceptions import ResponseError
 from broker.codec import text
 from broker.connection import connect
 from broker.errors import EvictingRedis
+from broker.link import Denied
 from broker.settings import Settings
 
 log = logging.getLogger("rsm.redis")
@@ -55,7 +56,7 @@ def require_noeviction_at(settings: Settings) -> None:
 def _answer(ask: Callable[[], str]) -> str:
     try:
         return ask()
-    except ResponseError:  # forbidden, or unknown there
+    except (ResponseError, Denied):  # unknown there, or forbidden
         return ""
 
 

@@ -213,10 +213,10 @@ FORBIDDEN = {
         f"ZADD {NS}engine:e1:queue 0 c",
         f"ZRANGE {NS}engine:e1:queue 0 -1", f"BLPOP {NS}engine:e1:bell 1", f"DEL {NS}engine:e1:queue", "INFO",
     ],
-    "router": [*_NO_RQ, "SCAN 0", "INFO", f"XGROUP DESTROY {NS}calls router"],
+    "router": [*_NO_RQ, "SCAN 0", f"XGROUP DESTROY {NS}calls router"],
     "worker": [
         *_NO_RQ, f"XRANGE {NS}calls - +", f"XDEL {NS}calls 1-1", f"XREADGROUP GROUP router r STREAMS {NS}calls >",
-        f"XTRIM {NS}calls MAXLEN 0", f"ZADD {NS}routers 0 r", "SCAN 0", "INFO", f"DEL {NS}dead",
+        f"XTRIM {NS}calls MAXLEN 0", f"ZADD {NS}routers 0 r", "SCAN 0", f"DEL {NS}dead",
     ],
     "node": [f"XTRIM {NS}calls MAXLEN 0", "PUBLISH other y", "SUBSCRIBE other"],
     "observer": [*_NO_RQ, *_READ_ONLY, f"BLPOP {NS}engine:e1:bell 1"],

@@ -102,7 +102,7 @@ def user(db: Any, *rules: str) -> None:
 def narrow(db: redis.Redis, server: EmbeddedRedis) -> Iterator[redis.Redis]:
     """A client of a user whose rights a test takes away."""
     user(db)
-    with redis.Redis(unix_socket_path=str(server.socket), username="narrow", password="any") as client:
+    with connect(Settings().with_redis(f"{server.url}?username=narrow&password=any")) as client:
         yield client
     db.acl_deluser("narrow")
 
