@@ -132,7 +132,7 @@ class Worker:
                 signal.signal(number, lambda *_: self._signalled())
         self._fuse.starting()
         try:
-            await self._ask(lambda: require_noeviction(self._redis))
+            await self._unless_stopped(ask(lambda: require_noeviction(self._redis), denial_is_final=True))
             control_from = await self._register()
             self._facts = await self._start_engine()
             self._publisher.start()
