@@ -55,6 +55,17 @@ def connect(settings: Settings, block_s: float | None = None) -> redis.Redis:
     return redis.Redis.from_pool(ConnectionPool(**options, retry=Retry(NoBackoff(), 0)))
 
 
+def connect_patiently(settings: Settings) -> redis.Redis:
+    """A client for a library that blocks as it likes and gives up at the first error: it tries again by itself, for
+    about 20 seconds, so a command whose reply was lost may run twice."""
+    from redis.backoff import ExponentialBackoff
+    from redis.connection import ConnectionPool
+    from redis.retry import Retry
+
+    options = _options(settings, None, LINKS)
+    return redis.Redis.from_pool(ConnectionPool(**options, retry=Retry(ExponentialBackoff(cap=2.0, base=0.05), 15)))
+
+
 def connect_async(settings: Settings, block_s: float | None = None) -> redis.asyncio.Redis:
     """The same for asyncio."""
     from redis.asyncio.connection import ConnectionPool

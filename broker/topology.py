@@ -7,7 +7,6 @@ connection is made. The questions and the reading of their answers are here; `br
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +38,7 @@ class Place:
 
     Attributes:
         scheme: `redis`, `rediss` or `unix`: how to connect.
+        kind: `""` where the URL names the server, `sentinel` or `cluster`.
         options: keyword arguments of a redis-py connection.
         finder: finds the master; None where the URL names it.
     """
@@ -46,6 +46,7 @@ class Place:
     scheme: str
     options: dict[str, Any]
     finder: Finder | None = None
+    kind: str = ""
 
 
 class Finder:
@@ -69,13 +70,11 @@ class Finder:
         self.read = read
         self.options = options
         self._seeds = list(seeds)
-        self._lock = threading.Lock()
 
     def seeds(self) -> list[Address]:
         """All seeds, each time beginning with another: one that is cut off from the others tells old news."""
-        with self._lock:
-            self._seeds = [*self._seeds[1:], self._seeds[0]]
-            return self._seeds
+        self._seeds = [*self._seeds[1:], self._seeds[0]]
+        return self._seeds
 
     def __repr__(self) -> str:
         return f"Finder({self.question[0]}, {len(self._seeds)} seeds)"
@@ -126,7 +125,7 @@ def _sentinel(scheme: str, parts: _Parts, _: str) -> Place:
         raise ValueError
     question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", master)
     finder = Finder(parts.seeds, question, _named_master, parts.seed | parts.sentinel_login)
-    return Place(scheme, parts.options | {"db": int(db[0]) if db else 0}, finder)
+    return Place(scheme, parts.options | {"db": int(db[0]) if db else 0}, finder, "sentinel")
 
 
 def _cluster(scheme: str, parts: _Parts, namespace: str) -> Place:
@@ -136,7 +135,7 @@ def _cluster(scheme: str, parts: _Parts, namespace: str) -> Place:
     finder = Finder(
         parts.seeds, ("CLUSTER", "SLOTS"), lambda r, asked: _owner(r, asked, slot), parts.seed | parts.login
     )
-    return Place(scheme, parts.options, finder)
+    return Place(scheme, parts.options, finder, "cluster")
 
 
 _FORMS: dict[str, Callable[[str, _Parts, str], Place]] = {"sentinel": _sentinel, "cluster": _cluster}

@@ -18,10 +18,12 @@ from broker.keys import ROUTER_GROUP
 from broker.models import EngineState
 from broker.monitor import Monitor
 from broker.settings import Settings
+from broker.topology import place_of
 
 Status = Literal["ok", "warning", "problem"]
 
 _FLOOR = {"Redis": (7, 0), "Valkey": (7, 2)}
+_KINDS = {"": "one server", "sentinel": "a master that Sentinel names", "cluster": "the slot's master in a Cluster"}
 _SKEW_MS = 1000.0
 _NEARLY_FULL = 0.8
 _FULL = {
@@ -89,6 +91,23 @@ def _server_version(info: Mapping[str, Any]) -> tuple[str, str]:
     if "valkey_version" in info:
         return "Valkey", str(info["valkey_version"])
     return "Redis", str(info["redis_version"])
+
+
+def _replication(server: Any, monitor: Monitor) -> Check:
+    """Who the master is, and what a fail-over would lose."""
+    info, settings = server.info("replication"), monitor.settings
+    kind = place_of(settings.url(), settings.namespace).kind
+    replicas = [info[f"slave{i}"] for i in range(int(info.get("connected_slaves", 0)))]
+    lag = max((int(r.get("lag", 0)) for r in replicas), default=0)
+    shown = f"{_KINDS[kind]}, {len(replicas)} replicas" + (f", the slowest {lag} s behind." if replicas else ".")
+    if info.get("role") != "master":
+        return Check("replication", "problem", f"this server is a {info.get('role')}.", "Name the master, or Sentinel.")
+    if len(replicas) < settings.wait_replicas:
+        advice = f"RSM_WAIT_REPLICAS is {settings.wait_replicas}: every push fails with NotReplicated. Look at them."
+        return Check("replication", "problem", shown, advice)
+    if kind == "sentinel" and not replicas:
+        return Check("replication", "warning", shown, "Without a replica nobody can take the master's place.")
+    return Check("replication", "ok", shown)
 
 
 def _persistence(server: Any, _: Monitor) -> Check:
@@ -208,6 +227,7 @@ def _dead_letters(server: Any, monitor: Monitor) -> Check:
 
 _CHECKS: dict[str, Callable[[Any, Monitor], Check]] = {
     "version": _version,
+    "replication": _replication,
     "persistence": _persistence,
     "memory": _memory,
     "usage": _usage,

@@ -13,7 +13,9 @@ from broker.connection import BLIPS, connect, connect_async, persist
 from broker.line import Line
 from broker.link import Refused
 from broker.topology import Address, place_of
+from engine.doctor import examine
 from tests.topologies import Cluster, UnderSentinel, free_port
+from workers.node import NodeClient, run_node
 
 
 def test_a_plain_url_names_its_server() -> None:
@@ -209,3 +211,21 @@ def test_a_peer_that_vanishes_without_a_word_is_noticed_soon(cluster: Cluster) -
         probes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
         seconds = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) * probes
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) + seconds <= 10
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("sentinel", "1 replicas"), ("cluster", "0 replicas")])
+def test_doctor_knows_them(request: pytest.FixtureRequest, kind: str, shown: str) -> None:
+    settings = Settings(namespace=f"t{kind}").with_redis(request.getfixturevalue(kind).url)
+    found = {check.name: check for check in examine(settings)}
+    assert (found["redis"].status, found["replication"].status) == ("ok", "ok")
+    assert shown in found["replication"].detail
+    greedy = {check.name: check for check in examine(settings.model_copy(update={"wait_replicas": 2}))}
+    assert greedy["replication"].status == "problem"
+    assert "RSM_WAIT_REPLICAS" in greedy["replication"].advice
+
+
+def test_rq_says_that_it_is_not_for_a_cluster(cluster: Cluster) -> None:
+    settings = Settings().with_redis(cluster.url)
+    for ask in (lambda: run_node("here", settings), lambda: NodeClient("here", settings).drain_engine("e1")):
+        with pytest.raises(InvalidRequest, match="does not run on a Redis Cluster"):
+            ask()

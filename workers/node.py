@@ -17,14 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import redis
 from rq import Queue, Worker
 from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from broker import scripts
-from broker.connection import connect, persist
+from broker.connection import connect, connect_patiently, persist
 from broker.errors import EngineFailed, InvalidRequest, UnknownCall
 from broker.eviction import require_noeviction_at
 from broker.ids import check_id
@@ -32,6 +31,7 @@ from broker.keys import Keys
 from broker.models import EngineState
 from broker.monitor import Monitor
 from broker.settings import Settings
+from broker.topology import place_of
 from broker.transitions import Transitions
 from workers.config import EngineConfig
 from workers.environment import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
@@ -57,9 +57,19 @@ def run_node(node: str, settings: Settings) -> None:
     """Serves this host's queue until SIGTERM; running engines stay. Raises EvictingRedis."""
     require_noeviction_at(settings)
     os.environ.update(settings.environment() | {NODE_VARIABLE: node})  # the jobs run in forks of this process
-    connection = redis.Redis.from_url(settings.url())
+    require_one_keyspace(settings)
+    connection = connect_patiently(settings)
     queue = Queue(queue_name(settings, node), connection=connection, serializer=JSONSerializer)
     Worker([queue], connection=connection, serializer=JSONSerializer, job_class=NodeJob).work()
+
+
+def require_one_keyspace(settings: Settings) -> None:
+    """Raises InvalidRequest on a Redis Cluster: RQ's keys share no hash tag, so they lie on several of its masters."""
+    if place_of(settings.url(), settings.namespace).kind == "cluster":
+        raise InvalidRequest(
+            "RQ, by which nodes are asked to start engines, does not run on a Redis Cluster. Start `rsm worker` "
+            "on that host by other means (it runs on a Cluster), or use one server or Sentinel."
+        )
 
 
 class NodeJob(Job):  # type: ignore[misc]  # RQ is untyped
@@ -107,6 +117,7 @@ class NodeClient:
         return self._run(drain_engine, self._grace_s, engine_id)
 
     def _run(self, job: Any, work_s: float, *args: Any) -> dict[str, Any]:
+        require_one_keyspace(self._settings)
         limit = int(work_s) + _MARGIN_S
         with connect(self._settings, block_s=_BLOCK_S) as connection:
             queue = Queue(queue_name(self._settings, self.node), connection=connection, serializer=JSONSerializer)
