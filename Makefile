@@ -18,8 +18,13 @@ MACHINE ?= unnamed
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
 
+# The contract with Redis, checked also on a master under Sentinel and on a Cluster; tests/topologies.py starts them.
+BROKER_TESTS := $(patsubst %,tests/test_%.py,transitions client aio request dead_letters policies router lost_news)
+
 test: $(VLLM_STAMP) check
 	$(PY) -m pytest -n 2 --dist loadgroup
+	$(PY) -m pytest -n 2 --dist loadgroup --topology sentinel -k "not fakeredis" $(BROKER_TESTS)
+	$(PY) -m pytest -n 2 --dist loadgroup --topology cluster -k "not fakeredis" $(BROKER_TESTS)
 
 check: $(BASE_STAMP)
 	$(VENV)/bin/ruff check .

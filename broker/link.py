@@ -164,7 +164,11 @@ def _require_master(hello: Any) -> None:
         raise Refused(f"The node that was named as the master says that it is a {role}.")
 
 
-def _lost(finder: Finder, complaints: list[errors.RedisError]) -> Refused:
+def _lost(finder: Finder, complaints: list[errors.RedisError]) -> errors.RedisError:
+    """A wrong password must look like one, not like a master that may yet come."""
+    for complaint in complaints:
+        if isinstance(complaint, (errors.AuthenticationError, errors.NoPermissionError)):
+            return complaint
     said = "; ".join(str(e) for e in complaints) or "all answer that they know none"
     return Refused(f"No master found by {finder.question[0]} ({said})")
 

@@ -184,8 +184,12 @@ async def test_a_master_that_freezes_is_left(watched: Watched, settings: Setting
     async with AsyncClient(settings=settings, timeout_s=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
         calls = [await client.submit(_prompt(f"{i}"), id=f"{i}", max_tokens=200) for i in range(8)]
         master.freeze()
+        began = time.monotonic()
         more = [asyncio.create_task(client.submit(_prompt(f"m{i}"), id=f"m{i}", max_tokens=5)) for i in range(4)]
-        eventually(lambda: watched.master(settings.namespace) is not master, 60)
+        await asyncio.to_thread(eventually, lambda: watched.master(settings.namespace) is not master, 60)
+        print(f"\nanother master after {time.monotonic() - began:.1f} s", end="")
+        await asyncio.gather(*more)
+        print(f"; calls accepted again after {time.monotonic() - began:.1f} s")
         results = await asyncio.gather(*calls)
         assert [r.text for r in results] == [said(_prompt(f"{i}"), 200) for i in range(8)]
         master.thaw()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from redis import AuthenticationError
 
 from broker import AsyncClient, BrokerUnavailable, Client, InvalidRequest, Settings
 from broker.connection import BLIPS, connect, connect_async, persist
@@ -163,6 +164,15 @@ async def test_nobody_who_knows_is_a_blip(sentinel: UnderSentinel, cluster: Clus
     async with AsyncClient(urls[1], timeout_s=0.1) as client:
         with pytest.raises(BrokerUnavailable, match="cluster support disabled"):
             await client.record("c")
+
+
+async def test_a_password_that_is_wrong_is_told_as_such(cluster: Cluster) -> None:
+    settings = Settings().with_redis(cluster.url.replace("://", "://nobody:wrong@"))
+    with connect(settings) as server, pytest.raises(AuthenticationError):
+        server.time()
+    async with connect_async(settings) as aio:
+        with pytest.raises(AuthenticationError):
+            await aio.time()
 
 
 def test_a_plain_url_of_a_cluster_says_what_is_wrong(cluster: Cluster) -> None:
