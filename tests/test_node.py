@@ -20,6 +20,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from broker import Client, EngineFailed, InvalidRequest, Settings
+from broker.connection import connect
 from broker.embedded import EmbeddedRedis
 from broker.monitor import Monitor
 from engine import EngineConfig, MultiEngineManager
@@ -224,7 +225,7 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
 def test_a_node_does_nothing_but_its_own_jobs(settings: Settings, node: Node, tmp_path: Path) -> None:
     """RQ runs whatever function a job names; then whoever can write its keys would own the host."""
     proof = tmp_path / "owned"
-    with redis.Redis.from_url(settings.url()) as plain:
+    with connect(settings) as plain:
         queue = Queue(queue_name(settings, _NAME), connection=plain, serializer=JSONSerializer)
         job = queue.enqueue("os.mkdir", str(proof), on_failure=Callback("os.getcwd"))
         result = _await(job, _START_S)
