@@ -9,18 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
 from broker import codec, scripts
 from broker.codec import number, text
 from broker.connection import connect
-from broker.errors import InvalidRequest, Overloaded, UnknownCall
+from broker.errors import InvalidRequest, Overloaded, RsmError, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
-from broker.models import CallRequest
-from broker.request import check_request, estimate_tokens
+from broker.models import KINDS, CallRequest
+from broker.request import check_body, check_request, estimate_tokens
 from broker.settings import Settings
 from broker.transitions import Submission, Transitions
 
@@ -28,6 +28,7 @@ _ENTRY = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 # Letters come with their bodies, of up to megabytes each, so few are read at once.
 _PAGE = 20
 _MAX_ID = 128
+_ALL = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,15 @@ class DeadLetter:
     body_bytes: int
     body_field: codec.Format = "body"
     body: bytes = field(default=b"", repr=False)
+    priority: str = "0"
+    stream: bool = False
+    prompt_tokens: int = 0
+    traceparent: str = ""
+    on_engine_loss: str = "continue"
 
     @property
     def replayable(self) -> bool:
-        """Whether its body was kept; that of a refused entry is not."""
+        """Whether its body was kept; that of a refused entry is not if it is large."""
         return self.body_bytes > 0
 
     def summary(self) -> dict[str, Any]:
@@ -63,10 +69,21 @@ class DeadLetter:
             "kind": self.kind,
             "model": self.model,
             "attempts": self.attempts,
+            "priority": self.priority,
+            "stream": self.stream,
+            "on_engine_loss": self.on_engine_loss,
             "died_ms": self.died_ms,
             "body_bytes": self.body_bytes,
             "replayable": self.replayable,
         }
+
+
+class Replayed(NamedTuple):
+    """What became of all letters: `sent` again; `failures`, a sentence each; `bodiless` ones stay."""
+
+    sent: int
+    failures: list[str]
+    bodiless: int
 
 
 class DeadLetters:
@@ -128,13 +145,25 @@ class DeadLetters:
         self._redis.xdel(self.keys.dead, entry)
         return call_id
 
+    def replay_all(self) -> Replayed:
+        """Sends all calls again whose letters keep a body, oldest first, as they came."""
+        found = self.ls(_ALL)
+        kept = [letter for letter in reversed(found) if letter.replayable]
+        failures = []
+        for letter in kept:
+            try:
+                self.replay(letter.entry)
+            except RsmError as e:
+                failures.append(str(e))
+        return Replayed(len(kept) - len(failures), failures, len(found) - len(kept))
+
     def _candidates(self, letter: DeadLetter) -> Iterator[str]:
         gen = text(self._redis.hget(self.keys.call(letter.call_id), "gen"))
         # No record, or one born after this letter: then an earlier try of this very replay may have made it.
-        if not gen or _order(gen) > _order(letter.entry):
+        if letter.call_id and (not gen or _order(gen) > _order(letter.entry)):
             yield letter.call_id
         tail = f".replay-{letter.entry}"
-        yield letter.call_id[: _MAX_ID - len(tail)] + tail
+        yield (letter.call_id[: _MAX_ID - len(tail)] + tail).lstrip(".")
         raise InvalidRequest(f"The ids of dead letter {letter.entry} belong to other calls by now.")
 
     def _push(self, call_id: str, letter: DeadLetter) -> bool:
@@ -148,20 +177,27 @@ class DeadLetters:
         return reply.code != "conflict"
 
     def _request(self, call_id: str, letter: DeadLetter) -> CallRequest:
-        """The call's routing fields. What the letter does not keep comes from the record, while that lasts."""
-        names = ["priority", "stream", "prompt_tokens", "on_engine_loss"]
-        priority, stream, tokens, on_loss = self._redis.hmget(self.keys.call(letter.call_id), names)
+        """The call as it was, but for its deadline, which has passed or soon will.
+
+        Raises:
+            InvalidRequest: it was refused, and would be again.
+        """
+        kind = letter.kind or "generate"
+        if kind not in KINDS:
+            raise InvalidRequest(f"Dead letter {letter.entry} has no kind that there is: send the call anew.")
         body = codec.decode(letter.body, letter.body_field)
+        check_body(kind, body)
         return check_request(
             id=check_id(call_id, "id"),
             # A call without a session was its own, and is again.
-            session=letter.session if letter.session != letter.call_id else call_id,
-            kind=letter.kind,
+            session=letter.session if letter.session not in ("", letter.call_id) else call_id,
+            kind=kind,
             model=letter.model,
-            priority=number(priority),
-            stream=stream == b"1",
-            prompt_tokens=number(tokens) or estimate_tokens(body, len(letter.body)),
-            on_engine_loss=text(on_loss) or "continue",
+            priority=letter.priority,
+            stream=letter.stream,
+            prompt_tokens=letter.prompt_tokens or estimate_tokens(body, len(letter.body)),
+            traceparent=letter.traceparent,
+            on_engine_loss=letter.on_engine_loss,
         )
 
     def _entry(self, entry: str, with_body: bool = False) -> DeadLetter | None:
@@ -189,6 +225,11 @@ def _letter(entry: bytes, fields: Mapping[bytes, bytes], with_body: bool = False
         model=text(fields.get(b"model")),
         attempts=number(fields.get(b"attempts")),
         died_ms=number(text(entry).partition("-")[0]),
+        priority=text(fields.get(b"priority")) or "0",
+        stream=fields.get(b"stream") == b"1",
+        prompt_tokens=number(fields.get(b"prompt_tokens")),
+        traceparent=text(fields.get(b"traceparent")),
+        on_engine_loss=text(fields.get(b"on_engine_loss")) or "continue",
         body_bytes=len(body),
         body_field=form,
         body=body if with_body else b"",

@@ -178,13 +178,14 @@ def _kill_and_replay(up: Deployment, client: Client) -> None:
     assert "to be killed" not in shown
     eventually(lambda: up.is_ready("e0"), what="the supervisor starts it again")
 
-    again = up.rsm("dead", "replay", "victim").split()[-1].rstrip(".")
+    again = up.rsm("dead", "replay", "victim", "--now").split()[-1].rstrip(".")
     assert again == f"victim.replay-{letter['entry']}"
     result = client.result(again, 30)
     assert result.completion_tokens == 150
     assert up.json("dead", "ls") == []
-    assert "There is no dead letter victim" in up.rsm("dead", "replay", "victim", status=1)
-    assert "0 calls sent again." in up.rsm("dead", "replay", "--all")
+    assert "There is no dead letter victim" in up.rsm("dead", "replay", "victim", "--now", status=1)
+    assert "0 calls sent again." in up.rsm("dead", "replay", "--all", "--now")
+    assert "add --now to replay from here" in up.rsm("dead", "replay", "victim", status=1)
     up.rsm("dead", "replay", status=2)
 
 

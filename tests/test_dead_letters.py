@@ -11,7 +11,8 @@ import redis
 from broker import Client, Conflict, InvalidRequest, Settings, UnknownCall
 from broker.dead_letters import DeadLetters
 from broker.keys import Keys
-from tests.fake_worker import FakeWorker, routing
+from tests.fake_worker import FakeWorker, patient, routing
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def letters(settings: Settings, db: redis.Redis) -> DeadLetters:
 def worker(settings: Settings) -> Iterator[FakeWorker]:
     """On an engine whose every call dies at its first fault."""
     made = FakeWorker(settings.model_copy(update={"max_attempts": 1}), "e1").up()
-    with routing(settings):
+    with routing(patient(settings)):
         yield made
     made.close()
 
@@ -140,22 +141,80 @@ def test_the_id_of_another_call_is_left_alone(worker: FakeWorker, client: Client
     serve(worker, client, f"c.replay-{entry}")
 
 
-def test_a_letter_without_a_body_stays(
+def test_all_that_a_replay_needs_is_in_the_letter(
+    worker: FakeWorker, client: Client, letters: DeadLetters, db: redis.Redis, keys: Keys
+) -> None:
+    """But for the deadline, which would have passed."""
+    wishes: dict[str, Any] = {"session": "s", "priority": -3, "stream": True, "prompt_tokens": 77}
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    client.submit(
+        "p",
+        id="c",
+        model="m",
+        traceparent=trace,
+        on_engine_loss="restart",
+        deadline_ms=client.deadline_in(3600),
+        **wishes,
+    )
+    kill(worker)
+    db.delete(keys.call("c"))
+    assert letters.replay("c") == "c"
+    record = client.record("c")
+    assert {name: getattr(record, name) for name in wishes} == wishes
+    assert (record.model, record.deadline_ms) == ("m", None)
+    call = worker.take_soon()
+    assert (call.traceparent, call.on_engine_loss) == (trace, "restart")
+    worker.finish(call)
+
+
+def test_a_conflict_can_be_sent_again_under_an_id_of_its_own(
     worker: FakeWorker, client: Client, letters: DeadLetters, db: redis.Redis, keys: Keys
 ) -> None:
     client.submit("p", id="c")
-    worker.take_soon()
+    first = worker.take_soon()
     with pytest.raises(Conflict):
         client.submit("q", id="c")
-    db.xadd(keys.calls, {"id": "c", "json": '{"prompt":"other"}'})
-    while not letters.count():
-        pass
+    db.xadd(keys.calls, {"id": "c", "priority": "5", "json": '{"prompt":"other"}'})
+    eventually(letters.count)
     (letter,) = letters.ls()
-    assert (letter.error_code, letter.replayable) == ("conflict", False)
-    with pytest.raises(InvalidRequest, match="keeps no body"):
+    assert (letter.error_code, letter.replayable, letter.priority) == ("conflict", True, "5")
+    again = letters.replay("c")
+    assert again == f"c.replay-{letter.entry}"
+    assert "other" in serve(worker, client, again)
+    worker.finish(first)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"id": "no id"}, "keeps no body"),
+        ({"id": "no id", "json": '{"prompt":"' + "x" * 70_000 + '"}'}, "keeps no body"),
+        ({"id": "no id", "json": "{"}, "not valid JSON"),
+        ({"id": "no id", "kind": "dance", "json": '{"prompt":"p"}'}, "has no kind"),
+    ],
+    ids=["bodiless", "large", "broken", "kind"],
+)
+def test_what_was_refused_and_would_be_again_stays(
+    worker: FakeWorker, letters: DeadLetters, db: redis.Redis, keys: Keys, fields: dict[str, str], why: str
+) -> None:
+    db.xadd(keys.calls, fields)  # type: ignore[arg-type]
+    eventually(letters.count)
+    (letter,) = letters.ls()
+    with pytest.raises(InvalidRequest, match=why):
         letters.replay(letter.entry)
     assert letters.count() == 1
-    worker.finish(worker.held["c"])
+
+
+def test_a_call_refused_for_its_id_alone_can_be_sent_again(
+    worker: FakeWorker, client: Client, letters: DeadLetters, db: redis.Redis, keys: Keys
+) -> None:
+    db.xadd(keys.calls, {"id": "no id", "priority": "-2", "json": '{"prompt":"the prompt"}'})
+    eventually(letters.count)
+    (letter,) = letters.ls()
+    again = letters.replay(letter.entry)
+    assert again == f".replay-{letter.entry}".lstrip(".")
+    assert client.record(again).priority == -2
+    assert "the prompt" in serve(worker, client, again)
 
 
 def test_many_letters_come_newest_first(letters: DeadLetters, db: redis.Redis, keys: Keys) -> None:

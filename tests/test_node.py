@@ -21,14 +21,15 @@ from rq.serializers import JSONSerializer
 
 from broker import Client, EngineFailed, InvalidRequest, Settings
 from broker.connection import connect
+from broker.dead_letters import DeadLetters
 from broker.embedded import EmbeddedRedis
 from broker.monitor import Monitor
 from engine import EngineConfig, MultiEngineManager
 from tests.conftest import eventually
-from tests.fake_worker import FakeWorker, routing
+from tests.fake_worker import FakeWorker, patient, routing
 from tests.rsm_command import RSM, clean_env
 from tests.sim_processes import processes_of, said, sim, state_of
-from workers.node import NodeClient, _alive, _await, queue_name
+from workers.node import NodeClient, _alive, _await, listening, queue_name
 
 _NAME = "host"
 _START_S = 40
@@ -209,6 +210,31 @@ def test_jobs_are_json_with_a_time_limit_and_hold_no_secret(settings: Settings, 
         assert kwargs == {}
         assert int(job[b"timeout"]) > 0
         assert int(job[b"result_ttl"]) > 0
+
+
+def test_a_node_replays_dead_letters(settings: Settings, node: Node, client: Client, db: Any) -> None:
+    worker = FakeWorker(patient(settings).model_copy(update={"max_attempts": 1}), "e1").up()
+    with routing(patient(settings)):
+        for name in ("a", "b"):
+            client.submit(f"prompt {name}", id=name)
+            worker.release(worker.take_soon(), fault=True)
+        eventually(lambda: "Listening on" in node.log())
+        assert listening(settings) == [_NAME]
+        letters = DeadLetters(settings, db)
+        again = NodeClient(_NAME, settings).replay("a", 30)
+        assert again == {"id": worker.take_soon().fence.call_id}
+        assert [letter.call_id for letter in letters.ls()] == ["b"]
+        with pytest.raises(EngineFailed, match="There is no dead letter a"):
+            NodeClient(_NAME, settings).replay("a", 30)
+        assert NodeClient(_NAME, settings).replay("", 30) == {"sent": 1, "failures": [], "bodiless": 0}
+        worker.take_soon()
+        assert letters.count() == 0
+        for call in list(worker.held.values()):
+            worker.finish(call)
+    worker.close()
+    assert "prompt" not in node.log()
+    with pytest.raises(EngineFailed, match="did not answer within 1 s"):
+        NodeClient("nobody", settings).replay("", 1)
 
 
 def test_a_process_that_has_ended_is_not_alive() -> None:

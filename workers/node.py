@@ -24,6 +24,7 @@ from rq.serializers import JSONSerializer
 
 from broker import scripts
 from broker.connection import connect, connect_patiently, persist
+from broker.dead_letters import DeadLetters
 from broker.errors import EngineFailed, InvalidRequest, UnknownCall
 from broker.eviction import require_noeviction_at
 from broker.ids import check_id
@@ -80,7 +81,9 @@ class NodeJob(Job):  # type: ignore[misc]  # RQ is untyped
     def func(self) -> Any:
         """Raises EngineFailed for a job that is none of ours."""
         if self.func_name not in _JOBS:
-            raise EngineFailed("This node starts, stops and drains engines, and does nothing else.")
+            raise EngineFailed(
+                "This node starts, stops and drains engines, replays dead letters, and does nothing else."
+            )
         return _JOBS[self.func_name]
 
     def restore(self, raw_data: Any) -> None:
@@ -116,9 +119,17 @@ class NodeClient:
         """Takes an engine out of service without stopping it. Raises EngineFailed."""
         return self._run(drain_engine, self._grace_s, engine_id)
 
-    def _run(self, job: Any, work_s: float, *args: Any) -> dict[str, Any]:
+    def replay(self, ref: str, within_s: float) -> dict[str, Any]:
+        """Sends a dead call again, or with "" all that keep a body; returns `Replayed` as a map, or the new `id`.
+
+        Raises:
+            EngineFailed: it could not be sent, or the node did not answer within so many seconds.
+        """
+        return self._run(replay_letters, within_s, ref, margin_s=0)
+
+    def _run(self, job: Any, work_s: float, *args: Any, margin_s: int = _MARGIN_S) -> dict[str, Any]:
         require_one_keyspace(self._settings)
-        limit = int(work_s) + _MARGIN_S
+        limit = int(work_s) + margin_s
         with connect(self._settings, block_s=_BLOCK_S) as connection:
             queue = Queue(queue_name(self._settings, self.node), connection=connection, serializer=JSONSerializer)
             queued = queue.enqueue(
@@ -140,6 +151,15 @@ class NodeClient:
             raise EngineFailed(_last_line(result.exc_string) or f"The job failed on node {self.node}.")
         value: dict[str, Any] = result.return_value
         return value
+
+
+def listening(settings: Settings) -> list[str]:
+    """The nodes of this namespace that RQ knows to listen. One that was killed is among them for some minutes."""
+    require_one_keyspace(settings)
+    prefix = queue_name(settings, "-").removesuffix("-")
+    with connect(settings) as connection:
+        queues = [name for worker in Worker.all(connection=connection) for name in worker.queue_names()]
+    return sorted({name.removeprefix(prefix) for name in queues if name.startswith(prefix)})
 
 
 def _await(job: Job, limit_s: float) -> Result | None:
@@ -212,7 +232,17 @@ def drain_engine(engine_id: str, op: str = "drain") -> dict[str, Any]:
             return Monitor(settings, server).engine(engine_id)
 
 
-_JOBS = {f"{job.__module__}.{job.__qualname__}": job for job in (start_engine, stop_engine, drain_engine)}
+def replay_letters(ref: str) -> dict[str, Any]:
+    """RQ job: sends the call of one dead letter again, or with "" all of them."""
+    letters = DeadLetters(Settings())
+    if not ref:
+        return letters.replay_all()._asdict()
+    return {"id": letters.replay(ref)}
+
+
+_JOBS = {
+    f"{job.__module__}.{job.__qualname__}": job for job in (start_engine, stop_engine, drain_engine, replay_letters)
+}
 
 
 def _state(settings: Settings, engine_id: str) -> str:

@@ -34,7 +34,7 @@ local function admit(c)
     end_call(c.id, read_call(c.id), 'FAILED', 'overloaded', string.format(overloaded, bound, wait), '')
   end
   if code == 'conflict' then
-    bury(c.id, 'conflict', conflict, 'session', c.session, 'kind', c.kind, 'model', c.model)
+    bury(c.id, 'conflict', conflict, unpack(letter_of(c, c.format, body)))
     tell_inbox(c.inbox, c.id, 'FAILED', 'conflict', conflict, '', 'n', 0, 'gen', c.entry)
   end
   return code

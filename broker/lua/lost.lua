@@ -3,8 +3,9 @@
 local attempt_fields = {'failures', 'deaths', 'on_engine_loss', 'begins', 'kind', unpack(call_fields)}
 
 local function end_as_dead_letter(id, c, code, message, ...)
-  bury(id, code, message, 'session', c.session, 'kind', c.kind, 'model', c.model, 'attempts', c.attempt,
-    c.format, redis.call('HGET', call_key(id), c.format) or '')
+  c.traceparent = redis.call('HGET', call_key(id), 'traceparent') or ''
+  local body = redis.call('HGET', call_key(id), c.format) or ''
+  bury(id, code, message, 'attempts', c.attempt, unpack(letter_of(c, c.format, body)))
   end_call(id, c, 'FAILED', code, message, '', ...)
 end
 

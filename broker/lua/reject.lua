@@ -4,8 +4,25 @@
 --
 -- ARGV     per entry: entry id ("" = none usable) gen ("" = the entry itself) session inbox error_code error
 -- Returns  list, per entry: "failed" | "buried" | "stale" (its call has ended or found a place meanwhile) | "gone"
+-- Nobody has vouched for what a refused entry holds, so a letter takes over no more of it than this, in bytes.
+local FIELD_MAX, BODY_MAX = 128, 65536
+
+-- What is usable of an entry, in case it is to be sent again.
+local function letter_of_entry(fields)
+  local c = {}
+  for i = 1, #fields, 2 do c[fields[i]] = fields[i + 1] end
+  local format = c.json and 'json' or 'body'
+  local body = c[format] or ''
+  if #body > BODY_MAX then body = '' end
+  for _, name in ipairs(letter_fields) do
+    if c[name] and #c[name] > FIELD_MAX then c[name] = '' end
+  end
+  return letter_of(c, format, body)
+end
+
 local function refuse(entry, id, gen, session, inbox, code, message)
-  if not redis.call('XRANGE', CALLS, entry, entry)[1] then return 'gone' end
+  local found = redis.call('XRANGE', CALLS, entry, entry)[1]
+  if not found then return 'gone' end
   take_entry(entry)
   local c = {state = 'none'}
   if id ~= '' then c = read_call(id) end
@@ -17,7 +34,7 @@ local function refuse(entry, id, gen, session, inbox, code, message)
   elseif c.gen == gen and (c.state ~= 'PENDING' or c.engine ~= '') then
     return 'stale'
   elseif c.gen ~= gen then
-    bury(id, code, message, 'entry', entry)
+    bury(id, code, message, 'entry', entry, unpack(letter_of_entry(found[2])))
     tell_inbox(inbox, id, 'FAILED', code, message, '', 'n', 0, 'gen', entry)
     return 'buried'
   end

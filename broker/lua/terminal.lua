@@ -75,6 +75,24 @@ end
 -- A dead letter keeps what is needed to understand and to replay the call. Letters have bodies of up to megabytes, so
 -- the stream is bounded in bytes, too: each letter says how many bytes had been buried before it (`before`), so that
 -- the oldest and the newest tell what lies between them, also when some of that was replayed or deleted by hand.
+-- Their names: session … on_engine_loss, and the body under `format`.
+local letter_fields = {'session', 'kind', 'model', 'priority', 'stream', 'prompt_tokens', 'traceparent',
+  'on_engine_loss'}
+-- The routing fields and the body of a letter, of a table that has them.
+local function letter_of(c, format, body)
+  local out = {}
+  for _, name in ipairs(letter_fields) do
+    if (c[name] or '') ~= '' then
+      out[#out + 1] = name
+      out[#out + 1] = c[name]
+    end
+  end
+  if body ~= '' then
+    out[#out + 1] = format
+    out[#out + 1] = body
+  end
+  return out
+end
 local function bury(id, code, message, ...)
   local size = RECORD_BYTES
   for i = 1, select('#', ...) do size = size + #tostring((select(i, ...))) end

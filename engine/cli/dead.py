@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from broker import RsmError
-from broker.dead_letters import DeadLetters
+from broker import EngineFailed, Settings
+from broker.dead_letters import Replayed
 from engine.cli import tables
-from engine.cli.app import EXIT_FAILED, app, dead_letters_of, monitor_of
+from engine.cli.app import EXIT_FAILED, app, dead_letters_of, monitor_of, settings_of
 from engine.cli.output import console, emit_json, say, say_error, table
 from engine.cli.show import Json
 
@@ -17,7 +17,6 @@ dead = typer.Typer(help="Dead letters: calls that used up their attempts.", no_a
 app.add_typer(dead, name="dead")
 
 Ref = Annotated[str, typer.Argument(metavar="ID", help="Of the entry, or of the call.")]
-_ALL = 1_000_000
 
 
 @dead.command("ls")
@@ -49,28 +48,41 @@ def replay(
     ctx: typer.Context,
     ref: Annotated[str | None, typer.Argument(metavar="[ID]", show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that keep their body.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Here and at once, instead of as an RQ job on a node.")] = False,
+    node: Annotated[str | None, typer.Option(help="The node that is to do it; none = any that listens.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for the node.")] = 30,
 ) -> None:
     """Sends a dead call again, and removes its letter once that is done."""
     if (ref is None) != everything:
         raise typer.BadParameter("name either a dead letter or --all")
-    with dead_letters_of(ctx) as letters:
-        if ref is not None:
-            say(f"Sent again as {letters.replay(ref)}.")
-        elif not _replay_all(letters):
-            raise typer.Exit(EXIT_FAILED)
+    if now:
+        with dead_letters_of(ctx) as letters:
+            done = letters.replay_all()._asdict() if ref is None else {"id": letters.replay(ref)}
+    else:
+        done = _by_a_node(settings_of(ctx), node, ref or "", timeout)
+    if ref is not None:
+        say(f"Sent again as {done['id']}.")
+    elif not _tell(Replayed(**done)):
+        raise typer.Exit(EXIT_FAILED)
 
 
-def _replay_all(letters: DeadLetters) -> bool:
-    """Oldest first, as they came. False if one of those that keep their body could not be sent."""
-    found = letters.ls(_ALL)
-    kept = [letter for letter in reversed(found) if letter.replayable]
-    sent = 0
-    for letter in kept:
-        try:
-            letters.replay(letter.entry)
-            sent += 1
-        except RsmError as e:
-            say_error(str(e))
-    skipped = len(found) - len(kept)
-    say(f"{sent} calls sent again." + (f" {skipped} letters keep no body and stay." if skipped else ""))
-    return sent == len(kept)
+def _by_a_node(settings: Settings, node: str | None, ref: str, timeout_s: float) -> dict[str, Any]:
+    from workers.node import NodeClient, listening
+
+    nodes = [node] if node else listening(settings)
+    if not nodes:
+        raise EngineFailed(
+            f"No node of namespace {settings.namespace} listens, so nobody would do it: start one by "
+            "`rsm node --name NAME`, or add --now to replay from here."
+        )
+    return NodeClient(nodes[0], settings).replay(ref, timeout_s)
+
+
+def _tell(done: Replayed) -> bool:
+    """False if one of those that keep their body could not be sent."""
+    for failure in done.failures:
+        say_error(failure)
+    say(
+        f"{done.sent} calls sent again." + (f" {done.bodiless} letters keep no body and stay." if done.bodiless else "")
+    )
+    return not done.failures
