@@ -42,7 +42,7 @@ EXAMPLES ?= 1000
 model: $(BASE_STAMP)
 	RSM_MODEL_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/test_state_machine.py -k server
 
-# `make chaos MINUTES=30 SEED=2 VLLM=1` is a long one, with a worker of real vLLM; it goes into docs/conformance.md.
+# `make chaos MINUTES=30 SEED=2 VLLM=1` is a long one, with a worker of real vLLM; its figures go into docs/conformance.md.
 MINUTES ?= 2
 SEED ?= 1
 VLLM ?= 0

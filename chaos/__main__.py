@@ -11,6 +11,7 @@ from broker import logs
 from chaos import report
 from chaos.run import run
 
+_WORTH_A_REPORT = 10  # minutes; a shorter run is a check, and leaves the page as it is
 _SHOWN = 20  # all of them are in the folder of the run
 
 
@@ -21,7 +22,7 @@ def main() -> int:
     parser.add_argument(
         "--vllm", type=int, default=0, metavar="N", help="workers with real vLLM, beside those with sim"
     )
-    parser.add_argument("--report", type=Path, help="a page with the two chaos marks, to be filled in")
+    parser.add_argument("--report", type=Path, help="a page to put the figures in, between its chaos marks")
     args = parser.parse_args()
     logs.configure("chaos")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is stopped on the way out
@@ -30,7 +31,7 @@ def main() -> int:
     print(report.render([data]))
     for violation in outcome.violations[:_SHOWN]:
         print(violation)
-    if args.report is not None:
+    if args.report is not None and args.minutes >= _WORTH_A_REPORT:
         report.save(outcome)
         report.into(args.report)
     print("every promise was kept" if not outcome.violations else f"{len(outcome.violations)} promises were broken")

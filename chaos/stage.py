@@ -87,6 +87,7 @@ class Stage:
         self.producers: list[Part] = []
         self._vllm = vllm
         self._lines: Lines | None = None
+        self._logs: list[int] = []
 
     # -- up and down
 
@@ -134,6 +135,8 @@ class Stage:
         if self._lines is not None:
             self._lines.close()
         self.server.stop()
+        for log in self._logs:
+            os.close(log)
 
     def _heal(self) -> None:
         parts = (*self.producers, *self.workers, *self.routers)
@@ -241,6 +244,7 @@ class Stage:
         line = self._lines.open(name)
         settings = self.settings.with_redis(line.url)
         log = os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._logs.append(log)
         part = Part(name, line, lambda: make(settings, log), make(settings, log))
         part.supervised.start()
         return part

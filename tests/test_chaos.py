@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -22,9 +21,10 @@ from chaos.faults import KINDS, schedule
 from chaos.kept import Entry, Kept, Snapshot, snapshot
 from chaos.ledger import End, Ledger, Piece, Story, read
 from chaos.proxy import Lines
-from chaos.run import run
+from chaos.run import Outcome, run
 from chaos.verdict import Window, judge, said
 from tests.waiting import eventually
+from workers.vllm_args import TINY_NAME
 
 _BEGAN = 1_000_000.0
 
@@ -350,15 +350,30 @@ def test_a_snapshot_shows_records_rest_and_leaks(client: Client, settings: Setti
     db.delete(client.keys.prefix + "forgotten")
 
 
-# -- two minutes of it
+# -- two minutes of it, and one with real vLLM
 
-# A seed of its own for each part of the suite, and the same ones each time: a failure can be run again.
+# The same each time: a failure can be run again with `make chaos SEED=…`.
 _SEED = 20260101
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("chaos")
 def test_two_minutes_of_chaos() -> None:
-    outcome = run(_SEED, minutes=float(os.environ.get("CHAOS_MINUTES", "2")))
+    _hold(run(_SEED, minutes=2))
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("chaos")
+def test_a_minute_of_chaos_with_real_vllm() -> None:
+    pytest.importorskip("vllm")
+    outcome = run(_SEED + 1, minutes=1, vllm=1)
+    _hold(outcome)
+    real = [s for s in outcome.stories.values() if s.plan.model == TINY_NAME]
+    assert any(s.ends[0].state == "COMPLETED" for s in real), "the real engine has done nothing"
+
+
+def _hold(outcome: Outcome) -> None:
     assert not outcome.violations, "\n".join(map(str, outcome.violations))
-    assert len(outcome.stories) > 200, "too little load to prove anything"
+    assert len(outcome.stories) > 100, "too little load to prove anything"
+    assert outcome.windows, "no faults"
