@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from broker import Client, Settings
 from broker.embedded import EmbeddedRedis
 from broker.keys import Keys
 from broker.monitor import Monitor
-from broker.transitions import Claimed, Fence, Release
+from broker.transitions import Claimed, Fence, Release, Transitions
 from tests.conftest import eventually
-from tests.fake_worker import routing
+from tests.fake_worker import FakeWorker, routing
 from tests.sim_processes import Start, all_speak, assert_undisturbed, pieces, said, submit_streams
 from workers.calls import Calls
 from workers.publisher import Ended, Item
+from workers.reconcile import Reconciler
 from workers.sim_backend import SimBackend
 from workers.sim_engine import SimConfig, SimTimes
 
@@ -172,3 +174,16 @@ async def test_the_same_fence_twice(db: redis.Redis, keys: Keys, dropped: bool) 
     else:
         assert isinstance(last, Ended)
     await backend.stop(0)
+
+
+async def test_a_call_that_ends_while_redis_is_asked_is_no_difference(
+    settings: Settings, transitions: Transitions, db: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = FakeWorker(settings, server=db)
+    worker.register()
+    ended = _claimed().fence
+    held, dropped = [[ended], [], []], list[Fence]()
+    calls: Any = SimpleNamespace(held=lambda: held.pop(0), drop=dropped.extend)
+    publisher: Any = SimpleNamespace(leaving=list)
+    await Reconciler("e1", db, transitions, calls, publisher).look(worker.incarnation, lambda: worker.incarnation)
+    assert (dropped, caplog.text) == ([], "")

@@ -57,12 +57,12 @@ class Reconciler:
         if found is None or incarnation != current():
             self._suspects.clear()
             return
-        if found.lost:
-            self._calls.drop(found.lost)
+        lost = set(found.lost) & set(self._calls.held())  # the others have ended here since the question was put
+        self._calls.drop([*lost])
         unknown = set(found.unknown) - {*self._calls.held(), *self._publisher.leaving()}
         again, self._suspects = unknown & self._suspects, unknown - self._suspects
         for fence in again:
             self._publisher.put(Release(fence, "", "", _UNKNOWN))
-        if found.lost or again:
+        if lost or again:
             message = "engine %s and Redis differ: %d calls were not this engine's any more, %d ends were not known"
-            log.warning(message, self._engine, len(found.lost), len(again))
+            log.warning(message, self._engine, len(lost), len(again))
