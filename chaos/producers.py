@@ -25,7 +25,7 @@ KINDS = ("sync", "aio", "raw")
 LANES = 6
 # Between two calls of a lane.
 PAUSE_S = 0.3
-_LEAVE_S = 300
+_LEAVE_S = 120
 
 
 class Book:
