@@ -17,6 +17,9 @@ from broker.settings import Settings
 from chaos.leaks import leaked_keys
 
 
+_TOTALS = ("submitted", "completed", "cancelled", "failed", "requeued", "dead_letters")
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One entry of a call's log. `at_ms` is Redis's clock; `end`: it is a terminal event."""
@@ -54,7 +57,7 @@ class Snapshot:
 
 
 def snapshot(
-    settings: Settings, server: redis.Redis, ids: Iterable[str], before: Mapping[str, float] | None = None
+    settings: Settings, server: redis.Redis, ids: Iterable[str], before: Mapping[str, Any] | None = None
 ) -> Snapshot:
     """Reads everything about these calls. `before`: Redis's totals at the time when the ledgers began."""
     keys, monitor = Keys(settings.namespace), Monitor(settings, server)
@@ -66,7 +69,8 @@ def snapshot(
             calls[call_id] = _kept(
                 CallRecord.from_hash(call_id, found), server.xrange(keys.events(call_id)), told[call_id]
             )
-    totals = {name: int(value - (before or {}).get(name, 0)) for name, value in monitor.stats().items()}
+    now = monitor.stats()
+    totals = {name: now[name] - (before or {}).get(name, 0) for name in _TOTALS}
     return Snapshot(calls, totals, busy(settings, server), leaked_keys(server, keys.prefix))
 
 
