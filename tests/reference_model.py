@@ -160,6 +160,8 @@ class Model:
         running = c.state == "RUNNING"
         if self.stop(c, "user"):
             return "cancelling" if running else "cancelled"
+        if c.state == "CANCELLED":
+            return "cancelled"  # repeated after a lost reply
         return "cancelling" if c.open and c.cancel == "user" else "finished"
 
     def cancel_session(self, session: str) -> int:
