@@ -70,8 +70,10 @@ class Upkeep:
 
     def _take_over(self) -> list[Any]:
         """Entries that a dead router read and did not place. Ours that are still pending come back the same way."""
+        # Half a lease: placing takes milliseconds, and an entry that two routers place is placed once (assign.lua).
+        idle_ms = self._settings.lease_ms // 2
         cursor, entries, _ = self._redis.xautoclaim(
-            self._keys.calls, ROUTER_GROUP, self._name, self._settings.lease_ms, self._cursor, self._settings.batch
+            self._keys.calls, ROUTER_GROUP, self._name, idle_ms, self._cursor, self._settings.batch
         )
         # The cursor is kept: starting at 0-0 each time would let a long busy list hide what lies behind it.
         self._cursor = text(cursor)
