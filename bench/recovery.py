@@ -141,8 +141,8 @@ def page(about: Mapping[str, str], peers: Sequence[Peer], ours: Sequence[Ours], 
     lines += ["", "## Second attempt, beside other queues", ""]
     lines += [
         "A worker is killed in the middle of a job of some seconds and started again at once; a second worker is there "
-        "all the time. Each system with its defaults, as far as they run a lost job again at all, and with the "
-        "shortest times that its options allow for such a job.",
+        "all the time. Each system with its defaults, as far as they run a lost job again at all, and with "
+        "options set for speed.",
         "",
         *second_attempts(peers, ours, limit_s),
         "",
