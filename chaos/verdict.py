@@ -14,6 +14,9 @@ from workers.sim_text import Prompt, answer
 # How long an engine may go on with a call after its cancel was acknowledged, in seconds without a fault of its
 # worker or of Redis: the order has to get there (p99 is some milliseconds), and pieces on their way have to land.
 _STOPS_WITHIN_S = 2.0
+# How long a worker may need to find out that a fault of its line or of Redis is over: its longest pause between two
+# tries (broker/connection.py).
+_RETRIES_WITHIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,8 @@ def _stops_when_cancelled(c: Case) -> Iterator[str]:
     acknowledged = c.story.cancelled_ms or c.story.session_cancelled_ms
     if not acknowledged or c.kept.state != RequestState.CANCELLED:
         return
-    late = max((e.at_ms for e in c.kept.log), default=0)
+    # Pieces alone: the end of a call that no router had read yet is written when one reads it, and nothing has run.
+    late = max((e.at_ms for e in c.kept.log if not e.end), default=0)
     if late > acknowledged and (ran := _calm_s(c, acknowledged / 1000, late / 1000)) > _STOPS_WITHIN_S:
         yield f"ran on for {ran:.1f} s after its cancel was acknowledged"
 
@@ -180,9 +184,10 @@ def _calm_s(c: Case, since: float, until: float) -> float:
     """Seconds of this span in which neither the call's worker nor Redis suffered a fault."""
     calm, at = 0.0, since
     for w in sorted(c.windows, key=lambda w: w.began):
-        if w.target in ("redis", c.kept.engine) and w.healed > at and w.began < until:
+        felt_until = w.healed + _RETRIES_WITHIN_S
+        if w.target in ("redis", c.kept.engine) and felt_until > at and w.began < until:
             calm += max(0.0, w.began - at)
-            at = max(at, w.healed)
+            at = max(at, felt_until)
     return calm + max(0.0, until - at)
 
 

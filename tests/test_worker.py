@@ -6,9 +6,11 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,6 +146,29 @@ async def test_a_call_flagged_before_it_begins_never_runs(db: redis.Redis, keys:
     (end,) = put
     assert isinstance(end, Ended)
     assert (end.finish.fence, end.finish.state) == (fence, RequestState.CANCELLED)
+
+
+async def test_a_call_cancelled_while_its_log_is_read_never_runs(keys: Keys) -> None:
+    """A second attempt reads first what is out already; the engine does not know it yet (found by `make chaos`)."""
+    reading, read_on, left = threading.Event(), threading.Event(), asyncio.Event()
+
+    def xrange(_: str) -> list[Any]:
+        reading.set()
+        read_on.wait(10)
+        return []
+
+    server: Any = SimpleNamespace(xrange=xrange)
+    put: list[Item] = []
+    calls = Calls(Untouched(), server, keys, put.append, left.set, lambda _: None)
+    fence = Fence("c1", "1-0", 2)
+    calls.start([Claimed(fence, "s1", "generate", True, "", 0, 0, 1, "", 1, "body", b"\x80")])
+    assert await asyncio.to_thread(reading.wait, 10)
+    calls.cancel(fence)
+    read_on.set()
+    await asyncio.wait_for(left.wait(), 10)
+    (end,) = put
+    assert isinstance(end, Ended)
+    assert end.finish.state == RequestState.CANCELLED
 
 
 def test_the_deadline_of_a_running_call(settings: Settings, client: Client, start: Start) -> None:
