@@ -28,7 +28,6 @@ _ACTS = {Act.WAIT: 8, Act.CANCEL: 3, Act.CANCEL_SESSION: 1, Act.AWAY: 3, Act.TWI
 _SESSION_CALLS = 3
 _SESSIONS = 8
 _LONG = 300
-_POOL_SHARE = 0.15  # small, for a real engine takes long to come back, and all producers may come to wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +67,16 @@ class Pool:
     max_tokens: int
 
 
+def is_real(number: int) -> bool:
+    """Whether the calls of this number go to the engine that is not modelled, if there is one."""
+    return number % 2 == 1
+
+
 def draw(seed: int, place: int, number: int, pool: Pool | None = None) -> list[Plan]:
     """The calls that a producer makes together as its `number`th: one, or a whole session that it will cancel.
 
     Args:
-        pool: a share of the calls goes to its model.
+        pool: half of the numbers go to its model.
     """
     rng = random.Random(f"{seed}/{place}/{number}")
     act = rng.choices(list(_ACTS), weights=list(_ACTS.values()))[0]
@@ -80,7 +84,7 @@ def draw(seed: int, place: int, number: int, pool: Pool | None = None) -> list[P
     if act is Act.CANCEL_SESSION:
         return [_plan(rng, f"{name}.{i}", name, act, None) for i in range(_SESSION_CALLS)]
     session = name if rng.random() < 0.3 else f"s{place}-{rng.randrange(_SESSIONS)}"
-    return [_plan(rng, name, session, act, pool if rng.random() < _POOL_SHARE else None)]
+    return [_plan(rng, name, session, act, pool if is_real(number) else None)]
 
 
 def _plan(rng: random.Random, name: str, session: str, act: Act, pool: Pool | None) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -29,12 +30,14 @@ class Kind:
             "" = Redis, of which there is one, so that such faults never overlap.
         lasts_s: least and most.
         inject: does it to a part; returns what heals it.
+        every: in every so manyth round; an engine that is killed again before it is up would never work.
     """
 
     name: str
     groups: str
     lasts_s: tuple[float, float]
     inject: Callable[[Stage, Part | None, random.Random], Heal]
+    every: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,9 @@ def schedule(seed: int, seconds: float, vllm: int) -> list[Fault]:
 
 def _rounds(rng: random.Random, vllm: int) -> Iterator[Kind]:
     known = [k for k in KINDS if k.groups != "v" or vllm]
-    while True:
+    for number in itertools.count():
         rng.shuffle(known)
-        yield from known
+        yield from (kind for kind in known if number % kind.every == 0)
 
 
 def _nothing() -> None:
@@ -173,7 +176,7 @@ KINDS = (
     Kind("kill -9 of a worker", "wv", _BLINK, _signal(signal.SIGKILL)),
     Kind("kill -9 of a producer", "p", _BLINK, _signal(signal.SIGKILL)),
     Kind("producer dies between push and wait", "p", _BLINK, _signal(signal.SIGUSR1)),
-    Kind("EngineCore alone killed", "v", _BLINK, _kill_engine_core),
+    Kind("EngineCore alone killed", "v", _BLINK, _kill_engine_core, every=3),
     Kind("SIGTERM to a router", "r", _BLINK, _signal(signal.SIGTERM)),
     Kind("SIGTERM to a worker", "wv", _BLINK, _signal(signal.SIGTERM)),
     Kind("router stopped beyond its lease, woken", "r", _LONGER_THAN_A_LEASE, _stop_and_wake),

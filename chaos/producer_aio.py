@@ -22,17 +22,18 @@ def run(book: Book, settings: Settings) -> None:
 
 async def _run(book: Book, settings: Settings) -> None:
     async with AsyncClient(settings=settings) as client, asyncio.TaskGroup() as lanes:
-        for _ in range(LANES):
-            lanes.create_task(_Lane(book, client).run())
+        for number in range(LANES):
+            lanes.create_task(_Lane(book, client, number).run())
 
 
 class _Lane:
-    def __init__(self, book: Book, client: AsyncClient) -> None:
+    def __init__(self, book: Book, client: AsyncClient, number: int) -> None:
         self._book = book
+        self._number = number
         self._client = client
 
     async def run(self) -> None:
-        while (plans := self._book.take()) is not None:
+        while (plans := self._book.take(self._number)) is not None:
             await self._together(plans)
             await asyncio.sleep(PAUSE_S)
 

@@ -25,7 +25,7 @@ _BLOCK_MS = 500
 def run(book: Book, settings: Settings) -> None:
     """Returns when the book has nothing more to do."""
     with Client(settings=settings) as client:
-        lanes = [_Lane(book, client) for _ in range(LANES)]
+        lanes = [_Lane(book, client, number) for number in range(LANES)]
         for lane in lanes:
             lane.start()
         for lane in lanes:
@@ -36,17 +36,18 @@ def run(book: Book, settings: Settings) -> None:
 
 
 class _Lane(threading.Thread):
-    def __init__(self, book: Book, client: Client) -> None:
+    def __init__(self, book: Book, client: Client, number: int) -> None:
         super().__init__(daemon=True)
         self.error: BaseException | None = None
         self._book = book
+        self._number = number
         self._client = client
         self._keys = client.keys
         self._redis: Any = connect(client.settings, _BLOCK_MS / 1000)
 
     def run(self) -> None:
         try:
-            while (plans := self._book.take()) is not None:
+            while (plans := self._book.take(self._number)) is not None:
                 self._together(plans)
                 time.sleep(PAUSE_S)
         except BaseException as e:

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from broker import Settings, logs
-from chaos.calls import Plan, Pool, draw
+from chaos.calls import Plan, Pool, draw, is_real
 from chaos.ledger import Ledger, Story, read
 
 KINDS = ("sync", "aio", "raw")
 LANES = 6
+# So many of them call the real engine, which takes long to come back; they alone wait for it then.
+REAL_LANES = 2
 # Between two calls of a lane.
 PAUSE_S = 0.3
 _LEAVE_S = 120
@@ -37,22 +39,24 @@ class Book:
         self._ledger = Ledger(path)
         numbers = {_number(call) for call in self._stories}
         self._unfinished = sorted({_number(c) for c, s in self._stories.items() if not s.ends})
-        self._fresh = itertools.count(max(numbers, default=-1) + 1)
+        even = (max(numbers, default=-1) + 2) // 2 * 2
+        self._fresh = {False: itertools.count(even, 2), True: itertools.count(even + 1, 2)}
         self._lock = threading.Lock()
         self._doomed = False
         self.stopping = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: self._leave())
         signal.signal(signal.SIGUSR1, lambda *_: self._doom())
 
-    def take(self) -> list[Plan] | None:
-        """The next calls to make, or to take up; None if there is nothing more to do."""
+    def take(self, lane: int) -> list[Plan] | None:
+        """The next calls to make in a lane, or to take up; None if there is nothing more to do."""
+        real = lane < REAL_LANES
         with self._lock:
-            if self._unfinished:
-                number = self._unfinished.pop(0)
+            left = [number for number in self._unfinished if is_real(number) is real]
+            if left:
+                self._unfinished.remove(left[0])
             elif self.stopping.is_set():
                 return None
-            else:
-                number = next(self._fresh)
+            number = left[0] if left else next(self._fresh[real])
         plans = draw(self._seed, self._place, number, self._pool)
         for plan in plans:
             if plan.id not in self._stories:

@@ -15,11 +15,16 @@ from chaos.faults import KINDS
 from chaos.ledger import Story
 from chaos.producers import KINDS as PRODUCERS
 from chaos.run import Outcome
+from chaos.stage import SIM_WORKERS
 from chaos.verdict import Window
 
 BEGIN, END = "<!-- chaos -->", "<!-- /chaos -->"
 _ROOT = Path(__file__).resolve().parent.parent
 _Data = Mapping[str, Any]
+_FAULTS_HEAD = (
+    "Faults of all runs together. *Calls hit*: under way during the fault. *Through again*: from the end of the fault",
+    "until a call pushed after it had ended; kinds overlap, so a short one also waits for the longer ones beside it.",
+)
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -71,10 +76,14 @@ def save(outcome: Outcome, folder: Path = RESULTS) -> Path:
 
 def into(page: Path, folder: Path = RESULTS) -> None:
     """Puts the tables of all runs in the folder between the page's marks."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("chaos-*.json"))]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("chaos-*.json"), key=_seed)]
     head, rest = page.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(END)[1]
     page.write_text(f"{head}{BEGIN}\n{render(runs)}\n{END}{tail}", encoding="utf-8")
+
+
+def _seed(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 def render(runs: Sequence[_Data]) -> str:
@@ -82,7 +91,7 @@ def render(runs: Sequence[_Data]) -> str:
     seeds = [f"seed {r['seed']}" for r in runs]
     rows: list[tuple[str, list[str]]] = [
         ("minutes of faults", [f"{r['minutes']:g}" for r in runs]),
-        ("vLLM workers, beside 3 with `sim`", [str(r["vllm_workers"]) for r in runs]),
+        (f"vLLM workers, beside {SIM_WORKERS} with `sim`", [str(r["vllm_workers"]) for r in runs]),
         ("commit", [r["commit"] for r in runs]),
         ("calls accepted", [_n(r["calls"]) for r in runs]),
         *(
@@ -97,19 +106,24 @@ def render(runs: Sequence[_Data]) -> str:
         ("**broken promises**", [f"**{len(r['violations'])}**" for r in runs]),
     ]
     lines = _table(("", *seeds), rows)
-    lines += (
-        ["", "Every FAILED call had a deadline, which had passed."] if all(not r["violations"] for r in runs) else []
-    )
-    lines += [
-        "",
-        "Faults of all runs together. *Calls hit*: under way during the fault. *Through again*: from the end of",
-    ]
-    lines += ["the fault until a call pushed after it had ended.", ""]
+    lines += [*_broken(runs), "", *_FAULTS_HEAD, ""]
     lines += _table(("fault", "injected", "calls hit", "through again, median", "longest"), _fault_rows(runs))
     if runs:
         about = runs[-1]["machine"]
         lines += ["", f"{about['CPU']}, {about['Machine']}; {about['OS']}; {about['Python']}; {about['Server']}."]
     return "\n".join(lines)
+
+
+def _broken(runs: Sequence[_Data]) -> Iterable[str]:
+    """Below the table: which promises, in which run."""
+    for r in runs:
+        checks = Counter(v.partition(":")[0] for v in r["violations"])
+        if checks:
+            yield ""
+            yield f"Seed {r['seed']} broke: {', '.join(f'*{check}* ({n})' for check, n in checks.items())}."
+    if not any(v.startswith("rightly failed") for r in runs for v in r["violations"]):
+        yield ""
+        yield "Every FAILED call had a deadline, which had passed."
 
 
 def _fault_rows(runs: Sequence[_Data]) -> Iterable[tuple[str, list[str]]]:

@@ -16,13 +16,14 @@ from broker import Client, Settings
 from broker.connection import connect
 from broker.embedded import EmbeddedRedis
 from broker.keys import ROUTER_GROUP
+from chaos import report
 from chaos.calls import SIM_MODEL, Act, Plan, draw
 from chaos.faults import KINDS, schedule
 from chaos.kept import Entry, Kept, Snapshot, snapshot
 from chaos.ledger import End, Ledger, Piece, Story, read
 from chaos.proxy import Lines
 from chaos.run import Outcome, run
-from chaos.verdict import Window, judge, said
+from chaos.verdict import Violation, Window, judge, said
 from tests.waiting import eventually
 from workers.vllm_args import TINY_NAME
 
@@ -356,6 +357,28 @@ def test_a_snapshot_shows_records_rest_and_leaks(client: Client, settings: Setti
     assert (found.calls["c1"].state, found.calls["c1"].told) == ("CANCELLED", 1)
     assert found.leaked == ["forgotten"]
     db.delete(client.keys.prefix + "forgotten")
+
+
+# -- the report
+
+
+def test_the_report_counts_what_was_hit_and_names_what_broke(tmp_path: Path) -> None:
+    books = Books()
+    name = KINDS[0].name
+    books.windows = [Window(name, "r0", _BEGAN + 1, _BEGAN + 1), Window(name, "r0", _BEGAN + 3, _BEGAN + 3)]
+    broken = [Violation("lost", "c1", "has no record")]
+    outcome = Outcome(5, 10, 0, "valkey 9", books.stories, books.found, books.windows, broken)
+    report.save(outcome, tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.into(page, tmp_path)
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+    assert "| … COMPLETED | 1 |" in lines
+    assert "| **broken promises** | **1** |" in lines
+    assert "Seed 5 broke: *lost* (1)." in lines
+    (row,) = [line for line in lines if line.startswith(f"| {name} |")]
+    assert row.split(" | ")[1:3] == ["2", "2"], "two faults, and two calls under way during the first alone"
 
 
 # -- two minutes of it, and one with real vLLM
