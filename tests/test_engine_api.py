@@ -209,7 +209,7 @@ async def test_cancel_request(manager: MultiEngineManager) -> None:
         heard.extend([d.text async for d in stream])
     assert (cancelled.value.record.id, cancelled.value.record.state) == ("stopped", RequestState.CANCELLED)
     assert cancelled.value.partial_text == "".join(heard)
-    assert await manager.cancel_request("stopped", reason="too late") is False
+    assert await manager.cancel_request("stopped") is True, "it may be repeated"
     future = await manager.submit_request("s1", "me too", {"max_tokens": 5000}, request_id="stopped2")
     assert await manager.cancel_request("stopped2", reason="enough") is True
     with pytest.raises(CallCancelled, match="enough"):
@@ -341,7 +341,7 @@ def test_engine_process(alone: EngineProcess) -> None:
     with pytest.raises(CallCancelled) as cancelled:
         alone.get_result(timeout=20)
     assert cancelled.value.record.id == "r2"
-    assert alone.cancel_request("r2") is False
+    assert alone.cancel_request("r2") is True, "it may be repeated"
     assert "secret" not in repr(LLMRequest("r", "s", "secret"))
 
 
@@ -398,7 +398,7 @@ def test_request_lifecycle_manager(client: Client) -> None:
 
     lifecycle.start_request("r2", "s1", "e1")
     assert lifecycle.cancel_request("r2", reason="never mind") is True
-    assert lifecycle.cancel_request("r2") is False
+    assert lifecycle.cancel_request("r2") is True, "it may be repeated"
     assert client.record("r2").error == "never mind"
     assert {m.request_id for m in lifecycle.get_session_requests("s1")} == {"r1", "r2"}
     with pytest.raises(UnknownCall):

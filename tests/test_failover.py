@@ -183,6 +183,7 @@ async def test_a_master_that_freezes_is_left(watched: Watched, settings: Setting
     master = watched.master(settings.namespace)
     async with AsyncClient(settings=settings, timeout_s=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
         calls = [await client.submit(_prompt(f"{i}"), id=f"{i}", max_tokens=200) for i in range(8)]
+        await client.redis.wait(1, 5000)  # else the replica may lack the last of them
         master.freeze()
         began = time.monotonic()
         more = [asyncio.create_task(client.submit(_prompt(f"m{i}"), id=f"m{i}", max_tokens=5)) for i in range(4)]

@@ -122,7 +122,7 @@ def test_cancel_of_waiting_and_running_calls(
         assert record.result.text == "".join(heard)
         assert said("a", 5000).startswith(record.result.text)
         assert record.result.text
-        assert not speaking.cancel(), "too late"
+        assert speaking.cancel(), "it may be repeated"
         assert client.submit("d", max_tokens=2).result(20).completion_tokens == 2, "the slot is free again"
 
 

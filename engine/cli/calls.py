@@ -23,7 +23,7 @@ _MARGIN_S = 3.0
 _CANCEL_S = 10.0
 
 _CANCEL_SAYS = {
-    "cancelled": "Call {} is cancelled; it had not begun to run.",
+    "cancelled": "Call {} is cancelled.",
     "cancelling": "Call {} is being stopped; its partial text stays in its record.",
     "noted": "Call {} is not known yet; it ends as soon as a router reads it.",
     "finished": "Call {} had ended before; nothing was cancelled.",
