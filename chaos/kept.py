@@ -32,7 +32,11 @@ class Entry:
 
 @dataclass(slots=True)
 class Kept:
-    """One call's record and log, and how many ends were sent to inboxes."""
+    """One call's record and log, and how many ends lie in inboxes.
+
+    Attributes:
+        inbox: where its news went last; clients trim what they have read of theirs, save the one named INBOX.
+    """
 
     state: str
     text: str = ""
@@ -43,6 +47,7 @@ class Kept:
     finished_ms: int = 0
     log: list[Entry] = field(default_factory=list)
     told: int = 0
+    inbox: str = ""
 
 
 @dataclass(slots=True)
@@ -65,9 +70,8 @@ def snapshot(
     for call_id in ids:
         found: Any = server.hgetall(keys.call(call_id))
         if b"state" in found:
-            calls[call_id] = _kept(
-                CallRecord.from_hash(call_id, found), server.xrange(keys.events(call_id)), told[call_id]
-            )
+            record, log = CallRecord.from_hash(call_id, found), server.xrange(keys.events(call_id))
+            calls[call_id] = _kept(record, log, told[call_id], text(found.get(b"inbox")))
     now = monitor.stats()
     totals = {name: now[name] - (before or {}).get(name, 0) for name in _TOTALS}
     return Snapshot(calls, totals, busy(settings, server), leaked_keys(server, keys.prefix))
@@ -86,7 +90,7 @@ def busy(settings: Settings, server: redis.Redis) -> list[str]:
     return [f"{count} {what}" for what, count in found.items() if count]
 
 
-def _kept(record: CallRecord, log: Any, told: int) -> Kept:
+def _kept(record: CallRecord, log: Any, told: int, inbox: str) -> Kept:
     result = record.result
     return Kept(
         record.state.value,
@@ -98,6 +102,7 @@ def _kept(record: CallRecord, log: Any, told: int) -> Kept:
         record.finished_ms or 0,
         [_entry(eid, fields) for eid, fields in log],
         told,
+        inbox,
     )
 
 

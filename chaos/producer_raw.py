@@ -16,10 +16,11 @@ import redis
 from broker import BrokerUnavailable, Client, Settings
 from broker.connection import connect
 from chaos.calls import Act, Plan
-from chaos.producers import LANES, PAUSE_S, Book
+from chaos.producers import INBOX, LANES, PAUSE_S, Book
 
 _POLL_S = 0.1
 _BLOCK_MS = 500
+_LOOK_S = 0.1
 
 
 def run(book: Book, settings: Settings) -> None:
@@ -28,8 +29,8 @@ def run(book: Book, settings: Settings) -> None:
         lanes = [_Lane(book, client, number) for number in range(LANES)]
         for lane in lanes:
             lane.start()
-        for lane in lanes:
-            lane.join()
+        while any(lane.is_alive() for lane in lanes):  # no join: a signal that another thread took would wait with it
+            time.sleep(_LOOK_S)
     for lane in lanes:
         if lane.error is not None:
             raise lane.error
@@ -79,7 +80,7 @@ class _Lane(threading.Thread):
             "json": json.dumps(body),
             "stream": int(plan.stream),
             "model": plan.model,
-            "inbox": self._client._inbox,
+            "inbox": INBOX,
         }
         if deadline := self._book.story(plan).deadline_ms:
             fields["deadline_ms"] = deadline

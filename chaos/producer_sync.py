@@ -12,6 +12,7 @@ from chaos.calls import Act, Plan
 from chaos.producers import LANES, PAUSE_S, Book
 
 T = TypeVar("T")
+_LOOK_S = 0.1
 
 
 def run(book: Book, settings: Settings) -> None:
@@ -20,8 +21,8 @@ def run(book: Book, settings: Settings) -> None:
         lanes = [_Lane(book, client, number) for number in range(LANES)]
         for lane in lanes:
             lane.start()
-        for lane in lanes:
-            lane.join()
+        while any(lane.is_alive() for lane in lanes):  # no join: a signal that another thread took would wait with it
+            time.sleep(_LOOK_S)
     for lane in lanes:
         if lane.error is not None:
             raise lane.error

@@ -22,6 +22,8 @@ from chaos.calls import Plan, Pool, draw, is_real
 from chaos.ledger import Ledger, Story, read
 
 KINDS = ("sync", "aio", "raw")
+# Of the bare producer, which does not read it: our clients trim theirs, so only here all ends can be counted.
+INBOX = "untrimmed"
 LANES = 6
 # So many of them call the real engine, which takes long to come back; they alone wait for it then.
 REAL_LANES = 2
@@ -100,11 +102,12 @@ class Book:
         self._note("end", plan, state=state, text=text, ids=token_ids or [], error_code=code)
 
     def _leave(self) -> None:
+        self._doomed = False
         self.stopping.set()
         signal.alarm(_LEAVE_S)  # whoever started it may be gone, and Redis too
 
     def _doom(self) -> None:
-        self._doomed = True
+        self._doomed = not self.stopping.is_set()  # nobody would start its successor any more
 
     def _note(self, what: str, plan: Plan, **more: Any) -> None:
         self._ledger.note(what, plan.id, **more)

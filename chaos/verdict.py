@@ -9,6 +9,7 @@ from broker.models import ErrorCode, RequestState
 from chaos.calls import SIM_MODEL, Plan
 from chaos.kept import Kept, Snapshot
 from chaos.ledger import Story
+from chaos.producers import INBOX
 from workers.sim_text import Prompt, answer
 
 # How long an engine may go on with a call after its cancel was acknowledged, in seconds without a fault of its
@@ -100,7 +101,7 @@ def said(plan: Plan, reference: Reference) -> tuple[str, list[int]]:
 
 
 def _one_end(c: Case) -> Iterator[str]:
-    if c.kept.told != 1:
+    if c.kept.told > 1 or (c.kept.told == 0 and c.kept.inbox == INBOX):
         yield f"has {c.kept.told} ends in inboxes"
     ends = sum(e.end for e in c.kept.log)
     if c.story.plan.stream and ends != 1:

@@ -21,6 +21,7 @@ from chaos.calls import SIM_MODEL, Act, Plan, draw
 from chaos.faults import KINDS, schedule
 from chaos.kept import Entry, Kept, Snapshot, snapshot
 from chaos.ledger import End, Ledger, Piece, Story, read
+from chaos.producers import INBOX
 from chaos.proxy import Lines
 from chaos.run import Outcome, run
 from chaos.verdict import Violation, Window, judge, said
@@ -124,6 +125,10 @@ def _two_ends_in_inbox(b: Books) -> None:
     b.found.calls["done"].told = 2
 
 
+def _no_end_in_inbox(b: Books) -> None:
+    b.found.calls["done"].told, b.found.calls["done"].inbox = 0, INBOX
+
+
 def _piece_behind_the_end(b: Books) -> None:
     log = b.found.calls["done"].log
     log[-1], log[-2] = log[-2], log[-1]
@@ -189,6 +194,7 @@ def _key_leaked(b: Books) -> None:
         (_wrong_text, "right text"),
         (_two_ends_in_log, "one end"),
         (_two_ends_in_inbox, "one end"),
+        (_no_end_in_inbox, "one end"),
         (_piece_behind_the_end, "one end"),
         (_completed_after_cancel, "cancel holds"),
         (_completed_after_cancel_of_session, "cancel holds"),
