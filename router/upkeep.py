@@ -40,6 +40,7 @@ class Upkeep:
             self._reap()
         while scripts.run(self._redis, self._transitions.expire(self._name)) == self._settings.batch:
             pass
+        # Before entries are taken over: of a call that ended on the stream long ago, it takes the entry.
         while scripts.run(self._redis, self._transitions.retain()).entries == RETAIN_ENTRIES:
             pass
         self._unpark()

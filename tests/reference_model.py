@@ -21,10 +21,11 @@ class Model:
         self.calls: dict[str, Call] = {}
         self.notes: dict[str, str] = {}  # cancels that came before their call's record
         self.stream: list[Entry] = []
-        self.parked: dict[str, int] = {}  # id, and arrival when it was parked; may hold traces of calls placed since
+        self.parked: dict[str, int] = {}  # id, and arrival when it was parked
         self.engines: dict[str, Engine] = {}
         self.sessions = {s: Session() for s in sessions}
         self.solved: set[str] = set()  # deaths of engines of which the culprit was found
+        self.left: list[str] = []  # generations of calls that ended before an engine had them
         self.stats: Counter[str] = Counter()
         self.told: list[tuple[str, str, str]] = []  # ends that the inbox heard of: id, generation, state
         self.forgotten: set[tuple[str, str]] = set()  # ids and generations of records that have expired
@@ -42,6 +43,9 @@ class Model:
         return sum(self.calls[i].tokens for i in ids)
 
     def end(self, c: Call, state: str, code: str = "") -> None:
+        if c.state == "PENDING" and not c.engine:
+            self.parked.pop(c.id, None)
+            self.left.append(c.gen)
         c.state, c.error_code, c.timed = state, code, False
         self.tell(c.id, c.gen, state)
         self.stats[state.lower()] += 1
@@ -113,8 +117,6 @@ class Model:
         """Ends a waiting call, flags a running one; whether anything changed."""
         if not c.open or c.cancel:
             return False
-        if c.state == "PENDING" and not c.engine:
-            self.parked.pop(c.id, None)
         c.cancel, waiting = flag, c.state == "PENDING"
         if waiting:
             self.end_flagged(c)
@@ -240,6 +242,7 @@ class Model:
 
     def place(self, c: Call, e: str, bind: bool, seen: str) -> str:
         session = self.sessions[c.session]
+        self.parked.pop(c.id, None)
         if bind:
             bound = session.engine
             session.engine = e = bound if bound and bound != seen and self.ready(bound) else e
@@ -382,7 +385,10 @@ class Model:
         return [f for f in held if not (f.call_id in here and self.fenced(e, f))], here - known
 
     def retire(self) -> None:
-        """Retention under pressure: every finished call's record goes."""
+        """Retention under pressure: every finished call's record goes, and what it left on the stream."""
+        for entry in self.left:
+            self.take(entry)
+        self.left.clear()
         for c in [c for c in self.calls.values() if not c.open]:
             self.forget(c.id)
 

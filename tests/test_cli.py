@@ -63,6 +63,15 @@ def test_submit_json_and_call(up: Deployment) -> None:
     assert "secret" not in shown + str(done)
 
 
+def test_submit_says_what_the_loss_of_an_engine_means(up: Deployment, client: Client) -> None:
+    """A default is not stored."""
+    stored: Any = client.redis
+    for choice, kept in (("restart", b"restart"), ("fail", b"fail"), ("continue", None)):
+        up.rsm("submit", "x", "--id", f"loss-{choice}", "--max-tokens", "1", "--on-engine-loss", choice)
+        assert stored.hget(client.keys.call(f"loss-{choice}"), "on_engine_loss") == kept
+    up.rsm("submit", "x", "--on-engine-loss", "nonsense", status=2)
+
+
 def test_a_failed_call_is_one_sentence_and_status_1(up: Deployment) -> None:
     assert "no_engine_for_model" in up.rsm("submit", "x", "--model", "nope", status=1)
     assert "deadline_exceeded" in up.rsm("submit", "x", "--max-tokens", "5000", "--timeout", "0.5", status=1)

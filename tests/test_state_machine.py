@@ -425,6 +425,8 @@ class Protocol(RuleBasedStateMachine):
             if c.state == "PENDING" and not c.engine:
                 on_stream = any(e.id == c.id and c.gen in (e.gen, e.name) for e in self.model.stream)
                 assert on_stream or c.id in self.model.parked, "a call is nowhere"
+            else:
+                assert c.id not in self.model.parked, "a call that does not wait is parked"
         ends = Counter((i, gen) for i, gen, _ in self.model.told if (i, gen) not in self.model.forgotten)
         assert all(n == 1 for n in ends.values()), "an end was told twice"
 

@@ -108,6 +108,14 @@ class World:
         assert cursor == "0"
         return n
 
+    def read(self, router: str) -> None:
+        """A router takes all new entries in hand."""
+        self.db.xreadgroup(ROUTER_GROUP, router, {self.keys.calls: ">"})
+
+    def expired(self) -> Transitions:
+        """As if the result TTL of all finished calls had passed."""
+        return Transitions(self.keys, self.settings.model_copy(update={"result_ttl_s": 0}))
+
     def lapse(self, engine: str = "e1") -> None:
         """The lease of an engine ends."""
         self.db.zadd(self.keys.engines, {engine: LONG_AGO})
@@ -171,6 +179,11 @@ class World:
 
 def _texts(fields: Any) -> Fields:
     return Fields({codec.text(k): codec.text(v) for k, v in fields.items()})
+
+
+def _now(world: World) -> int:
+    seconds, _ = world.db.time()
+    return int(seconds) * 1000
 
 
 @pytest.fixture(params=["server", "fakeredis"])
@@ -461,6 +474,19 @@ def test_a_call_without_an_engine_is_parked(world: World) -> None:
     assert world.db.zrange(world.keys.parked("m"), 0, -1) == [b"c1"]
     assert not world.stream()
     assert world.state("c1") == "PENDING"
+
+
+def test_a_call_that_another_router_parked_and_one_placed_is_parked_no_more(world: World) -> None:
+    world.worker()
+    for call_id in ("placed", "late"):
+        world.submit(call_id, model="m", deadline_ms=1 << 50)
+        in_hand = world.placement(call_id)
+        assert world.assign(call_id, "").code == "parked"
+        if call_id == "late":
+            world.db.hset(world.keys.call(call_id), "deadline_ms", LONG_AGO)
+        (placed,) = world.run(world.transitions.assign([in_hand]))
+        assert placed.code == ("expired" if call_id == "late" else "assigned")
+        assert not world.db.zcard(world.keys.parked("m"))
 
 
 @pytest.mark.parametrize("state", ["STARTING", "DRAINING", "DEAD", "none"])
@@ -995,6 +1021,38 @@ def test_a_call_on_the_stream_is_cancelled_at_once(world: World) -> None:
     assert not world.waiting()
 
 
+@pytest.mark.parametrize("how", ["cancel", "session", "deadline", "transition"])
+def test_the_entry_of_a_call_that_ended_on_the_stream_goes_with_its_record(world: World, how: str) -> None:
+    """Left there it would be admitted once more: its router died, and none ran until the record had expired."""
+    entry = world.push("c1", session="s")
+    world.read("a router that dies")
+    assert world.admit(entry, "c1", session="s", deadline_ms=1 << 50) == "new"
+    if how == "cancel":
+        assert world.cancel("c1") == "cancelled"
+    elif how == "session":
+        assert world.cancel_session("s") == 1
+    elif how == "deadline":
+        world.db.zadd(world.keys.deadlines, {"c1": LONG_AGO})
+        assert world.run(world.transitions.expire()) == 1
+    else:
+        assert world.run(world.transitions.transition("c1", RequestState.CANCELLED)) == (True, "PENDING")
+    other = world.push("c2")
+    world.forget("c1")
+    assert world.run(world.expired().retain()).entries == 1
+    assert world.admit(entry, "c1", session="s") == "gone"
+    assert [e for e, _ in world.stream()] == [other]
+    assert world.db.xpending(world.keys.calls, ROUTER_GROUP)["pending"] == 0
+
+
+def test_the_end_of_a_hand_made_call_takes_nobodys_entry(world: World) -> None:
+    world.run(world.transitions.transition("mine", RequestState.PENDING, "s", ""))
+    (born_ms,) = world.record("mine").ints("submitted_ms")
+    assert world.db.xadd(world.keys.calls, {"id": "c1"}, id=f"{born_ms}-0")
+    world.cancel("mine")
+    world.run(world.expired().retain())
+    assert world.entry_of("c1")
+
+
 def test_a_parked_call_is_cancelled_at_once(world: World) -> None:
     world.submit("c1", model="m")
     world.assign("c1", "")
@@ -1402,8 +1460,7 @@ def test_an_engine_dead_for_long_is_no_longer_listed(world: World) -> None:
 
 def test_an_engine_newly_dead_stays_listed(world: World) -> None:
     world.worker()
-    seconds, _ = world.db.time()
-    world.db.zadd(world.keys.engines, {"e1": (seconds - 60) * 1000})
+    world.db.zadd(world.keys.engines, {"e1": _now(world) - 60_000})
     world.run(world.transitions.reap())
     assert [e.state for e in world.run(world.transitions.look()).engines] == ["DEAD"]
 
@@ -1413,6 +1470,17 @@ def test_a_stopped_engine_is_not_dead(world: World) -> None:
     world.lapse()
     assert world.run(world.transitions.reap()) == (0, [])
     assert world.engine()["state"] == "STOPPED"
+
+
+def test_an_engine_whose_hash_has_expired_is_forgotten_and_not_reported(world: World) -> None:
+    worker = world.worker()
+    world.start("c1", worker)
+    worker.beat("STOPPED")
+    world.db.zadd(world.keys.engines, {"e1": _now(world) - world.settings.lease_ms - 1})
+    world.db.delete(world.keys.engine("e1"))
+    assert world.run(world.transitions.reap()) == (1, []), "what it still had goes to others"
+    assert world.db.zscore(world.keys.engines, "e1") is None
+    assert not world.db.exists(world.keys.engine("e1"))
 
 
 # -- drain

@@ -83,6 +83,7 @@ local function assign(entry, id, gen, e, bind, seen, hit, why)
   local level = level_of(session.service)
   set_fields(call_key(id), {'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited', int(session.service),
     'why', why})
+  later('ZREM', parked_key(c.model), id) -- another router that had this entry in hand may have parked it
   later('ZADD', queue_key(e), queue_score(c.priority, level, c.submitted_ms), id)
   count(engine_key(e), 'queued_tokens', load_of(c))
   count(engine_key(e), 'served', 1)

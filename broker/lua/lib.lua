@@ -78,7 +78,7 @@ end
 -- calls move is written once, and so is the expiry of a key that a hundred calls touch. A script must not read a key
 -- that it has such a write outstanding for.
 local increments, settings, expiries, taken, rung = {}, {}, {}, {}, {}
-local finished = {ids = {}, bytes = {}}
+local finished = {ids = {}, bytes = {}, entries = {}}
 local members = {ZADD = {}, ZREM = {}, SADD = {}, SREM = {}, LPUSH = {}}
 
 local function gather(map, key)
@@ -124,12 +124,18 @@ local function write_members(command)
 end
 
 -- The index of finished calls, in the order of their ends: what they take up, and whose records that are. A batch is
--- one entry (or a few), so that a call costs its name and little more.
+-- one entry (or a few), so that a call costs its name and little more. Of a call that ended before an engine had it, also
+-- its entry on the router stream: left there for longer than the record, it would be admitted as a new call.
 local function write_finished()
   for at = 1, #finished.ids, 64 do
-    local to, bytes = math.min(at + 63, #finished.ids), 0
-    for i = at, to do bytes = bytes + finished.bytes[i] end
-    redis.call('XADD', FINISHED, '*', 'bytes', int(bytes), 'ids', table.concat(finished.ids, ' ', at, to))
+    local to, bytes, entries = math.min(at + 63, #finished.ids), 0, {}
+    for i = at, to do
+      bytes = bytes + finished.bytes[i]
+      entries[#entries + 1] = finished.entries[i]
+    end
+    local fields = {'bytes', int(bytes), 'ids', table.concat(finished.ids, ' ', at, to)}
+    if #entries > 0 then fields[5], fields[6] = 'entries', table.concat(entries, ' ') end
+    redis.call('XADD', FINISHED, '*', unpack(fields))
   end
 end
 

@@ -18,8 +18,8 @@ end
 local moved, dead = 0, {}
 for _, e in ipairs(candidates) do
   local key = engine_key(e)
-  local state = redis.call('HGET', key, 'state')
-  if state ~= 'DEAD' and state ~= 'STOPPED' then
+  local state = redis.call('HGET', key, 'state') -- none: a stopped or dead engine's hash that has expired
+  if state and state ~= 'DEAD' and state ~= 'STOPPED' then
     redis.call('HSET', key, 'state', 'DEAD', 'died_ms', int(NOW))
     redis.call('PEXPIRE', key, SESSION_TTL)
     dead[#dead + 1] = e
@@ -33,12 +33,15 @@ for _, e in ipairs(candidates) do
     moved = moved + #running
   end
   if moved < limit then moved = moved + give_back_queue(e, limit - moved) end
+  if not state then increments[key] = nil end
   if moved < limit then
-    redis.call('HSET', key, 'queued_tokens', 0, 'running_tokens', 0)
-    increments[key] = nil
+    if state then
+      redis.call('HSET', key, 'queued_tokens', 0, 'running_tokens', 0)
+      increments[key] = nil
+    end
     -- Until its hash expires the engine stays listed: its model is known, so calls wait for it to come back.
     local beat = tonumber(redis.call('ZSCORE', ENGINES, e) or '0')
-    if beat < NOW - tonumber(SESSION_TTL) then
+    if not state or beat < NOW - tonumber(SESSION_TTL) then
       redis.call('ZREM', ENGINES, e)
       redis.call('PEXPIRE', key, SESSION_TTL)
     end

@@ -1,6 +1,6 @@
 --- @include lib
 -- Any router, on a timer: what finished calls leave behind is bounded by time and by bytes. Entries of the index whose
--- records are gone by their TTL go; while those left take more bytes than allowed, the oldest go with their records.
+-- records are gone by their TTL go, and what those calls left on the router stream; while those left take more bytes than allowed, the oldest go with their records.
 -- It also measures how long calls stay, for those who are refused (lua/overload.lua).
 --
 -- ARGV     max_bytes (0 = no bound) limit (index entries per run, of up to 64 calls each)
@@ -26,6 +26,7 @@ for _, entry in ipairs(redis.call('XRANGE', FINISHED, '-', '+', 'COUNT', limit))
   if not expired then
     for id in string.gmatch(fields[4], '%S+') do early = early + remove(id, ended_ms) end
   end
+  for left in string.gmatch(fields[6] or '', '%S+') do take_entry(left) end
   gone[#gone + 1] = entry[1]
   freed = freed + tonumber(fields[2])
 end

@@ -16,8 +16,6 @@ local function stop_call(id, flag, reason)
     later('ZREM', queue_key(c.engine), id)
     count(engine_key(c.engine), 'queued_tokens', -load_of(c))
     make_way(c.engine)
-  else
-    later('ZREM', parked_key(c.model), id)
   end
   if flag == 'deadline' then
     end_call(id, c, 'FAILED', 'deadline_exceeded', reason, '')

@@ -31,6 +31,9 @@ end
 -- process table included. Measured by tests/test_retention.py.
 local RECORD_BYTES = 768
 
+-- On the router stream, or parked.
+local function waits_for_router(c) return c.state == 'PENDING' and c.engine == '' end
+
 -- What was counted when the call was created is counted back, and what stays of it until its TTL is counted instead.
 local function settle_usage(id, c, state, result)
   if c.bytes == '' then return end -- a record of a version that did not count
@@ -40,13 +43,15 @@ local function settle_usage(id, c, state, result)
   count(SESSION_BYTES, c.session, -body)
   local kept = RECORD_BYTES + #result + (tonumber(c.log_bytes) or 0) + (state == 'FAILED' and body or 0)
   count(USAGE, 'retained_bytes', kept)
-  finished.ids[#finished.ids + 1] = id
-  finished.bytes[#finished.bytes + 1] = kept
+  local n = #finished.ids + 1
+  finished.ids[n], finished.bytes[n] = id, kept
+  if waits_for_router(c) then finished.entries[n] = c.gen end
 end
 
 -- c: the call as read_call gave it. Further field-value pairs go into the record, and are told.
 local function end_call(id, c, state, code, message, result, ...)
   local key = call_key(id)
+  if waits_for_router(c) then later('ZREM', parked_key(c.model), id) end
   -- A finished call's body is not needed any more; a failed one's is, to look at it and to replay it.
   set_fields(key, {'state', state, 'finished_ms', int(NOW), 'error_code', code, 'error', message, 'result', result, ...})
   if state ~= 'FAILED' then redis.call('HDEL', key, c.format) end

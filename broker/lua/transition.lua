@@ -9,13 +9,14 @@ local legal = {
   ['RUNNING>COMPLETED'] = true, ['RUNNING>CANCELLED'] = true, ['RUNNING>FAILED'] = true,
   ['>PENDING'] = true,
 }
+local function no_entry() return '0-' .. int(NOW) end -- a generation that is no entry of the router stream
+
 local key = call_key(id)
 local before = redis.call('HGET', key, 'state') or ''
 if not legal[before .. '>' .. state] then return {'illegal', before} end
 if state == 'PENDING' then
   create_call({id = id, session = session, kind = 'generate', model = '', priority = '0', prompt_tokens = '0',
-    deadline_ms = '', stream = '0', inbox = '', traceparent = '', digest = ''},
-    function() return int(NOW) .. '-0' end, 'body', '')
+    deadline_ms = '', stream = '0', inbox = '', traceparent = '', digest = ''}, no_entry, 'body', '')
   redis.call('HSET', key, 'engine', engine)
 elseif state == 'RUNNING' then
   redis.call('HSET', key, 'state', 'RUNNING', 'started_ms', int(NOW))

@@ -13,7 +13,7 @@ import typer
 
 from broker import CallEnded, CallHandle, Client, Delta, RsmError, scripts
 from broker.ids import check_id
-from broker.models import EngineState
+from broker.models import EngineState, OnEngineLoss
 from broker.monitor import Monitor
 from engine.cli.app import EXIT_FAILED, app, client_of
 from engine.cli.output import emit_json, note, record_json, say, say_error
@@ -45,6 +45,9 @@ def submit(
     call_id: Annotated[str | None, typer.Option("--id", help="Chosen by you, it makes a repetition safe.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send it as a chat message of the user.")] = False,
+    on_engine_loss: Annotated[
+        OnEngineLoss, typer.Option(help="Its engine's process dies: go on elsewhere, begin anew, or fail.")
+    ] = "continue",
     json: Annotated[bool, typer.Option("--json", help="The record with its result, as JSON.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Seconds; a call not finished by then fails.", min=0.0)] = None,
 ) -> None:
@@ -63,6 +66,7 @@ def submit(
             priority=priority,
             stream=live and not json,
             deadline_ms=None if timeout is None else client.deadline_in(timeout),
+            on_engine_loss=on_engine_loss,
             **{name: value for name, value in params.items() if value is not None},
         )
         _follow(handle, timeout, _print_record if json else _print_text)
