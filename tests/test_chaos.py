@@ -400,7 +400,7 @@ def test_two_minutes_of_chaos() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.xdist_group("chaos")
 def test_a_minute_of_chaos_with_real_vllm() -> None:
     pytest.importorskip("vllm")
