@@ -20,7 +20,7 @@ from broker import AsyncClient, CallCancelled, Client, RequestState, Settings, s
 from broker.embedded import EmbeddedRedis
 from broker.keys import Keys
 from broker.monitor import Monitor
-from broker.transitions import Claimed, Fence, Transitions
+from broker.transitions import Claimed, Fence, Release, Transitions
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, routing
 from tests.sim_processes import (
@@ -148,7 +148,8 @@ async def test_a_call_flagged_before_it_begins_never_runs(db: redis.Redis, keys:
     assert (end.finish.fence, end.finish.state) == (fence, RequestState.CANCELLED)
 
 
-async def test_a_call_cancelled_while_its_log_is_read_never_runs(keys: Keys) -> None:
+@pytest.mark.parametrize("stop", ["cancel", "give back"])
+async def test_a_call_stopped_while_its_log_is_read_never_runs(keys: Keys, stop: str) -> None:
     """A second attempt reads first what is out already; the engine does not know it yet (found by `make chaos`)."""
     reading, read_on, left = threading.Event(), threading.Event(), asyncio.Event()
 
@@ -163,12 +164,19 @@ async def test_a_call_cancelled_while_its_log_is_read_never_runs(keys: Keys) -> 
     fence = Fence("c1", "1-0", 2)
     calls.start([Claimed(fence, "s1", "generate", True, "", 0, 0, 1, "", 1, "body", b"\x80")])
     assert await asyncio.to_thread(reading.wait, 10)
-    calls.cancel(fence)
+    if stop == "cancel":
+        calls.cancel(fence)
+    else:
+        calls.give_back()
     read_on.set()
     await asyncio.wait_for(left.wait(), 10)
     (end,) = put
-    assert isinstance(end, Ended)
-    assert end.finish.state == RequestState.CANCELLED
+    if stop == "cancel":
+        assert isinstance(end, Ended)
+        assert end.finish.state == RequestState.CANCELLED
+    else:
+        assert isinstance(end, Release)
+        assert end.fault == "", "nobody's fault"
 
 
 def test_the_deadline_of_a_running_call(settings: Settings, client: Client, start: Start) -> None:

@@ -49,10 +49,11 @@ class Running:
     expired: bool = False  # its deadline has passed
     dropped: bool = False  # no longer ours: say nothing more of it
     gap: bool = False  # Redis lost some of its events: another attempt has to say them again
+    returned: bool = False  # it is to go back to the router
     task: asyncio.Task[None] | None = None
 
     def unwanted(self) -> bool:
-        return self.cancelled or self.expired or self.dropped or self.gap
+        return self.cancelled or self.expired or self.dropped or self.gap or self.returned
 
 
 def key_of(fence: Fence) -> str:
@@ -162,7 +163,8 @@ class Calls:
 
     def give_back(self) -> None:
         """Stops all calls; what has not ended by itself goes back to the router."""
-        for key in list(self._running):
+        for key, running in list(self._running.items()):
+            running.returned = True  # the engine may not know it yet
             self._backend.abort(key)
 
     def abandon(self, fault: Fault, why: str) -> None:
