@@ -19,7 +19,7 @@ demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
 
 # The contract with Redis, checked also on a master under Sentinel and on a Cluster; tests/topologies.py starts them.
-BROKER_TESTS := $(patsubst %,tests/test_%.py,transitions client aio request dead_letters policies router lost_news)
+BROKER_TESTS := $(wildcard tests/test_transitions_*.py) $(patsubst %,tests/test_%.py,client aio request dead_letters policies router lost_news)
 
 test: $(VLLM_STAMP) check
 	$(PY) -m pytest -n 2 --dist loadgroup

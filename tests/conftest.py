@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fakeredis
 import psutil
 import pytest
 import redis
@@ -22,6 +23,7 @@ from chaos.leaks import leaked_keys
 from tests.sim_processes import Start, WorkerProcess, sim, state_of
 from tests.topologies import TOPOLOGIES, Topology
 from tests.waiting import eventually as eventually
+from tests.world import World
 
 # Started in a shell's background, SIGINT is ignored here and in every child; the tests of Ctrl-C need it to arrive.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -87,6 +89,19 @@ def cut_off(fragile: EmbeddedRedis, settings: Settings) -> Settings:
     with redis.Redis(unix_socket_path=str(fragile.socket)) as server:
         server.config_set("appendfsync", "always")
     return settings.with_redis(fragile.url)
+
+
+@pytest.fixture(params=["server", "fakeredis"])
+def world(request: pytest.FixtureRequest, settings: Settings) -> Iterator[World]:
+    """A namespace on a real server, and one on fakeredis, which leaves no key behind either."""
+    if request.param == "server":
+        db = connect(settings)
+        yield World(db, settings)
+        db.close()
+    else:
+        fake = World(fakeredis.FakeRedis(server_type="valkey", version=(7, 2)), settings)
+        yield fake
+        assert not fake.leaks()
 
 
 @pytest.fixture

@@ -8,24 +8,24 @@ import pytest
 
 from broker import RequestState, Settings, codec
 from broker.transitions import Submission, Submitted, Transitions
-from tests.test_transitions import World, world  # noqa: F401 - the fixture
+from tests.world import World
 
 BODY = len(codec.encode({"prompt": "hi"}))
 
 
 @pytest.fixture
-def small(world: World) -> World:  # noqa: F811
+def small(world: World) -> World:
     """A namespace with room for three calls, two of them of one session."""
     bound(world, max_open_calls=3, max_session_calls=2)
     return world
 
 
-def bound(world: World, **bounds: int) -> None:  # noqa: F811
+def bound(world: World, **bounds: int) -> None:
     world.settings = world.settings.model_copy(update={"max_body_bytes": 1024, **bounds})
     world.transitions = Transitions(world.keys, world.settings)
 
 
-def submit(world: World, *calls: Submission) -> list[Submitted]:  # noqa: F811
+def submit(world: World, *calls: Submission) -> list[Submitted]:
     return world.run(world.transitions.submit(calls))
 
 
@@ -33,7 +33,7 @@ def codes(replies: list[Submitted]) -> list[str]:
     return [r.code for r in replies]
 
 
-def usage(world: World) -> dict[str, int]:  # noqa: F811
+def usage(world: World) -> dict[str, int]:
     names = ("open_calls", "open_bytes", "retained_bytes")
     return {name: codec.number(v) for name, v in zip(names, world.db.hmget(world.keys.usage, names), strict=True)}
 
@@ -42,7 +42,7 @@ def settings_with(**values: Any) -> Settings:
     return Settings(**values)
 
 
-def measured(world: World, **fields: Any) -> None:  # noqa: F811
+def measured(world: World, **fields: Any) -> None:
     """As if the routers had measured it."""
     world.db.hset(world.keys.usage, mapping=fields)
 
@@ -63,7 +63,7 @@ def measured(world: World, **fields: Any) -> None:  # noqa: F811
 )
 @pytest.mark.parametrize("batched", [True, False])
 def test_each_bound_holds(
-    world: World,  # noqa: F811
+    world: World,
     bounds: dict[str, int],
     name: str,
     accepted: int,
@@ -97,7 +97,7 @@ def test_a_full_session_is_in_nobody_elses_way(small: World) -> None:
     assert replies[2].state is None
 
 
-def test_a_batch_keeps_its_order(world: World) -> None:  # noqa: F811
+def test_a_batch_keeps_its_order(world: World) -> None:
     bound(world, max_open_bytes=1024)
     replies = submit(world, *(world.prepare(f"c{i}", prompt="x" * size) for i, size in enumerate((500, 600, 1))))
     assert codes(replies) == ["new", "overloaded", "overloaded"], "a small call does not overtake a large one"
@@ -135,7 +135,7 @@ def test_the_advice_of_a_session_is_its_own(small: World) -> None:
     assert (reply.bound, reply.retry_ms) == ("session_calls", 150), "of its two, one ends each 150 ms"
 
 
-def test_large_calls_wait_for_more_ends(world: World) -> None:  # noqa: F811
+def test_large_calls_wait_for_more_ends(world: World) -> None:
     bound(world, max_open_bytes=1024)
     submit(world, *(world.prepare(f"c{i}", prompt="x" * 90) for i in range(10)))
     measured(world, turnaround_ms=1000)

@@ -1,4 +1,4 @@
-"""Calls that kill engines: suspected, isolated, convicted; and what each call wants when its engine is lost."""
+"""Calls that kill engines: suspected, isolated, convicted."""
 
 from __future__ import annotations
 
@@ -8,22 +8,9 @@ from typing import Any
 import pytest
 
 from broker import codec
-from broker.events import read_event
-from broker.models import CallRecord, Delta
-from tests import test_transitions
+from broker.models import CallRecord
 from tests.fake_worker import FakeWorker
-from tests.test_transitions import LONG_AGO, World
-
-world = test_transitions.world
-
-
-def die(world: World, worker: FakeWorker) -> FakeWorker:
-    """The worker's process dies, and comes back; its calls are assigned to it again."""
-    world.run(world.transitions.reap(worker.engine, worker.incarnation))
-    heir = world.worker(worker.engine)
-    for _, fields in world.stream():
-        world.assign(fields["id"], worker.engine)
-    return heir
+from tests.world import LONG_AGO, World
 
 
 def suspect(world: World, *calls: str, **options: Any) -> FakeWorker:
@@ -33,7 +20,7 @@ def suspect(world: World, *calls: str, **options: Any) -> FakeWorker:
         world.queue(call_id, **options)
     for _ in range(world.settings.max_deaths - 1):
         assert len(worker.claim() or ()) == len(calls)
-        worker = die(world, worker)
+        worker = world.die(worker)
     return worker
 
 
@@ -73,7 +60,7 @@ def test_the_death_of_one_process_counts_once_however_often_it_is_told(world: Wo
     worker.release(call, death=True)
     world.assign("c1")
     worker.take()
-    die(world, worker)
+    world.die(worker)
     assert world.record("c1")["deaths"] == worker.incarnation
 
 
@@ -92,7 +79,7 @@ def test_a_call_that_waited_is_no_suspect(world: World) -> None:
     worker = suspect(world, "poison")
     world.queue("waiting")
     worker.take()
-    die(world, worker)
+    world.die(worker)
     assert deaths(world, "waiting") == 0
 
 
@@ -210,7 +197,7 @@ def test_a_suspect_given_back_waits_again_for_an_empty_engine(world: World) -> N
     world.assign("suspect")
     assert claimed(worker) == ["beside"]
     assert claimed(worker) == []
-    die(world, worker)
+    world.die(worker)
     assert world.state("suspect") == "PENDING", "it was not running"
 
 
@@ -247,11 +234,11 @@ def test_a_suspect_that_kills_again_is_a_dead_letter(world: World, how: str) -> 
 def test_neighbours_of_a_convict_are_innocent(world: World) -> None:
     worker = suspect(world, "a-poison", "b-neighbour", "c-neighbour")
     assert claimed(worker) == ["a-poison"]
-    worker = die(world, worker)
+    worker = world.die(worker)
     assert [world.state(c) for c in ("a-poison", "b-neighbour", "c-neighbour")] == ["FAILED", "PENDING", "PENDING"]
     assert claimed(worker) == ["b-neighbour", "c-neighbour"], "side by side again"
     assert world.record("b-neighbour").ints("failures") == (0,)
-    worker = die(world, worker)
+    worker = world.die(worker)
     assert deaths(world, "b-neighbour") == 1, "what the convict did is forgotten"
     assert 0 < world.db.pttl(world.keys.solved) <= world.settings.session_ttl_s * 1000
 
@@ -272,7 +259,7 @@ def test_a_suspect_found_innocent_while_it_waits_is_no_longer_waited_for(world: 
     world.run(world.transitions.reap("e2", other.incarnation))
     assert world.state("a-poison") == "FAILED"
     assert claimed(worker) == ["next"], "the neighbour needs no engine of its own any more"
-    die(world, worker)
+    world.die(worker)
     assert (world.state("b-neighbour"), deaths(world, "b-neighbour")) == ("PENDING", 1)
 
 
@@ -284,9 +271,9 @@ def test_an_innocent_call_that_still_runs_alone_is_not_convicted(world: World) -
     third = world.worker("e3")
     world.assign("b-neighbour", "e3")
     assert (claimed(other), claimed(third)) == (["a-poison"], ["b-neighbour"])
-    die(world, other)
+    world.die(other)
     assert world.state("a-poison") == "FAILED"
-    die(world, third)
+    world.die(third)
     assert (world.state("b-neighbour"), deaths(world, "b-neighbour")) == ("PENDING", 1)
 
 
@@ -302,7 +289,7 @@ def test_a_cancelled_suspect_that_kills_is_cancelled(world: World) -> None:
     worker = suspect(world, "suspect")
     worker.take()
     world.cancel("suspect")
-    die(world, worker)
+    world.die(worker)
     assert world.state("suspect") == "CANCELLED"
     assert not world.dead()
 
@@ -380,77 +367,3 @@ def test_in_any_order_suspects_run_alone_and_only_the_guilty_die(world: World, s
     assert all(world.record(c)["failures"] == "" for c in plague.calls)
     assert plague.alone >= len(plague.poison)
     assert world.engine("e1").ints("queued_tokens", "running_tokens") == (0, 0)
-
-
-# -- on_engine_loss
-
-
-def test_a_call_that_asked_to_fail_fails_when_its_engine_dies(world: World) -> None:
-    worker = world.worker()
-    call = world.start("c1", worker, stream=True, inbox="box", on_engine_loss="fail")
-    worker.publish(call, "one", "two")
-    die(world, worker)
-    record = world.record("c1")
-    assert (record["state"], record["error_code"]) == ("FAILED", "engine_lost")
-    assert "died" in record["error"]
-    assert [f["text"] for _, f in world.log("c1")[:-1]] == ["one", "two"], "what it said can still be read"
-    assert [n["state"] for n in world.news("box")] == ["", "", "FAILED"]
-    assert not world.stream()
-    assert not world.dead()
-
-
-@pytest.mark.parametrize("fault", [True, False])
-def test_an_error_or_a_give_back_is_no_loss_of_the_engine(world: World, fault: bool) -> None:
-    worker = world.worker()
-    call = world.start("c1", worker, stream=True, on_engine_loss="fail")
-    worker.publish(call, "one")
-    worker.release(call, fault=fault)
-    assert world.state("c1") == "PENDING"
-    world.assign("c1")
-    again = worker.take()
-    assert (again.events, again.begins, again.on_engine_loss) == (1, 0, "fail"), "it goes on behind its last piece"
-
-
-@pytest.mark.parametrize("how", ["death", "error", "give-back"])
-def test_a_call_that_asked_to_restart_begins_anew(world: World, how: str) -> None:
-    worker = world.worker()
-    call = world.start("c1", worker, stream=True, inbox="box", on_engine_loss="restart")
-    worker.publish(call, "one", "two")
-    if how == "death":
-        worker = die(world, worker)
-    else:
-        worker.release(call, fault=how == "error")
-        world.assign("c1")
-    again = worker.take()
-    assert (again.events, again.begins, again.on_engine_loss) == (3, 3, "restart")
-    assert worker.publish(again, "three") == ["ok"]
-    worker.finish(again)
-    told = [(f["n"], f["text"], f["restart"]) for _, f in world.log("c1")[:-1]]
-    assert told == [("0", "one", ""), ("1", "two", ""), ("2", "", "1"), ("3", "three", "")]
-    assert [(f["n"], f["text"], f["restart"]) for f in world.news("box")[:-1]] == told
-    eids = [f["eid"] for f in world.news("box")[:-1]]
-    assert eids == [eid for eid, _ in world.log("c1")[:-1]]
-    assert world.log("c1")[-1][1]["n"] == "4"
-    raw: Any = world.db.xrange(world.keys.events("c1"))
-    assert read_event("c1", raw[2][1], "9-9") == Delta(2, "9-9", restart=True)
-
-
-def test_a_stream_that_said_nothing_new_is_not_restarted_again(world: World) -> None:
-    worker = world.worker()
-    call = world.start("c1", worker, stream=True, on_engine_loss="restart")
-    worker.publish(call, "one")
-    for _ in range(3):
-        worker.release(call)
-        world.assign("c1")
-        call = worker.take()
-        assert (call.events, call.begins) == (2, 2)
-    assert len(world.log("c1")) == 2
-
-
-def test_without_pieces_there_is_nothing_to_tell(world: World) -> None:
-    worker = world.worker()
-    world.start("c1", worker, on_engine_loss="restart")
-    worker = die(world, worker)
-    again = worker.take()
-    assert (again.events, again.begins) == (0, 0)
-    assert not world.log("c1")

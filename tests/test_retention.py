@@ -12,36 +12,36 @@ from broker.ids import new_id
 from broker.monitor import Monitor
 from broker.settings import Settings
 from broker.transitions import RETAIN_ENTRIES, Retained, Transitions
-from tests.test_transitions import World, world  # noqa: F401 - the fixture
 from tests.waiting import eventually
+from tests.world import World
 
 # What terminal.lua counts for a record.
 RECORD = 768
 
 
-def change(world: World, **settings: Any) -> None:  # noqa: F811
+def change(world: World, **settings: Any) -> None:
     world.settings = world.settings.model_copy(update=settings)
     world.transitions = Transitions(world.keys, world.settings)
 
 
-def retained(world: World) -> int:  # noqa: F811
+def retained(world: World) -> int:
     return codec.number(world.db.hget(world.keys.usage, "retained_bytes"))
 
 
-def finish(world: World, *ids: str, text: str = "done") -> None:  # noqa: F811
+def finish(world: World, *ids: str, text: str = "done") -> None:
     worker = world.worker(new_id())
     for call_id in ids:
         assert worker.finish(world.start(call_id, worker, stream=True), text) == "done"
 
 
-def left(world: World, *ids: str) -> list[str]:  # noqa: F811
+def left(world: World, *ids: str) -> list[str]:
     return [i for i in ids if world.db.exists(world.keys.call(i), world.keys.events(i))]
 
 
 # -- by time
 
 
-def test_the_index_goes_with_the_records(world: World) -> None:  # noqa: F811
+def test_the_index_goes_with_the_records(world: World) -> None:
     change(world, result_ttl_s=1)
     finish(world, "c1", "c2")
     assert world.run(world.transitions.retain()) == Retained(0, 0)
@@ -51,7 +51,7 @@ def test_the_index_goes_with_the_records(world: World) -> None:  # noqa: F811
     assert world.db.xlen(world.keys.finished) == 0
 
 
-def test_without_a_bound_bytes_do_not_matter(world: World) -> None:  # noqa: F811
+def test_without_a_bound_bytes_do_not_matter(world: World) -> None:
     change(world, max_retained_bytes=0)
     finish(world, "c1")
     assert world.run(world.transitions.retain()) == Retained(0, 0)
@@ -60,7 +60,7 @@ def test_without_a_bound_bytes_do_not_matter(world: World) -> None:  # noqa: F81
 # -- by bytes
 
 
-def test_the_oldest_go_first_and_no_more_than_needed(world: World) -> None:  # noqa: F811
+def test_the_oldest_go_first_and_no_more_than_needed(world: World) -> None:
     ids = [f"c{i}" for i in range(5)]
     finish(world, *ids)
     change(world, max_retained_bytes=retained(world) // 5 * 2 + 1)
@@ -71,14 +71,14 @@ def test_the_oldest_go_first_and_no_more_than_needed(world: World) -> None:  # n
     assert world.run(world.transitions.retain()) == Retained(0, 0)
 
 
-def test_one_run_is_bounded(world: World) -> None:  # noqa: F811
+def test_one_run_is_bounded(world: World) -> None:
     finish(world, *(f"c{i}" for i in range(RETAIN_ENTRIES + 3)))
     change(world, max_retained_bytes=1)
     assert [world.run(world.transitions.retain()).entries for _ in range(3)] == [RETAIN_ENTRIES, 3, 0]
     assert retained(world) == 0
 
 
-def test_a_batch_is_one_entry_of_the_index(world: World) -> None:  # noqa: F811
+def test_a_batch_is_one_entry_of_the_index(world: World) -> None:
     for i in range(70):
         world.submit(f"c{i}", session="s")
     assert world.cancel_session("s") == 70
@@ -88,7 +88,7 @@ def test_a_batch_is_one_entry_of_the_index(world: World) -> None:  # noqa: F811
     assert world.run(world.transitions.retain()) == Retained(2, 70)
 
 
-def test_a_call_that_uses_an_old_id_is_not_taken_for_the_old_one(world: World) -> None:  # noqa: F811
+def test_a_call_that_uses_an_old_id_is_not_taken_for_the_old_one(world: World) -> None:
     finish(world, "c1", "c2")
     for call_id in ("c1", "c2"):
         world.forget(call_id)
@@ -100,7 +100,7 @@ def test_a_call_that_uses_an_old_id_is_not_taken_for_the_old_one(world: World) -
     assert (world.state("c1"), world.state("c2")) == ("PENDING", "COMPLETED")
 
 
-def test_a_failed_body_counts_until_it_goes(world: World) -> None:  # noqa: F811
+def test_a_failed_body_counts_until_it_goes(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker, prompt="x" * 5000)
     worker.fail(call)
@@ -125,7 +125,7 @@ def test_a_record_takes_what_is_counted_for_it(settings: Settings) -> None:
     assert 0.6 * counted < each < 1.2 * counted, f"{each:.0f} bytes a call, {counted:.0f} counted"
 
 
-def _memory(world: World) -> int:  # noqa: F811
+def _memory(world: World) -> int:
     """Of all keys of the namespace, each with its share of the key table."""
     keys = [k for k in world.db.scan_iter(count=1000) if k.decode().startswith(world.keys.prefix)]
     return sum(world.db.memory_usage(key, samples=0) for key in keys)
@@ -134,7 +134,7 @@ def _memory(world: World) -> int:  # noqa: F811
 # -- dead letters
 
 
-def bury(world: World, call_id: str, size: int) -> None:  # noqa: F811
+def bury(world: World, call_id: str, size: int) -> None:
     """A call that used up its attempts."""
     change(world, max_attempts=1)
     worker = world.worker(new_id())
@@ -143,7 +143,7 @@ def bury(world: World, call_id: str, size: int) -> None:  # noqa: F811
     assert world.state(call_id) == "FAILED"
 
 
-def test_dead_letters_are_bounded_in_bytes(world: World) -> None:  # noqa: F811
+def test_dead_letters_are_bounded_in_bytes(world: World) -> None:
     change(world, max_dead_bytes=27_000)
     for i in range(8):
         bury(world, f"c{i}", 5000)
@@ -151,14 +151,14 @@ def test_dead_letters_are_bounded_in_bytes(world: World) -> None:  # noqa: F811
     assert Monitor(world.settings, world.db).usage()["dead_bytes"]["used"] <= 27_000
 
 
-def test_without_a_bound_dead_letters_stay(world: World) -> None:  # noqa: F811
+def test_without_a_bound_dead_letters_stay(world: World) -> None:
     change(world, max_dead_bytes=0)
     for i in range(8):
         bury(world, f"c{i}", 5000)
     assert len(world.dead()) == 8
 
 
-def test_the_bound_holds_when_letters_are_replayed_or_deleted(world: World) -> None:  # noqa: F811
+def test_the_bound_holds_when_letters_are_replayed_or_deleted(world: World) -> None:
     change(world, max_dead_bytes=27_000)
     for i in range(4):
         bury(world, f"c{i}", 5000)
@@ -176,7 +176,7 @@ def test_the_bound_holds_when_letters_are_replayed_or_deleted(world: World) -> N
 # -- inboxes
 
 
-def test_an_inbox_that_nobody_reads_gets_no_more_large_results(world: World) -> None:  # noqa: F811
+def test_an_inbox_that_nobody_reads_gets_no_more_large_results(world: World) -> None:
     worker = world.worker()
     for i in range(600):
         world.queue(f"c{i}", inbox="box")

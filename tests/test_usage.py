@@ -12,13 +12,13 @@ import pytest
 from broker import RequestState, codec
 from broker.transitions import Claimed, Transitions
 from tests.fake_worker import FakeWorker
-from tests.test_transitions import LONG_AGO, World, _texts, world  # noqa: F401 - the fixture
+from tests.world import LONG_AGO, World, texts
 
 
 class Walk:
     """Random events in a namespace of three sessions and three engines, and what must be true after each of them."""
 
-    def __init__(self, world: World, seed: int) -> None:  # noqa: F811
+    def __init__(self, world: World, seed: int) -> None:
         self.world = world
         self.random = random.Random(seed)
         self.weights: dict[str, int] = {}
@@ -143,7 +143,7 @@ class Walk:
         records = {c: self.world.record(c) for c in self.weights}
         open_ = {c for c, r in records.items() if r["state"] in ("PENDING", "RUNNING")}
         sizes = {c: self._size(c, "body") + self._size(c, "json") for c in records}
-        usage = _texts(self.world.db.hgetall(self.world.keys.usage))
+        usage = texts(self.world.db.hgetall(self.world.keys.usage))
         assert usage.ints("open_calls", "open_bytes") == (len(open_), sum(sizes[c] for c in open_))
         by_session: Counter[str] = Counter()
         for call_id in open_:
@@ -152,7 +152,7 @@ class Walk:
             s.encode(): str(n).encode() for s, n in by_session.items()
         }
         ended = sorted(c for c in records if c not in open_)
-        index = [_texts(f) for _, f in self.world.db.xrange(self.world.keys.finished)]
+        index = [texts(f) for _, f in self.world.db.xrange(self.world.keys.finished)]
         assert sorted(c for e in index for c in e["ids"].split()) == ended
         kept = sum(768 + sizes[c] + self._size(c, "result") + self._log_bytes(c) for c in ended)
         assert usage.ints("retained_bytes") == (sum(int(e["bytes"]) for e in index),) == (kept,)
@@ -166,7 +166,7 @@ class Walk:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_counters_are_right_and_under_pressure_nothing_stays(world: World, seed: int) -> None:  # noqa: F811
+def test_the_counters_are_right_and_under_pressure_nothing_stays(world: World, seed: int) -> None:
     walk = Walk(world, seed)
     for step in range(120):
         walk.random.choice(walk.events)()
