@@ -14,77 +14,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from types import TracebackType
 from typing import Any
 
-from broker import codec, scripts
+from broker import codec, inbox, scripts
 from broker.connection import BLIPS, Backoff, connect_async, reason, require_access
 from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, Overloaded, UnknownCall
 from broker.events import End, end_record, is_end, read_event
+from broker.handle import AsyncCall as AsyncCall
 from broker.ids import check_id, new_id
 from broker.keys import Keys
-from broker.live import BEGIN, FORGET, live
-from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
+from broker.live import BEGIN, FORGET, LogReader, live
+from broker.models import CallRecord, Delta, OnEngineLoss
 from broker.overload import OnOverload, Patience
 from broker.request import Prompt, build
 from broker.settings import Settings
 from broker.transitions import Submission, Submitted, Transitions
 
 _BLOCK_S = 2.0
-_READ_MANY = 1000
-# See `broker.client`: an inbox is trimmed up to what was read.
-TRIM_MANY = 128
-_RECONCILE_S = 5.0
 _CLOSED = "The client is closed; the calls it pushed go on."
-
-
-class AsyncCall:
-    """A submitted call. Awaiting it gives the result."""
-
-    def __init__(self, client: AsyncClient, call_id: str, session: str, stream: bool) -> None:
-        self._client = client
-        self.id = call_id
-        self.session = session
-        self.streamed = stream
-        self._ended: asyncio.Future[Mapping[bytes, bytes]] = asyncio.get_running_loop().create_future()
-        self._pushed = False
-        self._record: CallRecord | None = None
-        self._pieces: asyncio.Queue[Delta | End] | None = asyncio.Queue() if stream else None
-
-    def __repr__(self) -> str:
-        return f"AsyncCall(id={self.id!r}, session={self.session!r}, done={self.done})"
-
-    def __await__(self) -> Any:
-        return self.result().__await__()
-
-    @property
-    def done(self) -> bool:
-        return self._ended.done()
-
-    async def result(self, timeout: float | None = None) -> CallResult:
-        """Waits for the end of the call, at most `timeout` seconds.
-
-        Raises:
-            CallCancelled, CallFailed: it ended without a result.
-            CallLost: Redis has lost it.
-            TimeoutError: it has not ended; it goes on, and may be awaited again.
-        """
-        return (await self.wait(timeout)).outcome()
-
-    async def wait(self, timeout: float | None = None) -> CallRecord:
-        """Like `result`, but gives the record however the call ended."""
-        if self._record is None:
-            async with asyncio.timeout(timeout):  # not wait_for: before Python 3.12 it can swallow a cancel
-                news = await asyncio.shield(self._ended)
-            self._record = await self._client._ended(self.id, news)
-        return self._record
-
-    def stream(self) -> AsyncIterator[Delta]:
-        """The pieces of the call from its first on, to its end; may be iterated once. See `AsyncClient.stream`."""
-        if self._pieces is None:
-            raise UnknownCall(f"Call {self.id} was submitted without stream=True, so it keeps no pieces.")
-        return self._client._live(self)
-
-    async def cancel(self, reason: str = "") -> bool:
-        """See `AsyncClient.cancel`."""
-        return await self._client.cancel(self.id, reason)
 
 
 class AsyncClient:
@@ -261,10 +206,11 @@ class AsyncClient:
         (await self.record(call_id)).outcome()
 
     async def _read_log(self, reader: Any, call_id: str, last: str) -> AsyncIterator[Delta]:
-        key, backoff, ended, expected = self.keys.events(call_id), Backoff("stream"), False, 0
-        while not self._closed:
+        key, backoff, ended = self.keys.events(call_id), Backoff("stream"), False
+        log_reader = LogReader(call_id, last)
+        while not (log_reader.over or self._closed):
             try:
-                reply = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+                reply = await reader.xread({key: log_reader.last}, count=inbox.READ_MANY, block=int(_BLOCK_S * 1000))
             except BLIPS as e:
                 await asyncio.sleep(backoff.pause(e))
                 continue
@@ -273,18 +219,8 @@ class AsyncClient:
                 return  # its log has expired
             # Only a read that began after the end proves that nothing follows.
             ended = not reply and (await self.record(call_id)).state.terminal
-            for eid, fields in reply[0][1] if reply else ():
-                last = codec.text(eid)
-                event = read_event(call_id, fields, last)
-                if isinstance(event, End):
-                    return
-                if event is not None and event.n < expected:
-                    yield FORGET
-                    last, expected = BEGIN, 0
-                    break
-                if event is not None:
-                    expected = event.n + 1
-                    yield event
+            for delta in log_reader.take(reply[0][1] if reply else ()):
+                yield delta
 
     async def _live(self, call: AsyncCall) -> AsyncIterator[Delta]:
         """Pieces from the inbox; those it lacks, from the log."""
@@ -352,11 +288,11 @@ class AsyncClient:
         try:
             while True:
                 try:
-                    if read >= TRIM_MANY:
+                    if read >= inbox.TRIM_MANY:
                         await reader.xtrim(key, minid=last, approximate=False)
                         read = 0
-                    reply: Any = await reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
-                    if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
+                    reply: Any = await reader.xread({key: last}, count=inbox.READ_MANY, block=int(_BLOCK_S * 1000))
+                    if backoff.recovered() or time.monotonic() - reconciled > inbox.RECONCILE_S:
                         reconciled = time.monotonic()
                         await self._reconcile(reader)
                 except BLIPS as e:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -15,17 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import redis
-
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect, persist, reason
 from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, Overloaded, UnknownCall
-from broker.events import End, end_record, is_end, read_event
+from broker.events import end_record, is_end
 from broker.handle import CallHandle as CallHandle
 from broker.ids import check_id, new_id
+from broker.inbox import READ_MANY, Entries, Inbox
 from broker.keys import Keys
 from broker.line import Line
-from broker.live import BEGIN, FORGET
+from broker.live import BEGIN, FORGET, LogReader
 from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
 from broker.overload import OnOverload, Patience
 from broker.request import Prompt, build
@@ -37,11 +35,6 @@ log = logging.getLogger("rsm.client")
 # Calls per push. Small, so that router and worker are at work on the first while the next are on their way.
 PUSH_MANY = 32
 _BLOCK_S = 2.0
-_READ_MANY = 1000
-# After so many entries the inbox is trimmed up to the last one read: nobody else reads it.
-TRIM_MANY = 128
-# How old a wait must be before the record is asked directly.
-_RECONCILE_S = 5.0
 
 
 class Client:
@@ -76,7 +69,7 @@ class Client:
         self._open: dict[str, CallHandle] = {}
         self._changed = threading.Condition()
         self._closed = threading.Event()
-        self._reader: threading.Thread | None = None
+        self._reader: Inbox | None = None
 
     # -- submitting
 
@@ -272,10 +265,11 @@ class Client:
         self.record(call_id).outcome()
 
     def _read_log(self, reader: Any, call_id: str, last: str) -> Iterator[Delta]:
-        key, backoff, ended, expected = self.keys.events(call_id), Backoff("stream"), False, 0
-        while not self._closed.is_set():
+        key, backoff, ended = self.keys.events(call_id), Backoff("stream"), False
+        log_reader = LogReader(call_id, last)
+        while not (log_reader.over or self._closed.is_set()):
             try:
-                reply = reader.xread({key: last}, count=_READ_MANY, block=int(_BLOCK_S * 1000))
+                reply = reader.xread({key: log_reader.last}, count=READ_MANY, block=int(_BLOCK_S * 1000))
             except BLIPS as e:
                 time.sleep(backoff.pause(e))
                 continue
@@ -284,18 +278,7 @@ class Client:
                 return  # its log has expired
             # Only a read that began after the end proves that nothing follows.
             ended = not reply and self.record(call_id).state.terminal
-            for eid, fields in reply[0][1] if reply else ():
-                last = codec.text(eid)
-                event = read_event(call_id, fields, last)
-                if isinstance(event, End):
-                    return
-                if event is not None and event.n < expected:
-                    yield FORGET
-                    last, expected = BEGIN, 0
-                    break
-                if event is not None:
-                    expected = event.n + 1
-                    yield event
+            yield from log_reader.take(reply[0][1] if reply else ())
 
     def deadline_in(self, seconds: float) -> int:
         """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
@@ -325,18 +308,10 @@ class Client:
         self._closed.set()
         with self._changed:
             self._changed.notify_all()
-        if self._reader is not None and self._reader is not threading.current_thread():
-            self._wake_reader()
-            self._reader.join(_BLOCK_S + 1)
+        if self._reader is not None:
+            self._reader.wake(self.redis)
         self._line.close()
         self.redis.close()
-
-    def _wake_reader(self) -> None:
-        """An entry that says nothing ends its blocking read, which would else go on for seconds."""
-        key = self.keys.inbox(self._inbox)
-        with contextlib.suppress(redis.RedisError):
-            self.redis.xadd(key, {"closed": "1"})
-            self.redis.pexpire(key, self.settings.result_ttl_s * 1000)
 
     def __enter__(self) -> Client:
         return self
@@ -349,32 +324,11 @@ class Client:
     def _ensure_reader(self) -> None:
         with self._changed:
             if self._reader is None:
-                self._reader = threading.Thread(target=self._read_inbox, name="rsm-inbox", daemon=True)
+                key = self.keys.inbox(self._inbox)
+                self._reader = Inbox(key, self.settings, self._closed, self._deliver, self._reconcile)
                 self._reader.start()
 
-    def _read_inbox(self) -> None:
-        line = Line(self.settings, _BLOCK_S)
-        key, last, backoff = self.keys.inbox(self._inbox), "0-0", Backoff("inbox")
-        block = ("BLOCK", int(_BLOCK_S * 1000), "COUNT", _READ_MANY)
-        reconciled, read = time.monotonic(), 0
-        while not self._closed.is_set():
-            try:
-                if read >= TRIM_MANY:
-                    line.execute_command("XTRIM", key, "MINID", last)
-                    read = 0
-                entries = line.read_stream("XREAD", *block, "STREAMS", key, last)
-                if backoff.recovered() or time.monotonic() - reconciled > _RECONCILE_S:
-                    reconciled = time.monotonic()
-                    self._reconcile()
-            except BLIPS as e:
-                self._closed.wait(backoff.pause(e))
-                continue
-            if entries:
-                last, read = codec.text(entries[-1][0]), read + len(entries)
-                self._deliver(entries)
-        line.close()
-
-    def _deliver(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
+    def _deliver(self, entries: Entries) -> None:
         self._settle({codec.text(f[b"call"]): f for _, f in entries if is_end(f)})
 
     def _reconcile(self) -> None:

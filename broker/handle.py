@@ -1,13 +1,17 @@
-"""What `Client.submit` gives: a call to wait for, to read, to cancel."""
+"""What `submit` gives: a call to wait for, to read, to cancel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
+from broker.errors import UnknownCall
+from broker.events import End
 from broker.models import CallRecord, CallResult, Delta
 
 if TYPE_CHECKING:
+    from broker.aio import AsyncClient
     from broker.client import Client
 
 
@@ -67,3 +71,55 @@ class CallHandle:
     def record(self) -> CallRecord:
         """The record as it stands now."""
         return self._client.record(self.id)
+
+
+class AsyncCall:
+    """A submitted call. Awaiting it gives the result."""
+
+    def __init__(self, client: AsyncClient, call_id: str, session: str, stream: bool) -> None:
+        self._client = client
+        self.id = call_id
+        self.session = session
+        self.streamed = stream
+        self._ended: asyncio.Future[Mapping[bytes, bytes]] = asyncio.get_running_loop().create_future()
+        self._pushed = False
+        self._record: CallRecord | None = None
+        self._pieces: asyncio.Queue[Delta | End] | None = asyncio.Queue() if stream else None
+
+    def __repr__(self) -> str:
+        return f"AsyncCall(id={self.id!r}, session={self.session!r}, done={self.done})"
+
+    def __await__(self) -> Any:
+        return self.result().__await__()
+
+    @property
+    def done(self) -> bool:
+        return self._ended.done()
+
+    async def result(self, timeout: float | None = None) -> CallResult:
+        """Waits for the end of the call, at most `timeout` seconds.
+
+        Raises:
+            CallCancelled, CallFailed: it ended without a result.
+            CallLost: Redis has lost it.
+            TimeoutError: it has not ended; it goes on, and may be awaited again.
+        """
+        return (await self.wait(timeout)).outcome()
+
+    async def wait(self, timeout: float | None = None) -> CallRecord:
+        """Like `result`, but gives the record however the call ended."""
+        if self._record is None:
+            async with asyncio.timeout(timeout):  # not wait_for: before Python 3.12 it can swallow a cancel
+                news = await asyncio.shield(self._ended)
+            self._record = await self._client._ended(self.id, news)
+        return self._record
+
+    def stream(self) -> AsyncIterator[Delta]:
+        """The pieces of the call from its first on, to its end; may be iterated once. See `AsyncClient.stream`."""
+        if self._pieces is None:
+            raise UnknownCall(f"Call {self.id} was submitted without stream=True, so it keeps no pieces.")
+        return self._client._live(self)
+
+    async def cancel(self, reason: str = "") -> bool:
+        """See `AsyncClient.cancel`."""
+        return await self._client.cancel(self.id, reason)

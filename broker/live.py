@@ -8,9 +8,10 @@ the reader is told to forget what it has (`Delta.restart`), and gets all of it f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
-from broker.events import End
+from broker.codec import text
+from broker.events import End, read_event
 from broker.models import Delta
 
 # How long a stream waits for its next piece before it looks into the log by itself.
@@ -18,6 +19,32 @@ _PATIENCE_S = 5.0
 BEGIN = "0-0"
 # Not an entry of the log: what follows is read from the log's begin.
 FORGET = Delta(n=-1, event_id=BEGIN, restart=True)
+
+
+class LogReader:
+    """Where a reader of a call's log stands. `last`: the entry behind which to read; `over`: its end was read."""
+
+    def __init__(self, call_id: str, last: str) -> None:
+        self.last = last
+        self.over = False
+        self._call_id = call_id
+        self._expected = 0
+
+    def take(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> Iterator[Delta]:
+        """The pieces in what was read behind `last`. If a piece comes again, the reader starts over."""
+        for entry, fields in entries:
+            self.last = text(entry)
+            event = read_event(self._call_id, fields, self.last)
+            if isinstance(event, End):
+                self.over = True
+                return
+            if event is not None and event.n < self._expected:
+                self.last, self._expected = BEGIN, 0
+                yield FORGET
+                return
+            if event is not None:
+                self._expected = event.n + 1
+                yield event
 
 
 async def live(

@@ -3,216 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from broker.codec import Format, number, real, text
+from broker.codec import number, real, text
 from broker.keys import Keys
-from broker.models import CallRequest, OnEngineLoss, RequestState
+from broker.messages import (
+    Admission,
+    Claimed,
+    Differences,
+    EngineView,
+    Event,
+    Fault,
+    Fence,
+    Finish,
+    Look,
+    Placed,
+    Placement,
+    Reaped,
+    Registered,
+    Rejection,
+    Release,
+    Retained,
+    SessionView,
+    Submission,
+    Submitted,
+)
+from broker.models import OnEngineLoss, RequestState
 from broker.scripts import Arg, Command, script
 from broker.settings import Settings
 
-
-class Submission(NamedTuple):
-    """A checked call with its encoded body: msgpack ("body") or JSON, as its result will be."""
-
-    request: CallRequest
-    digest: str
-    body: bytes
-    body_field: Format = "body"
-
-    def __repr__(self) -> str:  # prompts and outputs never appear in a repr
-        return f"Submission({self.request!r}, {len(self.body)} bytes)"
-
-
-class Submitted(NamedTuple):
-    code: str  # "new" | "duplicate" | "conflict" | "overloaded"
-    state: RequestState | None  # None if overloaded: there is no record
-    bound: str = ""  # which one is in the way (lua/overload.lua)
-    retry_ms: int = 0  # when to try again; 0 = never, its deadline has passed
-
-    @property
-    def ended(self) -> bool:
-        return self.state is not None and self.state.terminal
-
-
-class Admission(NamedTuple):
-    """A raw entry of the router stream, checked. Its body stays in Redis, in the field `body_field`."""
-
-    entry: str
-    request: CallRequest
-    digest: str
-    body_field: Format
-
-
-class Rejection(NamedTuple):
-    entry: str
-    call_id: str
-    gen: str
-    session: str
-    inbox: str
-    error_code: str
-    error: str
-
-
-class Placement(NamedTuple):
-    """Where the router puts a call. `engine=""` parks it until an engine of its model is ready."""
-
-    entry: str
-    call_id: str
-    gen: str
-    engine: str
-    bind: bool
-    seen: str
-    hit: bool | None
-    why: str
-
-
-class Placed(NamedTuple):
-    code: str  # see lua/assign.lua
-    engine: str
-
-
-@dataclass(frozen=True, slots=True)
-class EngineView:
-    """An engine as the router sees it. Token counts are of prompts, in tokens; `heartbeat_ms` on Redis's clock."""
-
-    id: str
-    state: str
-    model: str
-    heartbeat_ms: int = 0
-    queued: int = 0
-    running: int = 0
-    queued_tokens: int = 0
-    running_tokens: int = 0
-    served: int = 0
-    max_num_seqs: int = 1
-    tokens_per_s: float = 0.0
-
-    @property
-    def load_tokens(self) -> int:
-        return self.queued_tokens + self.running_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class SessionView:
-    """Where a session's KV cache is believed to be: engine id → resident tokens; `bound`: the engine it is tied to."""
-
-    bound: str = ""
-    resident: Mapping[str, int] = field(default_factory=dict)
-
-
-class Look(NamedTuple):
-    engines: list[EngineView]
-    sessions: dict[str, SessionView]
-
-
-@dataclass(frozen=True, slots=True)
-class Fence:
-    """Names one attempt of one call. Publishing or finishing under an old fence changes nothing."""
-
-    call_id: str
-    gen: str
-    attempt: int
-
-    def __str__(self) -> str:
-        return f"{self.gen}:{self.attempt}"
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """A call that a worker has taken.
-
-    `events` counts the pieces that earlier attempts have published; those before number `begins` are void.
-    `left_ms`: what was left until its deadline when it was claimed, on Redis's clock; None = it has none.
-    """
-
-    fence: Fence
-    session: str
-    kind: str
-    stream: bool
-    inbox: str
-    priority: int
-    level: int
-    events: int
-    traceparent: str
-    prompt_tokens: int
-    body_field: Format
-    body: bytes = field(repr=False)
-    cancelled: bool = False
-    on_engine_loss: OnEngineLoss = "continue"
-    begins: int = 0
-    left_ms: int | None = None
-
-
-class Event(NamedTuple):
-    """A piece of a streamed call. `chunk` is used by OpenAI kinds, `text` and `token_ids` by `generate`."""
-
-    fence: Fence
-    n: int
-    text: str
-    token_ids: Sequence[int]
-    chunk: str
-    replay: str
-
-    def __repr__(self) -> str:
-        return f"Event({self.fence}, n={self.n})"
-
-
-class Finish(NamedTuple):
-    fence: Fence
-    state: RequestState
-    error_code: str
-    error: str
-    result: bytes
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    resident_tokens: int
-    events: int | None = None  # published of the call, earlier attempts included
-
-    def __repr__(self) -> str:
-        return f"Finish({self.fence}, {self.state}, {self.error_code!r})"
-
-
-# Why an attempt was lost: its engine's process died, its engine failed on it, or "": it was given back in order.
-Fault = Literal["death", "error", ""]
-
-
-class Release(NamedTuple):
-    fence: Fence
-    fault: Fault
-    error_code: str
-    error: str
-
-    def __repr__(self) -> str:  # its error may be what a remote server said, of the prompt too
-        return f"Release({self.fence}, {self.fault!r}, {self.error_code!r})"
-
-
-class Registered(NamedTuple):
-    ok: bool
-    control_from: str = "0-0"
-    heartbeat_ms: int = 0
-    node: str = ""
-    pid: str = ""
-
-
-class Differences(NamedTuple):
-    """How a worker's calls and Redis's account of them differ."""
-
-    lost: list[Fence]  # held by the worker, and not running on it by Redis's account
-    unknown: list[Fence]  # the reverse
-
-
-class Reaped(NamedTuple):
-    moved: int
-    engines: list[str]
-
-
-class Retained(NamedTuple):
-    entries: int  # of the index of finished calls that went
-    early: int  # calls whose records went before their TTL
-
+__all__ = [
+    "RETAIN_ENTRIES",
+    "Admission",
+    "Claimed",
+    "Differences",
+    "EngineView",
+    "Event",
+    "Fault",
+    "Fence",
+    "Finish",
+    "Look",
+    "Placed",
+    "Placement",
+    "Reaped",
+    "Registered",
+    "Rejection",
+    "Release",
+    "Retained",
+    "SessionView",
+    "Submission",
+    "Submitted",
+    "Transitions",
+]
 
 # Index entries (of up to 64 calls each) that one run of `retain` may remove: some milliseconds of Redis.
 RETAIN_ENTRIES = 16

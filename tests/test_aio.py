@@ -27,6 +27,7 @@ from broker import (
     Settings,
     UnknownCall,
     aio,
+    inbox,
 )
 from broker import live as live_stream
 from broker.embedded import EmbeddedRedis
@@ -41,7 +42,7 @@ WAIT = 20.0
 def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Missed news are looked for at once. Elsewhere the timer is left long, so that news must come by the inbox."""
     monkeypatch.setattr(aio, "_BLOCK_S", 0.02)
-    monkeypatch.setattr(aio, "_RECONCILE_S", 0.0)
+    monkeypatch.setattr(inbox, "RECONCILE_S", 0.0)
     monkeypatch.setattr(live_stream, "_PATIENCE_S", 0.05)
 
 

@@ -26,6 +26,7 @@ from broker import (
     RequestState,
     Settings,
     UnknownCall,
+    inbox,
 )
 from broker import client as client_module
 from broker.embedded import EmbeddedRedis
@@ -40,13 +41,14 @@ WAIT = 20.0
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`close` waits for one blocking read."""
-    monkeypatch.setattr(client_module, "_BLOCK_S", 0.02)
+    for module in (client_module, inbox):
+        monkeypatch.setattr(module, "_BLOCK_S", 0.02)
 
 
 @pytest.fixture
 def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Missed news are looked for at once. Elsewhere the timer is left long, so that news must come by the inbox."""
-    monkeypatch.setattr(client_module, "_RECONCILE_S", 0.0)
+    monkeypatch.setattr(inbox, "RECONCILE_S", 0.0)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from broker import AsyncClient, CallLost, Client, Delta, NotReplicated, Settings, UnknownCall
+from broker import AsyncClient, CallLost, Client, Delta, NotReplicated, Settings, UnknownCall, inbox
 from broker import aio as aio_client
 from broker import client as sync_client
 from broker.events import End
@@ -20,8 +20,8 @@ _WAIT_S = 20.0
 @pytest.fixture
 def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients compare notes with Redis at once, not in five seconds."""
-    for module in (sync_client, aio_client):
-        monkeypatch.setattr(module, "_RECONCILE_S", 0.0)
+    monkeypatch.setattr(inbox, "RECONCILE_S", 0.0)
+    for module in (sync_client, aio_client, inbox):
         monkeypatch.setattr(module, "_BLOCK_S", 0.05)
 
 

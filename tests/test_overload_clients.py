@@ -264,7 +264,7 @@ async def test_the_manager_passes_the_choice_on(settings: Settings) -> None:
 def test_a_client_empties_its_inbox(
     settings: Settings, db: redis.Redis, keys: Keys, router: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.client._BLOCK_S", 0.02)
+    monkeypatch.setattr("broker.inbox._BLOCK_S", 0.02)
     roomy = settings.model_copy(update={"max_open_calls": 0})
     with Client(settings=roomy) as client, FakeWorker(roomy).serving(echo):
         for handle in client.submit_many([client.prepare("hi") for _ in range(300)]):
