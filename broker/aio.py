@@ -15,18 +15,19 @@ from types import TracebackType
 from typing import Any
 
 from broker import codec, inbox, scripts
-from broker.connection import BLIPS, Backoff, connect_async, reason, require_access
+from broker.connection import BLIPS, Backoff, connect_async, no_answer, require_access
 from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, Overloaded, UnknownCall
 from broker.events import End, end_record, is_end, read_event
 from broker.handle import AsyncCall as AsyncCall
 from broker.ids import check_id, new_id
 from broker.keys import Keys
 from broker.live import BEGIN, FORGET, LogReader, live
+from broker.messages import Submission, Submitted
 from broker.models import CallRecord, Delta, OnEngineLoss
 from broker.overload import OnOverload, Patience
 from broker.request import Prompt, build
 from broker.settings import Settings
-from broker.transitions import Submission, Submitted, Transitions
+from broker.transitions import Transitions
 
 _BLOCK_S = 2.0
 _CLOSED = "The client is closed; the calls it pushed go on."
@@ -362,10 +363,7 @@ class AsyncClient:
             except BLIPS as e:
                 require_access(e)
                 if time.monotonic() > until:
-                    raise BrokerUnavailable(
-                        f"Redis did not answer for {self._timeout_s:g} s ({reason(e)}). "
-                        "Check RSM_REDIS_URL; `rsm doctor` helps."
-                    ) from None
+                    raise no_answer(self._timeout_s, e) from None
                 await asyncio.sleep(backoff.pause(e))
             else:
                 backoff.recovered()

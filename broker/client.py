@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from broker import codec, scripts
-from broker.connection import BLIPS, Backoff, connect, persist, reason
+from broker.connection import BLIPS, Backoff, connect, no_answer, persist
 from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, Overloaded, UnknownCall
 from broker.events import end_record, is_end
 from broker.handle import CallHandle as CallHandle
@@ -24,11 +24,12 @@ from broker.inbox import READ_MANY, Entries, Inbox
 from broker.keys import Keys
 from broker.line import Line
 from broker.live import BEGIN, FORGET, LogReader
+from broker.messages import Submission, Submitted
 from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
 from broker.overload import OnOverload, Patience
 from broker.request import Prompt, build
 from broker.settings import Settings
-from broker.transitions import Submission, Submitted, Transitions
+from broker.transitions import Transitions
 
 log = logging.getLogger("rsm.client")
 
@@ -396,10 +397,7 @@ class Client:
         try:
             result = persist(action, "client", self._closed.is_set, self._timeout_s, denial_is_final=True)
         except BLIPS as e:
-            raise BrokerUnavailable(
-                f"Redis did not answer for {self._timeout_s:g} s ({reason(e)}). "
-                "Check RSM_REDIS_URL; `rsm doctor` helps."
-            ) from None
+            raise no_answer(self._timeout_s, e) from None
         if result is None and self._closed.is_set():
             raise BrokerUnavailable("The client is closed; the calls it pushed go on.")
         return result

@@ -18,7 +18,7 @@ import redis.asyncio
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
 
-from broker.errors import AccessDenied
+from broker.errors import AccessDenied, BrokerUnavailable
 from broker.link import ASYNC_LINKS, LINKS, Denied, Refused
 from broker.settings import Settings
 from broker.topology import place_of
@@ -126,6 +126,13 @@ class Backoff:
         log.warning("%s: Redis is back after %d tries", self._what, self._tries)
         self._tries = 0
         return True
+
+
+def no_answer(within_s: float, error: Exception) -> BrokerUnavailable:
+    """The error for whoever has no more patience after so many seconds."""
+    return BrokerUnavailable(
+        f"Redis did not answer for {within_s:g} s ({reason(error)}). Check RSM_REDIS_URL; `rsm doctor` helps."
+    )
 
 
 def require_access(error: Exception) -> None:

@@ -19,10 +19,11 @@ from broker.connection import connect
 from broker.errors import InvalidRequest, Overloaded, RsmError, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
+from broker.messages import Submission
 from broker.models import KINDS, CallRequest
 from broker.request import check_body, check_request, estimate_tokens
 from broker.settings import Settings
-from broker.transitions import Submission, Transitions
+from broker.transitions import Transitions
 
 _ENTRY = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 # Letters come with their bodies, of up to megabytes each, so few are read at once.

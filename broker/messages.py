@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from broker.codec import Format
+from broker.codec import Format, number, text
 from broker.models import CallRequest, OnEngineLoss, RequestState
 
 
@@ -97,6 +97,11 @@ class SessionView:
 
     bound: str = ""
     resident: Mapping[str, int] = field(default_factory=dict)
+
+
+def resident_tokens(affinity: Iterable[tuple[bytes, bytes]]) -> dict[str, int]:
+    """The fields of an affinity hash, engine id and `TOKENS:LAST_USE_MS`, as tokens by engine."""
+    return {text(e): number(text(v).partition(":")[0]) for e, v in affinity}
 
 
 class Look(NamedTuple):

@@ -13,6 +13,7 @@ from broker.connection import connect
 from broker.errors import BadRecord, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
+from broker.messages import resident_tokens
 from broker.models import CallRecord
 from broker.settings import Settings
 from broker.transitions import Transitions
@@ -137,7 +138,7 @@ class Monitor:
         for engine in self.engine_ids():
             yield "running", engine, self.keys.running(engine)
             yield "queue", engine, self.keys.queue(engine)
-        for key in self._redis.scan_iter(match=_literal(self.keys.parked("")) + "*", count=_SCAN):
+        for key in self._parked_keys():
             yield "parked", "", text(key)
 
     def sessions(self) -> list[dict[str, Any]]:
@@ -177,7 +178,6 @@ class Monitor:
             name: number(h.get(name))
             for name in ("service", "waiting_ms", "arrivals", "completed", "cancelled", "failed")
         }
-        resident = {text(e): number(text(v).partition(":")[0]) for e, v in affinity.items()}
         return {
             "session_id": session,
             **counts,
@@ -185,7 +185,7 @@ class Monitor:
             "open_bytes": number(open_bytes),
             "level": sum(counts["service"] >= bound for bound in self.settings.level_bounds),
             "engine": h.get("engine", ""),
-            "resident_tokens": resident,
+            "resident_tokens": resident_tokens(affinity.items()),
             "last_arrival_ms": number(h.get("last_arrival_ms")),
             "last_completion_ms": number(h.get("last_completion_ms")),
         }
@@ -246,8 +246,11 @@ class Monitor:
         }
 
     def _parked(self) -> int:
-        keys = self._redis.scan_iter(match=_literal(self.keys.parked("")) + "*", count=_SCAN)
-        return sum(int(self._redis.zcard(key)) for key in keys)
+        return sum(int(self._redis.zcard(key)) for key in self._parked_keys())
+
+    def _parked_keys(self) -> Iterator[bytes]:
+        found: Iterator[bytes] = self._redis.scan_iter(match=_literal(self.keys.parked("")) + "*", count=_SCAN)
+        return found
 
 
 def _literal(prefix: str) -> str:

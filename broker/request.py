@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from broker import codec
 from broker.errors import InvalidRequest
 from broker.ids import new_id
+from broker.messages import Submission
 from broker.models import CallRequest
-from broker.transitions import Submission
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 

@@ -27,6 +27,7 @@ from broker.messages import (
     SessionView,
     Submission,
     Submitted,
+    resident_tokens,
 )
 from broker.models import OnEngineLoss, RequestState
 from broker.scripts import Arg, Command, script
@@ -316,5 +317,4 @@ def _engine_view(row: Sequence[bytes]) -> EngineView:
 
 
 def _session_view(row: Sequence[Any]) -> SessionView:
-    resident = {text(e): number(text(v).partition(":")[0]) for e, v in _pairs(row[1])}
-    return SessionView(text(row[0]), resident)
+    return SessionView(text(row[0]), resident_tokens(_pairs(row[1])))

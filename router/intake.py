@@ -10,9 +10,9 @@ from broker import codec
 from broker.codec import text
 from broker.errors import InvalidRequest
 from broker.ids import check_id, check_model, is_id, shorten
+from broker.messages import Admission, Rejection
 from broker.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
 from broker.request import check_body, check_request, check_size, estimate_tokens
-from broker.transitions import Admission, Rejection
 from router.policies.base import CallView
 
 Fields = Mapping[bytes, bytes]

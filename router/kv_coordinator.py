@@ -11,8 +11,9 @@ from broker import codec, scripts
 from broker.connection import connect
 from broker.ids import check_id
 from broker.keys import Keys
+from broker.messages import SessionView
 from broker.settings import Settings
-from broker.transitions import SessionView, Transitions
+from broker.transitions import Transitions
 
 
 def best_engine(session: SessionView, available: Sequence[str]) -> str | None:

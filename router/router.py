@@ -23,9 +23,10 @@ from broker.eviction import require_noeviction
 from broker.ids import new_id
 from broker.keys import ROUTER_GROUP, Keys
 from broker.line import Line
+from broker.messages import EngineView, Placement, Rejection, SessionView
 from broker.models import EngineState, ErrorCode
 from broker.settings import Settings
-from broker.transitions import EngineView, Placement, Rejection, SessionView, Transitions
+from broker.transitions import Transitions
 from router.intake import Arrival, Fields, read_entry, reject
 from router.policies import Policy, create_policy
 from router.policies.base import with_call

@@ -20,17 +20,15 @@ from broker import codec
 from broker.codec import text
 from broker.errors import InvalidRequest
 from broker.keys import Keys
+from broker.messages import Claimed, Fault, Fence, Finish, Release
 from broker.models import ErrorCode, RequestState
-from broker.transitions import Claimed, Fault, Fence, Finish, Release
 from workers.aside import ask
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
 from workers.publisher import Ended, Item, Output, given_up
 
 log = logging.getLogger("rsm.worker")
 
-
 _FORGOTTEN = "Redis had forgotten that the call was taken."
-
 _DEADLINE = "The deadline passed while the call was running."
 # Calls that read their earlier attempts' logs at the same time.
 _READERS = 8

@@ -14,8 +14,9 @@ from broker import scripts
 from broker.connection import persist
 from broker.keys import Keys
 from broker.line import Line
+from broker.messages import Claimed
 from broker.settings import Settings
-from broker.transitions import Claimed, Transitions
+from broker.transitions import Transitions
 
 # How long one sleep on the bell lasts; the bell makes it shorter, so this bounds only how soon a stop is noticed.
 _BELL_S = 1

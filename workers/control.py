@@ -10,8 +10,8 @@ from broker.codec import number, text
 from broker.connection import BLIPS, Backoff
 from broker.keys import Keys
 from broker.line import Line
+from broker.messages import Fence
 from broker.settings import Settings
-from broker.transitions import Fence
 
 log = logging.getLogger("rsm.worker")
 

@@ -16,8 +16,9 @@ from typing import Any
 from broker import scripts
 from broker.connection import persist
 from broker.line import Line
+from broker.messages import Event, Fence, Finish, Release
 from broker.settings import Settings
-from broker.transitions import Event, Fence, Finish, Release, Transitions
+from broker.transitions import Transitions
 from workers.backend import Piece
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import redis
 
 from broker import scripts
-from broker.transitions import Fence, Release, Transitions
+from broker.messages import Fence, Release
+from broker.transitions import Transitions
 from workers.aside import aside
 from workers.calls import Calls
 from workers.publisher import Publisher

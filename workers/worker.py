@@ -28,10 +28,11 @@ from broker.errors import EngineIdTaken
 from broker.eviction import require_noeviction
 from broker.ids import check_id, new_id
 from broker.keys import Keys
+from broker.messages import Claimed
 from broker.models import EngineState
 from broker.scripts import Arg
 from broker.settings import Settings
-from broker.transitions import Claimed, Transitions
+from broker.transitions import Transitions
 from workers.aside import aside, ask
 from workers.backend import Backend, EngineDied, EngineFacts
 from workers.calls import Calls
@@ -112,9 +113,9 @@ class Worker:
         self._claimer: Claimer | None = None
         self._control: Control | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        # ("drain" | "stop" | "died" | "renew", detail): the reason of a death, the incarnation whose lease was lost
         self._told_to_stop = asyncio.Event()
         self._serving = False
+        # ("drain" | "stop" | "died" | "renew", detail): the reason of a death, the incarnation whose lease was lost
         self._wishes: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
 
     async def serve(self, handle_signals: bool = True) -> int:

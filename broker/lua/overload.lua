@@ -6,7 +6,6 @@
 -- Once a call of a batch was refused, later ones of the same reach are, too: order is kept, and a large call is not
 -- overtaken by small ones for ever. Reach: the session, or everything ('').
 local refused = {}
-local refusals = 0
 
 local usage
 local function used(name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from broker.messages import EngineView, SessionView
 from broker.settings import Settings
-from broker.transitions import EngineView, SessionView
 from router.kv_coordinator import best_engine
 from router.policies.base import CallView, Choice, Policy, least_loaded
 

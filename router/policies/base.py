@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from broker.messages import EngineView, SessionView
 from broker.settings import Settings
-from broker.transitions import EngineView, SessionView
 
 
 @dataclass(frozen=True, slots=True)

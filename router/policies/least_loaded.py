@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.transitions import EngineView, SessionView
+from broker.messages import EngineView, SessionView
 from router.policies.base import CallView, Choice, Policy, least_loaded
 
 

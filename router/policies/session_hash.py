@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from broker.transitions import EngineView, SessionView
+from broker.messages import EngineView, SessionView
 from router.policies.base import CallView, Choice, Policy
 
 
