@@ -147,9 +147,12 @@ class Transitions:
 
     # -- workers
 
-    def register(self, engine: str, incarnation: str, fields: Mapping[str, Arg]) -> Command[Registered]:
+    def register(
+        self, engine: str, incarnation: str, fields: Mapping[str, Arg], survived: str = ""
+    ) -> Command[Registered]:
+        """`survived`: the incarnation that this very process was before its lease ended."""
         s = self._settings
-        args = self._args(engine, incarnation, s.lease_ms, s.max_deaths, *_flat(fields))
+        args = self._args(engine, incarnation, s.lease_ms, s.max_deaths, survived, *_flat(fields))
         return Command(script("register"), args, _registered)
 
     def heartbeat(self, engine: str, incarnation: str, state: str, load: Mapping[str, Arg]) -> Command[bool]:

@@ -54,8 +54,9 @@ class FakeWorker:
 
     # -- steps
 
-    def register(self) -> Registered:
-        reply = scripts.run(self.db, self.transitions.register(self.engine, self.incarnation, self._fields))
+    def register(self, survived: str = "") -> Registered:
+        command = self.transitions.register(self.engine, self.incarnation, self._fields, survived)
+        reply = scripts.run(self.db, command)
         self._control = reply.control_from
         return reply
 

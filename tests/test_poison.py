@@ -243,6 +243,31 @@ def test_neighbours_of_a_convict_are_innocent(world: World) -> None:
     assert 0 < world.db.pttl(world.keys.solved) <= world.settings.session_ttl_s * 1000
 
 
+def test_a_process_that_lives_clears_its_calls_of_its_death(world: World) -> None:
+    """Its lease ended while it stood still, or was cut off: nobody killed it."""
+    worker = world.worker()
+    for call_id in ("a", "b"):
+        world.queue(call_id)
+    assert claimed(worker) == ["a", "b"]
+    worker = die(world, worker)
+    assert claimed(worker) == ["a", "b"]
+    world.run(world.transitions.reap(worker.engine, worker.incarnation))
+    assert deaths(world, "a") == world.settings.max_deaths - 1, "a suspect, by all that Redis can know"
+
+    awake = FakeWorker(world.settings, worker.engine, server=world.db)
+    assert awake.register(survived=worker.incarnation).ok
+    assert awake.beat()
+    world.assign("a")
+    world.assign("b")
+    assert claimed(awake) == ["a", "b"], "side by side"
+
+    world.lapse()
+    again = FakeWorker(world.settings, worker.engine, server=world.db)
+    assert again.register(survived=awake.incarnation).ok, "no router has noticed: it takes its own calls back"
+    assert again.beat()
+    assert claimed(again) == ["a", "b"]
+
+
 def test_a_suspect_found_innocent_while_it_waits_is_no_longer_waited_for(world: World) -> None:
     worker = suspect(world, "a-poison", "b-neighbour")
     other = world.worker("e2")

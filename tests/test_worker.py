@@ -258,6 +258,8 @@ def test_a_zombie_changes_nothing_and_serves_again(
             assert_undisturbed(client, handle.id, prompt, 150)
         assert "the lease was lost" in zombie.log()
         assert zombie.running
+        solved = db.zscore(Keys(settings.namespace).solved, str(incarnation))
+        assert solved is not None, "no process died: its calls are cleared of that"
 
 
 def _everything(client: Client, call_id: str) -> tuple[Any, Any]:

@@ -298,9 +298,9 @@ class Worker:
 
         Returns the entry of the control stream behind which orders are for us.
         """
-        self._incarnation, seen = new_id(), 0
+        survived, self._incarnation, seen = self._incarnation, new_id(), 0
         while True:
-            command = self._transitions.register(self.engine, self._incarnation, self._registration())
+            command = self._transitions.register(self.engine, self._incarnation, self._registration(), survived)
             reply = await self._unless_stopped(self._run(command))
             if reply.ok:
                 self._lease = self._new_lease()

@@ -2,9 +2,13 @@
 -- A worker takes an engine id. A second worker with the same id is refused while the first one's lease holds;
 -- a worker that comes back under its id takes the calls of its dead predecessor back.
 --
--- ARGV     engine incarnation lease_ms max_deaths, then field value … of the registration
+-- A worker whose lease had ended, and who lives (it stood still, or was cut off), says which incarnation it was: no
+-- process died then, so nobody is suspected of that death any more.
+--
+-- ARGV     engine incarnation lease_ms max_deaths survived (the incarnation that the same process was, "" = none),
+--          then field value … of the registration
 -- Returns  {"ok", id to read the control stream from} | {"taken", heartbeat_ms, node, pid}
-local e, incarnation, lease, max_deaths = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7])
+local e, incarnation, lease, max_deaths, survived = ARGV[4], ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 local key = engine_key(e)
 local old = redis.call('HMGET', key, 'incarnation', 'state', 'node', 'pid')
 local beat = tonumber(redis.call('ZSCORE', ENGINES, e) or '0')
@@ -12,14 +16,16 @@ local alive = old[1] and old[2] ~= 'STOPPED' and old[2] ~= 'DEAD' and beat > NOW
 if alive and old[1] ~= incarnation then
   return {'taken', int(beat), old[3] or '', old[4] or ''}
 end
+if survived ~= '' then solve({survived}) end
 if old[1] ~= incarnation then
+  local fault = old[1] == survived and '' or 'death'
   for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do
-    end_attempt(id, e, {fault = 'death', incident = old[1] or e, max_deaths = max_deaths, home = e,
+    end_attempt(id, e, {fault = fault, incident = old[1] or e, max_deaths = max_deaths, home = e,
       message = 'The worker died while the call was running.'})
   end
 end
 local fields = {}
-for i = 8, #ARGV, 2 do
+for i = 9, #ARGV, 2 do
   -- A worker that has to ask its engine for the model does not know it yet. Until then its predecessor's word holds:
   -- calls of that model wait for it; without, they would be refused.
   if ARGV[i] ~= 'model' or ARGV[i + 1] ~= '' then
