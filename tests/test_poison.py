@@ -249,7 +249,7 @@ def test_a_process_that_lives_clears_its_calls_of_its_death(world: World) -> Non
     for call_id in ("a", "b"):
         world.queue(call_id)
     assert claimed(worker) == ["a", "b"]
-    worker = die(world, worker)
+    worker = world.die(worker)
     assert claimed(worker) == ["a", "b"]
     world.run(world.transitions.reap(worker.engine, worker.incarnation))
     assert deaths(world, "a") == world.settings.max_deaths - 1, "a suspect, by all that Redis can know"
