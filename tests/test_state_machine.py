@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import fakeredis
@@ -20,7 +21,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -57,8 +57,21 @@ rarely = st.integers(0, 7).map(lambda n: n == 7)
 
 
 def when(what: Callable[[Protocol], object]) -> Callable[[Any], Any]:
-    """A rule that would do nothing is not tried."""
-    return precondition(lambda machine: bool(what(machine)))
+    """A rule that would do nothing is not tried.
+
+    It is no `precondition`: Hypothesis goes the same way twice now and then, and takes it for an error if other rules
+    apply then. But the clock has a say in the order of calls: two of one millisecond are in that of their ids.
+    """
+
+    def only(step: Callable[..., None]) -> Callable[..., None]:
+        @wraps(step)
+        def tried(machine: Protocol, *given: Any, **drawn: Any) -> None:
+            if what(machine):
+                step(machine, *given, **drawn)
+
+        return tried
+
+    return only
 
 
 def any_call(wanted: Callable[[Call], object]) -> Callable[[Any], Any]:
@@ -498,7 +511,7 @@ def test_whatever_happens_redis_is_as_the_model_says(world: tuple[Any, int], set
     db, examples = world
     profile = profile_of(
         max_examples=EXAMPLES or examples,
-        stateful_step_count=60,
+        stateful_step_count=80,
         derandomize=not EXAMPLES,
         phases=[Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate],
         database=None,
