@@ -6,7 +6,6 @@ Only cancels go through our client: they are scripts. A thread for each lane.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,44 +15,23 @@ import redis
 from broker import BrokerUnavailable, Client, Settings
 from broker.connection import connect
 from chaos.calls import Act, Plan
-from chaos.producers import INBOX, LANES, PAUSE_S, Book
+from chaos.lanes import Lane, run_lanes
+from chaos.producers import INBOX, Book
 
 _POLL_S = 0.1
 _BLOCK_MS = 500
-_LOOK_S = 0.1
 
 
 def run(book: Book, settings: Settings) -> None:
     """Returns when the book has nothing more to do."""
-    with Client(settings=settings) as client:
-        lanes = [_Lane(book, client, number) for number in range(LANES)]
-        for lane in lanes:
-            lane.start()
-        while any(lane.is_alive() for lane in lanes):  # no join: a signal that another thread took would wait with it
-            time.sleep(_LOOK_S)
-    for lane in lanes:
-        if lane.error is not None:
-            raise lane.error
+    run_lanes(_Lane, book, settings)
 
 
-class _Lane(threading.Thread):
+class _Lane(Lane):
     def __init__(self, book: Book, client: Client, number: int) -> None:
-        super().__init__(daemon=True)
-        self.error: BaseException | None = None
-        self._book = book
-        self._number = number
-        self._client = client
+        super().__init__(book, client, number)
         self._keys = client.keys
         self._redis: Any = connect(client.settings, _BLOCK_MS / 1000)
-
-    def run(self) -> None:
-        try:
-            while (plans := self._book.take(self._number)) is not None:
-                self._together(plans)
-                time.sleep(PAUSE_S)
-        except BaseException as e:
-            self.error = e
-            self._book.stopping.set()
 
     def _together(self, plans: list[Plan]) -> None:
         for plan in plans:

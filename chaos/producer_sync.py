@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from broker import BrokerUnavailable, CallEnded, CallHandle, Client, Delta, Settings, UnknownCall
 from chaos.calls import Act, Plan
-from chaos.producers import LANES, PAUSE_S, Book
+from chaos.lanes import Lane, run_lanes
+from chaos.producers import Book
 
 T = TypeVar("T")
-_LOOK_S = 0.1
 
 
 def run(book: Book, settings: Settings) -> None:
     """Returns when the book has nothing more to do."""
-    with Client(settings=settings) as client:
-        lanes = [_Lane(book, client, number) for number in range(LANES)]
-        for lane in lanes:
-            lane.start()
-        while any(lane.is_alive() for lane in lanes):  # no join: a signal that another thread took would wait with it
-            time.sleep(_LOOK_S)
-    for lane in lanes:
-        if lane.error is not None:
-            raise lane.error
+    run_lanes(_Lane, book, settings)
 
 
-class _Lane(threading.Thread):
-    def __init__(self, book: Book, client: Client, number: int) -> None:
-        super().__init__(daemon=True)
-        self.error: BaseException | None = None
-        self._book = book
-        self._number = number
-        self._client = client
-
-    def run(self) -> None:
-        try:
-            while (plans := self._book.take(self._number)) is not None:
-                self._together(plans)
-                time.sleep(PAUSE_S)
-        except BaseException as e:
-            self.error = e
-            self._book.stopping.set()
-
+class _Lane(Lane):
     def _together(self, plans: list[Plan]) -> None:
         handles = [(plan, handle) for plan in plans if (handle := self._push(plan)) is not None]
         if plans and plans[0].act is Act.CANCEL_SESSION:

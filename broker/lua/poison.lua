@@ -1,7 +1,8 @@
 -- Poison: calls that are suspected of killing their engines, and the engine that is kept for one of them. Needs lib.
 --
 -- An incident is the incarnation of an engine whose process died. A call keeps the incidents that it was part of, in
--- `deaths`; those whose culprit was found, or that turned out to be none, in the zset `solved`, count for nobody any more.
+-- `deaths`; those whose culprit was found, or that turned out to be none, are in the zset `solved` and count for nobody
+-- any more.
 -- An engine's field `alone` names the suspect for which it empties itself, or which runs on it alone.
 local SOLVED = P .. 'solved'
 

@@ -1,6 +1,7 @@
 --- @include lib
 -- Any router, on a timer: what finished calls leave behind is bounded by time and by bytes. Entries of the index whose
--- records are gone by their TTL go, and what those calls left on the router stream; while those left take more bytes than allowed, the oldest go with their records.
+-- records are gone by their TTL go, and what those calls left on the router stream; while those that remain take more
+-- bytes than allowed, the oldest go with their records.
 -- It also measures how long calls stay, for those who are refused (lua/overload.lua).
 --
 -- ARGV     max_bytes (0 = no bound) limit (index entries per run, of up to 64 calls each)

@@ -1,0 +1,49 @@
+"""A producer's lanes as threads; what a lane does with the calls it is given is its kind's to say."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from broker import Client, Settings
+from chaos.calls import Plan
+from chaos.producers import LANES, PAUSE_S, Book
+
+_LOOK_S = 0.1
+
+
+class Lane(threading.Thread):
+    """One call, or one session, after the other. `error` is what ended it, if not the end of the work."""
+
+    def __init__(self, book: Book, client: Client, number: int) -> None:
+        super().__init__(daemon=True)
+        self.error: BaseException | None = None
+        self._book = book
+        self._number = number
+        self._client = client
+
+    def run(self) -> None:
+        try:
+            while (plans := self._book.take(self._number)) is not None:
+                self._together(plans)
+                time.sleep(PAUSE_S)
+        except BaseException as e:
+            self.error = e
+            self._book.stopping.set()
+
+    def _together(self, plans: list[Plan]) -> None:
+        """Makes these calls, or takes them up."""
+        raise NotImplementedError
+
+
+def run_lanes(lane_of: type[Lane], book: Book, settings: Settings) -> None:
+    """Returns when the book has nothing more to do; raises what ended a lane."""
+    with Client(settings=settings) as client:
+        lanes = [lane_of(book, client, number) for number in range(LANES)]
+        for lane in lanes:
+            lane.start()
+        while any(lane.is_alive() for lane in lanes):  # no join: a signal that another thread took would wait with it
+            time.sleep(_LOOK_S)
+    for lane in lanes:
+        if lane.error is not None:
+            raise lane.error
