@@ -12,11 +12,13 @@ ROOMS = {
     "broker": set(),
     "router": {"broker"},
     "workers": {"broker"},
-    "engine": {"broker", "router", "workers"},
+    "simulation": {"broker", "router", "workers"},
+    "engine": {"broker", "router", "workers", "simulation"},
     "chaos": {"broker", "router", "workers", "engine"},
+    "bench": {"broker", "router", "workers", "simulation", "engine", "chaos"},
 }
 # A producer installs the base and uses broker alone.
-HEAVY = {"vllm", "torch", "transformers", "httpx", "fastapi", "starlette", "uvicorn"}
+HEAVY = {"lupa", "matplotlib", "vllm", "torch", "transformers", "httpx", "fastapi", "starlette", "uvicorn"}
 
 
 def imported_roots(path: Path, *, at_import: bool) -> set[str]:
