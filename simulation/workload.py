@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The first `tokens` tokens of the text number `text`. The same number is the same text, in any call of any program."""
+    """The first `tokens` tokens of the text number `text`; equal numbers are equal texts, in any program."""
 
     text: int
     tokens: int
@@ -24,7 +24,7 @@ class CallSpec:
         answer: number of the answer's text, for later prompts that hold it; 0 = none does.
         after: the calls of this program, by index, that must have ended before; none = it comes with the program.
         delay_s: tool or human time between the last of those ends (or the program's arrival) and this call.
-        child: this call is made by a sub-agent of that name, a child session of the program; "" = by the program itself.
+        child: this call is made by a sub-agent of that name, a child session; "" = by the program itself.
     """
 
     prompt: tuple[Segment, ...]

@@ -15,7 +15,6 @@ ROOMS = {
     "simulation": {"broker", "router", "workers"},
     "engine": {"broker", "router", "workers", "simulation"},
     "chaos": {"broker", "router", "workers", "engine"},
-    "bench": {"broker", "router", "workers", "simulation", "engine", "chaos"},
 }
 # A producer installs the base and uses broker alone.
 HEAVY = {"lupa", "matplotlib", "vllm", "torch", "transformers", "httpx", "fastapi", "starlette", "uvicorn"}
