@@ -1,0 +1,1 @@
+"""Programs, not calls: workloads, systems and metrics in virtual time (docs/scheduling.md)."""

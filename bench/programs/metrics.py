@@ -1,0 +1,199 @@
+"""What a run gave, seen from its programs.
+
+The figure that counts is a program's latency per token: its response time, less the time that people and tools took on
+its path, divided by the tokens it generated (section 6.1 of arXiv 2502.13965). The path is the chain of calls that the
+program's end waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from statistics import fmean
+from typing import Any, Self
+
+from simulation.workload import CallSpec, ProgramSpec
+from workers.sim_engine import SimTimes
+
+# A program starved if it did not end in a run that was waited out, or if one of its calls waited longer than this for
+# its first token of service, and longer than this many times what the whole program needs on an idle engine.
+STARVED_S, STARVED_TIMES = 120.0, 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class CallTimes:
+    """One call as it went, in seconds of the run; `ended_s` None: it never did. `cached`: tokens of its prompt."""
+
+    ready_s: float
+    started_s: float | None = None
+    ended_s: float | None = None
+    cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramRun:
+    """One program as it went. `response_s` None: it never ended. Times in seconds.
+
+    Attributes:
+        delay_s: what people and tools took on its path.
+        ideal_s: what its longest chain of calls takes alone on an engine that keeps all it has read; without delays.
+        longest_wait_s: of any of its calls, from being ready to being served first.
+    """
+
+    id: str
+    kind: str
+    arrival_s: float
+    response_s: float | None
+    delay_s: float
+    ideal_s: float
+    output_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    longest_wait_s: float
+
+    @property
+    def served_s(self) -> float:
+        """Response time less delays; of an unfinished program infinite."""
+        return float("inf") if self.response_s is None else max(0.0, self.response_s - self.delay_s)
+
+    @property
+    def per_token_s(self) -> float:
+        return self.served_s / self.output_tokens
+
+    @property
+    def slowdown(self) -> float:
+        return self.served_s / self.ideal_s
+
+    @property
+    def starved(self) -> bool:
+        if self.response_s is None:
+            return True
+        return self.longest_wait_s > max(STARVED_S, STARVED_TIMES * self.ideal_s)
+
+    @classmethod
+    def of(cls, spec: ProgramSpec, calls: Sequence[CallTimes], times: SimTimes, until_s: float) -> Self:
+        """Args: `calls` in the spec's order, only those that became ready; `until_s`: when the run was broken off."""
+        ends = [c.ended_s for c in calls]
+        done = len(calls) == len(spec.calls) and None not in ends
+        finished = [e for e in ends if e is not None]
+        waits = [(until_s if c.started_s is None else c.started_s) - c.ready_s for c in calls]
+        return cls(
+            id=spec.id,
+            kind=spec.kind,
+            arrival_s=spec.arrival_s,
+            response_s=max(finished) - spec.arrival_s if done else None,
+            delay_s=_delay_on_path(spec.calls, finished) if done else 0.0,
+            ideal_s=ideal_s(spec, times),
+            output_tokens=spec.output_tokens,
+            prompt_tokens=sum(c.prompt_tokens for c in spec.calls),
+            cached_tokens=sum(c.cached for c in calls),
+            longest_wait_s=max(waits, default=0.0),
+        )
+
+
+def _delay_on_path(calls: Sequence[CallSpec], ends: Sequence[float]) -> float:
+    """The delays of the calls that the last end waited for, from end to beginning: each waited for its latest
+    predecessor."""
+    at: int | None = max(range(len(calls)), key=lambda n: ends[n])
+    total = 0.0
+    while at is not None:
+        total += calls[at].delay_s
+        at = max(calls[at].after, key=lambda n: ends[n], default=None)
+    return total
+
+
+def ideal_s(spec: ProgramSpec, times: SimTimes) -> float:
+    """The program's longest chain of calls on an engine of its own, in seconds: only texts that are new are computed.
+
+    The system prompt is taken for new at the program's first call, so even a program of one call has some work.
+    """
+    seen: dict[int, int] = {}
+    ends: list[float] = []
+    for call in spec.calls:
+        new = 0
+        for segment in call.prompt:
+            new += max(0, segment.tokens - seen.get(segment.text, 0))
+            seen[segment.text] = max(segment.tokens, seen.get(segment.text, 0))
+        if call.answer:
+            seen[call.answer] = call.output_tokens
+        step = times.step_s + times.decode_seq_s + call.prompt_tokens * times.context_token_s
+        took = new * times.prefill_token_s + call.output_tokens * step
+        ends.append(took + max((ends[n] for n in call.after), default=0.0))
+    return max(ends)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A run in figures. Times in seconds; `per_token` is the programs' latency per token, `jct` their response time.
+
+    Attributes:
+        per_s: programs that ended, over the time from the first arrival to the last end.
+        hit_rate: prompt tokens that were found in a cache, of all.
+        jain: Jain's index of the programs' slowdowns over an idle engine: 1 = all alike, 1/n = one bears it all.
+        busy: share of the run's time that engines computed, of those of the fleet, up to the last arrival.
+    """
+
+    programs: int
+    unfinished: int
+    starved: int
+    per_s: float
+    per_token_mean: float
+    per_token_p95: float
+    per_token_p99: float
+    jct_mean: float
+    jct_p95: float
+    jct_p99: float
+    slowdown_mean: float
+    slowdown_p99: float
+    longest_wait: float
+    hit_rate: float
+    jain: float
+    by_kind: dict[str, float]  # mean latency per token
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, runs: Iterable[ProgramRun]) -> Self:
+        runs = list(runs)
+        done = [r for r in runs if r.response_s is not None]
+        per_token = sorted(r.per_token_s for r in runs)
+        jct = sorted(float("inf") if r.response_s is None else r.response_s for r in runs)
+        slow = sorted(r.slowdown for r in runs)
+        kinds = sorted({r.kind for r in runs})
+        return cls(
+            programs=len(runs),
+            unfinished=len(runs) - len(done),
+            starved=sum(r.starved for r in runs),
+            per_s=_rate(done),
+            per_token_mean=fmean(per_token),
+            per_token_p95=quantile(per_token, 0.95),
+            per_token_p99=quantile(per_token, 0.99),
+            jct_mean=fmean(jct),
+            jct_p95=quantile(jct, 0.95),
+            jct_p99=quantile(jct, 0.99),
+            slowdown_mean=fmean(slow),
+            slowdown_p99=quantile(slow, 0.99),
+            longest_wait=max(r.longest_wait_s for r in runs),
+            hit_rate=sum(r.cached_tokens for r in runs) / max(1, sum(r.prompt_tokens for r in runs)),
+            jain=jain([r.slowdown for r in done]),
+            by_kind={k: fmean(r.per_token_s for r in runs if r.kind == k) for k in kinds},
+        )
+
+
+def _rate(done: Sequence[ProgramRun]) -> float:
+    ends = [r.arrival_s + r.response_s for r in done if r.response_s is not None]
+    span = max(ends) - min(r.arrival_s for r in done) if ends else 0.0
+    return len(done) / span if span > 0 else 0.0
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The least value that at least this share of the values do not exceed."""
+    return ordered[max(0, ceil(share * len(ordered)) - 1)]
+
+
+def jain(values: Sequence[float]) -> float:
+    """Jain, Chiu and Hawe, 1984: the square of the sum over n times the sum of squares. 1 for no values."""
+    squares = sum(v * v for v in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
