@@ -127,6 +127,9 @@ class Claimed:
 
     `events` counts the pieces that earlier attempts have published; those before number `begins` are void.
     `left_ms`: what was left until its deadline when it was claimed, on Redis's clock; None = it has none.
+    `program`: the session that is charged for it, its own or an ancestor's; `inherited`: what it had been charged when the
+    call was assigned, in service units. `waited_ms` and `ran_ms`: what the program has waited, this call's waiting until
+    now included, and run, since a promotion last paid for it (lua/programs.lua).
     """
 
     fence: Fence
@@ -145,6 +148,10 @@ class Claimed:
     on_engine_loss: OnEngineLoss = "continue"
     begins: int = 0
     left_ms: int | None = None
+    program: str = ""
+    inherited: int = 0
+    waited_ms: int = 0
+    ran_ms: int = 0
 
 
 class Event(NamedTuple):

@@ -288,6 +288,10 @@ def _claimed_call(r: Sequence[bytes]) -> Claimed:
         on_engine_loss=_on_engine_loss(r[15]),
         begins=number(r[16]),
         left_ms=number(r[17]) if r[17] else None,
+        program=text(r[18]),
+        inherited=number(r[19]),
+        waited_ms=number(r[20]),
+        ran_ms=number(r[21]),
     )
 
 

@@ -25,6 +25,8 @@ def test_claim_hands_over_all_that_a_worker_needs(world: World) -> None:
     assert (call.traceparent, call.prompt_tokens, call.body_field, call.cancelled) == ("00-ab", 9, "body", False)
     assert codec.decode(call.body) == {"prompt": "tell"}
     assert call.fence.gen == world.record("c1")["gen"]
+    assert (call.program, call.inherited, call.ran_ms) == ("s", 0, 0)
+    assert 0 <= call.waited_ms == world.record("c1").ints("started_ms")[0] - world.record("c1").ints("submitted_ms")[0]
     assert world.state("c1") == "RUNNING"
     assert (world.waiting(), world.running()) == ([], ["c1"])
     assert world.engine().ints("queued_tokens", "running_tokens") == (0, 9)

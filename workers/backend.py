@@ -43,7 +43,10 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A claimed call, decoded. `key` is unique among the engine's running calls: id and fence."""
+    """A claimed call, decoded. `key` is unique among the engine's running calls: id and fence.
+
+    `program`, `inherited`, `waited_ms` and `ran_ms`: what a program-aware scheduler goes by, as in `Claimed`.
+    """
 
     key: str
     call_id: str
@@ -56,6 +59,10 @@ class Job:
     traceparent: str = ""
     resumed: Resumed | None = None
     on_engine_loss: OnEngineLoss = "continue"
+    program: str = ""
+    inherited: int = 0
+    waited_ms: int = 0
+    ran_ms: int = 0
 
 
 @dataclass(slots=True)

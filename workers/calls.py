@@ -268,6 +268,10 @@ class Calls:
             traceparent=c.traceparent,
             resumed=await self._resumed(c.fence.call_id) if c.events > c.begins else None,
             on_engine_loss=c.on_engine_loss,
+            program=c.program,
+            inherited=c.inherited,
+            waited_ms=c.waited_ms,
+            ran_ms=c.ran_ms,
         )
 
     async def _resumed(self, call_id: str) -> Resumed:

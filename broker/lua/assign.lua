@@ -1,4 +1,4 @@
---- @include lib terminal attempts
+--- @include lib terminal programs attempts
 -- The router gives each call to the queue of one engine, or parks it until an engine of its model is ready.
 --
 -- ARGV     bounds: the upper ends of the scheduling levels, in service units, separated by spaces
@@ -11,14 +11,6 @@
 -- Emits    a ring to each engine's bell
 local bounds = {}
 for b in string.gmatch(ARGV[4], '%S+') do bounds[#bounds + 1] = tonumber(b) end
-
--- MLFQ bin of attained service (Autellix, section 4.2: a call enters the queue of its program's service).
-local function level_of(service)
-  for i, b in ipairs(bounds) do
-    if service < b then return i - 1 end
-  end
-  return #bounds
-end
 
 local ready = {}
 local function takes_calls(e)
@@ -80,11 +72,11 @@ local function assign(entry, id, gen, e, bind, seen, hit, why)
       e, why = bound, 'bound by another router at the same moment'
     end
   end
-  local level = level_of(session.service)
+  local level = level_of(session.service, bounds)
   set_fields(call_key(id), {'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited', int(session.service),
     'why', why})
   later('ZREM', parked_key(c.model), id) -- another router that had this entry in hand may have parked it
-  later('ZADD', queue_key(e), queue_score(c.priority, level, c.submitted_ms), id)
+  later('ZADD', queue_key(e), int(queue_score(tonumber(c.priority) or 0, level, tonumber(c.submitted_ms))), id)
   count(engine_key(e), 'queued_tokens', load_of(c))
   count(engine_key(e), 'served', 1)
   if hit == '1' then count_total('affinity_hits') elseif hit == '0' then count_total('affinity_misses') end

@@ -1,11 +1,4 @@
--- Where a call waits: the router stream, or the queue of an engine. Needs lib and terminal.
-
--- The score orders an engine's queue: the user's priority class, then the scheduling level, then
--- arrival. 8 + 4 + 41 bits: the exact integers of a double.
-local function queue_score(priority, level, submitted_ms)
-  local class = math.max(-128, math.min(127, tonumber(priority) or 0)) + 128
-  return int((class * 16 + (tonumber(level) or 0)) * 2199023255552 + tonumber(submitted_ms))
-end
+-- Where a call waits: the router stream, or the queue of an engine. Needs lib, programs and terminal.
 
 -- Puts a PENDING call back on the router stream, without its body. c: the call as read_call gave it.
 local function to_router(id, c)
@@ -16,7 +9,7 @@ end
 
 local function to_queue(id, e, c)
   redis.call('HSET', call_key(id), 'state', 'PENDING')
-  later('ZADD', queue_key(e), queue_score(c.priority, c.level, c.submitted_ms), id)
+  later('ZADD', queue_key(e), int(queue_score(tonumber(c.priority) or 0, tonumber(c.level) or 0, tonumber(c.submitted_ms))), id)
   count(engine_key(e), 'queued_tokens', load_of(c))
   ring(e)
 end

@@ -8,7 +8,8 @@
 -- ARGV     engine incarnation claim_no max max_deaths
 -- Returns  {"fenced"} if another incarnation owns the engine, else {"ok", call, call, …}, per call
 --          {id, gen, attempt, session, kind, stream, inbox, priority, level, events, traceparent, prompt_tokens,
---          format, body, cancel, on_engine_loss, begins, left: milliseconds until its deadline, "" = it has none}
+--          format, body, cancel, on_engine_loss, begins, left: milliseconds until its deadline, "" = it has none,
+--          program, inherited, waited_ms, ran_ms}
 local e, incarnation, claim_no, max, max_deaths = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
 local owner = redis.call('HMGET', engine_key(e), 'incarnation', 'claim_no', 'claimed', 'state', 'alone')
 if owner[1] ~= incarnation or owner[4] == 'DEAD' then return {'fenced'} end
@@ -16,11 +17,14 @@ if owner[1] ~= incarnation or owner[4] == 'DEAD' then return {'fenced'} end
 local out = {'ok'}
 local job_fields = {'state', 'engine', 'gen', 'attempt', 'session', 'kind', 'stream', 'inbox', 'priority', 'level',
   'events', 'traceparent', 'prompt_tokens', 'deadline_ms', 'cancel', 'format', 'body', 'json',
-  'deaths', 'on_engine_loss', 'begins'}
+  'deaths', 'on_engine_loss', 'begins', 'program', 'inherited', 'submitted_ms', 'started_ms',
+  'waited_ms', 'ran_ms'}
 local function hand_over(id, c)
   out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
     c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel, c.on_engine_loss, c.begins,
-    c.deadline_ms ~= '' and int(math.max(0, tonumber(c.deadline_ms) - NOW)) or ''}
+    c.deadline_ms ~= '' and int(math.max(0, tonumber(c.deadline_ms) - NOW)) or '',
+    c.program ~= '' and c.program or c.session, c.inherited,
+    int((tonumber(c.waited_ms) or 0) + tonumber(c.started_ms) - tonumber(c.submitted_ms)), c.ran_ms}
 end
 
 if owner[2] == claim_no then
@@ -47,7 +51,8 @@ end
 
 local claimed = {}
 local function take(id, c)
-  redis.call('HSET', call_key(id), 'state', 'RUNNING', 'started_ms', int(NOW))
+  c.started_ms = int(NOW)
+  redis.call('HSET', call_key(id), 'state', 'RUNNING', 'started_ms', c.started_ms)
   later('ZADD', running_key(e), int(NOW), id)
   count(engine_key(e), 'running_tokens', load_of(c))
   claimed[#claimed + 1] = id

@@ -1,4 +1,4 @@
---- @include lib terminal attempts events poison lost
+--- @include lib terminal programs attempts events poison lost
 -- Any router, on a timer: engines whose lease has ended are dead; their calls go to others.
 --
 -- ARGV     lease_ms max_deaths limit (calls moved per run, so that no run blocks Redis for long)

@@ -1,4 +1,4 @@
---- @include lib terminal attempts events poison lost
+--- @include lib terminal programs attempts events poison lost
 -- A worker takes an engine id. A second worker with the same id is refused while the first one's lease holds;
 -- a worker that comes back under its id takes the calls of its dead predecessor back.
 --
