@@ -127,9 +127,9 @@ class Claimed:
 
     `events` counts the pieces that earlier attempts have published; those before number `begins` are void.
     `left_ms`: what was left until its deadline when it was claimed, on Redis's clock; None = it has none.
-    `program`: the session that is charged for it, its own or an ancestor's; `inherited`: what it had been charged when the
-    call was assigned, in service units. `waited_ms` and `ran_ms`: what the program has waited, this call's waiting until
-    now included, and run, since a promotion last paid for it (lua/programs.lua).
+    `program`: the session that is charged for it, its own or an ancestor's; `inherited`: what it had been charged when
+    the call was assigned, in service units. `waited_ms` and `ran_ms`: what the program has waited, this call's waiting
+    until now included, and run, since a promotion last paid for it (lua/programs.lua).
     """
 
     fence: Fence
