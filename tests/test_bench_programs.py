@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from statistics import fmean, median
 
 import pytest
 
-from bench.programs import traces
+from bench.programs import real, traces
 from bench.programs.lengths import Lengths
 from bench.programs.metrics import CallTimes, Figures, ProgramRun, ideal_s, jain, quantile
+from bench.programs.replay import scaled
+from bench.programs.search import Curve, rate_of, rate_point
 from bench.programs.workloads import KINDS, SHAPES, synthetic
 from simulation.workload import CallSpec, ProgramSpec, Segment
+from workers.config import EngineConfig
 from workers.sim_engine import SimTimes
 
 # The paper's table: calls per program, new prompt tokens and output tokens per call.
@@ -188,3 +192,68 @@ def test_quantiles_and_jains_index() -> None:
     assert jain([2, 2, 2]) == pytest.approx(1.0)
     assert jain([1, 0, 0, 0]) == pytest.approx(0.25)
     assert jain([]) == 1.0
+
+
+# -- throughput at equal latency
+
+
+def queue(capacity: float, floor: float = 0.1) -> tuple[Curve, list[int]]:
+    """A curve as a queue has it, and the points at which it was measured."""
+    asked: list[int] = []
+
+    def latency(point: int) -> float:
+        asked.append(point)
+        rate = rate_of(point)
+        return floor / (1 - rate / capacity) if rate < capacity else float("inf")
+
+    return Curve(latency, rate_point(0.05), rate_point(64)), asked
+
+
+@pytest.mark.parametrize("capacity", [0.3, 1.0, 2.7, 20.0])
+@pytest.mark.parametrize("times", [1.5, 3.0, 10.0])
+def test_the_rate_at_a_level_is_found(capacity: float, times: float) -> None:
+    curve, asked = queue(capacity)
+    exact = capacity * (1 - 1 / times)
+    assert curve.sustained(0.1 * times) == pytest.approx(exact, rel=0.2 if times > 5 else 0.06)
+    assert len(asked) == len(set(asked)) <= 14
+    assert max(map(rate_of, asked)) <= 2.01 * max(exact, rate_of(curve.lowest))
+    before = len(asked)
+    curve.sustained(0.1 * times)
+    assert len(asked) == before
+
+
+def test_rates_beyond_the_grid_are_its_ends() -> None:
+    curve, _ = queue(1000.0)
+    assert curve.sustained(1.0) == rate_of(curve.highest)
+    assert queue(0.03)[0].sustained(1.0) == 0.0
+
+
+# -- in real time
+
+
+def test_a_scaled_program_keeps_its_shape() -> None:
+    whole = synthetic("tree", 1.0, 20, 1)[0]
+    small = scaled(whole, 8, 20)
+    assert [c.after for c in small.calls] == [c.after for c in whole.calls[:20]]
+    for a, b in zip(whole.calls, small.calls, strict=False):
+        assert [s.text for s in a.prompt] == [s.text for s in b.prompt]
+        assert b.prompt_tokens == pytest.approx(a.prompt_tokens / 8, abs=len(a.prompt))
+
+
+def test_programs_are_played_through_the_real_broker() -> None:
+    """On modelled engines: an answer is part of the next prompt, and its cache is found."""
+    engine = {"step_s": 0.001, "prefill_token_s": 0, "decode_seq_s": 0, "context_token_s": 0}
+    configs = [EngineConfig(engine_id=e, backend="sim", max_num_seqs=8, engine_args=engine) for e in ("e1", "e2")]
+    programs = [replace(scaled(p, 8, 20), arrival_s=n * 0.05) for n, p in enumerate(synthetic("mixed", 1.0, 12, 1))]
+    programs = [replace(p, calls=tuple(replace(c, delay_s=c.delay_s / 100) for c in p.calls)) for p in programs]
+    times = real.run(real.Stack(configs, {"policy": "session_hash"}), programs)
+    runs = [ProgramRun.of(p, t, SimTimes(), 0) for p, t in zip(programs, times, strict=True)]
+    figures = Figures.of(runs)
+    assert (figures.unfinished, figures.starved) == (0, 0)
+    assert figures.hit_rate > 0.4
+    for p, calls in zip(programs, times, strict=True):
+        for spec, call in zip(p.calls, calls, strict=True):
+            assert call.started_s is not None
+            assert call.ended_s is not None
+            assert call.ready_s <= call.started_s <= call.ended_s
+            assert all((calls[n].ended_s or 0) <= call.ready_s for n in spec.after)

@@ -1,0 +1,88 @@
+"""Plays programs in real time, open loop: a program comes at its time, whatever became of those before it.
+
+The texts of a program are made of token ids: a text's ids are a function of its number, and an answer's are those that
+the engine gave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from time import perf_counter
+from typing import NamedTuple
+
+from bench.programs.metrics import CallTimes
+from simulation.workload import CallSpec, ProgramSpec, Segment
+
+
+class Answer(NamedTuple):
+    """What an engine gave. `waited_s`: from the call's submission until it was first served."""
+
+    ids: Sequence[int]
+    cached: int
+    waited_s: float
+
+
+# Runs one call of the program of that id, with these prompt tokens, for so many output tokens.
+Serve = Callable[[str, list[int], int], Awaitable[Answer]]
+
+
+def scaled(spec: ProgramSpec, divisor: int, max_calls: int) -> ProgramSpec:
+    """The same program with all lengths divided, and only its first calls."""
+
+    def shorter(segment: Segment) -> Segment:
+        return Segment(segment.text, max(1, segment.tokens // divisor))
+
+    calls = tuple(
+        replace(c, prompt=tuple(map(shorter, c.prompt)), output_tokens=max(1, c.output_tokens // divisor))
+        for c in spec.calls[:max_calls]
+    )
+    return replace(spec, calls=calls)
+
+
+@dataclass(slots=True)
+class Player:
+    """Plays programs against `serve`; `vocabulary`: ids that texts are made of."""
+
+    serve: Serve
+    vocabulary: Sequence[int]
+    _texts: dict[int, list[int]] = field(default_factory=dict)
+
+    async def play(self, programs: Sequence[ProgramSpec]) -> list[list[CallTimes]]:
+        """Times of the calls of each program, in seconds from the beginning; returns when all have ended."""
+        began = perf_counter()
+        return list(await asyncio.gather(*(self._program(p, began) for p in programs)))
+
+    async def _program(self, spec: ProgramSpec, began: float) -> list[CallTimes]:
+        await _until(began + spec.arrival_s)
+        tasks: list[asyncio.Task[CallTimes]] = []
+        async with asyncio.TaskGroup() as group:
+            for call in spec.calls:
+                before = [tasks[n] for n in call.after]
+                tasks.append(group.create_task(self._call(spec, call, before, began)))
+        return [t.result() for t in tasks]
+
+    async def _call(
+        self, spec: ProgramSpec, call: CallSpec, before: list[asyncio.Task[CallTimes]], began: float
+    ) -> CallTimes:
+        ends = [(await task).ended_s for task in before]
+        ready = max((e for e in ends if e is not None), default=spec.arrival_s) + call.delay_s
+        await _until(began + ready)
+        prompt = [i for s in call.prompt for i in self._ids(s)]
+        answer = await self.serve(spec.id, prompt, call.output_tokens)
+        if call.answer:
+            self._texts[call.answer] = list(answer.ids)
+        return CallTimes(ready, ready + answer.waited_s, perf_counter() - began, answer.cached)
+
+    def _ids(self, segment: Segment) -> list[int]:
+        known = self._texts.get(segment.text, [])
+        if len(known) < segment.tokens:  # a text goes on as it began, however often it is lengthened
+            known = Random(segment.text).choices(self.vocabulary, k=segment.tokens)
+            self._texts[segment.text] = known
+        return known[: segment.tokens]
+
+
+async def _until(moment: float) -> None:
+    await asyncio.sleep(max(0.0, moment - perf_counter()))
