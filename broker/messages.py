@@ -71,8 +71,38 @@ class Placed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """What a step of an engine costs, in seconds: `step_s` in any case, `token_s` for each prompt token that it
+    computes, `seq_s` for each call that gets a token in it. Measured by the engine's worker."""
+
+    step_s: float
+    token_s: float
+    seq_s: float
+
+    def decode_tps(self, batch: float) -> float:
+        """Output tokens per second, of all calls together, with so many calls that decode."""
+        return batch / (self.step_s + batch * self.seq_s) if batch > 0 else 0.0
+
+
+class Ahead(NamedTuple):
+    """Waiting calls of one rank in an engine's queue, and the prompt tokens that they are expected to compute."""
+
+    calls: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineView:
-    """An engine as the router sees it. Token counts are of prompts, in tokens; `heartbeat_ms` on Redis's clock."""
+    """An engine as the router sees it. Token counts are of prompts, in tokens; `heartbeat_ms` on Redis's clock.
+
+    Attributes:
+        kv_tokens: capacity of its KV cache, 0 = unknown; `kv_usage` is the share of it that running calls hold.
+        speed: as measured; None = not yet.
+        prefill_s: how long it will be computing the prompts of the calls that it has begun, in seconds.
+        ahead: what waits in its queue, by rank (`rank_of`).
+        computed: tokens whose KV it has computed in its life, prompts and outputs: how far its cache has turned over.
+        completion_tokens: how long answers were of late, in the mean; 0 = not known.
+    """
 
     id: str
     state: str
@@ -85,18 +115,59 @@ class EngineView:
     served: int = 0
     max_num_seqs: int = 1
     tokens_per_s: float = 0.0
+    kv_tokens: int = 0
+    kv_usage: float = 0.0
+    speed: Speed | None = None
+    prefill_s: float = 0.0
+    ahead: Mapping[int, Ahead] = field(default_factory=dict)
+    computed: int = 0
+    completion_tokens: float = 0.0
 
     @property
     def load_tokens(self) -> int:
         return self.queued_tokens + self.running_tokens
 
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens per second that it computes; 0 = not measured."""
+        return 1 / self.speed.token_s if self.speed and self.speed.token_s > 0 else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        """Output tokens per second with all slots taken; 0 = not measured."""
+        return self.speed.decode_tps(self.max_num_seqs) if self.speed else 0.0
+
+
+def rank_of(priority: int, level: int) -> int:
+    """Where a call stands in its engine's queue, arrival aside: lower is earlier (lua/programs.lua, queue_score)."""
+    return (min(max(priority, -128), 127) + 128) * 16 + level
+
+
+class CacheUse(NamedTuple):
+    """When a session's cache on an engine was last used: `idle_s` seconds ago, when the engine had computed so many
+    tokens in its life (`EngineView.computed`; None = not noted)."""
+
+    idle_s: float
+    computed: int | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """Where a session's KV cache is believed to be: engine id → resident tokens; `bound`: the engine it is tied to."""
+    """Where a session's KV cache is believed to be: engine id → resident tokens; `bound`: the engine it is tied to.
+
+    Attributes:
+        used: engine id → the last use of that cache.
+        service: what its program has had, in service units; `level`: that of a call that came now.
+        completion_tokens: how long its answers were, in the mean, of `completed` calls.
+    """
 
     bound: str = ""
     resident: Mapping[str, int] = field(default_factory=dict)
+    used: Mapping[str, CacheUse] = field(default_factory=dict)
+    service: int = 0
+    level: int = 0
+    completed: int = 0
+    completion_tokens: float = 0.0
 
 
 def resident_tokens(affinity: Iterable[tuple[bytes, bytes]]) -> dict[str, int]:

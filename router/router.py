@@ -23,19 +23,18 @@ from broker.eviction import require_noeviction
 from broker.ids import new_id
 from broker.keys import ROUTER_GROUP, Keys
 from broker.line import Line
-from broker.messages import EngineView, Placement, Rejection, SessionView
-from broker.models import EngineState, ErrorCode
+from broker.messages import Placement, Rejection, SessionView
+from broker.models import ErrorCode
 from broker.settings import Settings
 from broker.transitions import Transitions
+from router.choosing import PARKED, Chooser, Decision
 from router.intake import Arrival, Fields, read_entry, reject
 from router.policies import Policy, create_policy
-from router.policies.base import with_call
 from router.upkeep import Upkeep
 
 log = logging.getLogger("rsm.router")
 
 Entries = Sequence[tuple[bytes, Fields]]
-_NO_ENGINE = "No engine serves the model {model!r}. Models at hand: {models}."
 # How old the view of the fleet may be. Between two looks a router counts what it assigns itself; what other routers
 # assign and what engines finish meanwhile it learns by the next look.
 _LOOK_AGAIN_S = 0.02
@@ -52,12 +51,11 @@ class Router:
         self.keys = Keys(self.settings.namespace)
         self.name = name or f"router-{new_id()}"
         self._transitions = Transitions(self.keys, self.settings)
-        self._policy = policy or create_policy(self.settings)
+        self._chooser = Chooser(policy or create_policy(self.settings))
         self._tick_s = self.settings.tick_ms / 1000
         self._line = Line(self.settings, block_s=self._tick_s)
         self._redis = connect(self.settings)
         self._upkeep = Upkeep(self._redis, self.keys, self.settings, self.name)
-        self._fleet: dict[str, EngineView] = {}
         self._looked = -_LOOK_AGAIN_S
         self._stopping = False
         self._examined = False
@@ -157,51 +155,26 @@ class Router:
     def _look(self, arrivals: Sequence[Arrival]) -> dict[str, SessionView]:
         """Brings the view of the fleet up to date, unless it is fresh, serves all models asked for, and no session's
         affinity is asked for."""
-        sessions = {a.view.session for a in arrivals if self._policy.needs_session(a.view)}
-        unserved = {a.view.model for a in arrivals if a.view.model} - {e.model for e in self._fleet.values()}
+        sessions = {a.view.session for a in arrivals if self._chooser.needs_session(a.view)}
+        unserved = {a.view.model for a in arrivals if a.view.model} - self._chooser.models
         if sessions or unserved or time.monotonic() - self._looked > _LOOK_AGAIN_S:
             look = scripts.run(self._line, self._transitions.look(list(sessions)))
-            self._fleet, self._looked = {e.id: e for e in look.engines}, time.monotonic()
+            self._chooser.see(look.engines)
+            self._looked = time.monotonic()
             return look.sessions
         return {}
 
     def _choose(
         self, arrivals: Sequence[Arrival], sessions: dict[str, SessionView]
     ) -> tuple[list[Placement], list[Rejection]]:
-        fleet = self._fleet
         placements, refused = [], []
-        for a in arrivals:
-            serving = [e for e in fleet.values() if not a.view.model or e.model == a.view.model]
-            if fleet and not serving:
-                models = ", ".join(sorted({e.model for e in fleet.values()}))
-                message = _NO_ENGINE.format(model=a.view.model, models=models)
-                refused.append(self._refuse(a, ErrorCode.NO_ENGINE_FOR_MODEL, message))
-                continue
-            placements.append(self._choose_one(a, serving, fleet, sessions))
+        decisions = self._chooser.place([a.view for a in arrivals], sessions, time.monotonic())
+        for a, d in zip(arrivals, decisions, strict=True):
+            if d.refusal:
+                refused.append(self._refuse(a, ErrorCode.NO_ENGINE_FOR_MODEL, d.refusal))
+            else:
+                placements.append(_placement(a, d))
         return placements, refused
-
-    def _choose_one(
-        self, a: Arrival, serving: list[EngineView], fleet: dict[str, EngineView], sessions: dict[str, SessionView]
-    ) -> Placement:
-        ready = [e for e in serving if e.state == EngineState.READY]
-        if not ready:
-            why = "no engine of its model takes calls yet"
-            return Placement(a.entry, a.call_id, a.gen, "", False, "", None, why)
-        session = sessions.get(a.view.session, SessionView())
-        choice = self._policy.choose(a.view, ready, session)
-        fleet[choice.engine] = with_call(fleet[choice.engine], a.view.prompt_tokens)
-        if choice.bind:
-            sessions[a.view.session] = SessionView(choice.engine, session.resident)
-        return Placement(
-            a.entry,
-            a.call_id,
-            a.gen,
-            choice.engine,
-            choice.bind,
-            session.bound,
-            choice.hit,
-            choice.why,
-        )
 
     def _refuse(self, a: Arrival, code: ErrorCode, message: str) -> Rejection:
         inbox = a.admission.request.inbox if a.admission else ""
@@ -221,3 +194,10 @@ class Router:
             elif reply.code == "missing" and a.admission is None:
                 refused.append(reject(a.entry, {b"id": a.call_id.encode()}, ErrorCode.INVALID_REQUEST, _NO_RECORD))
         return again, refused
+
+
+def _placement(a: Arrival, d: Decision) -> Placement:
+    c = d.choice
+    if c is None or c.hold:
+        return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, c.why if c else PARKED)
+    return Placement(a.entry, a.call_id, a.gen, c.engine, c.bind, d.seen, c.hit, c.why)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from broker.messages import EngineView, SessionView
+from broker.messages import Ahead, EngineView, SessionView
 from broker.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class CallView:
-    """What a policy knows of a call. `prompt_tokens`: the producer's count or an estimate."""
+    """What a policy knows of a call.
+
+    Attributes:
+        prompt_tokens: the producer's count or an estimate.
+        program: the root session, to which its service is charged; "" = its own session.
+        priority: the user's class, ahead of the level.
+    """
 
     session: str
     model: str
     prompt_tokens: int
+    program: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +34,28 @@ class Choice:
     Attributes:
         bind: ties the session to this engine for its later calls.
         hit: whether the session's cache was found on it; None if that was not asked.
+        reuse: prompt tokens that the engine should find in its cache.
+        costs: what the call would take on each engine, in seconds; empty if the policy does not reckon so.
+        hold: no engine now; the call waits in the router (`engine` says whose room it waits for).
     """
 
     engine: str
     why: str
     bind: bool = False
     hit: bool | None = None
+    reuse: int = 0
+    costs: Mapping[str, float] = field(default_factory=dict)
+    hold: bool = False
 
 
 class Policy(ABC):
     """Chooses engines. One object lives in each router; state that routers must share belongs in Redis.
 
     `needs_session(call)` says whether `choose` will look at the session's affinity, so that a router can spare
-    itself the read.
+    itself the read. `now`: the time of the batch in hand in seconds, on whatever clock drives this policy.
     """
+
+    now: float = 0.0
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -65,8 +81,16 @@ def least_loaded(engines: Sequence[EngineView]) -> EngineView:
     return min(engines, key=lambda e: (e.load_tokens, e.running + e.queued, e.served, e.id))
 
 
-def with_call(engine: EngineView, prompt_tokens: int) -> EngineView:
-    """The engine as it is once a call has been given to it."""
+def with_call(engine: EngineView, prompt_tokens: int, *, reuse: int = 0, rank: int | None = None) -> EngineView:
+    """The engine as it is once a call has been given to it. `rank`: its place in the queue, if that is reckoned."""
+    ahead = engine.ahead
+    if rank is not None:
+        calls, tokens = ahead.get(rank, (0, 0))
+        ahead = {**ahead, rank: Ahead(calls + 1, tokens + max(prompt_tokens - reuse, 0))}
     return replace(
-        engine, queued=engine.queued + 1, queued_tokens=engine.queued_tokens + prompt_tokens, served=engine.served + 1
+        engine,
+        queued=engine.queued + 1,
+        queued_tokens=engine.queued_tokens + prompt_tokens,
+        served=engine.served + 1,
+        ahead=ahead,
     )
