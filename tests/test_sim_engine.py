@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,13 +19,28 @@ UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token
 
 
 def small(**more: object) -> SimConfig:
-    return SimConfig(**({"kv_tokens": 64, "block_size": 4, "max_num_batched_tokens": 16, "times": UNIT} | more))  # type: ignore[arg-type]
+    return SimConfig(**({"kv_tokens": 64, "block_size": BLOCK, "max_num_batched_tokens": 16, "times": UNIT} | more))  # type: ignore[arg-type]
+
+
+BLOCK = 4
+RUNNING = (Phase.PREFILL, Phase.DECODE)
 
 
 def call(key: str, prompt: int = 4, output: int = 2, *, base: int = 0, priority: int = 0, level: int = 0) -> SimCall:
     """A call whose tokens no call of another `base` shares."""
     ids = range(base * 1000 + 1, base * 1000 + 1 + prompt + output)
-    return SimCall(key, list(ids[:prompt]), list(ids[prompt:]), priority=priority, level=level)
+    return SimCall.of_ids(key, ids[:prompt], ids[prompt:], BLOCK, priority=priority, level=level)
+
+
+def held(c: SimCall) -> set[tuple[int, int]]:
+    """The blocks of a call that others may share."""
+    blocks = set()
+    hold: tuple[Any, int] = c.held or (None, 0)
+    while hold[0] is not None:
+        stretch, upto = hold
+        blocks |= {(id(stretch), i) for i in range(stretch.first, upto)}
+        hold = stretch.parent, stretch.first
+    return blocks
 
 
 def steps(engine: SimEngine) -> Iterator[float]:
@@ -63,7 +80,7 @@ def test_no_more_calls_run_than_there_are_slots() -> None:
     calls = [call(str(n), output=2, base=n) for n in range(5)]
     for c in calls:
         engine.add(c, 0.0)
-    seen = [len([c for c in calls if c.phase is Phase.RUNNING or c.produced == 2]) for _ in steps(engine)]
+    seen = [len([c for c in calls if c.phase in RUNNING or c.produced == 2]) for _ in steps(engine)]
     assert seen == [2, 2, 4, 4, 5, 5]
 
 
@@ -109,7 +126,7 @@ def test_under_kv_pressure_the_last_in_order_is_preempted_and_still_finishes() -
     assert first.preemptions == 0
     assert last.preemptions >= 1
     assert last.produced == 20
-    assert engine.pool.used == 0
+    assert engine.cache.used == 0
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
@@ -122,13 +139,13 @@ def test_a_preempted_call_leaves_the_step_and_comes_back_no_sooner_than_the_next
     now = 1.0
     while not low.preemptions:
         step = engine.begin(now) or pytest.fail("nothing to do")
-        assert sum(step.work.values()) <= 16
+        assert sum(step.work.values()) + step.decode_seqs <= 16
         if not low.preemptions:
             engine.end(step)
             now = step.ends_at
     # Four blocks are free by now, yet a call that was just thrown out would be thrown out again.
-    assert list(step.work) == [high]
-    assert (low.computed, low.blocks, low.phase) == (0, [], Phase.WAITING)
+    assert (step.work, step.decode_seqs, list(engine.running)) == ({}, 1, [high])
+    assert (low.computed, low.held, low.phase) == (0, None, Phase.WAITING)
     engine.end(step)
     list(steps(engine))
     assert (low.produced, high.produced) == (8, 8)
@@ -172,7 +189,7 @@ def test_calls_that_start_together_share_their_beginning() -> None:
     engine.add(b, 0.0)
     engine.begin(0.0)
     assert (a.cached, b.cached) == (0, 8)
-    assert engine.pool.used == 3 + 1  # b has one block of its own
+    assert engine.cache.used == 3 + 1  # b has one block of its own
 
 
 def test_least_recently_used_blocks_are_evicted_first() -> None:
@@ -218,7 +235,7 @@ def test_a_removed_call_leaves_nothing_behind_wherever_it_was() -> None:
     engine.remove(waiting)
     assert engine.end(step) == []
     assert engine.begin(1.0) is None
-    assert (engine.pool.used, engine.waiting, engine.running) == (0, 0, [])
+    assert (engine.cache.used, engine.waiting, engine.running) == (0, 0, {})
 
 
 def test_what_can_never_fit_is_refused() -> None:
@@ -233,8 +250,8 @@ def test_what_can_never_fit_is_refused() -> None:
         lambda: SimConfig(kv_tokens=1),
         lambda: SimConfig(speed=0),
         lambda: SimConfig(max_num_seqs=0),
-        lambda: SimCall("a", [], [1]),
-        lambda: SimCall("a", [1], []),
+        lambda: SimCall("a", 0, 1),
+        lambda: SimCall("a", 1, 0),
     ],
 )
 def test_senseless_settings_are_refused(bad: Callable[[], object]) -> None:
@@ -262,16 +279,65 @@ def test_every_call_finishes_within_the_limits(
         engine.add(c, 0.0)
     for count, _ in enumerate(steps(engine)):
         assert len(engine.running) <= slots
-        assert engine.pool.used <= blocks
-        held = {b for c in engine.running for b in c.blocks if b is not None}
-        private = sum(b is None for c in engine.running for b in c.blocks)
-        assert engine.pool.used == len(held) + private
+        assert engine.cache.used <= blocks
+        assert engine.cache.live == len({b for c in engine.running for b in held(c)})
+        assert min(engine.cache.private, engine.cache.idle) >= 0
         if count in removed and count < len(calls):
             engine.remove(calls[count])
         assert count < 5000
     assert all(c.phase is Phase.DONE for c in calls)
     assert all(c.finished for n, c in enumerate(calls) if n not in removed)
-    assert engine.pool.used == 0
+    assert engine.cache.used == 0
+
+
+def random_calls(random: Random, n: int) -> list[tuple[float, SimCall]]:
+    """Calls and their arrivals; their prompts share beginnings."""
+    at, calls = 0.0, []
+    for i in range(n):
+        at += random.expovariate(0.5)
+        prompt = [(random.randint(1, 3) * 10 + d, random.choice((3, 8, 17, 33))) for d in range(random.randint(1, 4))]
+        output = (1000 + i, random.randint(1, 40))
+        calls.append((at, SimCall.of_texts(str(i), prompt, output, BLOCK, priority=random.randint(0, 2))))
+    return calls
+
+
+def run_in_time(engine: SimEngine, calls: list[tuple[float, SimCall]], most: int) -> dict[str, float]:
+    """Runs calls that come at given times, up to `most` steps at once; returns when each ended."""
+    ends: dict[str, float] = {}
+    coming, step, now = iter(calls), None, 0.0
+    following = next(coming, None)
+    while (step := step or engine.begin(now, most)) or following:
+        if following and (step is None or following[0] <= step.ends_at):
+            now, call = following
+            engine.add(call, now)
+            if step:
+                engine.cut(step, now)
+            following = next(coming, None)
+        elif step:
+            now = step.ends_at
+            ends |= {call.key: now for call in engine.end(step)}
+            step = None
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_many_steps_at_once_give_what_single_steps_give(seed: int) -> None:
+    random = Random(seed)
+    config = small(
+        kv_tokens=random.choice((200, 400, 1000)),
+        max_num_batched_tokens=random.choice((8, 32, 100)),
+        max_num_seqs=random.choice((1, 3, 8)),
+        prefix_caching=random.random() < 0.8,
+        times=SimTimes(step_s=0.1, prefill_token_s=0.003, decode_seq_s=0.01, context_token_s=1e-4),
+    )
+    found = []
+    for most in (1, 10**9):
+        engine, calls = SimEngine(config), random_calls(Random(seed), 40)
+        ends = run_in_time(engine, calls, most)
+        assert engine.cache.used == engine.waiting == 0
+        found.append([(ends[c.key], c.started_s, c.first_s, c.cached, c.preemptions) for _, c in calls])
+    for single, many in zip(*found, strict=True):
+        assert single == pytest.approx(many, abs=1e-9)
 
 
 def test_tokens_of_a_text_grow_with_it_and_answers_read_back_as_their_ids() -> None:

@@ -21,7 +21,7 @@ from broker.transitions import Transitions
 # How long one sleep on the bell lasts; the bell makes it shorter, so this bounds only how soon a stop is noticed.
 _BELL_S = 1
 # Calls per claim. Small, so that the engine is at work on the first while the next are on their way.
-_CLAIM_MANY = 32
+CLAIM_MANY = 32
 
 
 class Room:
@@ -72,7 +72,7 @@ class Claimer(threading.Thread):
         super().__init__(name="rsm-claim", daemon=True)
         self._engine = engine
         self._incarnation = incarnation
-        self._batch = min(settings.batch, _CLAIM_MANY)
+        self._batch = min(settings.batch, CLAIM_MANY)
         self._transitions = transitions
         self._room = room
         self._deliver = deliver

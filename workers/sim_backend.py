@@ -16,7 +16,7 @@ from typing import Any
 
 from workers.backend import Backend, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
 from workers.rate import RateMeter
-from workers.sim_engine import SimCall, SimConfig, SimEngine
+from workers.sim_engine import Phase, SimCall, SimConfig, SimEngine
 from workers.sim_request import Request, Shape, read, replay, usage
 
 Emit = Callable[[Piece], None]
@@ -175,7 +175,8 @@ class SimBackend(Backend):
             if self._stalled:
                 await asyncio.Event().wait()
             self._steps_done += 1
-            self._deliver(self._engine.end(step))
+            ended = self._engine.end(step)
+            self._deliver([*ended, *(call for call in self._engine.running if call.phase is Phase.DECODE)])
             now = max(step.ends_at, self._now() - _MAX_LAG_S * speed)
 
     def _deliver(self, produced: list[SimCall]) -> None:
@@ -216,7 +217,8 @@ class _Live:
         """Joins the engine's queue: what was published already is computed again, as a prompt."""
         ids, prompt = self.request.answer.ids, self.request.prompt.tokens()
         job = self.job
-        call = SimCall(job.key, prompt + ids[: self.done], ids[self.done :], priority=job.priority, level=job.level)
+        prompt, output = prompt + ids[: self.done], ids[self.done :]
+        call = SimCall.of_ids(job.key, prompt, output, engine.config.block_size, priority=job.priority, level=job.level)
         engine.add(call, now)
         self.call = call
         return call

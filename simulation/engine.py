@@ -1,0 +1,135 @@
+"""One engine of a simulated fleet: its queue as in Redis, its worker's claims, and its model."""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from math import inf
+from typing import Any, NamedTuple
+
+from broker.messages import EngineView
+from broker.models import EngineState
+from simulation.results import EngineTimes
+from workers.claimer import CLAIM_MANY
+from workers.rate import RateMeter
+from workers.sim_engine import SimCall, SimConfig, SimEngine, Step
+
+_MOST_STEPS = 1 << 30
+
+
+class Waiting(NamedTuple):
+    """A call in an engine's queue: by score, and where that is equal by id, as Redis orders them."""
+
+    score: float
+    id: str
+    call: Any
+
+
+class Engine:
+    """What is known of one engine in Redis, in its worker, and in the model.
+
+    Attributes:
+        step: what the model is doing. claiming: a claim is on its way.
+    """
+
+    def __init__(self, name: str, config: SimConfig, prefetch: int) -> None:
+        self.id = name
+        self.sim = SimEngine(config)
+        self.times = EngineTimes(name)
+        self.step: Step | None = None
+        self.claiming = False
+        self._model = config.model
+        self._slots = config.max_num_seqs
+        self._room = config.max_num_seqs + prefetch
+        self._queue: list[Waiting] = []
+        self._queued_tokens = self._running_tokens = self._running = self._served = 0
+        self._calls: dict[SimCall, Any] = {}
+        self._rate = RateMeter()
+
+    # -- in Redis
+
+    def enqueue(self, waiting: Waiting) -> None:
+        heappush(self._queue, waiting)
+        self._queued_tokens += waiting.call.times.prompt_tokens
+        self._served += 1
+
+    def finished(self, prompt_tokens: int) -> None:
+        """A call's end has reached Redis."""
+        self._running -= 1
+        self._running_tokens -= prompt_tokens
+
+    def view(self, now: float) -> EngineView:
+        """What a router that looks now sees."""
+        return EngineView(
+            self.id,
+            EngineState.READY,
+            self._model,
+            int(now * 1000),
+            len(self._queue),
+            self._running,
+            self._queued_tokens,
+            self._running_tokens,
+            self._served,
+            self._slots,
+            self._rate.per_s(now),
+        )
+
+    # -- in the worker
+
+    def can_claim(self) -> bool:
+        return bool(self._queue) and self._room > 0 and not self.claiming
+
+    def claim(self) -> list[Waiting]:
+        """Takes the first calls of the queue, as many as there is room for."""
+        taken = [heappop(self._queue) for _ in range(min(self._room, CLAIM_MANY, len(self._queue)))]
+        tokens = sum(w.call.times.prompt_tokens for w in taken)
+        self._queued_tokens -= tokens
+        self._running_tokens += tokens
+        self._running += len(taken)
+        self._room -= len(taken)
+        return taken
+
+    def run(self, sim_call: SimCall, call: Any, now: float) -> None:
+        """Puts a claimed call into the model."""
+        self._calls[sim_call] = call
+        self.sim.add(sim_call, now)
+
+    # -- in the model
+
+    def begin(self, now: float) -> Step | None:
+        self.step = self.sim.begin(now, _MOST_STEPS)
+        return self.step
+
+    def end(self, step: Step) -> list[Any]:
+        """Ends the step; returns the calls that have ended with it."""
+        now, self.step = step.ends_at, None
+        self.times.busy_s += now - step.starts_at
+        self.times.steps += step.ticks
+        self._rate.add(step.ticks * step.decode_seqs + len(step.work), now)
+        ended = self.sim.end(step)
+        self._room += len(ended)
+        return [self._note(sim_call, now) for sim_call in ended]
+
+    def _note(self, sim_call: SimCall, ended: float | None) -> Any:
+        call = self._calls.pop(sim_call)
+        times = call.times
+        times.started_s = _known(sim_call.started_s)
+        times.first_token_s = _known(sim_call.first_s)
+        times.ended_s = ended
+        times.cached_tokens = max(0, sim_call.cached)
+        times.preemptions = sim_call.preemptions
+        self.times.preemptions += sim_call.preemptions
+        if ended is not None:
+            self.times.calls += 1
+            self.times.prompt_tokens += times.prompt_tokens
+            self.times.cached_tokens += times.cached_tokens
+            self.times.output_tokens += times.output_tokens
+        return call
+
+    def settle(self) -> None:
+        """The run is over: notes how far the calls came that are still here."""
+        for sim_call in list(self._calls):
+            self._note(sim_call, None)
+
+
+def _known(seconds: float) -> float | None:
+    return None if seconds < 0 or seconds == inf else seconds

@@ -1,0 +1,279 @@
+"""A fleet in virtual time: programs, the router's policy, queues as in Redis, workers and modelled engines.
+
+What decides is the code of the real parts: the policies of `router/policies`, the rules of broker/lua/programs.lua,
+and the engines of workers/sim_engine.py. What is modelled is time: hops through Redis, steps of engines, and a clock
+that jumps from one event to the next. Nothing is lost, cancelled or dies here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
+from random import Random
+
+from broker.settings import Settings
+from router.policies import Policy, create_policy
+from simulation.engine import Engine, Waiting
+from simulation.front import Front
+from simulation.results import CallTimes, ProgramTimes, Results
+from simulation.rules import rules
+from simulation.table import ProcessTable, Session
+from simulation.workload import CallSpec, ProgramSpec, Workload
+from workers.sim_engine import SimCall, SimConfig, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hops:
+    """How long a call takes between two parts at low load, in seconds. Their sum is what `make bench` measures.
+
+    Attributes:
+        submit_s: from the producer to an engine's queue. claim_s: from the queue into the engine.
+        finish_s: from the engine's last token to the producer.
+        jitter: each hop takes from (1 - jitter) to (1 + jitter) times as long.
+    """
+
+    submit_s: float = 0.0006
+    claim_s: float = 0.0006
+    finish_s: float = 0.0006
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    """What to simulate.
+
+    Attributes:
+        sim: every engine; its `scheduler` is the one inside the engines.
+        policy: of the router: a name, package.module:Class, or a class.
+        settings: of the broker: level_bounds, cache_token_threshold, …
+        by_program: calls inherit their program's service; False: each call begins anew, as in a plain MLFQ.
+        prefetch: calls that a worker claims beyond its slots.
+        horizon_s: when to break off; inf: when all programs have ended.
+    """
+
+    engines: int = 1
+    sim: SimConfig = field(default_factory=SimConfig)
+    policy: str | type[Policy] = "autellix"
+    settings: Settings = field(default_factory=Settings)
+    hops: Hops = field(default_factory=Hops)
+    by_program: bool = True
+    prefetch: int = 2
+    horizon_s: float = inf
+
+
+class SimFleet:
+    """Runs workloads on one kind of fleet; each run begins with a new one. Equal seeds, equal results."""
+
+    def __init__(self, config: FleetConfig, seed: int = 0) -> None:
+        self.config = config
+        self.seed = seed
+
+    def run(self, workload: Workload) -> Results:
+        """Raises:
+        InvalidRequest: lupa is not installed, or there is no such policy.
+        """
+        began = time.perf_counter()
+        run = _Run(self.config, self.seed, workload)
+        until = run.run()
+        wall = time.perf_counter() - began
+        return Results(run.results(until), [e.times for e in run.engines], until, wall, run.events)
+
+
+# What happens, in the order in which events of one moment are handled: calls come before an engine goes on.
+_READY, _ASSIGN, _FINISH, _CLAIM, _STEP, _BEGIN = range(6)
+
+
+@dataclass(slots=True, eq=False)
+class _Program:
+    spec: ProgramSpec
+    times: ProgramTimes
+    missing: list[int]  # per call, how many of those it waits for have not ended
+    followers: list[list[int]]
+    left: int
+    delays: list[float]  # per call, tool and human time on the path that it waited for
+    sessions: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, spec: ProgramSpec) -> _Program:
+        followers: list[list[int]] = [[] for _ in spec.calls]
+        for n, call in enumerate(spec.calls):
+            for before in set(call.after):
+                followers[before].append(n)
+        missing = [len(set(call.after)) for call in spec.calls]
+        return cls(spec, ProgramTimes(spec), missing, followers, len(missing), [c.delay_s for c in spec.calls])
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    program: _Program
+    index: int
+    spec: CallSpec
+    times: CallTimes
+    had: Session  # the program's entry when the call was assigned
+
+
+class _Run:
+    def __init__(self, config: FleetConfig, seed: int, workload: Workload) -> None:
+        self._config = config
+        self._random = Random(seed)  # noqa: S311
+        table_rules = rules()
+        settings = config.settings
+        self._table = ProcessTable(table_rules, settings.level_bounds)
+        self.engines = [Engine(f"e{i}", config.sim, config.prefetch) for i in range(config.engines)]
+        policy = config.policy
+        chosen = (
+            policy(settings)
+            if isinstance(policy, type)
+            else create_policy(settings.model_copy(update={"policy": policy}))
+        )
+        self._front = Front(chosen, self.engines)
+        self._programs = [_Program.of(spec) for spec in workload]
+        self._heap: list[tuple[float, int, int, object]] = []
+        self._numbers = count()
+        self._texts = count(-1, -1)  # answers that nobody repeats
+        self.events = 0
+        self._now = 0.0
+        self._do: list[Callable[..., None]] = [
+            self._ready, self._assign, self._finish, self._claim, self._step_ends, self._begin,
+        ]  # fmt: skip
+
+    def run(self) -> float:
+        """Runs to the end or the horizon; returns when that was."""
+        for program in self._programs:
+            for n, call in enumerate(program.spec.calls):
+                if not call.after:
+                    self._at(program.spec.arrival_s + call.delay_s, _READY, (program, n))
+        heap, do, horizon = self._heap, self._do, self._config.horizon_s
+        while heap:
+            now, kind, _, what = heappop(heap)
+            if now > horizon:
+                return horizon
+            self._now = now
+            self.events += 1
+            do[kind](what)
+        return self._now
+
+    def results(self, until: float) -> list[ProgramTimes]:
+        """The programs that had come by then."""
+        for engine in self.engines:
+            engine.settle()
+        return [p.times for p in self._programs if p.spec.arrival_s <= until]
+
+    def _at(self, when: float, kind: int, what: object) -> None:
+        heappush(self._heap, (when, kind, next(self._numbers), what))
+
+    def _hop(self, seconds: float) -> float:
+        jitter = self._config.hops.jitter
+        return self._now + (seconds * self._random.uniform(1 - jitter, 1 + jitter) if jitter else seconds)
+
+    # -- a call's way
+
+    def _ready(self, what: tuple[_Program, int]) -> None:
+        program, index = what
+        spec, name = program.spec.calls[index], program.spec.id
+        session = f"{name}.{spec.child}" if spec.child else name
+        if spec.child:
+            program.sessions.add(session)
+        times = CallTimes(name, index, session, spec.prompt_tokens, spec.output_tokens, self._now)
+        program.times.calls.append(times)
+        call = _Call(program, index, spec, times, _NOTHING)
+        if spec.prompt_tokens + spec.output_tokens > self._config.sim.max_len:
+            times.error = program.times.error = f"more than {self._config.sim.max_len} tokens"
+            return
+        self._at(self._hop(self._config.hops.submit_s), _ASSIGN, call)
+
+    def _assign(self, call: _Call) -> None:
+        times, table = call.times, self._table
+        session = table.session(times.session)
+        engine, choice = self._front.choose(self._now, times.session, times.prompt_tokens, session)
+        if choice.bind:
+            session.engine = engine.id
+        if self._config.by_program:
+            entry = table.session(times.program)
+            call.had = Session(entry.service, entry.waited_ms, entry.ran_ms)
+        times.level = table.level_of(call.had.service)
+        times.assigned_s, times.engine, times.why = self._now, engine.id, choice.why
+        score = table.score(0, times.level, int(times.ready_s * 1000))
+        engine.enqueue(Waiting(score, f"{times.program}:{times.index}", call))
+        self._ring(engine)
+
+    def _ring(self, engine: Engine) -> None:
+        """The worker hears that there is a call, or room for one."""
+        if engine.can_claim():
+            engine.claiming = True
+            self._at(self._hop(self._config.hops.claim_s), _CLAIM, engine)
+
+    def _claim(self, engine: Engine) -> None:
+        engine.claiming = False
+        for waiting in engine.claim():
+            call: _Call = waiting.call
+            call.times.claimed_s = self._now
+            engine.run(self._sim_call(waiting.id, call), call, self._now)
+        self._front.changed(engine)
+        self._ring(engine)
+        self._go_on(engine)
+
+    def _sim_call(self, name: str, call: _Call) -> SimCall:
+        spec = call.spec
+        texts = [(s.text, s.tokens) for s in spec.prompt]
+        answer = (spec.answer or next(self._texts), spec.output_tokens)
+        return SimCall.of_texts(name, texts, answer, self._config.sim.block_size, level=call.times.level)
+
+    def _go_on(self, engine: Engine) -> None:
+        """After something came: a step begins, or the one in hand is cut short."""
+        if engine.step is None:
+            self._begin(engine)
+        elif engine.sim.cut(engine.step, self._now):
+            self._plan_end(engine, engine.step)
+
+    def _begin(self, engine: Engine) -> None:
+        if engine.step is None and (step := engine.begin(self._now)) is not None:
+            self._plan_end(engine, step)
+
+    def _plan_end(self, engine: Engine, step: Step) -> None:
+        self._at(step.ends_at, _STEP, (engine, step, step.ticks))
+
+    def _step_ends(self, what: tuple[Engine, Step, int]) -> None:
+        engine, step, ticks = what
+        if engine.step is not step or step.ticks != ticks:
+            return  # it was cut short
+        for call in engine.end(step):
+            self._at(self._hop(self._config.hops.finish_s), _FINISH, (engine, call))
+        self._ring(engine)
+        if self._heap and self._heap[0][0] <= self._now:
+            self._at(self._now, _BEGIN, engine)  # hops of no length: what comes at this very moment comes before
+        else:
+            self._begin(engine)
+
+    def _finish(self, what: tuple[Engine, _Call]) -> None:
+        engine, call = what
+        times, program = call.times, call.program
+        engine.finished(times.prompt_tokens)
+        self._front.changed(engine)
+        times.told_s = self._now
+        submitted, claimed, now = (int((t or 0.0) * 1000) for t in (times.ready_s, times.claimed_s, self._now))
+        service = times.prompt_tokens - times.cached_tokens + 2 * times.output_tokens
+        self._table.charge(times.program, call.had, service, claimed - submitted, now - claimed)
+        self._table.session(times.session).resident[engine.id] = times.prompt_tokens + times.output_tokens
+        self._follow(program, call.index)
+
+    def _follow(self, program: _Program, index: int) -> None:
+        """Calls that waited for this one are next, after their delay."""
+        calls, delays = program.spec.calls, program.delays
+        for n in program.followers[index]:
+            program.missing[n] -= 1
+            if not program.missing[n]:
+                delays[n] += delays[index]  # this was the last one it waited for
+                self._at(self._now + calls[n].delay_s, _READY, (program, n))
+        program.left -= 1
+        program.times.delay_s = delays[index]
+        if not program.left:
+            program.times.ended_s = self._now
+            self._table.end(program.spec.id, program.sessions)
+
+
+_NOTHING = Session()

@@ -1,0 +1,30 @@
+"""The broker's rules of program scheduling, `broker/lua/programs.lua`, run as they are in a Lua of this process."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from broker.errors import InvalidRequest
+
+_NAMES = ("level_of", "charged", "unpaid", "starves_at", "queue_score")
+MISSING = "Simulating a fleet needs lupa, a Lua for Python: pip install 'rsm-engine[simulation]'."
+
+
+@cache
+def rules() -> Any:
+    """The rules as attributes, callable with numbers; `list(items)` makes a Lua list.
+
+    Raises:
+        InvalidRequest: lupa is not installed.
+    """
+    try:
+        from lupa.lua51 import LuaRuntime  # Redis's version
+    except ImportError as e:
+        raise InvalidRequest(MISSING) from e
+    lua = LuaRuntime()
+    text = (files("broker") / "lua" / "programs.lua").read_text(encoding="utf-8")
+    table: Any = lua.execute(f"{text}\nreturn {{{', '.join(f'{n} = {n}' for n in _NAMES)}}}")
+    table.list = lua.table_from
+    return table

@@ -1,0 +1,120 @@
+"""Fleets in virtual time."""
+
+from __future__ import annotations
+
+from math import inf
+from random import Random
+
+import pytest
+
+from broker.errors import InvalidRequest
+from simulation.fleet import FleetConfig, Hops, SimFleet
+from simulation.results import Results
+from simulation.workload import CallSpec, ProgramSpec, Segment
+from workers.sim_engine import SimConfig, SimTimes
+
+UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0)
+NO_HOPS = Hops(submit_s=0.0, claim_s=0.0, finish_s=0.0)
+
+
+def chain(name: str, *outputs: int, arrival_s: float = 0.0, delay_s: float = 0.0, prompt: int = 1) -> ProgramSpec:
+    """Calls one after the other, with a prompt each that no other call has."""
+    first = hash(name) % 10**9 * 100
+    calls = tuple(
+        CallSpec((Segment(first + n, prompt),), out, after=(n - 1,) if n else (), delay_s=delay_s if n else 0.0)
+        for n, out in enumerate(outputs)
+    )
+    return ProgramSpec(name, "chain", arrival_s, calls)
+
+
+def random_programs(seed: int, n: int = 30) -> list[ProgramSpec]:
+    """Programs of chains and forks whose prompts grow."""
+    random, programs, at = Random(seed), [], 0.0
+    for i in range(n):
+        at += random.expovariate(1.0)
+        context: tuple[Segment, ...] = (Segment(1, 100),)
+        calls: list[CallSpec] = []
+        for k in range(random.randint(1, 8)):
+            answer, output = (i + 1) * 1000 + 2 * k, random.randint(1, 60)
+            prompt = (*context, Segment(answer + 1, random.randint(5, 300)))
+            after = tuple(random.sample(range(k), min(k, random.randint(1, 2))))
+            calls.append(CallSpec(prompt, output, answer, after, random.choice((0.0, 0.5)), random.choice(("", "sub"))))
+            context = (*prompt, Segment(answer, output))
+        programs.append(ProgramSpec(f"p{i}", "random", at, tuple(calls)))
+    return programs
+
+
+def figures(results: Results) -> list[object]:
+    return [(p.spec.id, p.ended_s, p.delay_s, p.calls) for p in results.programs]
+
+
+@pytest.mark.parametrize("policy", ["autellix", "least_loaded", "round_robin", "session_hash"])
+def test_every_call_ends_once_and_tokens_add_up(policy: str) -> None:
+    programs = random_programs(1)
+    config = FleetConfig(engines=3, sim=SimConfig(max_num_seqs=4, kv_tokens=4096), policy=policy)
+    results = SimFleet(config).run(programs)
+    assert not results.unfinished
+    for spec, p in zip(programs, results.programs, strict=True):
+        assert sorted(c.index for c in p.calls) == list(range(len(spec.calls)))
+        for c in p.calls:
+            ready = max((_told(p, b) for b in spec.calls[c.index].after), default=spec.arrival_s)
+            assert c.ready_s == ready + spec.calls[c.index].delay_s
+            times = (c.ready_s, c.assigned_s, c.claimed_s, c.started_s, c.first_token_s, c.ended_s, c.told_s)
+            assert list(times) == sorted(times)  # type: ignore[type-var]
+            assert 0 <= c.cached_tokens < c.prompt_tokens
+        assert p.ended_s == max(c.told_s or inf for c in p.calls)
+    for mine, theirs in (("calls", len), ("output_tokens", None), ("prompt_tokens", None), ("cached_tokens", None)):
+        total = sum(getattr(e, mine) for e in results.engines)
+        assert total == (len(results.calls) if theirs else sum(getattr(c, mine) for c in results.calls))
+    assert sum(c.output_tokens for c in results.calls) == sum(p.output_tokens for p in programs)
+
+
+def _told(p: object, index: int) -> float:
+    return next(c.told_s for c in p.calls if c.index == index)  # type: ignore[attr-defined, no-any-return]
+
+
+def test_equal_seeds_give_equal_runs() -> None:
+    config = FleetConfig(engines=2, sim=SimConfig(max_num_seqs=4), hops=Hops(jitter=0.5))
+    runs = [figures(SimFleet(config, seed).run(random_programs(2))) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_what_is_not_done_at_the_horizon_is_told() -> None:
+    programs = [chain("short", 3), chain("long", 3, 50), chain("late", 1, arrival_s=100.0)]
+    config = FleetConfig(sim=SimConfig(times=UNIT), hops=NO_HOPS, horizon_s=20.0)
+    results = SimFleet(config).run(programs)
+    assert [p.spec.id for p in results.programs] == ["short", "long"]
+    assert [p.spec.id for p in results.unfinished] == ["long"]
+    assert [c.ended_s for c in results.programs[1].calls] == [3.0, None]
+    assert results.programs[1].calls[1].first_token_s == 4.0
+    assert results.until_s == 20.0
+
+
+def test_a_call_that_can_never_fit_fails_its_program_and_no_other() -> None:
+    config = FleetConfig(sim=SimConfig(times=UNIT, kv_tokens=160), hops=NO_HOPS)
+    results = SimFleet(config).run([chain("big", 200), chain("small", 2)])
+    assert [p.spec.id for p in results.unfinished] == ["big"]
+    assert "more than 160 tokens" in results.programs[0].error
+    assert results.programs[1].response_s == 2.0
+
+
+def test_delays_on_the_path_are_known() -> None:
+    results = SimFleet(FleetConfig(sim=SimConfig(times=UNIT), hops=NO_HOPS)).run([chain("a", 2, 2, 2, delay_s=5.0)])
+    assert (results.programs[0].delay_s, results.programs[0].response_s) == (10.0, 16.0)
+
+
+def waits(config: FleetConfig) -> float:
+    """Of the paper's example (arXiv 2502.13965, figure 2), in decode steps."""
+    programs = [chain("A", 4, 3, 1, 1), chain("B", 3, 3, 4), chain("C", 1, 2), chain("D", 4)]
+    results = SimFleet(config).run(programs)
+    return sum(p.response_s or inf for p in results.programs) - sum(p.output_tokens for p in programs)
+
+
+def test_the_papers_example_waits_as_long_as_the_paper_says_in_order_of_arrival() -> None:
+    sim = SimConfig(times=UNIT, max_num_seqs=2, scheduler="fcfs")
+    assert waits(FleetConfig(sim=sim, hops=NO_HOPS, by_program=False, prefetch=0)) == 18
+
+
+def test_a_policy_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no routing policy 'nonsense'"):
+        SimFleet(FleetConfig(policy="nonsense")).run([])
