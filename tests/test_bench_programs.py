@@ -10,10 +10,11 @@ import pytest
 
 from bench.programs import real, traces
 from bench.programs.lengths import Lengths
-from bench.programs.metrics import CallTimes, Figures, ProgramRun, ideal_s, jain, quantile
+from bench.programs.metrics import Figures, ProgramRun, ideal_s, jain, quantile
 from bench.programs.replay import scaled
 from bench.programs.search import Curve, rate_of, rate_point
 from bench.programs.workloads import KINDS, SHAPES, synthetic
+from simulation.results import CallTimes, ProgramTimes
 from simulation.workload import CallSpec, ProgramSpec, Segment
 from workers.config import EngineConfig
 from workers.sim_engine import SimTimes
@@ -139,45 +140,47 @@ FORK = ProgramSpec(
 )
 
 
-def went(*spans: tuple[float, float, float]) -> list[CallTimes]:
-    return [CallTimes(ready, started, ended, 50) for ready, started, ended in spans]
+def went(*spans: tuple[float, float, float | None], until: float = 1000) -> ProgramRun:
+    """FORK, its calls ready, started and ended at these times."""
+    times = ProgramTimes(FORK)
+    for n, (ready, started, ended) in enumerate(spans):
+        times.calls.append(CallTimes("p", n, "p", FORK.calls[n].prompt_tokens, FORK.calls[n].output_tokens, ready))
+        times.calls[-1].started_s, times.calls[-1].told_s, times.calls[-1].cached_tokens = started, ended, 50
+    return ProgramRun.of(times, TIMES, until)
 
 
 def test_the_delay_of_a_program_is_that_of_the_path_its_end_waited_for() -> None:
-    late = ProgramRun.of(FORK, went((10, 11, 12), (15, 15, 40), (17, 18, 30)), TIMES, 50)
+    late = went((10, 11, 12), (15, 15, 40), (17, 18, 30))
     assert (late.response_s, late.delay_s, late.longest_wait_s) == (30.0, 3.0, 1.0)
     assert late.per_token_s == pytest.approx(27 / 60)
     assert (late.prompt_tokens, late.cached_tokens) == (420, 150)
-    other = ProgramRun.of(FORK, went((10, 11, 12), (15, 15, 20), (17, 18, 30)), TIMES, 50)
-    assert other.delay_s == 5.0
+    assert went((10, 11, 12), (15, 15, 20), (17, 18, 30)).delay_s == 5.0
 
 
 def test_an_idle_engine_computes_new_texts_once() -> None:
     # 100 tokens read and 10 steps; then 50 more read (by the second of the two not again) and 20 steps, or 30.
     assert ideal_s(FORK, TIMES) == pytest.approx(0.1 + 0.1 + 0.3)
-    alone = ProgramRun.of(FORK, went((10, 10, 10.2), (13.2, 13.2, 13.5), (15.2, 15.2, 15.5)), TIMES, 20)
+    alone = went((10, 10, 10.2), (13.2, 13.2, 13.5), (15.2, 15.2, 15.5))
     assert alone.slowdown == pytest.approx(1.0)
 
 
 def test_a_program_that_never_ends_starved() -> None:
-    half = ProgramRun.of(FORK, [CallTimes(10, 11, 12), CallTimes(15, 15, None)], TIMES, 500)
+    half = went((10, 11, 12), (15, 15, None))
     assert half.starved
     assert half.response_s is None
-    figures = Figures.of([half, ProgramRun.of(FORK, went((10, 11, 12), (15, 15, 40), (17, 18, 30)), TIMES, 50)])
+    figures = Figures.of([half, went((10, 11, 12), (15, 15, 40), (17, 18, 30))])
     assert (figures.programs, figures.unfinished, figures.starved) == (2, 1, 1)
     assert figures.per_token_mean == float("inf")
     assert figures.jain == 1.0
 
 
 def test_a_program_that_waited_for_very_long_starved() -> None:
-    assert ProgramRun.of(FORK, went((10, 131, 132), (135, 135, 140), (137, 137, 141)), TIMES, 150).starved
-    assert not ProgramRun.of(FORK, went((10, 129, 132), (135, 135, 140), (137, 137, 141)), TIMES, 150).starved
+    assert went((10, 131, 132), (135, 135, 140), (137, 137, 141)).starved
+    assert not went((10, 129, 132), (135, 135, 140), (137, 137, 141)).starved
 
 
 def test_figures_of_many_programs() -> None:
-    runs = [
-        ProgramRun.of(FORK, went((10, 10, 11), (14, 14, 14 + n), (16, 16, 16.5)), TIMES, 500) for n in range(3, 103)
-    ]
+    runs = [went((10, 10, 11), (14, 14, 14 + n), (16, 16, 16.5)) for n in range(3, 103)]
     figures = Figures.of(runs)
     ends = sorted((4 + n - 3) / 60 for n in range(3, 103))
     assert figures.per_token_mean == pytest.approx(fmean(ends))
@@ -247,13 +250,13 @@ def test_programs_are_played_through_the_real_broker() -> None:
     programs = [replace(scaled(p, 8, 20), arrival_s=n * 0.05) for n, p in enumerate(synthetic("mixed", 1.0, 12, 1))]
     programs = [replace(p, calls=tuple(replace(c, delay_s=c.delay_s / 100) for c in p.calls)) for p in programs]
     times = real.run(real.Stack(configs, {"policy": "session_hash"}), programs)
-    runs = [ProgramRun.of(p, t, SimTimes(), 0) for p, t in zip(programs, times, strict=True)]
-    figures = Figures.of(runs)
+    figures = Figures.of(ProgramRun.of(t, SimTimes(), 0) for t in times)
     assert (figures.unfinished, figures.starved) == (0, 0)
     assert figures.hit_rate > 0.4
-    for p, calls in zip(programs, times, strict=True):
-        for spec, call in zip(p.calls, calls, strict=True):
+    for program in times:
+        calls = program.calls
+        for spec, call in zip(program.spec.calls, calls, strict=True):
             assert call.started_s is not None
-            assert call.ended_s is not None
-            assert call.ready_s <= call.started_s <= call.ended_s
-            assert all((calls[n].ended_s or 0) <= call.ready_s for n in spec.after)
+            assert call.told_s is not None
+            assert call.ready_s <= call.started_s <= call.told_s
+            assert all((calls[n].told_s or 0) <= call.ready_s for n in spec.after)

@@ -13,22 +13,13 @@ from math import ceil
 from statistics import fmean
 from typing import Any, Self
 
+from simulation.results import ProgramTimes
 from simulation.workload import CallSpec, ProgramSpec
 from workers.sim_engine import SimTimes
 
 # A program starved if it did not end in a run that was waited out, or if one of its calls waited longer than this for
 # its first token of service, and longer than this many times what the whole program needs on an idle engine.
 STARVED_S, STARVED_TIMES = 120.0, 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class CallTimes:
-    """One call as it went, in seconds of the run; `ended_s` None: it never did. `cached`: tokens of its prompt."""
-
-    ready_s: float
-    started_s: float | None = None
-    ended_s: float | None = None
-    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +63,23 @@ class ProgramRun:
         return self.longest_wait_s > max(STARVED_S, STARVED_TIMES * self.ideal_s)
 
     @classmethod
-    def of(cls, spec: ProgramSpec, calls: Sequence[CallTimes], times: SimTimes, until_s: float) -> Self:
-        """Args: `calls` in the spec's order, only those that became ready; `until_s`: when the run was broken off."""
-        ends = [c.ended_s for c in calls]
-        done = len(calls) == len(spec.calls) and None not in ends
-        finished = [e for e in ends if e is not None]
+    def of(cls, program: ProgramTimes, times: SimTimes, until_s: float) -> Self:
+        """Args: `times`: of an idle engine; `until_s`: when the run ended or was broken off."""
+        spec = program.spec
+        calls = sorted(program.calls, key=lambda c: c.index)
+        ends = [c.told_s for c in calls if c.told_s is not None]
+        done = len(ends) == len(spec.calls)
         waits = [(until_s if c.started_s is None else c.started_s) - c.ready_s for c in calls]
         return cls(
             id=spec.id,
             kind=spec.kind,
             arrival_s=spec.arrival_s,
-            response_s=max(finished) - spec.arrival_s if done else None,
-            delay_s=_delay_on_path(spec.calls, finished) if done else 0.0,
+            response_s=max(ends) - spec.arrival_s if done else None,
+            delay_s=_delay_on_path(spec.calls, ends) if done else 0.0,
             ideal_s=ideal_s(spec, times),
             output_tokens=spec.output_tokens,
-            prompt_tokens=sum(c.prompt_tokens for c in spec.calls),
-            cached_tokens=sum(c.cached for c in calls),
+            prompt_tokens=sum(c.prompt_tokens for c in calls if c.told_s is not None),
+            cached_tokens=sum(c.cached_tokens for c in calls if c.told_s is not None),
             longest_wait_s=max(waits, default=0.0),
         )
 
@@ -131,7 +123,6 @@ class Figures:
         per_s: programs that ended, over the time from the first arrival to the last end.
         hit_rate: prompt tokens that were found in a cache, of all.
         jain: Jain's index of the programs' slowdowns over an idle engine: 1 = all alike, 1/n = one bears it all.
-        busy: share of the run's time that engines computed, of those of the fleet, up to the last arrival.
     """
 
     programs: int

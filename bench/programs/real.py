@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.programs.metrics import CallTimes
 from bench.programs.replay import Answer, Player
 from broker import AsyncClient, Settings
 from broker.embedded import EmbeddedRedis
 from broker.ids import new_id
 from broker.models import EngineState
 from broker.monitor import Monitor
+from simulation.results import ProgramTimes
 from simulation.workload import ProgramSpec
 from workers.config import EngineConfig
 from workers.environment import CONFIG_VARIABLE
@@ -81,7 +81,7 @@ def _await_engines(monitor: Monitor, names: Sequence[str], log: Path) -> None:
         time.sleep(0.1)
 
 
-async def drive(settings: Settings, programs: Sequence[ProgramSpec]) -> list[list[CallTimes]]:
+async def drive(settings: Settings, programs: Sequence[ProgramSpec]) -> list[ProgramTimes]:
     """Plays programs through the broker."""
     async with AsyncClient(settings=settings) as client:
 
@@ -95,7 +95,7 @@ async def drive(settings: Settings, programs: Sequence[ProgramSpec]) -> list[lis
         return await Player(serve, VOCABULARY).play(programs)
 
 
-def run(stack: Stack, programs: Sequence[ProgramSpec], warm: Sequence[ProgramSpec] = ()) -> list[list[CallTimes]]:
+def run(stack: Stack, programs: Sequence[ProgramSpec], warm: Sequence[ProgramSpec] = ()) -> list[ProgramTimes]:
     """Brings a stack up, warms it with other programs, plays these, and takes it down."""
     with tempfile.TemporaryDirectory(prefix="rsm-programs-") as folder, up(stack, Path(folder) / "log") as settings:
         if warm:

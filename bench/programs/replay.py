@@ -13,8 +13,8 @@ from random import Random
 from time import perf_counter
 from typing import NamedTuple
 
-from bench.programs.metrics import CallTimes
-from simulation.workload import CallSpec, ProgramSpec, Segment
+from simulation.results import CallTimes, ProgramTimes
+from simulation.workload import ProgramSpec, Segment
 
 
 class Answer(NamedTuple):
@@ -50,31 +50,36 @@ class Player:
     vocabulary: Sequence[int]
     _texts: dict[int, list[int]] = field(default_factory=dict)
 
-    async def play(self, programs: Sequence[ProgramSpec]) -> list[list[CallTimes]]:
-        """Times of the calls of each program, in seconds from the beginning; returns when all have ended."""
+    async def play(self, programs: Sequence[ProgramSpec]) -> list[ProgramTimes]:
+        """What became of each program, in seconds from the beginning; returns when all have ended."""
         began = perf_counter()
         return list(await asyncio.gather(*(self._program(p, began) for p in programs)))
 
-    async def _program(self, spec: ProgramSpec, began: float) -> list[CallTimes]:
+    async def _program(self, spec: ProgramSpec, began: float) -> ProgramTimes:
         await _until(began + spec.arrival_s)
         tasks: list[asyncio.Task[CallTimes]] = []
         async with asyncio.TaskGroup() as group:
-            for call in spec.calls:
+            for index, call in enumerate(spec.calls):
                 before = [tasks[n] for n in call.after]
-                tasks.append(group.create_task(self._call(spec, call, before, began)))
-        return [t.result() for t in tasks]
+                tasks.append(group.create_task(self._call(spec, index, before, began)))
+        calls = [t.result() for t in tasks]
+        return ProgramTimes(spec, calls, max(c.told_s or 0.0 for c in calls))
 
     async def _call(
-        self, spec: ProgramSpec, call: CallSpec, before: list[asyncio.Task[CallTimes]], began: float
+        self, spec: ProgramSpec, index: int, before: list[asyncio.Task[CallTimes]], began: float
     ) -> CallTimes:
-        ends = [(await task).ended_s for task in before]
-        ready = max((e for e in ends if e is not None), default=spec.arrival_s) + call.delay_s
+        call = spec.calls[index]
+        ends = [(await task).told_s or 0.0 for task in before]
+        ready = max(ends, default=spec.arrival_s) + call.delay_s
         await _until(began + ready)
         prompt = [i for s in call.prompt for i in self._ids(s)]
         answer = await self.serve(spec.id, prompt, call.output_tokens)
         if call.answer:
             self._texts[call.answer] = list(answer.ids)
-        return CallTimes(ready, ready + answer.waited_s, perf_counter() - began, answer.cached)
+        times = CallTimes(spec.id, index, spec.id, len(prompt), len(answer.ids), ready)
+        times.started_s, times.told_s = ready + answer.waited_s, perf_counter() - began
+        times.cached_tokens = answer.cached
+        return times
 
     def _ids(self, segment: Segment) -> list[int]:
         known = self._texts.get(segment.text, [])

@@ -1,0 +1,133 @@
+"""A cell of the benchmark: one workload at one rate on one system; run in virtual time, kept under .bench."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from bench.programs.metrics import Figures, ProgramRun
+from bench.programs.systems import SYSTEMS, System
+from bench.programs.traces import coding, prefix
+from bench.programs.workloads import KINDS, synthetic
+from broker.settings import Settings
+from simulation.fleet import FleetConfig, SimFleet
+from simulation.workload import ProgramSpec
+from workers.sim_engine import SimConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".bench" / "programs"
+# What a figure depends on; a change to any of these files makes it anew.
+_SOURCES = ("simulation", "router", "workers", "broker/lua", "broker/settings.py", "bench/programs")
+# Seconds in which programs arrive; the run goes on until the last one has ended. Longer where programs take longer.
+WINDOW_S = {"chat": 300.0, "react": 300.0, "tree": 600.0, "mixed": 600.0, "coding": 1800.0, "prefix": 300.0}
+WORKLOADS = tuple(WINDOW_S)
+POOL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Which run. `rate`: programs a second that arrive at the whole fleet."""
+
+    workload: str
+    system: str
+    engines: int
+    rate: float
+    window_s: float
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run gave. `busy`: share of the engines' time up to the last arrival's window in which they computed."""
+
+    figures: Figures
+    busy: float
+    preemptions: int
+    until_s: float
+    wall_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Outcome:
+        return cls(**(data | {"figures": Figures(**data["figures"])}))
+
+
+def programs(cell: Cell) -> list[ProgramSpec]:
+    """The cell's workload."""
+    if cell.workload in (*KINDS, "mixed"):
+        return synthetic(cell.workload, cell.rate, cell.window_s, cell.seed)
+    make = {"coding": coding, "prefix": prefix}[cell.workload]
+    return make(cell.rate, cell.window_s, cell.seed)
+
+
+def fleet(system: System, engines: int, sim: SimConfig) -> FleetConfig:
+    """The simulator's configuration of a system."""
+    names = {f.name for f in fields(SimConfig)}
+    changes = {k: v for k, v in system.fleet.items() if k in names}
+    more = {k: v for k, v in system.fleet.items() if k not in names}
+    return FleetConfig(
+        engines=engines,
+        sim=SimConfig(**{n: getattr(sim, n) for n in names} | {"scheduler": system.scheduler} | changes),
+        policy=system.policy,
+        settings=Settings(**system.settings),
+        by_program=system.by_program,
+        **more,
+    )
+
+
+def simulate(cell: Cell) -> Outcome:
+    """Runs a cell."""
+    sim = SimConfig()
+    work = programs(cell)
+    results = SimFleet(fleet(SYSTEMS[cell.system], cell.engines, sim), cell.seed).run(work)
+    runs = [ProgramRun.of(p, sim.times, results.until_s) for p in results.programs]
+    busy = sum(e.busy_s for e in results.engines) / (cell.engines * results.until_s)
+    return Outcome(Figures.of(runs), busy, sum(e.preemptions for e in results.engines), results.until_s, results.wall_s)
+
+
+# -- kept
+
+
+def outcome(cell: Cell) -> Outcome:
+    """A cell's outcome: the one kept, if it was made by the code as it is now."""
+    path = CACHE / f"{_key(cell)}.json"
+    if path.exists():
+        return Outcome.from_dict(json.loads(path.read_text()))
+    found = simulate(cell)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps({**found.as_dict(), "cell": asdict(cell)}))
+    draft.rename(path)
+    return found
+
+
+def outcomes(cells: Iterable[Cell], jobs: int = POOL) -> Iterator[tuple[Cell, Outcome]]:
+    """Outcomes of many, some at a time, in the order asked for, each as soon as those before it are there."""
+    cells = list(cells)
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from zip(cells, pool.map(outcome, cells), strict=True)
+
+
+def _key(cell: Cell) -> str:
+    named = json.dumps([asdict(cell), asdict(SYSTEMS[cell.system]), fingerprint()], sort_keys=True)
+    return blake2b(named.encode(), digest_size=12).hexdigest()
+
+
+@cache
+def fingerprint() -> str:
+    """Of the code that figures depend on."""
+    digest = blake2b(digest_size=12)
+    for source in _SOURCES:
+        path = ROOT / source
+        for file in sorted([path] if path.is_file() else [*path.rglob("*.py"), *path.rglob("*.lua")]):
+            digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""What is compared: a router's policy and an engine's scheduler, with their settings, under a name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One way to serve programs.
+
+    Attributes:
+        policy: of the router. scheduler: inside the engines, and of their queues.
+        by_program: calls begin in the level of their program's service; False: each call begins anew.
+        settings: further settings of the broker (RSM_*), where they differ from the defaults.
+        fleet: further fields of the simulator's FleetConfig.
+    """
+
+    name: str
+    label: str
+    policy: str
+    scheduler: str
+    by_program: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fleet: Mapping[str, Any] = field(default_factory=dict)
+
+    def but(self, name: str, label: str, **changes: Any) -> System:
+        """A variant: fields as given, `settings` added to these."""
+        changes["settings"] = {**self.settings, **changes.get("settings", {})}
+        return replace(self, name=name, label=label, **changes)
+
+
+FCFS_RR = System("fcfs_rr", "FCFS + round robin", "round_robin", "fcfs", by_program=False)
+FCFS_LL = System("fcfs_ll", "FCFS + least loaded", "least_loaded", "fcfs", by_program=False)
+MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False)
+HASH = System("hash", "FCFS + hard session hash", "session_hash", "fcfs", by_program=False)
+PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "autellix", "plas")
+OURS = System("ours", "ours", "autellix", "plas")
+
+MAIN = (FCFS_RR, FCFS_LL, MLFQ, HASH, PAPER, OURS)
+# The same scheduler, ours, behind each way of routing.
+ROUTING = tuple(
+    OURS.but(f"route_{policy}", f"our scheduler, {policy}", policy=policy)
+    for policy in ("round_robin", "least_loaded", "session_hash", "autellix")
+)
+SYSTEMS = {s.name: s for s in (*MAIN, *ROUTING)}
