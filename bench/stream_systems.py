@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from subprocess import Popen
 from typing import IO, Any
 
 import httpx
 
+from bench.http_servers import MODEL, PATIENCE_S, router, sglang_router, sim_servers, vllm_router
 from bench.venvs import python_for
-from broker import AsyncClient, Settings, child
+from broker import AsyncClient, Settings
 from broker.ids import new_id
 from broker.monitor import Monitor
 from engine.fleet import Fleet
@@ -29,9 +24,6 @@ from workers.openai_wire import SseParser
 ENGINES = 3
 TOKEN_S = 0.02
 ENGINE_ARGS = {"step_s": TOKEN_S, "prefill_token_s": 0, "decode_seq_s": 0, "context_token_s": 0}
-MODEL = "m"
-PATIENCE_S = 60.0
-_RSM = [sys.executable, "-c", "from engine.cli import main; main()"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +69,7 @@ async def ours_local(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
 @asynccontextmanager
 async def ours_remote(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
     """Three `openai` workers, each before a server of its own."""
-    with sim_servers(log) as servers:
+    with sim_servers(ENGINES, ENGINE_ARGS, log) as servers:
         names = {f"e{i}": server for i, server in enumerate(servers)}
         configs = [
             _engine(i, backend="openai", base_url=f"{server.url}/v1", model=MODEL) for i, server in enumerate(servers)
@@ -120,96 +112,29 @@ def _our_running(settings: Settings) -> Callable[[], Mapping[str, int]]:
 # -- routers of others, before `rsm sim-server`
 
 
-@dataclass(frozen=True, slots=True)
-class HttpServer:
-    """A process that serves HTTP."""
-
-    url: str
-    process: Popen[bytes]
-
-
-@contextmanager
-def sim_servers(log: IO[bytes]) -> Iterator[list[HttpServer]]:
-    """Three engines behind OpenAI's HTTP API."""
-    args = ["--model", MODEL, *(w for name, value in ENGINE_ARGS.items() for w in ("--engine-arg", f"{name}={value}"))]
-    with ExitStack() as stack:
-        ports = free_ports(ENGINES)
-        yield [stack.enter_context(_server([*_RSM, "sim-server", *args], port, log)) for port in ports]
-
-
-@contextmanager
-def _server(command: Sequence[str], port: int, log: IO[bytes], cwd: Path | None = None) -> Iterator[HttpServer]:
-    """A server on `port`, which its command is told; it is there once GET /health says so."""
-    process = child.spawn([*command, "--port", str(port)], output=log, cwd=cwd)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _await_health(url, process)
-        yield HttpServer(url, process)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _await_health(url: str, process: Popen[bytes]) -> None:
-    _until(lambda: httpx.get(f"{url}/health", timeout=2), process)
-
-
-def _until(ask: Callable[[], httpx.Response], process: Popen[bytes]) -> None:
-    """Asks until the answer is a good one; RuntimeError if the process ends, or time is up."""
-    until = time.monotonic() + PATIENCE_S
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if ask().is_success:
-                return
-        if process.poll() is not None or time.monotonic() > until:
-            raise RuntimeError(f"a server did not come up (exit status {process.returncode}): {process.args!r}")
-        time.sleep(0.1)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
-
-
 @asynccontextmanager
-async def vllm_router(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
-    program = str(python_for("vllm-router").with_name("vllm-router"))
-    async with _router([program, "--policy", "consistent_hash"], log) as setup:
-        yield setup
-
-
-@asynccontextmanager
-async def sglang_router(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
-    command = [str(python_for("sglang-router")), "-m", "sglang_router.launch_router", "--policy", "cache_aware"]
-    async with _router(command, log) as setup:
-        yield setup
-
-
-@asynccontextmanager
-async def _router(command: Sequence[str], log: IO[bytes]) -> AsyncIterator[Setup]:
-    port, metrics_port = free_ports(2)
-    with sim_servers(log) as servers:
+async def before_router(command: Sequence[str], log: IO[bytes]) -> AsyncIterator[Setup]:
+    """A router of others before three servers."""
+    with sim_servers(ENGINES, ENGINE_ARGS, log) as servers, router(command, servers, log) as found:
         by_url = {server.url: server for server in servers}
-        options = [
-            "--host",
-            "127.0.0.1",
-            "--prometheus-port",
-            str(metrics_port),
-            "--worker-startup-check-interval",
-            "1",
-        ]
-        with _server([*command, *options, "--worker-urls", *by_url], port, log, Path("/tmp")) as router:  # noqa: S108
-            # A router is well before it knows its engines.
-            first = {"model": MODEL, "prompt": "Are you there?", "max_tokens": 1}
-            _until(lambda: httpx.post(f"{router.url}/v1/completions", json=first, timeout=5), router.process)
-            async with httpx.AsyncClient(base_url=router.url, timeout=PATIENCE_S) as client:
-                yield Setup(
-                    _http_stream(client),
-                    lambda: {name: _running(name) for name in by_url},
-                    lambda name: by_url[name].process.kill(),
-                )
+        async with httpx.AsyncClient(base_url=found.url, timeout=PATIENCE_S) as client:
+            yield Setup(
+                _http_stream(client),
+                lambda: {name: _running(name) for name in by_url},
+                lambda name: by_url[name].process.kill(),
+            )
+
+
+@asynccontextmanager
+async def through_vllm_router(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
+    async with before_router(vllm_router("consistent_hash"), log) as setup:
+        yield setup
+
+
+@asynccontextmanager
+async def through_sglang_router(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
+    async with before_router(sglang_router("cache_aware"), log) as setup:
+        yield setup
 
 
 def _running(url: str) -> int:
@@ -272,6 +197,8 @@ class System:
 SYSTEMS = (
     System("rsm-engine", "rsm-engine", "", "3 workers with modelled engines; one is killed", ours_local),
     System("rsm-engine", "rsm-engine", "", "3 `openai` workers before 3 servers; a server is killed", ours_remote),
-    System("vllm-router", "vllm-router", "vllm-router", "the same 3 servers; one is killed", vllm_router),
-    System("sglang-router", "sglang-router", "sglang-router", "the same 3 servers; one is killed", sglang_router),
+    System("vllm-router", "vllm-router", "vllm-router", "the same 3 servers; one is killed", through_vllm_router),
+    System(
+        "sglang-router", "sglang-router", "sglang-router", "the same 3 servers; one is killed", through_sglang_router
+    ),
 )

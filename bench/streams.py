@@ -15,9 +15,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from bench.http_servers import PATIENCE_S
 from bench.recovery import write
 from bench.stream_account import Account, Heard, Total
-from bench.stream_systems import ENGINES, PATIENCE_S, SYSTEMS, TOKEN_S, Ask, Setup, System
+from bench.stream_systems import ENGINES, SYSTEMS, TOKEN_S, Ask, Setup, System
 from bench.table import machine, server_name, table_line
 from broker import Settings
 from broker.connection import connect

@@ -250,6 +250,7 @@ class Finish(NamedTuple):
     cached_tokens: int
     resident_tokens: int
     events: int | None = None  # published of the call, earlier attempts included
+    service: int = 0  # what the call cost, in the deployment's service unit
 
     def __repr__(self) -> str:
         return f"Finish({self.fence}, {self.state}, {self.error_code!r})"

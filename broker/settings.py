@@ -11,6 +11,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from broker.ids import check_id
 
+# Token-seconds of KV cache are more than tokens or ms of the same calls: some thousand tokens are held for a second.
+_KV_BOUNDS = (10_000, 40_000, 160_000, 640_000, 2_560_000, 10_000_000)
+
 
 class Settings(BaseSettings):
     """One object for client, router and worker. Times in the unit that the name says."""
@@ -43,10 +46,11 @@ class Settings(BaseSettings):
 
     policy: str = Field("autellix", description="routing policy: a name or package.module:Class")
     cache_token_threshold: int = Field(2048, ge=0, description="prompts up to this many tokens go anywhere")
+    service_unit: str = Field("tokens", description="what calls cost: tokens, time, kv, or package.module:Class")
     level_bounds: Annotated[tuple[int, ...], NoDecode] = Field(
         (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000),
         max_length=15,
-        description="upper ends of the scheduling levels, in service units (tokens)",
+        description="upper ends of the scheduling levels, in service units",
     )
     drain_grace_s: float = Field(30.0, ge=0, description="how long a draining worker lets running calls finish")
     # Longer than one step may take (a huge prompt in one chunk, kernels compiled on first use), shorter than patience.
@@ -66,6 +70,11 @@ class Settings(BaseSettings):
             if 0 < getattr(self, name) < self.max_body_bytes:
                 raise ValueError(f"{name} must be 0 or at least max_body_bytes ({self.max_body_bytes})")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_suit_the_unit(cls, data: dict[str, object]) -> dict[str, object]:
+        return {"level_bounds": _KV_BOUNDS, **data} if data.get("service_unit") == "kv" else data
 
     @field_validator("level_bounds", mode="before")
     @classmethod

@@ -189,6 +189,7 @@ class Transitions:
                 e.cached_tokens,
                 e.resident_tokens,
                 "" if e.events is None else e.events,
+                e.service,
             ]
         return Command(script("finish"), args, _texts)
 

@@ -16,6 +16,7 @@ from broker.transitions import Claimed, Event, Fault, Fence, Finish, Registered,
 from router.policies import Policy
 from router.router import Router
 from tests.conftest import eventually
+from workers.service import Tokens, Used, charge
 
 Answer = Callable[["FakeWorker", Claimed], None]
 
@@ -108,8 +109,9 @@ class FakeWorker:
         resident_tokens: int = 0,
         fence: Fence | None = None,
         events: int | None = None,
+        service: int | None = None,
     ) -> str:
-        """Ends a call; returns the script's word for it."""
+        """Ends a call; returns the script's word for it. service: none = in tokens."""
         result = {"text": text, "token_ids": [1, 2], "finish_reason": "stop", "ttft_ms": 1}
         end = Finish(
             fence or call.fence,
@@ -122,6 +124,7 @@ class FakeWorker:
             cached_tokens,
             resident_tokens,
             events,
+            charge(Tokens(), Used(prompt_tokens, completion_tokens, cached_tokens)) if service is None else service,
         )
         self.held.pop(call.fence.call_id, None)
         return scripts.run(self.db, self.transitions.finish(self.engine, [end]))[0]

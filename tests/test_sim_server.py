@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from tests.sim_processes import said
 from workers.backend import EngineDied, Job
 from workers.openai_backend import OpenAIBackend
 from workers.sim_backend import SimBackend
-from workers.sim_server import serve
+from workers.sim_server import listen, serve
 
 LONG = "a prompt of more than one block of the cache, " * 8
 
@@ -132,6 +133,13 @@ def test_errors_are_openais_error_objects(http: httpx.Client, body: bytes, statu
     assert reply.status_code == status
     assert why in reply.json()["error"]["message"]
     assert reply.json()["error"]["code"] == status
+
+
+def test_a_reply_does_not_wait_for_the_acknowledgement_of_its_head() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_that_is_taken_is_a_sentence(running: SimHttp) -> None:

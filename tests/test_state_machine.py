@@ -385,14 +385,15 @@ class Protocol(RuleBasedStateMachine):
     def finish(self, picks: list[int], state: str, completion: int, elsewhere: bool, lost: bool = False) -> None:
         """lost: Redis has forgotten the last event."""
         grants = [g for g in (self.granted(n, elsewhere) for n in picks) if g]
-        code = "engine_error" if state == "FAILED" else ""
+        code, service = "engine_error" if state == "FAILED" else "", 10 + 2 * completion
         for e in {g[0] for g in grants}:
             ends = [
-                Finish(c.fence, RequestState(state), code, "", b"\x80", 10, completion, 0, 0, self.events(c, lost))
+                Finish(
+                    c.fence, RequestState(state), code, "", b"\x80", 10, completion, 0, 0, self.events(c, lost), service
+                )
                 for at, c in grants
                 if at == e
             ]
-            service = 10 + 2 * completion
             expected = [self.model.finish(e, end.fence, state, code, service, end.events or 0) for end in ends]
             assert self.run(self.transitions.finish(e, ends)) == expected
 

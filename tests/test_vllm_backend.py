@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from multiprocessing import resource_tracker
 from typing import Any
@@ -78,12 +79,15 @@ async def vllm() -> AsyncIterator[VllmBackend]:
 
 
 async def test_generate(vllm: VllmBackend) -> None:
+    began = time.perf_counter()
     o = await vllm.run(generate(), nothing)
     assert (o.finish_reason, o.completion_tokens, len(o.token_ids)) == ("length", 24, 24)
     assert o.text
     assert o.prompt_tokens > 0
     assert o.ttft_ms is not None
     assert o.ttft_ms > 0
+    assert o.running_ms is not None
+    assert 0 < o.running_ms < (time.perf_counter() - began) * 1000
 
 
 async def test_generate_streams_the_same_text(vllm: VllmBackend) -> None:
@@ -119,6 +123,8 @@ async def test_a_response_is_whole_and_named(vllm: VllmBackend, make: Callable[.
     assert o.finish_reason == "length"
     assert o.text
     assert o.ttft_ms is not None
+    assert o.running_ms is not None
+    assert o.running_ms > 0
 
 
 @OPENAI_KINDS

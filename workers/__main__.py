@@ -40,11 +40,11 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     share_heaps()
     try:
         backend = create_backend(config)
+        fuse = Fuse(settings, armed=True)
+        worker = Worker(config.engine_id, backend, settings, model=config.served_name, node=node, fuse=fuse)
     except InvalidRequest as e:
         log.error("%s", e)
         return EXIT_INVALID
-    fuse = Fuse(settings, armed=True)
-    worker = Worker(config.engine_id, backend, settings, model=config.served_name, node=node, fuse=fuse)
     threading.excepthook = lambda failed: _bury(worker, failed)
     try:
         return asyncio.run(worker.serve())

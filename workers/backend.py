@@ -84,6 +84,7 @@ class Outcome:
     """How a call ended in the engine. `finish_reason="abort"`: it was stopped, and this is the partial output.
 
     `cached_tokens` of the prompt were not computed again. `response` is the whole response body of an OpenAI kind.
+    `running_ms`: how long it was in the engine's batch; None = the engine does not say.
     """
 
     finish_reason: str
@@ -94,6 +95,7 @@ class Outcome:
     cached_tokens: int = 0
     ttft_ms: float | None = None
     response: dict[str, Any] | None = field(default=None, repr=False)
+    running_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

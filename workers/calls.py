@@ -25,6 +25,7 @@ from broker.models import ErrorCode, RequestState
 from workers.aside import ask
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
 from workers.publisher import Ended, Item, Output, given_up
+from workers.service import ServiceUnit, Tokens, Used, charge
 
 log = logging.getLogger("rsm.worker")
 
@@ -39,7 +40,7 @@ _EARLY_MAX = 4096
 
 @dataclass(slots=True)
 class Running:
-    """A call in the engine. `numbers`: the next event number, shared with the publisher."""
+    """A call in the engine. `numbers`: the next event number, shared with the publisher; `engaged_s`: seconds in it."""
 
     claimed: Claimed
     numbers: list[int]
@@ -48,6 +49,7 @@ class Running:
     dropped: bool = False  # no longer ours: say nothing more of it
     gap: bool = False  # Redis lost some of its events: another attempt has to say them again
     returned: bool = False  # it is to go back to the router
+    engaged_s: float = 0.0
     task: asyncio.Task[None] | None = None
 
     def unwanted(self) -> bool:
@@ -66,6 +68,7 @@ class Calls:
         put: takes what has to be written, in order; never blocks.
         left: called when a call has left the engine.
         died: called with the reason when a call finds the engine gone.
+        unit: what calls are charged in.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Calls:
         put: Callable[[Item], None],
         left: Callable[[], None],
         died: Callable[[str], None],
+        unit: ServiceUnit | None = None,
     ) -> None:
         self._backend = backend
         self._redis = server
@@ -83,6 +87,7 @@ class Calls:
         self._put = put
         self._left = left
         self._died = died
+        self._unit = unit or Tokens()
         self._refusal = ""  # why no call is taken any more
         self._readers = asyncio.Semaphore(_READERS)
         self._running: dict[str, Running] = {}
@@ -216,13 +221,17 @@ class Calls:
         c = running.claimed
         outcome = await self._run_in_time(running)
         if running.cancelled:
-            return _finish(c, RequestState.CANCELLED, outcome)
+            return self._finish(running, RequestState.CANCELLED, outcome)
         if running.expired:
-            end = _finish(c, RequestState.FAILED, outcome)
+            end = self._finish(running, RequestState.FAILED, outcome)
             return end._replace(error_code=ErrorCode.DEADLINE_EXCEEDED.value, error=_DEADLINE)
         if outcome.finish_reason == "abort":  # nobody asked the call to stop: its engine is going down
             return Release(c.fence, "", ErrorCode.ENGINE_ERROR.value, "The engine was stopped.")
-        return _finish(c, RequestState.COMPLETED, outcome)
+        return self._finish(running, RequestState.COMPLETED, outcome)
+
+    def _finish(self, running: Running, state: RequestState, outcome: Outcome) -> Finish:
+        service = charge(self._unit, _used(outcome, running.engaged_s))
+        return _finish(running.claimed, state, outcome)._replace(service=service)
 
     async def _run_in_time(self, running: Running) -> Outcome:
         """A router's order comes when the deadline passes; but there may be no router, and the time left is known."""
@@ -246,10 +255,12 @@ class Calls:
         if running.unwanted():
             return Outcome("abort")
         self.engaged += 1
+        began = time.perf_counter()
         try:
             return await self._backend.run(job, lambda piece: self._emit(running, piece))
         finally:
             self.engaged -= 1
+            running.engaged_s = time.perf_counter() - began
 
     def _emit(self, running: Running, piece: Piece) -> None:
         if running.claimed.stream and not running.dropped and not running.gap:
@@ -293,6 +304,13 @@ class Calls:
 def _lines(fields: dict[bytes, bytes], name: bytes) -> list[str]:
     value = text(fields.get(name))
     return value.split("\n") if value else []
+
+
+def _used(o: Outcome, engaged_s: float) -> Used:
+    """engaged_s: from hand-over to end. Where the engine says how long the call ran, the rest of it was waiting."""
+    ran_s = engaged_s if o.running_ms is None else o.running_ms / 1000
+    first_s = None if o.ttft_ms is None else max(0.0, o.ttft_ms / 1000 - (engaged_s - ran_s))
+    return Used(o.prompt_tokens, o.completion_tokens, o.cached_tokens, ran_s, first_s)
 
 
 def _finish(c: Claimed, state: RequestState, o: Outcome) -> Finish:

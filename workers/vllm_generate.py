@@ -11,6 +11,7 @@ from typing import Any
 
 from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
 from workers.vllm_engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args, refusals, sentence
+from workers.vllm_reply import running_ms
 from workers.vllm_resume import Outputs, Said, continued
 
 _PROMPT = frozenset({"prompt", "prompt_token_ids"})
@@ -38,6 +39,7 @@ class GenerateCall:
         self._text: list[str] = []
         self._ids: list[int] = []
         self._cached = 0
+        self._metrics: Any = None
         self._reason = "abort"
 
     def abort(self) -> None:
@@ -105,6 +107,7 @@ class GenerateCall:
 
     def _take(self, output: Any) -> None:
         one = output.outputs[0]
+        self._metrics = output.metrics
         if self._first is None:
             self._first = time.perf_counter()
             self._cached = output.num_cached_tokens or 0
@@ -123,7 +126,8 @@ class GenerateCall:
         prompt = len(self._prompt_ids)
         ttft = None if self._first is None else (self._first - self._began) * 1000
         cached = min(self._cached, prompt)
-        return Outcome(self._reason, "".join(self._text), self._ids, prompt, len(self._ids), cached, ttft)
+        counts, ran_ms = (prompt, len(self._ids), cached), running_ms(self._metrics)
+        return Outcome(self._reason, "".join(self._text), self._ids, *counts, ttft, running_ms=ran_ms)
 
     async def _prompt(self) -> list[int]:
         text, ids = self._job.body.get("prompt"), self._job.body.get("prompt_token_ids")

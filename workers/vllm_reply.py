@@ -60,6 +60,7 @@ class Counts:
     _ttft_ms: float | None = None
     _prompts: dict[int, int] = field(default_factory=dict)
     _output: int = 0
+    _metrics: Any = None
     _usage: dict[str, Any] = field(default_factory=dict)
 
     def add(self, output: Any, number: int) -> None:
@@ -67,6 +68,8 @@ class Counts:
         if self._first is None:
             self._first = time.perf_counter()
             self._ttft_ms = _engine_ttft_ms(output) or (self._first - self.began) * 1000
+        if not number:
+            self._metrics = output.metrics
         if output.prompt_token_ids is not None:
             if number not in self._prompts:
                 self.cached_tokens += output.num_cached_tokens or 0
@@ -89,7 +92,14 @@ class Counts:
     def outcome(self, reason: str, text: str, response: dict[str, Any] | None = None) -> Outcome:
         usage = self.usage()
         prompt, output = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-        return Outcome(reason, text, [], prompt, output, min(self.cached_tokens, prompt), self._ttft_ms, response)
+        cached = min(self.cached_tokens, prompt)
+        return Outcome(reason, text, [], prompt, output, cached, self._ttft_ms, response, running_ms(self._metrics))
+
+
+def running_ms(metrics: Any) -> float | None:
+    """From its first step to its latest token, by the clock of vLLM's core; None: it has not run, or nobody says."""
+    began, last = getattr(metrics, "scheduled_ts", 0.0), getattr(metrics, "last_token_ts", 0.0)
+    return (last - began) * 1000 if last > began > 0 else None
 
 
 def _engine_ttft_ms(output: Any) -> float | None:

@@ -42,6 +42,7 @@ from workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
 from workers.lease import Lease
 from workers.publisher import Publisher
 from workers.reconcile import Reconciler
+from workers.service import create_unit
 from workers.watchdog import Fuse, Stall, round_s
 
 log = logging.getLogger("rsm.worker")
@@ -104,6 +105,7 @@ class Worker:
             put=self._publisher.put,
             left=lambda: self._room.give(),
             died=self._engine_died,
+            unit=create_unit(self.settings.service_unit),
         )
         self._reconciler = Reconciler(self.engine, self._redis, self._transitions, self._calls, self._publisher)
         self._facts = EngineFacts(model=model, max_num_seqs=0)
@@ -322,6 +324,7 @@ class Worker:
             "max_num_seqs": self._facts.max_num_seqs,
             "kv_tokens": self._facts.kv_tokens,
             "version": self._facts.version,
+            "service_unit": self.settings.service_unit,
         }
 
     async def _announce(self) -> None:

@@ -1,27 +1,20 @@
---- @include lib terminal
+--- @include lib programs terminal
 -- A worker ends calls: record, process table, affinity and the waiter's event in one step.
 --
 -- ARGV     engine, then per call: id gen attempt state error_code error result prompt_tokens completion_tokens
 --          cached_tokens resident_tokens (tokens of the session now believed cached on this engine)
 --          events (how many the worker has published of it, earlier attempts included; "" = not told)
+--          service (what the call cost, in the deployment's unit: a whole number)
 -- Returns  list, per call: "done" | "again" (this very finish had arrived before) | "stale"
 --          | "gap" (Redis lost some of its events; nothing is changed: give the attempt up)
--- Source of the service rule: Autellix, Algorithm 1, line 4: service = max(service, inherited + own).
--- The unit is uncached prompt tokens + 2 x completion tokens (the weights of VTC and llm-d).
 local e = ARGV[4]
 
 local services = {}
-local function raise_service(key, service)
-  if not services[key] then services[key] = tonumber(redis.call('HGET', key, 'service')) or 0 end
-  if service > services[key] then
-    services[key] = service
-    set_later(key, 'service', int(service))
-  end
-end
-
-local function charge_session(c, prompt, completion, cached)
+local function charge_session(c, prompt, completion, cached, service)
   local key = session_key(c.session)
-  raise_service(key, (tonumber(c.inherited) or 0) + math.max(0, prompt - cached) + 2 * completion)
+  local before = services[key] or tonumber(redis.call('HGET', key, 'service')) or 0
+  services[key] = charged(before, tonumber(c.inherited) or 0, service)
+  if services[key] > before then set_later(key, 'service', int(services[key])) end
   local waiting = math.max(0, tonumber(c.started_ms) - tonumber(c.submitted_ms))
   count(key, 'waiting_ms', waiting)
   count_total('started')
@@ -34,7 +27,8 @@ end
 
 local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
   'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason', 'format', 'bytes', 'log_bytes'}
-local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident, events)
+local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident, events,
+                      service)
   local c = read_call(id, end_fields)
   if c.gen ~= gen or c.attempt ~= attempt or c.engine ~= e then return 'stale' end
   if c.state ~= 'RUNNING' then return c.state == 'PENDING' and 'stale' or 'again' end
@@ -48,7 +42,7 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
   if state == 'COMPLETED' and events ~= '' and tonumber(events) > (tonumber(c.events) or 0) then return 'gap' end
   later('ZREM', running_key(e), id)
   count(engine_key(e), 'running_tokens', -load_of(c))
-  charge_session(c, tonumber(prompt), tonumber(completion), tonumber(cached))
+  charge_session(c, tonumber(prompt), tonumber(completion), tonumber(cached), tonumber(service))
   if tonumber(resident) > 0 and c.session ~= id then
     set_later(affinity_key(c.session), e, resident .. ':' .. int(NOW))
     touch(affinity_key(c.session), SESSION_TTL)
@@ -59,7 +53,7 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
 end
 
 local out = {}
-for at = 5, #ARGV, 12 do out[#out + 1] = finish(unpack(ARGV, at, at + 11)) end
+for at = 5, #ARGV, 13 do out[#out + 1] = finish(unpack(ARGV, at, at + 12)) end
 make_way(e)
 write_all()
 return out
