@@ -11,7 +11,9 @@ from broker.models import EngineState
 from simulation.results import EngineTimes
 from workers.claimer import CLAIM_MANY
 from workers.rate import RateMeter
-from workers.sim_engine import SimCall, SimConfig, SimEngine, Step
+from workers.sim_call import SimCall, Step
+from workers.sim_config import SimConfig
+from workers.sim_engine import SimEngine
 
 _MOST_STEPS = 1 << 30
 
@@ -38,6 +40,7 @@ class Engine:
         self.step: Step | None = None
         self.claiming = False
         self._model = config.model
+        self._kv_tokens = config.num_blocks * config.block_size
         self._slots = config.max_num_seqs
         self._room = config.max_num_seqs + prefetch
         self._queue: list[Waiting] = []
@@ -71,6 +74,8 @@ class Engine:
             self._served,
             self._slots,
             self._rate.per_s(now),
+            self._kv_tokens,
+            self.sim.kv_usage,
         )
 
     # -- in the worker

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
 from random import Random
 
 from broker.settings import Settings
-from router.policies import Policy, create_policy
+from router.policies import CallView, Policy, create_policy
 from simulation.engine import Engine, Waiting
 from simulation.front import Front
 from simulation.results import CallTimes, ProgramTimes, Results
 from simulation.rules import rules
 from simulation.table import ProcessTable, Session
 from simulation.workload import CallSpec, ProgramSpec, Workload
-from workers.sim_engine import SimCall, SimConfig, Step
+from workers.service import Used, charge, create_unit
+from workers.sim_call import SimCall, Step
+from workers.sim_config import SimConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +49,9 @@ class FleetConfig:
     """What to simulate.
 
     Attributes:
-        sim: every engine; its `scheduler` is the one inside the engines.
+        sim: every engine; its `scheduler` is the one inside the engines, and has the bounds of `settings`.
         policy: of the router: a name, package.module:Class, or a class.
-        settings: of the broker: level_bounds, cache_token_threshold, …
+        settings: of the broker: level_bounds, service_unit, cache_token_threshold, tick_ms and what policies read.
         by_program: calls inherit their program's service; False: each call begins anew, as in a plain MLFQ.
         prefetch: calls that a worker claims beyond its slots.
         horizon_s: when to break off; inf: when all programs have ended.
@@ -123,7 +125,9 @@ class _Run:
         table_rules = rules()
         settings = config.settings
         self._table = ProcessTable(table_rules, settings.level_bounds)
-        self.engines = [Engine(f"e{i}", config.sim, config.prefetch) for i in range(config.engines)]
+        self._unit = create_unit(settings.service_unit)
+        sim = replace(config.sim, plas=replace(config.sim.plas, bounds=settings.level_bounds))
+        self.engines = [Engine(f"e{i}", sim, config.prefetch) for i in range(config.engines)]
         policy = config.policy
         chosen = (
             policy(settings)
@@ -189,7 +193,11 @@ class _Run:
     def _assign(self, call: _Call) -> None:
         times, table = call.times, self._table
         session = table.session(times.session)
-        engine, choice = self._front.choose(self._now, times.session, times.prompt_tokens, session)
+        found = self._front.choose(self._now, CallView(times.session, "", times.prompt_tokens, times.program), session)
+        if found is None:
+            self._at(self._now + self._config.settings.tick_ms / 1000, _ASSIGN, call)
+            return
+        engine, choice = found
         if choice.bind:
             session.engine = engine.id
         if self._config.by_program:
@@ -221,7 +229,18 @@ class _Run:
         spec = call.spec
         texts = [(s.text, s.tokens) for s in spec.prompt]
         answer = (spec.answer or next(self._texts), spec.output_tokens)
-        return SimCall.of_texts(name, texts, answer, self._config.sim.block_size, level=call.times.level)
+        had, times = call.had, call.times
+        return SimCall.of_texts(
+            name,
+            texts,
+            answer,
+            self._config.sim.block_size,
+            level=times.level,
+            program=times.program if self._config.by_program else name,
+            inherited=had.service,
+            waited_s=had.waited_ms / 1000 + self._now - times.ready_s,
+            ran_s=had.ran_ms / 1000,
+        )
 
     def _go_on(self, engine: Engine) -> None:
         """After something came: a step begins, or the one in hand is cut short."""
@@ -256,8 +275,9 @@ class _Run:
         self._front.changed(engine)
         times.told_s = self._now
         submitted, claimed, now = (int((t or 0.0) * 1000) for t in (times.ready_s, times.claimed_s, self._now))
-        service = times.prompt_tokens - times.cached_tokens + 2 * times.output_tokens
-        self._table.charge(times.program, call.had, service, claimed - submitted, now - claimed)
+        self._table.charge(
+            times.program, call.had, charge(self._unit, _used(times)), claimed - submitted, now - claimed
+        )
         self._table.session(times.session).resident[engine.id] = times.prompt_tokens + times.output_tokens
         self._follow(program, call.index)
 
@@ -277,3 +297,9 @@ class _Run:
 
 
 _NOTHING = Session()
+
+
+def _used(times: CallTimes) -> Used:
+    """What an ended call has used of its engine."""
+    started, first, ended = (t or 0.0 for t in (times.started_s, times.first_token_s, times.ended_s))
+    return Used(times.prompt_tokens, times.output_tokens, times.cached_tokens, ended - started, first - started)

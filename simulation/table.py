@@ -19,7 +19,7 @@ class Session:
     resident: dict[str, int] = field(default_factory=dict)
 
     def view(self) -> SessionView:
-        return SessionView(self.engine, self.resident)
+        return SessionView(self.engine, self.resident, service=int(self.service))
 
 
 class ProcessTable:

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from workers.plas import PlasRules
 from workers.rate import RateMeter
-from workers.sim_engine import Phase, SimCall, SimConfig, SimEngine, SimTimes
+from workers.sim_call import Phase, SimCall
+from workers.sim_engine import SimConfig, SimEngine, SimTimes
 from workers.sim_text import EOS, Answer, Prompt, answer, token_text, tokenize
 
 UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0)
@@ -297,7 +299,10 @@ def random_calls(random: Random, n: int) -> list[tuple[float, SimCall]]:
         at += random.expovariate(0.5)
         prompt = [(random.randint(1, 3) * 10 + d, random.choice((3, 8, 17, 33))) for d in range(random.randint(1, 4))]
         output = (1000 + i, random.randint(1, 40))
-        calls.append((at, SimCall.of_texts(str(i), prompt, output, BLOCK, priority=random.randint(0, 2))))
+        program = {"program": random.choice("abcd"), "inherited": random.choice((0, 0, 30, 100, 1000))}
+        times = {"waited_s": random.choice((0.0, 5.0)), "ran_s": random.choice((0.0, 2.0))}
+        priority = random.choice((0, 0, 1))
+        calls.append((at, SimCall.of_texts(str(i), prompt, output, BLOCK, priority=priority, **program, **times)))
     return calls
 
 
@@ -328,7 +333,9 @@ def test_many_steps_at_once_give_what_single_steps_give(seed: int) -> None:
         max_num_batched_tokens=random.choice((8, 32, 100)),
         max_num_seqs=random.choice((1, 3, 8)),
         prefix_caching=random.random() < 0.8,
-        times=SimTimes(step_s=0.1, prefill_token_s=0.003, decode_seq_s=0.01, context_token_s=1e-4),
+        scheduler=random.choice(("fcfs", "priority", "plas", "plas")),
+        plas=PlasRules(bounds=(20, 60, 200), beta=random.choice((0.0, 1.0, 8.0)), most_victims=2),
+        times=SimTimes(step_s=0.10713, prefill_token_s=0.00317, decode_seq_s=0.01093, context_token_s=1.37e-4),
     )
     found = []
     for most in (1, 10**9):

@@ -16,7 +16,9 @@ from typing import Any
 
 from workers.backend import Backend, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
 from workers.rate import RateMeter
-from workers.sim_engine import Phase, SimCall, SimConfig, SimEngine
+from workers.sim_call import Phase, SimCall
+from workers.sim_config import SimConfig
+from workers.sim_engine import SimEngine
 from workers.sim_request import Request, Shape, read, replay, usage
 
 Emit = Callable[[Piece], None]
@@ -218,7 +220,18 @@ class _Live:
         ids, prompt = self.request.answer.ids, self.request.prompt.tokens()
         job = self.job
         prompt, output = prompt + ids[: self.done], ids[self.done :]
-        call = SimCall.of_ids(job.key, prompt, output, engine.config.block_size, priority=job.priority, level=job.level)
+        call = SimCall.of_ids(
+            job.key,
+            prompt,
+            output,
+            engine.config.block_size,
+            priority=job.priority,
+            level=job.level,
+            program=job.program or job.session,
+            inherited=job.inherited,
+            waited_s=job.waited_ms / 1000,
+            ran_s=job.ran_ms / 1000,
+        )
         engine.add(call, now)
         self.call = call
         return call

@@ -166,6 +166,17 @@ class KVCache:
             self._give_back(*held)
             self.version += 1
 
+    def alone(self, held: Hold | None) -> int:
+        """Blocks that nobody else uses: idle if this one is let go."""
+        blocks = 0
+        node, upto = held or (self._root, 0)
+        while node.parent is not None and node.holders[upto] == 1:
+            blocks += node.live - max((u for u in node.holders if u != upto), default=node.first)
+            if len(node.holders) > 1:
+                break
+            node, upto = node.parent, node.first
+        return blocks
+
     def _acquire(self, node: _Stretch, upto: int) -> None:
         while node.parent is not None:
             was_in_use = bool(node.holders)
