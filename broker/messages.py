@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, NamedTuple
 
 from broker.codec import Format, number, text
@@ -79,9 +80,29 @@ class Speed:
     token_s: float
     seq_s: float
 
+    def __str__(self) -> str:
+        """As it stands in an engine's hash; `of` reads it."""
+        return f"{self.step_s:.6g} {self.token_s:.6g} {self.seq_s:.6g}"
+
+    @classmethod
+    def of(cls, value: str) -> Speed | None:
+        """None if there is none, or none that makes sense: it comes from another process."""
+        try:
+            step_s, token_s, seq_s = map(float, value.split())
+        except ValueError:
+            return None
+        sound = all(0 <= x < inf for x in (step_s, token_s, seq_s))
+        return cls(step_s, token_s, seq_s) if sound else None
+
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens per second that it computes; 0 = prompts cost nothing."""
+        return 1 / self.token_s if self.token_s > 0 else 0.0
+
     def decode_tps(self, batch: float) -> float:
         """Output tokens per second, of all calls together, with so many calls that decode."""
-        return batch / (self.step_s + batch * self.seq_s) if batch > 0 else 0.0
+        step = self.step_s + batch * self.seq_s
+        return batch / step if step > 0 else 0.0
 
 
 class Ahead(NamedTuple):
@@ -130,7 +151,7 @@ class EngineView:
     @property
     def prefill_tps(self) -> float:
         """Prompt tokens per second that it computes; 0 = not measured."""
-        return 1 / self.speed.token_s if self.speed and self.speed.token_s > 0 else 0.0
+        return self.speed.prefill_tps if self.speed else 0.0
 
     @property
     def decode_tps(self) -> float:

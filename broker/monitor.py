@@ -13,7 +13,7 @@ from broker.connection import connect
 from broker.errors import BadRecord, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
-from broker.messages import resident_tokens
+from broker.messages import Speed, resident_tokens
 from broker.models import CallRecord
 from broker.settings import Settings
 from broker.transitions import Transitions
@@ -56,6 +56,8 @@ class Monitor:
     def engine(self, engine_id: str) -> dict[str, Any]:
         """One engine: state, model, node, slots, `running` and `queued` calls, tokens, KV usage (0 to 1).
 
+        `prefill_tps`, `decode_tps`: tokens per second that it computes of prompts, and says with all slots taken, as
+        learned from its work; 0 = not yet. `completion_tokens`: how long answers were of late, in the mean.
         `alone`: the call for which it empties itself, or that runs on it alone, suspected of killing engines.
 
         Raises:
@@ -72,6 +74,7 @@ class Monitor:
                 f"There is no engine {engine_id}. Engines at hand: {', '.join(self.engine_ids()) or 'none'}."
             )
         h = {text(k): text(v) for k, v in found.items()}
+        speed = Speed.of(h.get("speed", ""))
         return {
             "engine_id": engine_id,
             "state": h.get("state", ""),
@@ -90,6 +93,9 @@ class Monitor:
             "kv_tokens": number(h.get("kv_tokens")),
             "kv_usage": real(h.get("kv_usage")),
             "tokens_per_s": real(h.get("tokens_per_s")),
+            "prefill_tps": speed.prefill_tps if speed else 0.0,
+            "decode_tps": speed.decode_tps(number(h.get("max_num_seqs"))) if speed else 0.0,
+            "completion_tokens": real(h.get("completion_tokens")),
             "version": h.get("version", ""),
             "heartbeat_ms": number(text(str(beat))) if beat else 0,
         }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from broker.messages import Speed
 from broker.models import OnEngineLoss
 
 
@@ -110,10 +111,14 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """A glance at a running engine. `kv_usage` is a share from 0 to 1."""
+    """A glance at a running engine. `kv_usage` is a share from 0 to 1.
+
+    `speed`: as its steps show it; None = they do not show, or it has done nothing yet.
+    """
 
     kv_usage: float = 0.0
     tokens_per_s: float = 0.0
+    speed: Speed | None = None
 
 
 class Backend(ABC):

@@ -26,6 +26,7 @@ from workers.aside import ask
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
 from workers.publisher import Ended, Item, Output, given_up
 from workers.service import ServiceUnit, Tokens, Used, charge
+from workers.speed import Begun, CallMeter
 
 log = logging.getLogger("rsm.worker")
 
@@ -50,6 +51,7 @@ class Running:
     gap: bool = False  # Redis lost some of its events: another attempt has to say them again
     returned: bool = False  # it is to go back to the router
     engaged_s: float = 0.0
+    begun: Begun | None = None
     task: asyncio.Task[None] | None = None
 
     def unwanted(self) -> bool:
@@ -92,6 +94,7 @@ class Calls:
         self._readers = asyncio.Semaphore(_READERS)
         self._running: dict[str, Running] = {}
         self.engaged = 0  # calls that the backend has
+        self.meter = CallMeter()
         self._early: dict[str, None] = {}  # cancelled before they came, oldest first
 
     def __len__(self) -> int:
@@ -256,13 +259,21 @@ class Calls:
             return Outcome("abort")
         self.engaged += 1
         began = time.perf_counter()
+        begun = running.begun = self.meter.begin(began)
+        outcome = Outcome("abort")
         try:
-            return await self._backend.run(job, lambda piece: self._emit(running, piece))
+            outcome = await self._backend.run(job, lambda piece: self._emit(running, piece))
+            return outcome
         finally:
             self.engaged -= 1
-            running.engaged_s = time.perf_counter() - began
+            now = time.perf_counter()
+            running.engaged_s = now - began
+            computed = outcome.prompt_tokens - outcome.cached_tokens
+            begun.end(now, computed, outcome.completion_tokens, outcome.finish_reason != "abort")
 
     def _emit(self, running: Running, piece: Piece) -> None:
+        if running.begun is not None:
+            running.begun.first(time.perf_counter(), running.claimed.prompt_tokens)
         if running.claimed.stream and not running.dropped and not running.gap:
             self._put(Output(running.claimed.fence, running.numbers, piece))
 

@@ -20,6 +20,7 @@ from workers.sim_call import Phase, SimCall
 from workers.sim_config import SimConfig
 from workers.sim_engine import SimEngine
 from workers.sim_request import Request, Shape, read, replay, usage
+from workers.speed import SpeedMeter
 
 Emit = Callable[[Piece], None]
 # How far, in real seconds, the model may lag behind the clock and still catch up: a busy event loop must not slow the
@@ -37,6 +38,7 @@ class SimBackend(Backend):
         self._engine = SimEngine(self.config)
         self._live: dict[str, _Live] = {}
         self._rate = RateMeter()
+        self._meter = SpeedMeter()
         self._wake = asyncio.Event()
         self._death = asyncio.Event()
         self._steps_done = 0
@@ -79,7 +81,8 @@ class SimBackend(Backend):
 
     def load(self) -> EngineLoad:
         """`tokens_per_s` counts output tokens in real time."""
-        return EngineLoad(self._engine.kv_usage, self._rate.per_s(time.perf_counter()))
+        speed = self._meter.speed if self._meter.measured else None
+        return EngineLoad(self._engine.kv_usage, self._rate.per_s(time.perf_counter()), speed)
 
     def progress(self) -> int:
         """Steps of the modelled engine."""
@@ -178,7 +181,9 @@ class SimBackend(Backend):
                 await asyncio.Event().wait()
             self._steps_done += 1
             ended = self._engine.end(step)
-            self._deliver([*ended, *(call for call in self._engine.running if call.phase is Phase.DECODE)])
+            produced = [*ended, *(call for call in self._engine.running if call.phase is Phase.DECODE)]
+            self._meter.add((step.ends_at - step.starts_at) / speed, step.ticks, step.prefill_tokens, len(produced))
+            self._deliver(produced)
             now = max(step.ends_at, self._now() - _MAX_LAG_S * speed)
 
     def _deliver(self, produced: list[SimCall]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from workers.backend import Backend, CallRejected, EngineDied, EngineFacts, EngineLoad, Job, Outcome, Piece
 from workers.config import EngineConfig
 from workers.rate import RateMeter
+from workers.speed import SpeedMeter, StepWindow
 from workers.tiny_model import ensure_tiny_model
 from workers.vllm_args import TINY_NAME, parse, prepare_environment
 from workers.vllm_engine import GONE, Engine
@@ -44,14 +45,34 @@ class Meter:
     def __init__(self) -> None:
         self.kv_usage = 0.0
         self.rate = RateMeter()
+        self.speed = SpeedMeter()
         self.steps = 0
+        self._window = StepWindow(self.speed)
+        self._busy_since: float | None = None  # the end of the step before, if calls were left then
+
+    def begin(self) -> None:
+        """A call is handed over: if the engine was idle, its next step begins now."""
+        if self._busy_since is None:
+            self._busy_since = time.perf_counter()
+
+    def idle(self) -> None:
+        """No call is left: what passes from now on is no work."""
+        self._busy_since = None
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
         self.steps += 1
+        now = time.perf_counter()
+        if iteration_stats is not None:
+            self.rate.add(iteration_stats.num_generation_tokens, now)
+        if self._busy_since is not None:
+            self._window.add(now - self._busy_since, _computed(iteration_stats), _generated(iteration_stats))
+        self._busy_since = None
         if scheduler_stats is not None:
             self.kv_usage = scheduler_stats.kv_cache_usage
-        if iteration_stats is not None:
-            self.rate.add(iteration_stats.num_generation_tokens, time.perf_counter())
+            if scheduler_stats.num_running_reqs or scheduler_stats.num_waiting_reqs:
+                self._busy_since = now
+            else:
+                self._window.flush()
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""
@@ -61,6 +82,18 @@ class Meter:
 
     def record_sleep_state(self, *_: Any, **__: Any) -> None:
         """Nothing to say."""
+
+
+def _generated(stats: Any) -> int:
+    return stats.num_generation_tokens if stats is not None else 0
+
+
+def _computed(stats: Any) -> int:
+    """Tokens of the prompts whose last part this step computed, without those that were cached."""
+    tokens = getattr(stats, "prompt_token_stats", None)
+    if tokens is not None:
+        return int(tokens.computed)
+    return int(getattr(stats, "num_prompt_tokens", 0))  # a vLLM that does not tell them apart
 
 
 class VllmBackend(Backend):
@@ -152,11 +185,14 @@ class VllmBackend(Backend):
         else:
             raise CallRejected(f"vLLM does not serve {job.kind}.")
         run = self._runs[job.key] = _Run(call)
+        self._meter.begin()
         try:
             return await call.run()
         finally:
             run.done.set()
             del self._runs[job.key]
+            if not self._runs:
+                self._meter.idle()
 
     def abort(self, key: str) -> None:
         if (run := self._runs.get(key)) is not None:
@@ -165,7 +201,9 @@ class VllmBackend(Backend):
     def load(self) -> EngineLoad:
         """From vLLM's own statistics. It sends none while it idles, when nothing of the cache is in use."""
         kv_usage = self._meter.kv_usage if self._runs else 0.0
-        return EngineLoad(kv_usage, self._meter.rate.per_s(time.perf_counter()))
+        speed = self._meter.speed
+        tokens_per_s = self._meter.rate.per_s(time.perf_counter())
+        return EngineLoad(kv_usage, tokens_per_s, speed.speed if speed.measured else None)
 
     def progress(self) -> int:
         """Steps of the engine, also those that only prefill a part of a prompt."""

@@ -341,11 +341,14 @@ class Worker:
         return lease
 
     def _load(self) -> Mapping[str, Arg]:
-        load = self._backend.load()
+        load, calls = self._backend.load(), self._calls.meter
+        speed = load.speed or (calls.meter.speed if calls.meter.measured else None)
         return {
             "running": len(self._calls),
             "kv_usage": f"{load.kv_usage:.4f}",
             "tokens_per_s": f"{load.tokens_per_s:.1f}",
+            "speed": str(speed) if speed else "",
+            "completion_tokens": f"{calls.completion_tokens:.1f}",
         }
 
     async def _open_for_work(self, control_from: str) -> None:

@@ -63,6 +63,8 @@ def engines_table(engines: Sequence[Mapping[str, Any]], now_ms: int) -> Renderab
         "TOKENS",
         "KV",
         "TOKENS/S",
+        "PREFILL/S",
+        "DECODE/S",
         "SERVED",
         "SEEN",
     ]
@@ -78,12 +80,18 @@ def engines_table(engines: Sequence[Mapping[str, Any]], now_ms: int) -> Renderab
             e["queued_tokens"],
             f"{e['kv_usage']:.0%}",
             round(e["tokens_per_s"]),
+            _learned(e["prefill_tps"]),
+            _learned(e["decode_tps"]),
             e["served"],
             f"{seconds(now_ms - e['heartbeat_ms'])} ago" if e["heartbeat_ms"] else "never",
         ]
         for e in engines
     ]
     return table("", columns, rows) if rows else Text("No engines. Start some with `rsm up` or `rsm worker`.")
+
+
+def _learned(tokens_per_s: float) -> str:
+    return str(round(tokens_per_s)) if tokens_per_s else "-"
 
 
 def sessions_table(sessions: Sequence[Mapping[str, Any]], now_ms: int) -> RenderableType:
