@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -191,6 +192,20 @@ async def test_a_repeated_prompt_is_cached(vllm: VllmBackend) -> None:
     text = await vllm.run(completion(prompt=prompt), nothing)
     assert text.cached_tokens == second.cached_tokens
     assert vllm.load().tokens_per_s > 0
+
+
+async def test_its_speed_is_learned_from_its_steps(vllm: VllmBackend) -> None:
+    lengths = [200 + 60 * n for n in range(12)]
+    for n in range(0, len(lengths), 4):
+        prompts = [[10 + n + i] * tokens for i, tokens in enumerate(lengths[n : n + 4])]
+        jobs = [generate(prompt=None, prompt_token_ids=p, max_tokens=30) for p in prompts]
+        began = time.perf_counter()
+        await asyncio.gather(*(vllm.run(replace(j, key=f"c/{n + i}"), nothing) for i, j in enumerate(jobs)))
+        took = time.perf_counter() - began
+    speed = vllm.load().speed
+    assert speed is not None
+    expected = sum(map(len, prompts)) * speed.token_s + 30 * (speed.step_s + 4 * speed.seq_s)
+    assert took / 4 < expected < took * 4, (speed, took)
 
 
 async def test_each_step_is_progress(vllm: VllmBackend) -> None:
