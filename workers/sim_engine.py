@@ -291,8 +291,9 @@ class SimEngine:
     def _ended(self) -> list[SimCall]:
         ended = []
         while self._ends and self._ends[0][0] <= self._ticks.now:
-            tick, _, call = heappop(self._ends)
-            if call.phase is Phase.DECODE and call.last_tick == tick:
+            tick, turn, call = heappop(self._ends)
+            # A call that lost its place and got one again stands here twice, perhaps with the same last tick.
+            if call.phase is Phase.DECODE and call.last_tick == tick and call.turn == turn:
                 ended.append(call)
         return ended
 
