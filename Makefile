@@ -13,7 +13,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 INPUTS ?= 100000
 MACHINE ?= unnamed
 
-.PHONY: demo test check fuzz bench bench-crash chaos model clean
+.PHONY: demo test check fuzz bench bench-crash chaos model vllm-versions clean
 
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
@@ -52,6 +52,10 @@ chaos: $(if $(filter-out 0,$(VLLM)),$(VLLM_STAMP),$(BASE_STAMP))
 # Malformed input for every decoder and for a router, at length; `make test` does it briefly.
 fuzz: $(BASE_STAMP)
 	$(PY) -m tests.fuzz --inputs $(INPUTS) --machine '$(MACHINE)'
+
+# Other versions of vLLM, for the tests that drive their scheduler classes: `make vllm-versions test`.
+vllm-versions: $(VLLM_STAMP)
+	$(PY) -m tests.vllm_versions
 
 $(BASE_STAMP): requirements/base.txt requirements/dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("rsm-engine needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -48,6 +48,16 @@ def test_quanta_may_differ_from_the_bins() -> None:
     assert fresh.level == 2
 
 
+def test_a_call_may_begin_in_another_level() -> None:
+    """Promoted while it waited elsewhere; or nothing but the level is known."""
+    plas = Plas(RULES)
+    promoted = plas.add("p", arrival=0, inherited=50, level=0)
+    assert (promoted.level, plas.until_demotion(promoted)) == (0, 10)
+    unknown = plas.add("p", arrival=0, level=2)
+    assert (unknown.level, plas.until_demotion(unknown)) == (2, 70)
+    assert plas.add("p", arrival=0, level=9).level == 3
+
+
 def test_class_goes_before_level_before_arrival_before_number() -> None:
     plas = Plas(RULES)
     urgent = arrived(plas, priority=1, inherited=500, at=9)
@@ -70,8 +80,7 @@ def test_a_starving_call_goes_to_the_best_level_and_its_counters_begin_anew() ->
     plas.charge(call, 12)
     assert call.level == 1
     plas.stop(call, 23)
-    # Waited 2 s and ran 3 s since the promotion: (2 + 2 + w) / (5 + 3) = 4
-    assert plas.next_promotion() == 23 + 28
+    assert plas.next_promotion() == 33  # waited 2 s and ran 3 s since the promotion: (2 + 10) / 3 = 4
 
 
 def test_waiting_is_summed_over_the_times_without_a_place() -> None:
@@ -106,7 +115,18 @@ def test_a_wronged_program_is_not_promoted_without_end() -> None:
         plas.charge(call, 10)
         plas.stop(call, now)
         now += 0.01
-    assert promotions <= 1 + now / RULES.floor_s
+    assert promotions <= 1 + now / (RULES.beta * RULES.floor_s)
+
+
+def test_what_is_gone_is_forgotten() -> None:
+    """Also where all of them would have starved far in the future."""
+    plas = Plas(RULES)
+    for i in range(5000):
+        call = plas.add("p", arrival=i, inherited=10, ran_s=1e6)
+        plas.start(call, i)
+        plas.end(call)
+    assert len(plas._starving) < 200
+    assert plas._watched == 0
 
 
 def test_beta_zero_promotes_nobody() -> None:
@@ -153,6 +173,7 @@ def test_nobody_goes_in_vain_for_room() -> None:
     assert plas.victims_for_room(call, running, 8, lambda _: 4) == [worst, worse]
     assert plas.victims_for_room(call, running, 9, lambda _: 4) == []
     assert plas.victims_for_room(call, running, 0, lambda _: 4) == []
+    assert plas.victims_for_room(call, running, 3, lambda c: 4 if c is worse else 0) == [worse]
 
 
 @pytest.mark.parametrize(

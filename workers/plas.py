@@ -6,8 +6,9 @@ can take a running call's place away. A call begins in the level of its program'
 1. Its level is the bin of what its program had (`inherited`) and what it has used itself.
 2. Each level has a budget of service, its quantum; a call that has used it falls by one level, also while it runs.
 3. A call whose program waited too long for how long it ran goes to the best level of its class: (program's wait +
-   call's wait) / (program's run + call's run) >= beta. The call's two counters then begin anew, the program's do not,
-   so that the other calls of the program follow soon.
+   call's wait) / (program's run + call's run) >= beta. Its counters then begin anew. Beyond the paper, so do the
+   program's as far as this call is concerned, as in the broker's queues (`lua/programs.lua`): else who has starved once
+   is promoted again and again until its running has caught up. The program's other calls keep theirs and follow soon.
 4. Order: the user's priority class, then the level, then who came first.
 5. A waiting call may take the place of a running one that is strictly worse, by class and level alone; so calls of
    one level never take turns, and each exchange costs its cause a level or its victim a wait.
@@ -22,9 +23,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf, isfinite
+
+_SPARE = 64  # entries of a heap that may be out of date, besides as many as are not
 
 Rank = tuple[int, int]  # class and level; lower is better
 Order = tuple[int, int, float, int]  # class, level, arrival, number
@@ -38,8 +41,7 @@ class PlasRules:
         bounds: upper ends of the levels, in service units; above them is one level more.
         quanta: service units that a call may use in each level; none: the rest of the level's bin.
         beta: wait / run at which a program starves; 0 = never.
-        floor_s: a program counts as having run for at least so long, and a call waits at least so long between two
-            promotions, or whoever has just begun would starve at once.
+        floor_s: a program counts as having run for at least so long, or whoever has just begun would starve at once.
         most_victims: calls that lose their place in one step.
     """
 
@@ -95,8 +97,6 @@ class PlasCall:
         "own",
         "priority",
         "program",
-        "program_ran",
-        "program_waited",
         "promotions",
     )
 
@@ -105,15 +105,14 @@ class PlasCall:
         self.priority = priority
         self.inherited = inherited
         self.arrival = arrival
-        self.program_waited = 0.0
-        self.program_ran = 0.0
         self.own = 0.0
         self.promotions = 0
         self.level = 0
         self.order: Order = (priority, 0, arrival, number)
         self._number = number
         self._left = inf  # of the level's budget
-        self._waited = self._ran = 0.0  # since the last promotion, up to `_since`
+        # Of the program before, and of the call up to `_since`; both since the last promotion.
+        self._waited = self._ran = 0.0
         self._since = arrival
         self._running = False
         self._due: float = inf  # when it will be taken for starving, if it waits until then
@@ -138,6 +137,7 @@ class Plas:
         self.rules = rules or PlasRules()
         self._numbers = count()
         self._starving: list[tuple[float, int, PlasCall]] = []  # a heap by due time; entries may be out of date
+        self._watched = 0  # those that are not
 
     # -- what happens
 
@@ -148,14 +148,25 @@ class Plas:
         arrival: float,
         priority: int = 0,
         inherited: float = 0.0,
+        level: int | None = None,
         waited_s: float = 0.0,
         ran_s: float = 0.0,
     ) -> PlasCall:
-        """A call has come and waits. `waited_s` and `ran_s` are its program's, without this call."""
+        """A call has come and waits.
+
+        Args:
+            arrival: when it began to wait.
+            inherited: service units that its program has had.
+            level: where it begins, if not where its program's service belongs: it was promoted while it waited
+                elsewhere, or nothing more is known of it.
+            waited_s: how long its program has waited, without this call, since it was last promoted.
+            ran_s: how long its program has run, likewise.
+        """
         call = PlasCall(program, priority, inherited, arrival, next(self._numbers))
-        call.program_waited, call.program_ran = waited_s, ran_s
-        level = self.rules.level_of(inherited)
-        self._enter(call, level, self.rules.budget(level, inherited))
+        call._waited, call._ran = waited_s, ran_s
+        own = self.rules.level_of(inherited)
+        begins = own if level is None else min(level, len(self.rules.bounds))
+        self._enter(call, begins, self.rules.budget(begins, inherited if begins >= own else 0.0))
         self._watch(call)
         return call
 
@@ -163,7 +174,8 @@ class Plas:
         """It has got a place, for the first time or again."""
         if not call._running:
             call._waited += max(now - call._since, 0.0)
-            call._since, call._running, call._due = now, True, inf
+            call._since, call._running = now, True
+            self._unwatch(call)
 
     def stop(self, call: PlasCall, now: float) -> None:
         """It has lost its place and waits again."""
@@ -187,7 +199,7 @@ class Plas:
 
     def end(self, call: PlasCall) -> None:
         """It is gone."""
-        call._due = inf
+        self._unwatch(call)
 
     # -- what should happen
 
@@ -210,7 +222,8 @@ class Plas:
             self._enter(call, 0, self.rules.budget(0))
             call.promotions += 1
             call._waited = call._ran = 0.0
-            call._since, call._due = now, inf
+            call._since = now
+            self._unwatch(call)
             if moved:
                 promoted.append(call)
         return promoted
@@ -242,8 +255,9 @@ class Plas:
         for worse in reversed(running):
             if need <= 0 or not call.rank < worse.rank:
                 break
-            found.append(worse)
-            need -= room_of(worse)
+            if (room := room_of(worse)) > 0:
+                found.append(worse)
+                need -= room
         return found[: self.rules.most_victims] if need <= 0 else []
 
     # -- inside
@@ -256,9 +270,15 @@ class Plas:
         """Notes when a waiting call will be taken for starving."""
         if not self.rules.beta or call.level == 0:
             return
-        ran = max(call.program_ran + call._ran, self.rules.floor_s)
-        wait = self.rules.beta * ran - call.program_waited - call._waited
-        if call.promotions:
-            wait = max(wait, self.rules.floor_s)
+        wait = self.rules.beta * max(call._ran, self.rules.floor_s) - call._waited
         call._due = call._since + max(wait, 0.0)
+        self._watched += 1
+        if len(self._starving) > 2 * self._watched + _SPARE:
+            self._starving = [entry for entry in self._starving if entry[0] == entry[2]._due]
+            heapify(self._starving)
         heappush(self._starving, (call._due, call._number, call))
+
+    def _unwatch(self, call: PlasCall) -> None:
+        if call._due != inf:
+            call._due = inf
+            self._watched -= 1

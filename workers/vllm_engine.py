@@ -7,10 +7,11 @@ import copy
 import importlib
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from workers.backend import CallRejected, EngineDied, EngineError, Job
+from workers.vllm_program import LEVELS, Program
 
 CANNOT_CONTINUE = (
     "The engine died in the middle of this stream and it cannot be continued; "
@@ -18,7 +19,6 @@ CANNOT_CONTINUE = (
 )
 GONE = "vLLM's engine process has ended."
 
-_LEVELS = 16  # levels of the router's queues that fit between two priorities
 _LONG_PROMPT = 4000  # characters; shorter ones take less time than a trip to a thread
 _MAX_MESSAGE = 1000
 # As pydantic's errors are printed: 'loc': ('body', 'messages'), 'msg': 'Field required'
@@ -75,7 +75,7 @@ class Engine:
 
     def priority(self, job: Job) -> int:
         """For vLLM, where lower is earlier."""
-        return job.priority * _LEVELS + job.level if self.by_priority else 0
+        return job.priority * LEVELS + job.level if self.by_priority else 0
 
     def trace_headers(self, job: Job) -> dict[str, str] | None:
         return {"traceparent": job.traceparent} if self.traces and job.traceparent else None
@@ -86,7 +86,7 @@ class Engine:
 
 def program_args(job: Job, own: dict[str, Any] | None) -> dict[str, Any]:
     """A request's extra_args, with the program that it belongs to, for a program-aware scheduler in the engine."""
-    return {**(own or {}), "program_id": job.session}
+    return {**(own or {}), **asdict(Program.of_job(job))}
 
 
 def explained(e: Exception, dead: bool) -> Exception:
