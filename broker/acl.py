@@ -86,7 +86,7 @@ _CLUSTER = "cluster|slots wait"  # where the master is, and whether its replicas
 # What create_call, stop_call and end_call do, whoever runs them: they write no stream but logs and inboxes.
 _CALL_COMMANDS = (
     "hget hmget hset hsetnx hexists hdel hincrby hgetall del persist pexpire strlen hstrlen xread xrange xlen xadd "
-    "sadd srem scard smembers sscan zadd zrem lpush ltrim lrange"
+    "sadd srem scard smembers sscan zadd zrem zrange zremrangebyscore lpush ltrim lrange"
 )
 _CALL_KEYS = ". call:* inbox:* session:* affinity:* stats usage usage:sessions"
 _CALL_WRITES = f"{_CALL_KEYS} deadlines finished parked:*"
@@ -98,13 +98,13 @@ _PRODUCER = (
     Grant("xrevrange xlen", read="calls"),
     # To take a waiting call out of its queue, and to tell the worker of a running one.
     Grant("hincrby", read="engine:*", write="engine:*"),
-    Grant("zrem", write="engine:*:queue"),
+    Grant("zrem", write="engine:*:queue engine:*:starving"),
     Grant("xadd pexpire", write="engine:*:control"),
 )
 _VIEWS = (
     Grant(
         f"{_CONNECT} {_CLUSTER} info hget hgetall hmget scan smembers scard lrange zrange zcard zcount "
-        "zscore xlen xrange xrevrange xread xinfo|groups xinfo|stream exists ttl type",
+        "zscore srandmember xlen xrange xrevrange xread xinfo|groups xinfo|stream exists ttl type",
         read="*",
     ),
 )
@@ -122,7 +122,7 @@ _RQ = Grant(
 # The policy of a full Redis is looked at before anything is served (`broker.eviction`).
 _SERVER = "info"
 # What engines' queues need from those who fill, empty and give them back.
-_FLEET_COMMANDS = "llen zcard zscore zrange zrangebyscore zremrangebyscore xrevrange xack xdel unlink blpop"
+_FLEET_COMMANDS = "llen zcard zscore zrangebyscore xrevrange xack xdel unlink blpop"
 _ROUTER = (
     Grant(
         f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS} {_FLEET_COMMANDS} {_SERVER} zcount expire multi exec "

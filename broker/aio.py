@@ -16,8 +16,17 @@ from typing import Any
 
 from broker import codec, inbox, scripts
 from broker.connection import BLIPS, Backoff, connect_async, no_answer, require_access
-from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, Overloaded, UnknownCall
+from broker.errors import (
+    BrokerUnavailable,
+    CallLost,
+    Conflict,
+    InvalidRequest,
+    NotReplicated,
+    Overloaded,
+    UnknownCall,
+)
 from broker.events import End, end_record, is_end, read_event
+from broker.family import TreeCancel
 from broker.handle import AsyncCall as AsyncCall
 from broker.ids import check_id, new_id
 from broker.keys import Keys
@@ -76,6 +85,7 @@ class AsyncClient:
         prompt_tokens: int | None = None,
         traceparent: str = "",
         on_engine_loss: OnEngineLoss = "continue",
+        parent_session: str | None = None,
         on_overload: OnOverload | None = None,
         **params: Any,
     ) -> AsyncCall:
@@ -94,6 +104,7 @@ class AsyncClient:
             prompt_tokens=prompt_tokens,
             traceparent=traceparent,
             on_engine_loss=on_engine_loss,
+            parent_session=parent_session,
             params=params,
         )
         patience = Patience(on_overload or self._on_overload, self._overload_timeout_s)
@@ -163,6 +174,9 @@ class AsyncClient:
             pushed.set_exception(
                 Conflict(f"The id {call_id} belongs to another call with another body; choose a new id.")
             )
+            return
+        if reply.code == "invalid":
+            pushed.set_exception(InvalidRequest(reply.error))
             return
         wanted = self.settings.wait_replicas
         if acks < wanted:
@@ -245,15 +259,12 @@ class AsyncClient:
         done = await self._run(self.transitions.cancel(check_id(call_id, "id"), reason))
         return done in ("cancelled", "cancelling", "noted")
 
-    async def cancel_session(self, session: str, reason: str = "") -> int:
-        """Cancels all calls of a session on all engines; returns how many it ended. See `broker.Client`."""
-        check_id(session, "session")
-        total, cursor = 0, "0"
-        while True:
-            cursor, n = await self._run(self.transitions.cancel_session(session, reason, cursor))
-            total += n
-            if cursor == "0":
-                return total
+    async def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
+        """Cancels all calls of a session and its descendants on all engines; returns how many. See `broker.Client`."""
+        tree = TreeCancel(self.transitions, session, reason, descendants)
+        while command := tree.command():
+            tree.take(await self._run(command))
+        return tree.ended
 
     async def close(self) -> None:
         """Ends the client's tasks. Calls go on without it."""

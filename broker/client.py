@@ -16,8 +16,17 @@ from typing import Any
 
 from broker import codec, scripts
 from broker.connection import BLIPS, Backoff, connect, no_answer, persist
-from broker.errors import BrokerUnavailable, CallLost, Conflict, NotReplicated, Overloaded, UnknownCall
+from broker.errors import (
+    BrokerUnavailable,
+    CallLost,
+    Conflict,
+    InvalidRequest,
+    NotReplicated,
+    Overloaded,
+    UnknownCall,
+)
 from broker.events import end_record, is_end
+from broker.family import TreeCancel
 from broker.handle import CallHandle as CallHandle
 from broker.ids import check_id, new_id
 from broker.inbox import READ_MANY, Entries, Inbox
@@ -88,6 +97,7 @@ class Client:
         prompt_tokens: int | None = None,
         traceparent: str = "",
         on_engine_loss: OnEngineLoss = "continue",
+        parent_session: str | None = None,
         on_overload: OnOverload | None = None,
         **params: Any,
     ) -> CallHandle:
@@ -103,6 +113,8 @@ class Client:
             on_engine_loss: what if its engine process dies: "continue" = another engine goes on behind the pieces that
                 are out; "restart" = it begins anew, and a stream says so (`Delta.restart`); "fail" = it fails at once
                 with `engine_lost`.
+            parent_session: the session that this one works for, as its sub-agent: what it costs is its program's, and
+                it is cancelled with it. Told with the first call of a session, or with all of them.
             on_overload: "raise" or "wait" if there is no room; none = as the client was told.
             params: fields of the body, such as `max_tokens` and other sampling parameters.
 
@@ -125,6 +137,7 @@ class Client:
             prompt_tokens=prompt_tokens,
             traceparent=traceparent,
             on_engine_loss=on_engine_loss,
+            parent_session=parent_session,
             params=params,
         )
         return self.submit_many([call], on_overload=on_overload)[0]
@@ -176,6 +189,8 @@ class Client:
         for handle, reply in zip(handles, replies, strict=True):
             if reply.code == "conflict":
                 raise Conflict(f"The id {handle.id} belongs to another call with another body; choose a new id.")
+            if reply.code == "invalid":
+                raise InvalidRequest(reply.error)
         if acks < self.settings.wait_replicas:
             ids = [h.id for h in handles if h._pushed]
             if ids:
@@ -291,18 +306,18 @@ class Client:
         done = self._run(self.transitions.cancel(check_id(call_id, "id"), reason))
         return done in ("cancelled", "cancelling", "noted")
 
-    def cancel_session(self, session: str, reason: str = "") -> int:
-        """Cancels all calls of a session on all engines; returns how many it ended.
+    def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
+        """Cancels all calls of a session and of its descendants on all engines; returns how many it ended.
 
         Calls that were pushed by a bare XADD and that no router has read yet end on arrival and are not counted.
+
+        Args:
+            descendants: whether those of its sub-agents (`parent_session`) end, too.
         """
-        check_id(session, "session")
-        total, cursor = 0, "0"
-        while True:
-            cursor, n = self._run(self.transitions.cancel_session(session, reason, cursor))
-            total += n
-            if cursor == "0":
-                return total
+        tree = TreeCancel(self.transitions, session, reason, descendants)
+        while command := tree.command():
+            tree.take(self._run(command))
+        return tree.ended
 
     def close(self) -> None:
         """Ends the inbox thread. Calls go on without this client."""

@@ -53,6 +53,7 @@ class DeadLetter:
     prompt_tokens: int = 0
     traceparent: str = ""
     on_engine_loss: str = "continue"
+    parent_session: str = ""
 
     @property
     def replayable(self) -> bool:
@@ -73,6 +74,7 @@ class DeadLetter:
             "priority": self.priority,
             "stream": self.stream,
             "on_engine_loss": self.on_engine_loss,
+            "parent_session": self.parent_session,
             "died_ms": self.died_ms,
             "body_bytes": self.body_bytes,
             "replayable": self.replayable,
@@ -175,6 +177,8 @@ class DeadLetters:
         reply = scripts.run(self._redis, command)[0]
         if reply.code == "overloaded":
             raise Overloaded(reply.bound, reply.retry_ms / 1000)
+        if reply.code == "invalid":
+            raise InvalidRequest(reply.error)
         return reply.code != "conflict"
 
     def _request(self, call_id: str, letter: DeadLetter) -> CallRequest:
@@ -199,6 +203,7 @@ class DeadLetters:
             prompt_tokens=letter.prompt_tokens or estimate_tokens(body, len(letter.body)),
             traceparent=letter.traceparent,
             on_engine_loss=letter.on_engine_loss,
+            parent_session=letter.parent_session,
         )
 
     def _entry(self, entry: str, with_body: bool = False) -> DeadLetter | None:
@@ -231,6 +236,7 @@ def _letter(entry: bytes, fields: Mapping[bytes, bytes], with_body: bool = False
         prompt_tokens=number(fields.get(b"prompt_tokens")),
         traceparent=text(fields.get(b"traceparent")),
         on_engine_loss=text(fields.get(b"on_engine_loss")) or "continue",
+        parent_session=text(fields.get(b"parent_session")),
         body_bytes=len(body),
         body_field=form,
         body=body if with_body else b"",

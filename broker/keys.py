@@ -77,6 +77,9 @@ class Keys:
     def queue(self, engine_id: str) -> str:
         return f"{self.prefix}engine:{engine_id}:queue"
 
+    def starving(self, engine_id: str) -> str:
+        return f"{self.prefix}engine:{engine_id}:starving"
+
     def running(self, engine_id: str) -> str:
         return f"{self.prefix}engine:{engine_id}:running"
 
@@ -94,6 +97,9 @@ class Keys:
 
     def session_recent(self, session_id: str) -> str:
         return f"{self.prefix}session:{session_id}:recent"
+
+    def session_children(self, session_id: str) -> str:
+        return f"{self.prefix}session:{session_id}:children"
 
     def affinity(self, session_id: str) -> str:
         return f"{self.prefix}affinity:{session_id}"

@@ -24,14 +24,23 @@ class Submission(NamedTuple):
 
 
 class Submitted(NamedTuple):
-    code: str  # "new" | "duplicate" | "conflict" | "overloaded"
-    state: RequestState | None  # None if overloaded: there is no record
+    code: str  # "new" | "duplicate" | "conflict" | "overloaded" | "invalid"
+    state: RequestState | None  # None if overloaded or invalid: there is no record
     bound: str = ""  # which one is in the way (lua/overload.lua)
     retry_ms: int = 0  # when to try again; 0 = never, its deadline has passed
+    error: str = ""  # why it is invalid
 
     @property
     def ended(self) -> bool:
         return self.state is not None and self.state.terminal
+
+
+class SessionCancel(NamedTuple):
+    """One round of a session's cancel."""
+
+    cursor: str  # "0" = done
+    ended: int  # calls ended or flagged
+    children: tuple[str, ...] = ()  # whose calls are to be cancelled, too
 
 
 class Admission(NamedTuple):

@@ -74,11 +74,13 @@ class CallRequest(BaseModel):
     # Goes into a header as it is.
     traceparent: str = Field("", max_length=256, pattern=r"^[!-~]*$")
     on_engine_loss: OnEngineLoss = "continue"
+    parent_session: str = ""
 
-    @field_validator("id", "session", "inbox")
+    @field_validator("id", "session", "inbox", "parent_session")
     @classmethod
     def _ids(cls, value: str, info: Any) -> str:
-        return value if info.field_name == "inbox" and not value else check_id(value, info.field_name)
+        optional = info.field_name in ("inbox", "parent_session")
+        return value if optional and not value else check_id(value, info.field_name)
 
     @field_validator("model")
     @classmethod
@@ -99,6 +101,7 @@ class CallRequest(BaseModel):
             self.inbox,
             self.traceparent,
             "" if self.on_engine_loss == "continue" else self.on_engine_loss,
+            self.parent_session,
         ]
 
 

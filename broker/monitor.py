@@ -13,8 +13,9 @@ from broker.connection import connect
 from broker.errors import BadRecord, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
-from broker.messages import Speed, resident_tokens
+from broker.messages import Speed
 from broker.models import CallRecord
+from broker.programs import Programs
 from broker.settings import Settings
 from broker.transitions import Transitions
 
@@ -43,6 +44,7 @@ class Monitor:
         self.keys = Keys(self.settings.namespace)
         self._redis: Any = server or connect(self.settings)
         self._transitions = Transitions(self.keys, self.settings)
+        self._programs = Programs(self._redis, self.keys, self.settings)
 
     def now_ms(self) -> int:
         """Redis's clock."""
@@ -97,8 +99,14 @@ class Monitor:
             "decode_tps": speed.decode_tps(number(h.get("max_num_seqs"))) if speed else 0.0,
             "completion_tokens": real(h.get("completion_tokens")),
             "version": h.get("version", ""),
+            "service_unit": h.get("service_unit", ""),
             "heartbeat_ms": number(text(str(beat))) if beat else 0,
         }
+
+    def service_unit(self) -> str:
+        """The unit in which the engines charge, as they say; more than one is a mistake. As set here, if none says."""
+        units = {e["service_unit"] for e in self.engines()} - {""}
+        return ", ".join(sorted(units)) or self.settings.service_unit
 
     def engines(self) -> list[dict[str, Any]]:
         return [self.engine(e) for e in self.engine_ids()]
@@ -148,53 +156,27 @@ class Monitor:
             yield "parked", "", text(key)
 
     def sessions(self) -> list[dict[str, Any]]:
-        """The process table: every program whose entry has not expired, most attained service first."""
+        """The process table: every session whose entry has not expired, by program, most attained service first."""
         prefix = self.keys.session("")
-        found = []
-        for key in self._redis.scan_iter(match=_literal(prefix) + "*", count=_SCAN, _type="hash"):
-            session = text(key).removeprefix(prefix)
-            entry = self._session(session)
-            if entry:
-                found.append(entry)
-        return sorted(found, key=lambda s: -s["service"])
+        keys = self._redis.scan_iter(match=_literal(prefix) + "*", count=_SCAN, _type="hash")
+        rows = self._programs.view({text(key).removeprefix(prefix) for key in keys}, self.now_ms())
+        return sorted(rows, key=lambda r: (-r["service"], r["program"], r["parent"] != "", r["session_id"]))
 
     def session(self, session_id: str) -> dict[str, Any]:
-        """One program: `service` (tokens), `waiting_ms`, calls by state, bytes of unfinished calls' bodies, bound
-        `engine`, resident tokens by engine.
+        """One session, and the program that it is of.
+
+        Of its program, its root's: `service` (in the deployment's unit), `level`, `waited_ms` and `ran_ms` (along the
+        longest path of calls), `wait_ratio` (what is compared with RSM_STARVATION_BETA). Its own: `parent`, calls by
+        state, `threads` (unfinished calls), `engines` on which they run, bytes of their bodies, the `engine` it is
+        bound to, resident tokens by engine.
 
         Raises:
             UnknownCall: no such session.
         """
-        entry = self._session(check_id(session_id, "session"))
-        if not entry:
+        rows = self._programs.view([check_id(session_id, "session")], self.now_ms())
+        if not rows:
             raise UnknownCall(f"There is no session {session_id}; entries expire when idle.")
-        return entry
-
-    def _session(self, session: str) -> dict[str, Any]:
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.hgetall(self.keys.session(session))
-        pipe.scard(self.keys.session_calls(session))
-        pipe.hgetall(self.keys.affinity(session))
-        pipe.hget(self.keys.session_bytes, session)
-        found, active, affinity, open_bytes = pipe.execute()
-        if not found:
-            return {}
-        h = {text(k): text(v) for k, v in found.items()}
-        counts = {
-            name: number(h.get(name))
-            for name in ("service", "waiting_ms", "arrivals", "completed", "cancelled", "failed")
-        }
-        return {
-            "session_id": session,
-            **counts,
-            "active": active,
-            "open_bytes": number(open_bytes),
-            "level": sum(counts["service"] >= bound for bound in self.settings.level_bounds),
-            "engine": h.get("engine", ""),
-            "resident_tokens": resident_tokens(affinity.items()),
-            "last_arrival_ms": number(h.get("last_arrival_ms")),
-            "last_completion_ms": number(h.get("last_completion_ms")),
-        }
+        return rows[0]
 
     def session_calls(self, session_id: str) -> list[str]:
         """Ids of a session's calls: the unfinished ones, then the latest finished ones."""
@@ -241,6 +223,7 @@ class Monitor:
             "unaccounted": h.get("submitted", 0) - ended - waiting - sum(e["running"] for e in engines),
             "requeued": h.get("requeued", 0),
             "dead_letters": h.get("dead_letters", 0),
+            "promoted": h.get("promoted", 0),
             "retired": h.get("retired", 0),
             "usage": self.usage(),
             "prompt_tokens": h.get("prompt_tokens", 0),

@@ -19,10 +19,11 @@ from broker.transitions import Transitions
 
 
 class GlobalProcessTable:
-    """One entry per program: attained service, waiting, calls by state, engine. Correct with any number of writers.
+    """One entry per session; service, waiting and running stand in that of a program's root. Correct with any number of
+    writers.
 
-    Workers charge the calls they run by themselves (tokens: uncached prompt + 2 x completion); `update_program_metrics`
-    is for programs that spend service elsewhere.
+    Workers charge the calls they run by themselves (RSM_SERVICE_UNIT); `update_program_metrics` is for programs that
+    spend service elsewhere.
     """
 
     def __init__(self, settings: Settings | None = None, *, server: redis.Redis | None = None) -> None:
@@ -39,27 +40,36 @@ class GlobalProcessTable:
         """All entries, most attained service first."""
         return self._monitor.sessions()
 
-    def update_program_metrics(self, pid: str, call_id: str, service_time: float, waiting_time: float) -> float:
+    def update_program_metrics(
+        self, pid: str, call_id: str, service_time: float, waiting_time: float, running_time: float = 0.0
+    ) -> float:
         """Charges one finished call; returns the program's attained service.
 
         service = max(service, inherited + service_time) (Algorithm 1, line 4), where `inherited` is what the call's
-        record took over when it was assigned, or the program's present service if there is no such record.
+        record took over when it was assigned, or the program's present service if no router assigned it. Waiting and
+        running follow the same rule.
 
         Args:
-            service_time: in the table's unit (service tokens, unless a deployment uses another).
+            pid: a session; its program is charged.
+            service_time: in the table's unit (RSM_SERVICE_UNIT).
             waiting_time: seconds.
+            running_time: seconds.
         """
-        key = Keys(self.settings.namespace).call(check_id(call_id, "call_id"))
-        inherited = self._redis.hget(key, "inherited")
-        value = inherited.decode() if isinstance(inherited, bytes) else ""
-        return self._run("charge", check_id(pid, "pid"), value, service_time, waiting_time * 1000)
+        times = (service_time, waiting_time * 1000, running_time * 1000)
+        return self._run("charge", check_id(pid, "pid"), check_id(call_id, "call_id"), *times)
 
-    def start(self, session_id: str) -> bool:
-        """Makes an entry; False if the program has one."""
-        return bool(self._run("start", check_id(session_id, "session")))
+    def start(self, session_id: str, parent: str | None = None) -> bool:
+        """Makes an entry, of a sub-agent of `parent` if one is given; False if there is one already.
+
+        Raises:
+            InvalidRequest: the session cannot be a child of that parent, such as an ancestor of it.
+        """
+        told = "" if parent is None else check_id(parent, "parent")
+        return bool(self._run("start", check_id(session_id, "session"), told))
 
     def end(self, session_id: str) -> bool:
-        """Removes the entry and what is known of the program's caches; False while it has unfinished calls."""
+        """Removes the entry and what is known of the session's caches; False while it, or a descendant, has unfinished
+        calls."""
         return self._run("end", check_id(session_id, "session")) == 0
 
     def _run(self, op: str, session: str, *args: str | float) -> int:
@@ -76,14 +86,18 @@ class SessionManager:
         self.process_table = process_table or GlobalProcessTable()
         self._open: list[str] = []
 
-    def start_session(self, session_id: str | None = None) -> str:
-        """Makes a program's entry and returns its id.
+    def start_session(self, session_id: str | None = None, *, parent: str | None = None) -> str:
+        """Makes a session's entry and returns its id.
+
+        Args:
+            parent: the session that this one works for, as its sub-agent: what it costs is its program's.
 
         Raises:
-            RsmError: a program with this id exists.
+            RsmError: a session with this id exists.
+            InvalidRequest: it cannot be a child of that parent.
         """
         chosen = session_id or new_id()
-        if not self.process_table.start(chosen):
+        if not self.process_table.start(chosen, parent):
             raise RsmError(f"A session {chosen} exists already; choose another id.")
         return chosen
 
@@ -92,9 +106,9 @@ class SessionManager:
         return self.process_table.end(session_id)
 
     @contextmanager
-    def session(self, session_id: str | None = None) -> Iterator[str]:
-        """A program for the length of a block."""
-        chosen = self.start_session(session_id)
+    def session(self, session_id: str | None = None, *, parent: str | None = None) -> Iterator[str]:
+        """A session for the length of a block."""
+        chosen = self.start_session(session_id, parent=parent)
         try:
             yield chosen
         finally:

@@ -37,6 +37,7 @@ def build(
     prompt_tokens: int | None = None,
     traceparent: str = "",
     on_engine_loss: str = "continue",
+    parent_session: str | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> Submission:
     """A call, checked and encoded.
@@ -65,6 +66,7 @@ def build(
         prompt_tokens=estimate_tokens(body, len(data)) if prompt_tokens is None else prompt_tokens,
         traceparent=traceparent,
         on_engine_loss=on_engine_loss,
+        parent_session=parent_session or "",
     )
     return Submission(request, codec.digest(request.kind, request.model, data), data)
 

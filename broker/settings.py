@@ -52,6 +52,9 @@ class Settings(BaseSettings):
         max_length=15,
         description="upper ends of the scheduling levels, in service units",
     )
+    starvation_beta: float = Field(
+        8.0, ge=0, allow_inf_nan=False, description="wait / run of a program at which its calls starve; 0 = never"
+    )
     drain_grace_s: float = Field(30.0, ge=0, description="how long a draining worker lets running calls finish")
     # Longer than one step may take (a huge prompt in one chunk, kernels compiled on first use), shorter than patience.
     stall_s: float = Field(

@@ -62,15 +62,20 @@ class ShardedClient:
         *,
         session: str | None = None,
         id: str | None = None,  # noqa: A002
+        parent_session: str | None = None,
         **options: Any,
     ) -> CallHandle:
-        """As `Client.submit`. A call without a session is a session of its own, named by its id."""
-        call_id = id or new_id()
-        return self.client(session or call_id).submit(prompt, session=session, id=call_id, **options)
+        """As `Client.submit`. A call without a session is a session of its own, named by its id.
 
-    def cancel_session(self, session: str, reason: str = "") -> int:
-        """As `Client.cancel_session`."""
-        return self.client(session).cancel_session(session, reason)
+        A sub-agent's calls go where its parent's go, so each names it; a sub-agent's own sub-agents name that one, too.
+        """
+        call_id = id or new_id()
+        client = self.client(parent_session or session or call_id)
+        return client.submit(prompt, session=session, id=call_id, parent_session=parent_session, **options)
+
+    def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
+        """As `Client.cancel_session`; of a sub-agent alone: `client(its parent).cancel_session`."""
+        return self.client(session).cancel_session(session, reason, descendants=descendants)
 
     def close(self) -> None:
         for client in self._clients.values():
@@ -100,15 +105,17 @@ class AsyncShardedClient:
         *,
         session: str | None = None,
         id: str | None = None,  # noqa: A002
+        parent_session: str | None = None,
         **options: Any,
     ) -> AsyncCall:
-        """As `AsyncClient.submit`. A call without a session is a session of its own, named by its id."""
+        """As `AsyncClient.submit`, and as `ShardedClient.submit` of its sessions."""
         call_id = id or new_id()
-        return await self.client(session or call_id).submit(prompt, session=session, id=call_id, **options)
+        client = self.client(parent_session or session or call_id)
+        return await client.submit(prompt, session=session, id=call_id, parent_session=parent_session, **options)
 
-    async def cancel_session(self, session: str, reason: str = "") -> int:
-        """As `AsyncClient.cancel_session`."""
-        return await self.client(session).cancel_session(session, reason)
+    async def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
+        """As `AsyncClient.cancel_session`; of a sub-agent alone: `client(its parent).cancel_session`."""
+        return await self.client(session).cancel_session(session, reason, descendants=descendants)
 
     async def close(self) -> None:
         await asyncio.gather(*(client.close() for client in self._clients.values()))

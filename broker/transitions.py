@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from broker.codec import number, real, text
+from broker.errors import InvalidRequest
 from broker.keys import Keys
 from broker.messages import (
     Admission,
@@ -24,6 +25,7 @@ from broker.messages import (
     Rejection,
     Release,
     Retained,
+    SessionCancel,
     SessionView,
     Submission,
     Submitted,
@@ -51,6 +53,7 @@ __all__ = [
     "Rejection",
     "Release",
     "Retained",
+    "SessionCancel",
     "SessionView",
     "Submission",
     "Submitted",
@@ -92,9 +95,13 @@ class Transitions:
     def cancel(self, call_id: str, reason: str) -> Command[str]:
         return Command(script("cancel"), self._args(call_id, reason), text)
 
-    def cancel_session(self, session: str, reason: str, cursor: str = "0") -> Command[tuple[str, int]]:
-        args = self._args(session, reason, cursor, self._settings.batch)
-        return Command(script("cancel_session"), args, lambda r: (text(r[0]), int(r[1])))
+    def cancel_session(
+        self, session: str, reason: str, cursor: str = "0", descendants: bool = True
+    ) -> Command[SessionCancel]:
+        args = self._args(session, reason, cursor, self._settings.batch, int(descendants))
+        return Command(
+            script("cancel_session"), args, lambda r: SessionCancel(text(r[0]), int(r[1]), tuple(_texts(r[2:])))
+        )
 
     # -- router
 
@@ -114,7 +121,7 @@ class Transitions:
         return Command(script("look"), self._args(*sessions), lambda r: _look(r, sessions))
 
     def assign(self, placements: Sequence[Placement]) -> Command[list[Placed]]:
-        args = self._args(self._bounds)
+        args = self._args(self._bounds, self._settings.starvation_beta)
         for p in placements:
             hit = "" if p.hit is None else int(p.hit)
             args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.why]
@@ -216,11 +223,19 @@ class Transitions:
         return Command(script("transition"), args, lambda r: (text(r[0]) == "ok", text(r[1])))
 
     def session(self, op: str, session: str, *args: Arg) -> Command[int]:
-        return Command(script("session"), self._args(op, session, *args), int)
+        """Its reply may be a refusal: `scripts.run` then raises InvalidRequest."""
+        return Command(script("session"), self._args(op, session, *args), _number_or_refusal)
 
 
 def _texts(reply: Sequence[bytes]) -> list[str]:
     return [text(r) for r in reply]
+
+
+def _number_or_refusal(reply: int | bytes) -> int:
+    try:
+        return int(reply)
+    except ValueError:
+        raise InvalidRequest(text(reply if isinstance(reply, bytes) else None)) from None
 
 
 def _pairs(reply: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -249,6 +264,8 @@ def _submitted(reply: Sequence[bytes]) -> list[Submitted]:
 
 
 def _submitted_call(code: str, detail: str) -> Submitted:
+    if code == "invalid":
+        return Submitted(code, None, error=detail)
     if code != "overloaded":
         return Submitted(code, RequestState(detail))
     bound, _, retry_ms = detail.partition(" ")

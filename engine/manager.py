@@ -143,8 +143,8 @@ class MultiEngineManager:
             prompt: text or token ids; with `kind="chat.completions"` and its kin, the request body.
             priority: lower is earlier, from -128 to 127.
             deadline: seconds from now; not finished by then, the call fails with `deadline_exceeded`.
-            options: `kind`, `model`, `prompt_tokens`, `traceparent`, `on_engine_loss`, as `broker.Client.submit` takes
-                them.
+            options: `kind`, `model`, `prompt_tokens`, `traceparent`, `on_engine_loss`, `parent_session`, as
+                `broker.Client.submit` takes them.
 
         Raises:
             InvalidRequest, Conflict, BrokerUnavailable: see `broker.Client.submit`. The future raises CallCancelled
@@ -175,9 +175,9 @@ class MultiEngineManager:
         """True if it took effect: the call is, or will at once be, CANCELLED. Its partial text stays in its record."""
         return await self._get_client().cancel(request_id, reason)
 
-    async def cancel_session(self, session_id: str, reason: str = "") -> int:
-        """Ends all calls of a session on all engines, waiting and running; returns how many."""
-        return await self._get_client().cancel_session(session_id, reason)
+    async def cancel_session(self, session_id: str, reason: str = "", *, descendants: bool = True) -> int:
+        """Ends all calls of a session and, unless told otherwise, its sub-agents on all engines; returns how many."""
+        return await self._get_client().cancel_session(session_id, reason, descendants=descendants)
 
     # -- looking
 

@@ -85,6 +85,7 @@ def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
         prompt_tokens=_whole(fields, b"prompt_tokens", 0) or estimate_tokens(body, len(data)),
         traceparent=text(fields.get(b"traceparent")),
         on_engine_loss=text(fields.get(b"on_engine_loss")) or "continue",
+        parent_session=text(fields.get(b"parent_session")),
     )
     admission = Admission(entry, request, codec.digest(request.kind, request.model, data), field)
     return Arrival(entry, call_id, "", CallView(request.session, request.model, request.prompt_tokens), admission)

@@ -96,6 +96,13 @@ class FakeWorker:
         return scripts.run(self.db, self.transitions.publish(self.engine, events))
 
     def finish(
+        self, call: Claimed, text: str = "done", state: RequestState = RequestState.COMPLETED, **how: Any
+    ) -> str:
+        """Ends a call, as `end_of` says; returns the script's word for it."""
+        self.held.pop(call.fence.call_id, None)
+        return scripts.run(self.db, self.transitions.finish(self.engine, [self.end_of(call, text, state, **how)]))[0]
+
+    def end_of(
         self,
         call: Claimed,
         text: str = "done",
@@ -110,10 +117,10 @@ class FakeWorker:
         fence: Fence | None = None,
         events: int | None = None,
         service: int | None = None,
-    ) -> str:
-        """Ends a call; returns the script's word for it. service: none = in tokens."""
+    ) -> Finish:
+        """service: none = in tokens."""
         result = {"text": text, "token_ids": [1, 2], "finish_reason": "stop", "ttft_ms": 1}
-        end = Finish(
+        return Finish(
             fence or call.fence,
             state,
             error_code,
@@ -126,8 +133,6 @@ class FakeWorker:
             events,
             charge(Tokens(), Used(prompt_tokens, completion_tokens, cached_tokens)) if service is None else service,
         )
-        self.held.pop(call.fence.call_id, None)
-        return scripts.run(self.db, self.transitions.finish(self.engine, [end]))[0]
 
     def fail(self, call: Claimed, error_code: str = "engine_error", error: str = "The engine broke.") -> str:
         return self.finish(call, "", RequestState.FAILED, error_code=error_code, error=error)

@@ -10,6 +10,7 @@ from typing import Any
 from broker import codec
 from broker.keys import Keys
 
+AGE = 10**12  # ms: longer than anything waits in a test
 ENDS = ("completed", "cancelled", "failed")
 Names = tuple[str, ...]
 
@@ -22,6 +23,7 @@ class Seen:
     logs: dict[str, list[dict[str, str]]]
     engines: dict[str, dict[str, str]]
     queues: dict[str, list[str]]
+    starving: dict[str, list[str]]
     running: dict[str, list[str]]
     sessions: dict[str, dict[str, str]]
     open: dict[str, list[str]]
@@ -46,13 +48,15 @@ class Seen:
             "stream": [(f["id"], f.get("gen", "")) for f in self.stream],
             "parked": set(self.parked),
             "queues": {e: self.queues[e] for e in engines},
+            "starving": {e: set(self.starving[e]) for e in engines},
             "running": {e: set(self.running[e]) for e in engines},
             "engines": {
                 e: (r["incarnation"], r["state"], *numbers(r, "served", "queued_tokens", "running_tokens"))
                 for e, r in engines.items()
             },
             "listed": set(self.listed),
-            "sessions": {s: (counts(r, "arrivals", *ENDS), *numbers(r, "service"), r.get("engine", ""))
+            "sessions": {s: (counts(r, "arrivals", *ENDS), r.get("parent", ""), *numbers(r, "service"),
+                             *ages(r, "waited_ms", "paid_waited_ms"), r.get("engine", ""))
                          for s, r in self.sessions.items()},
             "open": {s: set(ids) for s, ids in self.open.items()},
             "deadlines": set(self.deadlines),
@@ -64,7 +68,7 @@ class Seen:
                 Counter({s: int(n) for s, n in self.session_bytes.items()}),
             ),
             "solved": set(self.solved),
-            "stats": counts(self.stats, "submitted", *ENDS, "requeued", "dead_letters"),
+            "stats": counts(self.stats, "submitted", *ENDS, "requeued", "promoted", "dead_letters"),
         }  # fmt: skip
 
 
@@ -76,6 +80,7 @@ def look(db: Any, k: Keys, calls: Names, engines: Names, sessions: Names) -> See
         (pipe.xrange, k.events, calls),
         (pipe.hgetall, k.engine, engines),
         (lambda key: pipe.zrange(key, 0, -1), k.queue, engines),
+        (lambda key: pipe.zrange(key, 0, -1), k.starving, engines),
         (lambda key: pipe.zrange(key, 0, -1), k.running, engines),
         (pipe.hgetall, k.session, sessions),
         (pipe.smembers, k.session_calls, sessions),
@@ -113,11 +118,17 @@ def record(r: dict[str, str]) -> tuple[Any, ...]:
     attempt, failures, level = numbers(r, "attempt", "failures", "level")
     lost = (failures, tuple(r.get("deaths", "").split()))
     end = (flag, r.get("error_code", ""), r["session"])
-    return r["gen"], attempt, r["state"], *lost, r.get("engine", ""), level, *end
+    placed = (level, "promoted_ms" in r, *ages(r, "waited_ms"))
+    return r["gen"], attempt, r["state"], *lost, r.get("engine", ""), *placed, *end
 
 
 def numbers(fields: dict[str, str], *names: str) -> list[int]:
     return [codec.number(fields.get(n)) for n in names]
+
+
+def ages(fields: dict[str, str], *names: str) -> list[int]:
+    """Times of waiting, in ages."""
+    return [n // AGE for n in numbers(fields, *names)]
 
 
 def counts(fields: dict[str, str], *names: str) -> Counter[str]:

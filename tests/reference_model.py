@@ -62,6 +62,7 @@ class Model:
 
     def to_router(self, c: Call) -> None:
         c.state, c.engine, c.level, c.inherited = "PENDING", "", 0, 0
+        c.waited, c.paid, c.promoted, c.starves = 0, 0, False, False
         self.stream.append(Entry(c.id, c.gen))
 
     def lose(self, c: Call, fault: str, home: str) -> None:
@@ -133,7 +134,25 @@ class Model:
 
     # -- producers
 
-    def create(self, new: Call, always: bool = False) -> tuple[str, str]:
+    def lineage(self, session: str) -> list[str]:
+        """A session and its ancestors, the root last."""
+        parent = self.sessions[session].parent
+        return [session, *(self.lineage(parent) if parent else [])]
+
+    def program(self, session: str) -> Session:
+        return self.sessions[self.lineage(session)[-1]]
+
+    def adopt(self, session: str, parent: str) -> bool:
+        """Whether the one may be, and is from now on, the other's child."""
+        child = self.sessions[session]
+        if child.parent or session in self.lineage(parent):
+            return child.parent == parent
+        root, child.parent = self.program(parent), parent
+        for total in ("service", "waited", "paid"):
+            setattr(root, total, max(getattr(root, total), getattr(child, total)))
+        return True
+
+    def create(self, new: Call, parent: str = "", always: bool = False) -> tuple[str, str]:
         """always: it is not asked whether there is room."""
         old = self.calls.get(new.id)
         refused = old and old.error_code == "overloaded" and old.digest == new.digest
@@ -141,13 +160,15 @@ class Model:
             return ("duplicate" if old.digest == new.digest else "conflict"), old.state
         if not always and sum(c.open for c in self.calls.values()) >= self.max_open:
             return "overloaded", ""
+        if parent and not self.adopt(new.session, parent):
+            return "invalid", ""
         self.calls[new.id] = new
         self.stats["submitted"] += 1
         self.sessions[new.session].counts["arrivals"] += 1
         return "new", "PENDING"
 
-    def submit(self, new: Call) -> tuple[str, str]:
-        code, state = self.create(new)
+    def submit(self, new: Call, parent: str) -> tuple[str, str]:
+        code, state = self.create(new, parent)
         if code == "new":
             self.stream.append(Entry(new.id, "", new.gen))
         return code, state
@@ -166,10 +187,15 @@ class Model:
             return "cancelled"  # repeated after a lost reply
         return "cancelling" if c.open and c.cancel == "user" else "finished"
 
-    def cancel_session(self, session: str) -> int:
-        if self.stream:
-            self.sessions[session].cancel_before = self.stream[-1].name
-        return sum(self.stop(c, "user") for c in self.calls.values() if c.session == session)
+    def cancel_session(self, session: str, descendants: bool) -> int:
+        marks, last = self.sessions[session], self.stream[-1].name if self.stream else ""
+        marks.cancel_before = last or marks.cancel_before
+        ended = sum(self.stop(c, "user") for c in self.calls.values() if c.session == session)
+        if not descendants:
+            return ended
+        marks.cancel_tree_before = last or marks.cancel_tree_before
+        children = [s for s, x in self.sessions.items() if x.parent == session]
+        return ended + sum(self.cancel_session(s, True) for s in children)
 
     def forget(self, call_id: str) -> None:
         if call_id in self.calls:
@@ -178,19 +204,19 @@ class Model:
 
     # -- router
 
-    def admit(self, entry: str, new: Call) -> str:
+    def admit(self, entry: str, new: Call, parent: str) -> str:
         if not any(e.name == entry for e in self.stream):
             return "gone"
         old = self.calls.get(new.id)
         if old and old.gen == entry:
             return "duplicate"
-        code, _ = self.create(new)
+        code, _ = self.create(new, parent)
         if code != "new":
             self.take(entry)
-        if code == "overloaded":
+        if code in ("overloaded", "invalid"):
             new.size = 0
             self.create(new, always=True)
-            self.end(new, "FAILED", "overloaded")
+            self.end(new, "FAILED", "overloaded" if code == "overloaded" else "invalid_request")
         if code == "conflict":
             self.stats["dead_letters"] += 1
             self.tell(new.id, entry, "FAILED")
@@ -215,7 +241,8 @@ class Model:
         return e in self.engines and self.engines[e].state == "READY"
 
     def cancelled_before(self, c: Call) -> bool:
-        marks = (self.sessions[c.session].cancel_before, self.notes.get(c.id, ""))
+        trees = [self.sessions[s].cancel_tree_before for s in self.lineage(c.session)]
+        marks = (self.sessions[c.session].cancel_before, self.notes.get(c.id, ""), *trees)
         return any(order(c.gen) <= order(mark) for mark in marks if mark)
 
     def assign(self, entry: str, call_id: str, gen: str, e: str, bind: bool, seen: str) -> tuple[str, str]:
@@ -241,13 +268,15 @@ class Model:
         return "assigned", self.place(c, e, bind, seen)
 
     def place(self, c: Call, e: str, bind: bool, seen: str) -> str:
-        session = self.sessions[c.session]
+        session, program = self.sessions[c.session], self.program(c.session)
         self.parked.pop(c.id, None)
         if bind:
             bound = session.engine
             session.engine = e = bound if bound and bound != seen and self.ready(bound) else e
-        c.engine, c.inherited = e, session.service
-        c.level = sum(session.service >= b for b in self.bounds)
+        c.engine, c.inherited, c.waited, c.paid = e, program.service, program.waited, program.paid
+        c.level = sum(program.service >= b for b in self.bounds)
+        if c.level and program.worn:
+            self.promote(c)
         self.engines[e].served += 1
         return e
 
@@ -322,7 +351,15 @@ class Model:
             x.claim_no, x.claimed = claim_no, [c.id for c in claimed]
         return [self.calls[i] for i in x.claimed if i in self.running(e)]
 
+    def promote(self, c: Call) -> None:
+        """To the first level, for it has waited too long."""
+        c.level, c.starves, c.promoted = 0, False, True
+        self.stats["promoted"] += 1
+
     def hand_out(self, e: str, x: Engine, most: int) -> list[Call]:
+        for i in self.queue(e):
+            if self.calls[i].starves:
+                self.promote(self.calls[i])
         claimed: list[Call] = []
         for c in self.next_calls(e, x, most):
             if c.due:
@@ -332,7 +369,7 @@ class Model:
                 x.alone = c.id
                 if self.running(e):
                     break
-            c.state = "RUNNING"
+            c.state, c.starves = "RUNNING", False
             claimed.append(c)
             if self.suspect(c):
                 break
@@ -362,8 +399,11 @@ class Model:
             return "again"
         if state == "COMPLETED" and not c.cancel and events > len(c.log):
             return "gap"
-        session = self.sessions[c.session]
-        session.service = max(session.service, c.inherited + service)
+        program = self.program(c.session)
+        program.service = max(program.service, c.inherited + service)
+        program.waited = max(program.waited, c.waited)
+        if c.promoted:
+            program.paid = max(program.paid, c.waited)
         if c.cancel:
             self.end_flagged(c)
         else:
@@ -400,13 +440,16 @@ class Model:
             "stream": [(e.id, e.gen) for e in self.stream],
             "parked": set(self.parked),
             "queues": {e: self.queue(e) for e in self.engines},
+            "starving": {e: {i for i in self.queue(e) if self.calls[i].level} for e in self.engines},
             "running": {e: self.running(e) for e in self.engines},
             "engines": {
                 e: (x.incarnation, x.state, x.served, self.load(self.queue(e)), self.load(self.running(e)))
                 for e, x in self.engines.items()
             },
             "listed": {e for e, x in self.engines.items() if x.listed},
-            "sessions": {s: (x.counts, x.service, x.engine) for s, x in self.sessions.items()},
+            "sessions": {
+                s: (x.counts, x.parent, x.service, x.waited, x.paid, x.engine) for s, x in self.sessions.items()
+            },
             "open": {s: {c.id for c in self.calls.values() if c.session == s and c.open} for s in self.sessions},
             "deadlines": {c.id for c in self.calls.values() if c.timed},
             "logs": {c.id: [*c.log, *([c.state] * (not c.open))] for c in self.calls.values() if c.stream},

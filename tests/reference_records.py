@@ -35,6 +35,10 @@ class Call:
     engine: str = ""
     level: int = 0
     inherited: int = 0
+    waited: int = 0  # its program's ages of waiting (test_state_machine.AGE), as inherited
+    paid: int = 0
+    promoted: bool = False
+    starves: bool = False
     cancel: str = ""
     error_code: str = ""
     log: list[str] = field(default_factory=list)
@@ -48,7 +52,8 @@ class Call:
         """What its record must show."""
         flag = self.cancel if self.state == "RUNNING" else ""
         fence, lost = (self.gen, self.attempt), (self.failures, self.deaths)
-        return *fence, self.state, *lost, self.engine, self.level, flag, self.error_code, self.session
+        placed = self.level, self.promoted, self.waited
+        return *fence, self.state, *lost, self.engine, *placed, flag, self.error_code, self.session
 
     @property
     def place_in_queue(self) -> tuple[int, int, int, str]:
@@ -66,10 +71,21 @@ class Entry:
 
 @dataclass
 class Session:
+    """`service`, `waited` and `paid` are those of its program if it is a root; the last two in ages."""
+
     counts: Counter[str] = field(default_factory=Counter)
+    parent: str = ""
     service: int = 0
+    waited: int = 0
+    paid: int = 0
     engine: str = ""
     cancel_before: str = ""
+    cancel_tree_before: str = ""
+
+    @property
+    def worn(self) -> bool:
+        """Its program has waited so long that whatever is behind the first level starves at once."""
+        return self.waited > self.paid
 
 
 @dataclass

@@ -414,7 +414,7 @@ def test_sessions_and_the_process_table() -> None:
     assert table.update_program_metrics(first, "c1", service_time=120.0, waiting_time=0.5) == 120
     table.update_program_metrics(first, "c2", 30.0, 0.25)
     entry = table.get(first)
-    assert (entry["session_id"], entry["service"], entry["waiting_ms"]) == (first, 150, 750)
+    assert (entry["session_id"], entry["service"], entry["waited_ms"]) == (first, 150, 750)
     with SessionManager(table) as second:
         assert [p["session_id"] for p in table.programs()] == [first, second], "most attained service first"
     with pytest.raises(RsmError, match="exists already"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.lua_rules import rules
+from simulation.rules import rules
 
 LUA: Any = rules()
 BOUNDS = (10, 40, 160)
@@ -49,6 +49,16 @@ def test_a_call_starves_when_the_whole_program_has_waited_beta_times_as_long_as_
     assert LUA.starves_at(5000, 60_000, 2000, 8) == 5000, "at once"
     assert LUA.starves_at(5000, 0, 0, 8) == 5000 + 8000, "who has not run yet counts as having run for a second"
     assert LUA.starves_at(5000, 60_000, 2000, 0) == float("inf"), "beta 0: never"
+
+
+def test_where_a_call_stands() -> None:
+    bounds, never = LUA.list(BOUNDS), float("inf")
+    now = 100_000
+    assert LUA.place(9, 1e9, 0, 0, now, bounds, 8) == (0, never, False), "in the first level nobody starves"
+    assert LUA.place(50, 0, 5_000, now, now, bounds, 8) == (2, now + 40_000, False)
+    assert LUA.place(50, 40_000, 5_000, now, now, bounds, 8) == (0, never, True)
+    assert LUA.place(50, 0, 5_000, now - 40_000, now, bounds, 8) == (0, never, True), "it waited in the router"
+    assert LUA.place(50, 1e9, 0, 0, now, bounds, 0) == (2, never, False)
 
 
 def test_what_a_promotion_has_paid_for_counts_no_more() -> None:

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 
 from broker import RequestState, Settings, codec, scripts
 from broker.connection import connect
+from broker.family import TreeCancel
 from broker.ids import new_id
 from broker.keys import ROUTER_GROUP, Keys
 from broker.models import CallRequest
@@ -35,12 +36,12 @@ from broker.scripts import Command, T
 from broker.transitions import Claimed, Event, Fault, Finish, Placement, Rejection, Release, Transitions
 from chaos.leaks import LASTING
 from router.intake import Arrival, read_entry
-from tests.namespace_view import look, texts
+from tests.namespace_view import AGE, look, texts
 from tests.reference_model import Model
 from tests.reference_records import NEVER, Call, Entry
 
 EXAMPLES = int(os.environ.get("RSM_MODEL_EXAMPLES", "0"))
-CALLS, SESSIONS, ENGINES, ROUTERS = ("c1", "c2", "c3", "c4"), ("s1", "s2"), ("e1", "e2"), ("A", "B")
+CALLS, SESSIONS, ENGINES, ROUTERS = ("c1", "c2", "c3", "c4"), ("s1", "s2", "s3"), ("e1", "e2"), ("A", "B")
 TOKENS = dict(zip(CALLS, (1, 20, 300, 4000), strict=True))
 LONG_AGO, FAR_AWAY = 1, 1 << 50
 LEASE_MS = 600_000  # no lease ends but by `lapse`
@@ -50,6 +51,7 @@ call_ids, sessions, engines, routers = map(st.sampled_from, (CALLS, SESSIONS, EN
 latest = st.sampled_from((0, 0, 0, 1, 2, 5))
 which = st.integers(0, 5)  # picks from a list of any length
 FAULTS: tuple[Fault, ...] = ("death", "error", "")
+parents = st.sampled_from((*("",) * 5, *SESSIONS))
 losses = st.sampled_from(("continue", "continue", "restart", "fail"))
 limits = st.sampled_from((100, 1))
 choices = st.lists(st.sampled_from(("e1", "e1", "e2", "e2", "")), min_size=1, max_size=3)
@@ -88,6 +90,7 @@ class Protocol(RuleBasedStateMachine):
         super().__init__()
         self.db = db
         bounds = {"max_open_calls": len(CALLS) - 1, "max_attempts": 2, "max_deaths": 2}
+        bounds |= {"starvation_beta": AGE // 1000 - 1}  # whoever waits for an age starves, and nobody else
         self.config = config.model_copy(update={"namespace": f"m{new_id()}", "lease_ms": LEASE_MS, **bounds})
         self.keys = Keys(self.config.namespace)
         self.transitions = Transitions(self.keys, self.config)
@@ -115,22 +118,23 @@ class Protocol(RuleBasedStateMachine):
     @rule(
         call_id=call_ids, session=sessions, prompt=st.sampled_from(("hi",) * 7 + ("other",)), stream=st.booleans(),
         priority=st.sampled_from((0, 0, -1)), deadline=st.sampled_from((None, None, FAR_AWAY, FAR_AWAY, LONG_AGO)),
-        on_engine_loss=losses,
+        on_engine_loss=losses, parent=parents,
     )  # fmt: skip
-    def submit(self, call_id: str, session: str, prompt: str, **options: Any) -> None:
+    def submit(self, call_id: str, session: str, prompt: str, parent: str = "", **options: Any) -> None:
         deadline = options.pop("deadline")
         call = build(
             prompt, max_body_bytes=1 << 20, id=call_id, session=session, inbox="box", prompt_tokens=TOKENS[call_id],
-            deadline_ms=deadline, **options,
+            deadline_ms=deadline, parent_session=parent, **options,
         )  # fmt: skip
         reply = self.run(self.transitions.submit([call]))[0]
         gen = self.entries()[-1][0] if reply.code == "new" else ""
-        expected = self.model.submit(self.known(call.request, call.digest, gen, len(call.body)))
+        expected = self.model.submit(self.known(call.request, call.digest, gen, len(call.body)), parent)
         assert (reply.code, reply.state or "") == expected
 
-    @rule(call_id=call_ids, session=sessions, body=st.sampled_from((BODY, BODY, "junk")))
-    def push(self, call_id: str, session: str, body: str) -> None:
+    @rule(call_id=call_ids, session=sessions, body=st.sampled_from((BODY, BODY, "junk")), parent=parents)
+    def push(self, call_id: str, session: str, body: str, parent: str) -> None:
         fields = {"id": call_id, "session": session, "json": body, "inbox": "box", "prompt_tokens": TOKENS[call_id]}
+        fields |= {"parent_session": parent} if parent else {}
         name = codec.text(self.db.xadd(self.keys.calls, fields))
         self.model.stream.append(Entry(call_id, "", name))
 
@@ -139,11 +143,14 @@ class Protocol(RuleBasedStateMachine):
     def cancel(self, call_id: str) -> None:
         assert self.run(self.transitions.cancel(call_id, "enough")) == self.model.cancel(call_id)
 
-    @rule(session=sessions)
+    @rule(session=sessions, descendants=st.booleans())
     @any_call(lambda c: c.open)
-    def cancel_session(self, session: str) -> None:
-        cancelled = self.model.cancel_session(session)
-        assert self.run(self.transitions.cancel_session(session, "enough")) == ("0", cancelled)
+    def cancel_session(self, session: str, descendants: bool) -> None:
+        cancelled = self.model.cancel_session(session, descendants)
+        tree = TreeCancel(self.transitions, session, "enough", descendants)
+        while command := tree.command():
+            tree.take(self.run(command))
+        assert tree.ended == cancelled
 
     @rule(call_id=call_ids)
     @when(lambda m: m.model.notes or any(not c.open for c in m.model.calls.values()))
@@ -163,6 +170,24 @@ class Protocol(RuleBasedStateMachine):
             call.due = True
             self.db.hset(self.keys.call(call_id), "deadline_ms", LONG_AGO)
             self.db.zadd(self.keys.deadlines, {call_id: LONG_AGO})
+
+    @rule(call_id=call_ids)
+    @any_call(lambda c: c.level and c.state == "PENDING")
+    def starve(self, call_id: str) -> None:
+        """A waiting call of a lower level has waited too long."""
+        call = self.model.calls.get(call_id)
+        if call and call.level and call.state == "PENDING":
+            call.starves = True
+            self.db.zadd(self.keys.starving(call.engine), {call_id: LONG_AGO})
+
+    @rule(session=sessions, really=rarely)
+    @when(lambda m: any(s.service for s in m.model.sessions.values()))
+    def wear_out(self, session: str, really: bool) -> None:
+        """A program has waited for an age."""
+        program = self.model.lineage(session)[-1]
+        if really:
+            self.model.sessions[program].waited += 1
+            self.db.hincrby(self.keys.session(program), "waited_ms", AGE)
 
     @rule(e=engines)
     def come_back(self, e: str) -> None:
@@ -222,7 +247,10 @@ class Protocol(RuleBasedStateMachine):
 
     def admit(self, arrivals: list[Arrival]) -> None:
         admissions = [a.admission for a in arrivals if a.admission]
-        codes = [self.model.admit(a.entry, self.known(a.request, a.digest, a.entry, len(BODY))) for a in admissions]
+        codes = [
+            self.model.admit(a.entry, self.known(a.request, a.digest, a.entry, len(BODY)), a.request.parent_session)
+            for a in admissions
+        ]
         if admissions:
             assert self.run(self.transitions.admit(admissions)) == codes
 
@@ -341,6 +369,8 @@ class Protocol(RuleBasedStateMachine):
             assert (f.call_id, f.gen, f.attempt, got.events) == (c.id, c.gen, c.attempt, len(c.log))
             assert (got.session, got.level, got.cancelled) == (c.session, c.level, bool(c.cancel))
             assert (got.on_engine_loss, got.begins) == (c.on_engine_loss, c.begins)
+            waited = 0 if c.promoted else max(0, c.waited - c.paid)
+            assert (got.inherited, got.waited_ms // AGE) == (c.inherited, waited)
         self.grants += [(e, c) for c in claimed or []]
 
     @rule(call_id=call_ids, e=engines, on_engine_loss=losses, stream=rarely.map(lambda n: not n))

@@ -249,7 +249,7 @@ def test_a_flagged_call_given_back_is_cancelled(world: World) -> None:
 
 def test_a_second_assignment_leaves_nothing_of_the_first(world: World) -> None:
     worker = world.worker()
-    world.run(world.transitions.session("charge", "s", "", 5_000, 0))
+    world.charge("s", 5_000)
     call = world.start("c1", worker, session="s")
     assert world.record("c1").ints("level", "inherited") == (2, 5000)
     worker.release(call, fault=False)

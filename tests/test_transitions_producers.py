@@ -274,7 +274,7 @@ def test_a_large_session_is_cancelled_in_rounds(world: World) -> None:
     world.run(world.transitions.submit([world.prepare(i, session="s") for i in ids]))
     cursor, total, rounds = "0", 0, 0
     while True:
-        cursor, n = world.run(world.transitions.cancel_session("s", "enough", cursor))
+        cursor, n, _ = world.run(world.transitions.cancel_session("s", "enough", cursor))
         total, rounds = total + n, rounds + 1
         if cursor == "0":
             break

@@ -68,9 +68,19 @@ def test_a_session_ends_when_no_call_is_open(world: World) -> None:
 
 
 def test_a_session_is_charged_along_its_longest_path(world: World) -> None:
-    def charge(inherited: int | str, service: int) -> int:
-        return world.run(world.transitions.session("charge", "s", inherited, service, 5))
+    def charge(service: int, inherited: int | None = None) -> int:
+        if inherited is not None:
+            world.db.hset(world.keys.call("c1"), mapping={"assigned_ms": 1, "inherited": inherited})
+        return world.charge("s", service, 5, 7, "none" if inherited is None else "c1")
 
-    assert [charge("", 100), charge("", 50), charge(100, 20), charge(150, 30)] == [100, 150, 150, 180]
-    assert (world.session("s")["waiting_ms"], world.session("s")["completed"]) == ("20", "4")
+    assert [charge(100), charge(50, 0), charge(20, 100), charge(30, 150)] == [100, 100, 120, 180]
+    assert world.session("s").ints("waited_ms", "ran_ms", "completed") == (5, 7, 4)
+    assert [charge(10), charge(10)] == [190, 200], "without a record, one after another"
+    assert world.session("s").ints("waited_ms", "ran_ms") == (15, 21)
     assert world.db.ttl(world.keys.session("s")) > 0
+    world.forget("c1")
+
+
+def test_a_charge_of_nothing_makes_an_entry(world: World) -> None:
+    assert world.charge("s", 0) == 0
+    assert world.session("s")["service"] == "0"

@@ -10,7 +10,7 @@ from broker.transitions import (
     Placed,
     Transitions,
 )
-from tests.world import LONG_AGO, World
+from tests.world import LONG_AGO, World, now_ms
 
 # -- admit
 
@@ -150,14 +150,15 @@ def test_assign_counts_hits(world: World) -> None:
 
 def test_queue_order_is_class_then_level_then_arrival(world: World) -> None:
     world.worker()
-    world.run(world.transitions.session("charge", "old", "", 5_000_000, 0))
-    world.run(world.transitions.session("charge", "middle", "", 2_000, 0))
+    world.charge("old", 5_000_000)
+    world.charge("middle", 2_000)
+    before = now_ms(world) - 3000
     for call_id, session, priority in [
         ("lowest", "new", 127), ("late-class", "new", 1), ("old-urgent", "old", -1), ("old-1", "old", 0),
         ("middle-1", "middle", 0), ("new-1", "new", 0), ("new-2", "new", 0), ("first", "old", -128),
     ]:  # fmt: skip
         world.submit(call_id, session=session, priority=priority)
-        arrival = {"old-1": 1000, "new-1": 2000, "new-2": 3000}.get(call_id)
+        arrival = {"old-1": before, "new-1": before + 1000, "new-2": before + 2000}.get(call_id)
         if arrival:
             world.db.hset(world.keys.call(call_id), "submitted_ms", arrival)
         world.assign(call_id)
@@ -173,7 +174,7 @@ def test_queue_order_is_class_then_level_then_arrival(world: World) -> None:
 def test_the_level_is_the_bin_of_the_sessions_service(world: World, service: int, level: int) -> None:
     world.worker()
     if service:
-        world.run(world.transitions.session("charge", "s", "", service, 0))
+        world.charge("s", service)
     world.queue("c1", session="s")
     assert world.record("c1").ints("level", "inherited") == (level, service)
 
@@ -181,7 +182,7 @@ def test_the_level_is_the_bin_of_the_sessions_service(world: World, service: int
 def test_scores_are_exact_at_both_ends(world: World) -> None:
     """8 + 4 + 41 bits fill a double: one millisecond must count also in the last class and level."""
     world.worker()
-    world.run(world.transitions.session("charge", "s", "", 10**9, 0))
+    world.charge("s", 10**9)
     for call_id, arrival in (("b", 2_000_000_000_001), ("a", 2_000_000_000_002), ("c", 2_000_000_000_000)):
         world.submit(call_id, session="s", priority=127)
         world.db.hset(world.keys.call(call_id), "submitted_ms", arrival)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from broker import Settings, codec, scripts
+from broker.family import TreeCancel
 from broker.keys import ROUTER_GROUP, Keys
 from broker.models import CallRequest
 from broker.request import build
@@ -94,18 +95,27 @@ class World:
     def cancel(self, call_id: str, reason: str = "enough") -> str:
         return self.run(self.transitions.cancel(call_id, reason))
 
-    def cancel_session(self, session: str, reason: str = "enough") -> int:
-        cursor, n = self.run(self.transitions.cancel_session(session, reason))
-        assert cursor == "0"
-        return n
+    def cancel_session(self, session: str, reason: str = "enough", descendants: bool = True) -> int:
+        tree = TreeCancel(self.transitions, session, reason, descendants)
+        while command := tree.command():
+            tree.take(self.run(command))
+        return tree.ended
+
+    def charge(self, session: str, service: int, waited_ms: int = 0, ran_ms: int = 0, call_id: str = "none") -> int:
+        """As if a call of the session had ended; returns its program's service. call_id: with a record, one that was
+        assigned; else a sequential one."""
+        return self.run(self.transitions.session("charge", session, call_id, service, waited_ms, ran_ms))
 
     def read(self, router: str) -> None:
         """A router takes all new entries in hand."""
         self.db.xreadgroup(ROUTER_GROUP, router, {self.keys.calls: ">"})
 
+    def with_settings(self, **changes: Any) -> Transitions:
+        return Transitions(self.keys, self.settings.model_copy(update=changes))
+
     def expired(self) -> Transitions:
         """As if the result TTL of all finished calls had passed."""
-        return Transitions(self.keys, self.settings.model_copy(update={"result_ttl_s": 0}))
+        return self.with_settings(result_ttl_s=0)
 
     def lapse(self, engine: str = "e1") -> None:
         """The lease of an engine ends."""
@@ -155,11 +165,18 @@ class World:
     def session(self, session: str) -> Fields:
         return texts(self.db.hgetall(self.keys.session(session)))
 
+    def children(self, session: str) -> set[str]:
+        return {codec.text(m) for m in self.db.zrange(self.keys.session_children(session), 0, -1)}
+
     def open_calls(self, session: str) -> set[str]:
         return {codec.text(m) for m in self.db.smembers(self.keys.session_calls(session))}
 
     def waiting(self, engine: str = "e1") -> list[str]:
         return [codec.text(m) for m in self.db.zrange(self.keys.queue(engine), 0, -1)]
+
+    def starving(self, engine: str = "e1") -> dict[str, int]:
+        """Calls that will starve, and when."""
+        return {codec.text(m): int(t) for m, t in self.db.zrange(self.keys.starving(engine), 0, -1, withscores=True)}
 
     def running(self, engine: str = "e1") -> list[str]:
         return [codec.text(m) for m in self.db.zrange(self.keys.running(engine), 0, -1)]

@@ -1,14 +1,14 @@
---- @include lib create overload terminal
+--- @include lib programs family create overload terminal
 -- The router makes records for calls that were pushed by a bare XADD. The body moves inside Redis, from
 -- the entry to the record; a refused entry leaves the stream, an admitted one stays until it is assigned.
 --
 -- ARGV     per call: entry id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
---          on_engine_loss ("" = continue) digest format ("json" | "body")
--- Returns  list, per call: "new" | "duplicate" | "conflict" | "overloaded" | "gone" (another router was faster)
+--          on_engine_loss ("" = continue) parent_session ("" = none told) digest format ("json" | "body")
+-- Returns  list, per call: "new" | "duplicate" | "conflict" | "overloaded" | "invalid" | "gone" (another router was faster)
 -- Emits    on conflict: a dead letter, and an "end" event to the inbox that the entry named
---          on overload: a FAILED record without the body, and its end
+--          if overloaded or invalid: a FAILED record without the body, and its end
 local names = {'entry', 'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream',
-  'inbox', 'traceparent', 'on_engine_loss', 'digest', 'format'}
+  'inbox', 'traceparent', 'on_engine_loss', 'parent_session', 'digest', 'format'}
 local overloaded = 'No room for this call (bound: %s). Push it again, under the same id if you like, in %s ms or later.'
 local conflict = 'This id belongs to another call with another body; choose a new id.'
 
@@ -26,12 +26,17 @@ local function admit(c)
   if redis.call('HGET', call_key(c.id), 'gen') == c.entry then return 'duplicate' end
   local function entry() return c.entry end
   local body = body_of(found[1][2], c.format)
-  local code, bound = create_call(c, entry, c.format, body, room)
+  local function refuse(error_code, message)
+    c.parent_session = ''
+    create_call(c, entry, c.format, '')
+    end_call(c.id, read_call(c.id), 'FAILED', error_code, message, '')
+  end
+  local code, detail = create_call(c, entry, c.format, body, room)
   if code ~= 'new' then take_entry(c.entry) end
   if code == 'overloaded' then
-    local wait = retry_after(c, bound, #body)
-    create_call(c, entry, c.format, '')
-    end_call(c.id, read_call(c.id), 'FAILED', 'overloaded', string.format(overloaded, bound, wait), '')
+    refuse('overloaded', string.format(overloaded, detail, retry_after(c, detail, #body)))
+  elseif code == 'invalid' then
+    refuse('invalid_request', detail)
   end
   if code == 'conflict' then
     bury(c.id, 'conflict', conflict, unpack(letter_of(c, c.format, body)))

@@ -1,7 +1,8 @@
---- @include lib terminal programs attempts
+--- @include lib programs family terminal attempts
 -- The router gives each call to the queue of one engine, or parks it until an engine of its model is ready.
 --
 -- ARGV     bounds: the upper ends of the scheduling levels, in service units, separated by spaces
+--          beta: wait / run of a program at which its calls starve (lua/programs.lua), 0 = none
 --          per call: entry id gen ("" = the entry itself) engine ("" = park) bind ("1" = bind the session to
 --          this engine) seen (the session's engine as the router saw it) hit ("1" hit, "0" miss, "" not asked)
 --          why (for `rsm call`)
@@ -11,6 +12,7 @@
 -- Emits    a ring to each engine's bell
 local bounds = {}
 for b in string.gmatch(ARGV[4], '%S+') do bounds[#bounds + 1] = tonumber(b) end
+local beta = tonumber(ARGV[5])
 
 local ready = {}
 local function takes_calls(e)
@@ -18,16 +20,41 @@ local function takes_calls(e)
   return ready[e]
 end
 
--- A session as this batch sees it: read once, its binding kept up to date.
+-- A session as this batch sees it: read once, its binding kept up to date. `program`: what its root has used.
 local sessions = {}
+local session_fields = {'parent', 'engine', 'cancel_before', 'cancel_reason', 'cancel_tree_before', unpack(totals)}
+local NONE = {}
+local function cancels_of(before, reason, more)
+  if not before then return more end
+  return {{before = before, reason = reason or ''}, unpack(more)}
+end
 local function session_of(s)
   local known = sessions[s]
-  if not known then
-    local v = redis.call('HMGET', session_key(s), 'cancel_before', 'cancel_reason', 'service', 'engine')
-    known = {cancel_before = v[1], cancel_reason = v[2] or '', service = tonumber(v[3]) or 0, engine = v[4] or ''}
-    sessions[s] = known
+  if known then return known end
+  local v = redis.call('HMGET', session_key(s), unpack(session_fields))
+  known = {id = s, engine = v[2] or ''}
+  for i, name in ipairs(totals) do known[name] = tonumber(v[5 + i]) or 0 end
+  known.program = known
+  known.tree_cancels = NONE
+  sessions[s] = known
+  if v[1] then
+    local parent = session_of(v[1])
+    known.program, known.tree_cancels = parent.program, parent.tree_cancels
+    keep_alive(s, v[1])
+    set_later(session_key(known.program.id), 'last_arrival_ms', int(NOW))
   end
+  known.cancels = cancels_of(v[3], v[4], known.tree_cancels)
+  known.tree_cancels = cancels_of(v[5], v[4], known.tree_cancels)
   return known
+end
+
+-- The cancel that was sent while the call's entry was still on the stream: of its session, of an ancestor with all its
+-- descendants, or of its id alone.
+local function cancelled_by(session, c, gen)
+  for _, cancel in ipairs(session.cancels) do
+    if id_at_most(gen, cancel.before) then return cancel end
+  end
+  if c.cancel_before ~= '' and id_at_most(gen, c.cancel_before) then return {reason = c.cancel_reason} end
 end
 
 -- Two routers may choose for one session at once; the first binding wins while its engine takes calls.
@@ -46,11 +73,9 @@ local function assign(entry, id, gen, e, bind, seen, hit, why)
   take_entry(entry)
   if c.state ~= 'PENDING' or c.gen ~= gen or c.engine ~= '' then return 'stale', c.engine end
   local session = session_of(c.session)
-  -- A cancel that was sent while the entry was still on the stream: of its session, or of its id alone.
-  local cancel_before = c.cancel_before ~= '' and c.cancel_before
-  local by_session = session.cancel_before and id_at_most(gen, session.cancel_before)
-  if by_session or (cancel_before and id_at_most(gen, cancel_before)) then
-    end_call(id, read_call(id), 'CANCELLED', '', by_session and session.cancel_reason or c.cancel_reason, '')
+  local cancel = cancelled_by(session, c, gen)
+  if cancel then
+    end_call(id, read_call(id), 'CANCELLED', '', cancel.reason, '')
     return 'cancelled', ''
   end
   if c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW then
@@ -72,20 +97,24 @@ local function assign(entry, id, gen, e, bind, seen, hit, why)
       e, why = bound, 'bound by another router at the same moment'
     end
   end
-  local level = level_of(session.service, bounds)
-  set_fields(call_key(id), {'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited', int(session.service),
-    'why', why})
+  local p = session.program
+  local waited, ran = unpaid(p.waited_ms, p.paid_waited_ms), unpaid(p.ran_ms, p.paid_ran_ms)
+  local level, moment, promoted = place(p.service, waited, ran, tonumber(c.submitted_ms), NOW, bounds, beta)
+  local starves = moment < NEVER and int(moment) or ''
+  if promoted then count_total('promoted') end
+  set_fields(call_key(id), {'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited', int(p.service),
+    'waited_ms', int(p.waited_ms), 'ran_ms', int(p.ran_ms), 'paid_waited_ms', int(p.paid_waited_ms),
+    'paid_ran_ms', int(p.paid_ran_ms), 'starves_ms', starves, 'promoted_ms', promoted and int(NOW) or '',
+    'program', p.id ~= c.session and p.id or '', 'why', why})
   later('ZREM', parked_key(c.model), id) -- another router that had this entry in hand may have parked it
-  later('ZADD', queue_key(e), int(queue_score(tonumber(c.priority) or 0, level, tonumber(c.submitted_ms))), id)
-  count(engine_key(e), 'queued_tokens', load_of(c))
+  enqueue(id, e, c, level, starves)
   count(engine_key(e), 'served', 1)
   if hit == '1' then count_total('affinity_hits') elseif hit == '0' then count_total('affinity_misses') end
-  ring(e)
   return 'assigned', e
 end
 
 local out = {}
-for at = 5, #ARGV, 8 do
+for at = 6, #ARGV, 8 do
   local gen = ARGV[at + 2]
   if gen == '' then gen = ARGV[at] end
   local code, e = assign(ARGV[at], ARGV[at + 1], gen, ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6],

@@ -1,17 +1,28 @@
 -- Where a call waits: the router stream, or the queue of an engine. Needs lib, programs and terminal.
 
+-- What a call is given with its engine, and loses with it.
+local assigned = {'level', 'program', 'inherited', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms', 'promoted_ms',
+  'starves_ms'}
+
+local function enqueue(id, e, c, level, starves)
+  local score = queue_score(tonumber(c.priority) or 0, level, tonumber(c.submitted_ms))
+  later('ZADD', queue_key(e), int(score), id)
+  if starves ~= '' then later('ZADD', starving_key(e), starves, id) end
+  count(engine_key(e), 'queued_tokens', load_of(c))
+  ring(e)
+end
+
 -- Puts a PENDING call back on the router stream, without its body. c: the call as read_call gave it.
 local function to_router(id, c)
-  redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING', 'level', 0, 'inherited', 0)
+  redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING')
+  redis.call('HDEL', call_key(id), unpack(assigned))
   redis.call('XADD', CALLS, '*', 'id', id, 'gen', c.gen, 'session', c.session, 'model', c.model,
     'prompt_tokens', c.prompt_tokens)
 end
 
 local function to_queue(id, e, c)
   redis.call('HSET', call_key(id), 'state', 'PENDING')
-  later('ZADD', queue_key(e), int(queue_score(tonumber(c.priority) or 0, tonumber(c.level) or 0, tonumber(c.submitted_ms))), id)
-  count(engine_key(e), 'queued_tokens', load_of(c))
-  ring(e)
+  enqueue(id, e, c, tonumber(c.level) or 0, c.starves_ms)
 end
 
 local function end_flagged(id, c)
@@ -26,8 +37,8 @@ end
 local function give_back_queue(e, limit)
   local ids = redis.call('ZRANGE', queue_key(e), 0, limit - 1)
   for _, id in ipairs(ids) do
-    later('ZREM', queue_key(e), id)
     local c = read_call(id)
+    leave_queue(id, e, c)
     if c.state == 'PENDING' and c.engine == e then
       count(engine_key(e), 'queued_tokens', -load_of(c))
       to_router(id, c)

@@ -2,15 +2,17 @@
 -- Cancels all calls of a session, on every engine. Calls that are still on the router stream end on arrival:
 -- the session remembers up to which entry it is cancelled. Large sessions take several rounds.
 --
--- ARGV     session reason cursor ("0" starts a cancel) batch
--- Returns  {cursor ("0" = done), calls ended or flagged in this round}
+-- ARGV     session reason cursor ("0" starts a cancel) batch tree ("1": so it does for those of its descendants; each
+--          of these is a cancel of its own for the calls that are beyond the stream)
+-- Returns  {cursor ("0" = done), calls ended or flagged in this round, child, …}: its children, once it is done, if tree
 -- Emits    one op=cancel per running call to its worker
-local session, reason, cursor, batch = ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+local session, reason, cursor, batch, tree = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] == '1'
 local key = session_key(session)
 if cursor == '0' then
   local last = redis.call('XREVRANGE', CALLS, '+', '-', 'COUNT', 1)
   if last[1] then
     redis.call('HSET', key, 'cancel_before', last[1][1], 'cancel_reason', reason)
+    if tree then redis.call('HSET', key, 'cancel_tree_before', last[1][1]) end
     redis.call('PEXPIRE', key, SESSION_TTL)
   end
 end
@@ -21,4 +23,5 @@ for _, id in ipairs(scan[2]) do
   if done == 'ended' or done == 'flagged' then n = n + 1 end
 end
 write_all()
-return {scan[1], n}
+local children = tree and scan[1] == '0' and redis.call('ZRANGE', children_key(session), 0, -1) or {}
+return {scan[1], n, unpack(children)}

@@ -1,9 +1,11 @@
---- @include lib terminal poison
+--- @include lib programs terminal poison
 -- A worker takes the calls its engine can start now. A claim carries a number: the same number again, after a
 -- reply was lost, gives the same calls again instead of losing them.
 --
 -- A suspect of killing engines (poison.lua) runs alone: once the claims have come to it, nothing more is handed out
 -- until all that runs has left; then it is, alone; and nothing again until it has left.
+--
+-- Before that, calls that have waited for too long are moved ahead in the queue.
 --
 -- ARGV     engine incarnation claim_no max max_deaths
 -- Returns  {"fenced"} if another incarnation owns the engine, else {"ok", call, call, …}, per call
@@ -17,14 +19,25 @@ if owner[1] ~= incarnation or owner[4] == 'DEAD' then return {'fenced'} end
 local out = {'ok'}
 local job_fields = {'state', 'engine', 'gen', 'attempt', 'session', 'kind', 'stream', 'inbox', 'priority', 'level',
   'events', 'traceparent', 'prompt_tokens', 'deadline_ms', 'cancel', 'format', 'body', 'json',
-  'deaths', 'on_engine_loss', 'begins', 'program', 'inherited', 'submitted_ms', 'started_ms',
-  'waited_ms', 'ran_ms'}
+  'deaths', 'on_engine_loss', 'begins', 'program', 'inherited', 'submitted_ms', 'started_ms', 'waited_ms', 'ran_ms',
+  'paid_waited_ms', 'paid_ran_ms', 'promoted_ms'}
+local function number(value) return tonumber(value) or 0 end
+
+-- What the program has waited, with this call, and run, since a promotion last paid for it; if that was of this very
+-- call, it has waited since.
+local function account_of(c)
+  local started = number(c.started_ms)
+  if c.promoted_ms ~= '' then return started - number(c.promoted_ms), 0 end
+  local waited = unpaid(number(c.waited_ms), number(c.paid_waited_ms))
+  return waited + started - number(c.submitted_ms), unpaid(number(c.ran_ms), number(c.paid_ran_ms))
+end
+
 local function hand_over(id, c)
+  local waited, ran = account_of(c)
   out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
     c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel, c.on_engine_loss, c.begins,
     c.deadline_ms ~= '' and int(math.max(0, tonumber(c.deadline_ms) - NOW)) or '',
-    c.program ~= '' and c.program or c.session, c.inherited,
-    int((tonumber(c.waited_ms) or 0) + tonumber(c.started_ms) - tonumber(c.submitted_ms)), c.ran_ms}
+    c.program ~= '' and c.program or c.session, c.inherited, int(math.max(0, waited)), int(ran)}
 end
 
 if owner[2] == claim_no then
@@ -33,6 +46,22 @@ if owner[2] == claim_no then
     if c.state == 'RUNNING' and c.engine == e then hand_over(id, c) end
   end
   return out
+end
+
+-- Calls that starve by now go to the best level of their class (lua/programs.lua). So many at once, the longest overdue
+-- first.
+local PROMOTE_MANY = 64
+local function promote(id)
+  redis.call('ZREM', starving_key(e), id)
+  local c = read_call(id, {'state', 'engine', 'priority', 'submitted_ms'})
+  if c.state ~= 'PENDING' or c.engine ~= e then return end
+  redis.call('HDEL', call_key(id), 'level', 'starves_ms')
+  redis.call('HSET', call_key(id), 'promoted_ms', int(NOW))
+  redis.call('ZADD', queue_key(e), 'XX', int(queue_score(number(c.priority), 0, number(c.submitted_ms))), id)
+  count_total('promoted')
+end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', starving_key(e), '-inf', int(NOW), 'LIMIT', 0, PROMOTE_MANY)) do
+  promote(id)
 end
 
 -- The calls that may be handed out now, in order.
@@ -67,7 +96,7 @@ for _, id in ipairs(candidates()) do
   local suspect = here and not late and is_suspect(c.deaths, max_deaths)
   if suspect then redis.call('HSET', engine_key(e), 'alone', id) end
   if suspect and (#claimed > 0 or is_busy(e)) then break end
-  later('ZREM', queue_key(e), id)
+  leave_queue(id, e, c)
   if here then count(engine_key(e), 'queued_tokens', -load_of(c)) end
   if late then
     end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was waiting.', '')

@@ -7,7 +7,8 @@
 -- room: whether there is any for a new call (lua/overload.lua), none = it is not asked.
 --
 -- Returns "new", "duplicate" (same id, same content: the retry of a push) or "conflict", and the state;
---         or "overloaded", and which bound is in the way: then nothing has changed.
+--         or "overloaded", and which bound is in the way, or "invalid", and a sentence why its session cannot be a child
+--         of c.parent_session: then nothing has changed.
 local function create_call(c, push, format, body, room)
   local key = call_key(c.id)
   local seen = redis.call('HMGET', key, 'state', 'digest', 'cancel_before', 'error_code')
@@ -21,6 +22,8 @@ local function create_call(c, push, format, body, room)
   end
   local full = room and room(c.session, #body)
   if full then return 'overloaded', full end
+  local refusal = (c.parent_session or '') ~= '' and adopt(c.session, c.parent_session)
+  if refusal then return 'invalid', refusal end
   if refused then redis.call('DEL', key, log_key(c.id)) end
   set_fields(key, {'state', 'PENDING', 'session', c.session, 'kind', c.kind, 'model', c.model,
     'priority', c.priority, 'prompt_tokens', c.prompt_tokens, 'deadline_ms', c.deadline_ms,

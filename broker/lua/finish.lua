@@ -1,4 +1,4 @@
---- @include lib programs terminal
+--- @include lib programs family terminal
 -- A worker ends calls: record, process table, affinity and the waiter's event in one step.
 --
 -- ARGV     engine, then per call: id gen attempt state error_code error result prompt_tokens completion_tokens
@@ -9,24 +9,34 @@
 --          | "gap" (Redis lost some of its events; nothing is changed: give the attempt up)
 local e = ARGV[4]
 
-local services = {}
-local function charge_session(c, prompt, completion, cached, service)
-  local key = session_key(c.session)
-  local before = services[key] or tonumber(redis.call('HGET', key, 'service')) or 0
-  services[key] = charged(before, tonumber(c.inherited) or 0, service)
-  if services[key] > before then set_later(key, 'service', int(services[key])) end
-  local waiting = math.max(0, tonumber(c.started_ms) - tonumber(c.submitted_ms))
-  count(key, 'waiting_ms', waiting)
+-- Service, waiting and running follow the same rule. A promotion has been paid for once the call has had its turn: what
+-- its program had waited until then, and run before, counts no more for the next one.
+local function charge_program(c, service, waited, ran)
+  local p, waited_before, ran_before = program_of(c.session), tonumber(c.waited_ms) or 0, tonumber(c.ran_ms) or 0
+  charge_total(p, 'service', tonumber(c.inherited) or 0, service)
+  charge_total(p, 'waited_ms', waited_before, waited)
+  charge_total(p, 'ran_ms', ran_before, ran)
+  if c.promoted_ms ~= '' then
+    charge_total(p, 'paid_waited_ms', waited_before, tonumber(c.promoted_ms) - tonumber(c.submitted_ms))
+    charge_total(p, 'paid_ran_ms', ran_before, 0)
+  end
+end
+
+local function charge(c, prompt, completion, cached, service)
+  local waited = math.max(0, tonumber(c.started_ms) - tonumber(c.submitted_ms))
+  local ran = math.max(0, NOW - tonumber(c.started_ms))
+  charge_program(c, service, waited, ran)
   count_total('started')
-  count_total('waiting_ms', waiting)
-  count_total('running_ms', math.max(0, NOW - tonumber(c.started_ms)))
+  count_total('waiting_ms', waited)
+  count_total('running_ms', ran)
   count_total('prompt_tokens', prompt)
   count_total('completion_tokens', completion)
   count_total('cached_tokens', cached)
 end
 
 local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
-  'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason', 'format', 'bytes', 'log_bytes'}
+  'started_ms', 'prompt_tokens', 'inherited', 'waited_ms', 'ran_ms', 'promoted_ms', 'events', 'cancel', 'cancel_reason',
+  'format', 'bytes', 'log_bytes'}
 local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident, events,
                       service)
   local c = read_call(id, end_fields)
@@ -42,7 +52,7 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
   if state == 'COMPLETED' and events ~= '' and tonumber(events) > (tonumber(c.events) or 0) then return 'gap' end
   later('ZREM', running_key(e), id)
   count(engine_key(e), 'running_tokens', -load_of(c))
-  charge_session(c, tonumber(prompt), tonumber(completion), tonumber(cached), tonumber(service))
+  charge(c, tonumber(prompt), tonumber(completion), tonumber(cached), tonumber(service))
   if tonumber(resident) > 0 and c.session ~= id then
     set_later(affinity_key(c.session), e, resident .. ':' .. int(NOW))
     touch(affinity_key(c.session), SESSION_TTL)

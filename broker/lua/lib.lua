@@ -32,19 +32,21 @@ local function log_key(id) return P .. 'call:' .. id .. ':events' end
 local function inbox_key(client) return P .. 'inbox:' .. client end
 local function engine_key(e) return P .. 'engine:' .. e end
 local function queue_key(e) return P .. 'engine:' .. e .. ':queue' end
+local function starving_key(e) return P .. 'engine:' .. e .. ':starving' end
 local function running_key(e) return P .. 'engine:' .. e .. ':running' end
 local function bell_key(e) return P .. 'engine:' .. e .. ':bell' end
 local function control_key(e) return P .. 'engine:' .. e .. ':control' end
 local function session_key(s) return P .. 'session:' .. s end
 local function session_calls_key(s) return P .. 'session:' .. s .. ':calls' end
 local function session_recent_key(s) return P .. 'session:' .. s .. ':recent' end
+local function children_key(s) return P .. 'session:' .. s .. ':children' end
 local function affinity_key(s) return P .. 'affinity:' .. s end
 local function parked_key(model) return P .. 'parked:' .. model end
 
 -- What scripts read of a call's record; "" for a field that is not there, so state "" means: no such call.
 -- Fields that are empty or zero are not stored.
 local call_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'model', 'priority', 'level', 'stream', 'inbox',
-  'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'inherited', 'events', 'cancel', 'cancel_reason',
+  'starves_ms', 'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'events', 'cancel', 'cancel_reason',
   'cancel_before', 'format', 'bytes', 'log_bytes'}
 -- fields: what the script needs, if that is less than all.
 local function read_call(id, fields)
@@ -60,8 +62,8 @@ local function load_of(c) return tonumber(c.prompt_tokens) or 0 end
 
 -- HSET without the fields that are empty or, of these numbers, zero. Names are not among them, for an engine may be
 -- called "0", nor is prompt_tokens: the engine's count replaces the estimate also if it is zero.
-local numbers = {priority = true, stream = true, level = true, inherited = true,
-  completion_tokens = true, cached_tokens = true, failures = true}
+local numbers = {priority = true, stream = true, level = true, inherited = true, waited_ms = true, ran_ms = true,
+  paid_waited_ms = true, paid_ran_ms = true, completion_tokens = true, cached_tokens = true, failures = true}
 local function set_fields(key, pairs_)
   local list = {}
   for i = 1, #pairs_, 2 do
@@ -111,6 +113,12 @@ local function make_way(e)
   if redis.call('HEXISTS', engine_key(e), 'alone') == 1 then ring(e) end
 end
 
+-- Takes a waiting call out of an engine's queue. One in level 0 is not among those that may starve.
+local function leave_queue(id, e, c)
+  later('ZREM', queue_key(e), id)
+  if c.level ~= '' then later('ZREM', starving_key(e), id) end
+end
+
 -- Lua cannot unpack lists of any length; the size is even, so that pairs stay together.
 local function in_chunks(list, run)
   for at = 1, #list, 2000 do run(unpack(list, at, math.min(at + 1999, #list))) end
@@ -141,7 +149,12 @@ end
 
 local function write_all()
   for key, fields in pairs(settings) do
-    for field, value in pairs(fields) do redis.call('HSET', key, field, value) end
+    local list = {}
+    for field, value in pairs(fields) do
+      list[#list + 1] = field
+      list[#list + 1] = value
+    end
+    in_chunks(list, function(...) redis.call('HSET', key, ...) end)
   end
   for key, fields in pairs(increments) do
     for field, n in pairs(fields) do

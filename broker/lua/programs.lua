@@ -32,6 +32,16 @@ local function starves_at(since, waited, ran, beta)
   return since + math.max(0, beta * math.max(ran, RUN_FLOOR_MS) - waited)
 end
 
+-- Where a call stands that came at `arrival` and is assigned now, by what its program has had, and has waited and run
+-- since a promotion last paid: its level; the moment at which it starves there; whether it does already, and is promoted.
+local function place(service, waited, ran, arrival, now, bounds, beta)
+  local level = level_of(service, bounds)
+  if level == 0 then return 0, NEVER, false end
+  local moment = starves_at(arrival, waited, ran, beta)
+  if moment <= now then return 0, NEVER, true end
+  return level, moment, false
+end
+
 -- Orders an engine's queue, the smallest first: the user's priority class (-128 to 127), then the level (0 to 15), then
 -- the arrival. 8 + 4 + 41 bits: the exact integers of a double.
 local function queue_score(priority, level, arrival)

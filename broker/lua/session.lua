@@ -1,28 +1,65 @@
---- @include lib
+--- @include lib programs family
 -- The process table's own steps, for programs that report to it themselves (SessionManager, GlobalProcessTable).
 --
 -- ARGV     op session …
---          "start"                       makes the entry; Returns 1 if it is new
---          "end"                         removes entry and affinity unless calls are active; Returns calls active
---          "charge" inherited service waiting_ms   service = max(service, inherited + own); inherited "" = the
---                                        entry's present service (a sequential call). Returns the new service
+--          "start" parent ("" = none)    makes the entry; Returns 1 if it is new, or a sentence why it cannot be the
+--                                        child of that parent
+--          "end"                         removes entry and affinity unless calls are active; Returns calls active, those
+--                                        of its descendants included
+--          "charge" call service waited_ms ran_ms   of a finished call, by the rule of lua/programs.lua; it inherits what
+--                                        its record says, or, if no router assigned it, all that the program has (as a
+--                                        sequential call does). Returns the program's service
 local op, s = ARGV[4], ARGV[5]
 local key = session_key(s)
-if op == 'start' then
-  local new = redis.call('HSETNX', key, 'started_ms', int(NOW))
+
+local function start(parent)
+  if redis.call('HEXISTS', key, 'started_ms') == 1 then return 0 end
+  local refusal = parent ~= '' and adopt(s, parent)
+  if refusal then return refusal end
+  redis.call('HSET', key, 'started_ms', int(NOW))
   redis.call('HSETNX', key, 'service', 0)
-  redis.call('PEXPIRE', key, SESSION_TTL)
-  return new
-elseif op == 'end' then
-  local active = redis.call('SCARD', session_calls_key(s))
-  if active == 0 then redis.call('DEL', key, affinity_key(s), session_recent_key(s)) end
-  return active
+  touch(key, SESSION_TTL)
+  return 1
 end
-local service = tonumber(redis.call('HGET', key, 'service')) or 0
-local inherited = ARGV[6] == '' and service or tonumber(ARGV[6])
-service = math.max(service, inherited + tonumber(ARGV[7]))
-redis.call('HSET', key, 'service', int(service), 'last_completion_ms', int(NOW))
-redis.call('HINCRBY', key, 'waiting_ms', int(tonumber(ARGV[8])))
-redis.call('HINCRBY', key, 'completed', 1)
-redis.call('PEXPIRE', key, SESSION_TTL)
-return int(service)
+
+local function active_calls(of, steps)
+  local n = redis.call('SCARD', session_calls_key(of))
+  if steps > MOST_DEEP then return n end
+  for _, child in ipairs(redis.call('ZRANGE', children_key(of), 0, -1)) do n = n + active_calls(child, steps + 1) end
+  return n
+end
+
+local function finish()
+  local active = active_calls(s, 1)
+  if active > 0 then return active end
+  local parent = parent_of(s)
+  if parent then redis.call('ZREM', children_key(parent), s) end
+  redis.call('DEL', key, affinity_key(s), session_recent_key(s), children_key(s))
+  return 0
+end
+
+local function charge(call, service, waited, ran)
+  local p = program_of(s)
+  local c = redis.call('HMGET', call_key(call), 'assigned_ms', 'inherited', 'waited_ms', 'ran_ms')
+  local function inherited(i, name) return c[1] and (tonumber(c[i]) or 0) or p[name] end
+  charge_total(p, 'service', inherited(2, 'service'), service)
+  charge_total(p, 'waited_ms', inherited(3, 'waited_ms'), waited)
+  charge_total(p, 'ran_ms', inherited(4, 'ran_ms'), ran)
+  set_later(key, 'last_completion_ms', int(NOW))
+  set_later(p.key, 'service', int(p.service)) -- also if it is nothing: the entry exists from now on
+  count(key, 'completed', 1)
+  touch(key, SESSION_TTL)
+  touch(p.key, SESSION_TTL)
+  return int(p.service)
+end
+
+local reply
+if op == 'start' then
+  reply = start(ARGV[6] or '')
+elseif op == 'end' then
+  reply = finish()
+else
+  reply = charge(ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]))
+end
+write_all()
+return reply

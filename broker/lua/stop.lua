@@ -13,7 +13,7 @@ local function stop_call(id, flag, reason)
   end
   if c.state ~= 'PENDING' then return c.state end
   if c.engine ~= '' then
-    later('ZREM', queue_key(c.engine), id)
+    leave_queue(id, c.engine, c)
     count(engine_key(c.engine), 'queued_tokens', -load_of(c))
     make_way(c.engine)
   end

@@ -1,13 +1,14 @@
---- @include lib create overload
+--- @include lib programs family create overload
 -- Client.submit: stores each body in the call's record and pushes routing fields only, in one step.
 --
 -- ARGV     per call: id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
---          on_engine_loss ("" = continue) digest format ("body" = msgpack | "json") body
+--          on_engine_loss ("" = continue) parent_session ("" = none told) digest format ("body" = msgpack | "json") body
 -- Returns  flat list, per call: code, detail
 --          "new" | "duplicate" | "conflict", state of the record
+--          "invalid" (nothing has changed), a sentence why
 --          "overloaded" (nothing has changed), "BOUND RETRY_MS" (lua/overload.lua)
 local names = {'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream', 'inbox',
-  'traceparent', 'on_engine_loss', 'digest', 'format'}
+  'traceparent', 'on_engine_loss', 'parent_session', 'digest', 'format'}
 local out = {}
 for at = 4, #ARGV, #names + 1 do
   local c = {}

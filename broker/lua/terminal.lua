@@ -82,7 +82,7 @@ end
 -- the oldest and the newest tell what lies between them, also when some of that was replayed or deleted by hand.
 -- Their names: session … on_engine_loss, and the body under `format`.
 local letter_fields = {'session', 'kind', 'model', 'priority', 'stream', 'prompt_tokens', 'traceparent',
-  'on_engine_loss'}
+  'on_engine_loss', 'parent_session'}
 -- The routing fields and the body of a letter, of a table that has them.
 local function letter_of(c, format, body)
   local out = {}

@@ -45,6 +45,7 @@ def submit(
     call_id: Annotated[str | None, typer.Option("--id", help="Chosen by you, it makes a repetition safe.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send it as a chat message of the user.")] = False,
+    parent: Annotated[str | None, typer.Option(help="Session that this one works for, as its sub-agent.")] = None,
     on_engine_loss: Annotated[
         OnEngineLoss, typer.Option(help="Its engine's process dies: go on elsewhere, begin anew, or fail.")
     ] = "continue",
@@ -67,6 +68,7 @@ def submit(
             stream=live and not json,
             deadline_ms=None if timeout is None else client.deadline_in(timeout),
             on_engine_loss=on_engine_loss,
+            parent_session=parent,
             **{name: value for name, value in params.items() if value is not None},
         )
         _follow(handle, timeout, _print_record if json else _print_text)
@@ -167,7 +169,10 @@ def _at_most(seconds: float | None) -> Iterator[None]:
 def cancel(
     ctx: typer.Context,
     call_id: Annotated[str | None, typer.Argument(metavar="[CALL]", show_default=False)] = None,
-    session: Annotated[str | None, typer.Option(help="All calls of this session, on all engines.")] = None,
+    session: Annotated[
+        str | None, typer.Option(help="All calls of this session and of its sub-agents, on all engines.")
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Of the session alone: its sub-agents go on.")] = False,
     reason: Annotated[str, typer.Option(help="Kept in the records.")] = "",
 ) -> None:
     """Cancels a call, or all calls of a session. Exit status 1 if there was nothing to cancel."""
@@ -175,7 +180,7 @@ def cancel(
         raise typer.BadParameter("name either a call or a --session")
     with client_of(ctx) as client:
         if session is not None:
-            ended = client.cancel_session(session, reason)
+            ended = client.cancel_session(session, reason, descendants=not alone)
             say(f"{ended} calls of session {session} cancelled." if ended else f"Session {session} has no open call.")
             took_effect = ended > 0
         else:

@@ -75,7 +75,7 @@ def sessions(ctx: typer.Context, json: Json = False) -> None:
 
     def view(monitor: Monitor) -> tuple[Any, RenderableType]:
         found = monitor.sessions()
-        return found, tables.sessions_table(found, monitor.now_ms())
+        return found, tables.sessions_table(found, monitor.now_ms(), monitor.service_unit())
 
     _show(ctx, view, json)
 

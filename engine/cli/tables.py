@@ -94,15 +94,21 @@ def _learned(tokens_per_s: float) -> str:
     return str(round(tokens_per_s)) if tokens_per_s else "-"
 
 
-def sessions_table(sessions: Sequence[Mapping[str, Any]], now_ms: int) -> RenderableType:
-    columns = ["SESSION", "SERVICE", "LEVEL", "WAITED", "ACTIVE", "DONE", "CANCELLED", "FAILED", "CACHE AT", "ARRIVAL"]
+def sessions_table(sessions: Sequence[Mapping[str, Any]], now_ms: int, unit: str = "tokens") -> RenderableType:
+    """A session's service, level and wait are those of its program."""
+    columns = ["SESSION", "PARENT", f"SERVICE ({unit})", "LEVEL", "WAITED", "RAN", "RATIO", "THREADS", "RUNS ON"]
+    columns += ["DONE", "CANCELLED", "FAILED", "CACHE AT", "ARRIVAL"]
     rows = [
         [
             s["session_id"],
+            s["parent"] or "-",
             s["service"],
             s["level"],
-            seconds(s["waiting_ms"]),
+            seconds(s["waited_ms"]),
+            seconds(s["ran_ms"]),
+            f"{s['wait_ratio']:.2f}",
             s["active"],
+            ", ".join(s["engines"]) or "-",
             s["completed"],
             s["cancelled"],
             s["failed"],
