@@ -11,11 +11,11 @@ from tests.fake_worker import FakeWorker
 from tests.world import LONG_AGO, World, now_ms
 
 
-def low(world: World, call_id: str, session: str = "old", **options: int) -> None:
+def low(world: World, call_id: str, session: str = "old", priority: int = 0) -> None:
     """A waiting call of a program that has had much."""
     if not world.session(session)["service"]:
         world.charge(session, 5_000)
-    world.queue(call_id, session=session, **options)
+    world.queue(call_id, session=session, priority=priority)
     assert world.record(call_id)["level"] == "2"
 
 
