@@ -101,8 +101,8 @@ def _control(data: bytes) -> None:
 
 def _rows(data: bytes) -> None:
     """What scripts reply with is made of what hashes hold."""
-    parts = [*data.split(CUT), *[b""] * 18]
-    _claimed_call(parts[:18])
+    parts = [*data.split(CUT), *[b""] * 22]
+    _claimed_call(parts[:22])
     _engine_view([*parts[:2], b"1", b"1", *parts[2:9]])
     _session_view([parts[0], parts[1:9]])
     codec.number(parts[0])
