@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from simulation.paths import Paths
+from simulation.workload import Segment
 from workers.sim_cache import Hold, KVCache, path_of_ids, path_of_texts
 
 SIZE = 4
@@ -105,3 +107,16 @@ def test_a_block_over_two_texts_is_known_by_both() -> None:
     assert cache.find(path_of_texts([(1, 6), (3, 6)], SIZE), 3).cached == 1
     assert cache.find(path_of_texts([(1, 5), (2, 7)], SIZE), 3).cached == 1
     assert cache.find(path_of_texts([(1, 6), (2, 3)], SIZE), 2).cached == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), TEXTS), min_size=1, max_size=12))
+def test_the_paths_of_a_program_are_those_of_its_whole_prompts(turns: list[tuple[int, list[tuple[int, int]]]]) -> None:
+    paths = Paths(SIZE)
+    contexts: list[tuple[Segment, ...]] = [()]
+    for n, (earlier, new) in enumerate(turns):
+        context = contexts[earlier % len(contexts)]
+        prompt, answer = (*context, *(Segment(*text) for text in new)), Segment(100 + n, 7)
+        path, tokens = paths.path(prompt, answer)
+        assert list(path) == path_of_texts([*prompt, answer], SIZE)
+        assert tokens == sum(s.tokens for s in prompt)
+        contexts += [prompt, (*prompt, answer)]

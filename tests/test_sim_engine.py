@@ -41,7 +41,7 @@ def held(c: SimCall) -> set[tuple[int, int]]:
     while hold[0] is not None:
         stretch, upto = hold
         blocks |= {(id(stretch), i) for i in range(stretch.first, upto)}
-        hold = stretch.parent, stretch.first
+        hold = stretch.parent, min(upto, stretch.first)
     return blocks
 
 

@@ -1,9 +1,10 @@
 """The KV cache of a modelled engine: blocks in use, and a tree of cached beginnings, evicted least recently used first.
 
 What a call says is a `Path`: texts one behind the other, cut into blocks. A block is known by everything up to its last
-token, so blocks are kept not one by one but as stretches of one text behind one history: a prompt of 150,000 tokens in
-twenty texts costs twenty steps, not nine thousand. The order of eviction is that of single blocks, exactly: those given
-back first go first, and of those given back together the end of a call goes before its beginning.
+token. So blocks are kept not one by one but as stretches, in a radix tree: what lies between two places where paths
+part is one stretch, be it a hundred turns of a conversation and nine thousand blocks. The order of eviction is that of
+single blocks, exactly: those given back first go first, and of those given back together a call's end before its
+beginning.
 
 One thing differs from vLLM: a full block that two calls computed alike is kept once from the moment both are known;
 vLLM keeps both copies while both calls run. It is at most one block a call, for at least one token of a prompt is
@@ -12,65 +13,107 @@ computed anew.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import count
 from typing import NamedTuple
 
-# One stretch: what it is called behind the stretch before, and how many full blocks the path has up to its end.
-Path = Sequence[tuple[Hashable, int]]
+# A text: its name behind what was before, and how many full blocks the path has up to its end.
+Element = tuple[Hashable, int]
+Path = Sequence[Element]
 
 
-def path_of_texts(texts: Sequence[tuple[int, int]], block_size: int) -> list[tuple[Hashable, int]]:
-    """The path of (text, tokens) pairs, each pair the first tokens of a text of that number.
+class PathBuilder:
+    """Makes the path of texts, one after the other. Each is given as its number and how many tokens of it there are.
 
     A block that reaches over the end of a text belongs to the text that its last token is of. Texts without a block of
     their own are part of the name of the next one.
     """
-    path: list[tuple[Hashable, int]] = []
-    name: tuple[int, ...] = ()
-    at = blocks = 0
-    for text, tokens in texts:
-        name += (at, text)
-        at += tokens
-        if at // block_size > blocks:
-            blocks = at // block_size
-            path.append((name, blocks))
-            name = ()
-    return path
+
+    __slots__ = ("_blocks", "_name", "_size", "path", "tokens")
+
+    def __init__(self, block_size: int) -> None:
+        self._size = block_size
+        self._name: tuple[int, ...] = ()
+        self._blocks = 0
+        self.tokens = 0
+        self.path: list[Element] = []
+
+    def add(self, texts: Iterable[tuple[int, int]]) -> None:
+        """Goes on with these texts."""
+        size, tokens, blocks, name = self._size, self.tokens, self._blocks, self._name
+        for text, length in texts:
+            name += (tokens, text)
+            tokens += length
+            if tokens // size > blocks:
+                blocks = tokens // size
+                self.path.append((name, blocks))
+                name = ()
+        self.tokens, self._blocks, self._name = tokens, blocks, name
+
+    def copy(self) -> PathBuilder:
+        """One that goes on from here by itself."""
+        other = PathBuilder(self._size)
+        other._name, other._blocks, other.tokens, other.path = self._name, self._blocks, self.tokens, self.path[:]
+        return other
 
 
-def path_of_ids(ids: Sequence[int], block_size: int) -> list[tuple[Hashable, int]]:
-    """The path of token ids: a stretch per block."""
+def path_of_texts(texts: Iterable[tuple[int, int]], block_size: int) -> list[Element]:
+    """The path of whole texts, at once."""
+    builder = PathBuilder(block_size)
+    builder.add(texts)
+    return builder.path
+
+
+def path_of_ids(ids: Sequence[int], block_size: int) -> list[Element]:
+    """The path of token ids: each block is a text of its own."""
     blocks = len(ids) // block_size
     return [(hash(tuple(ids[i * block_size : (i + 1) * block_size])), i + 1) for i in range(blocks)]
 
 
 class _Stretch:
-    """Blocks `first` to `cached` of a text behind one history, those up to `live` in use. Blocks are counted from
-    the path's start.
+    """Blocks `first` to `cached` of paths that begin alike, those up to `live` in use; counted from the path's start.
 
-    A stretch in use holds its parent up to `first`; so a parent's blocks are given back later than its children's.
+    A stretch in use holds its parent up to `first`; so a parent's blocks are given back later than its children's. Of
+    its last text it may hold more than a child goes on behind: the same text, longer, is in no child.
     """
 
-    __slots__ = ("cached", "children", "first", "holders", "idle", "live", "name", "parent")
+    __slots__ = ("cached", "children", "elements", "first", "holders", "idle", "live", "parent")
 
-    def __init__(self, parent: _Stretch | None, name: Hashable, first: int) -> None:
+    def __init__(self, parent: _Stretch | None, elements: list[Element], first: int) -> None:
         self.parent = parent
-        self.name = name
+        self.elements = elements
         self.first = self.live = self.cached = first
         self.children: dict[Hashable, _Stretch] = {}
-        self.holders: dict[int, int] = {}  # up to which block → how many calls and children use it
+        self.holders: dict[int, int] = {}  # up to which block -> how many calls and children use it
         self.idle: list[_Idle] = []  # deepest and oldest first; together they are the blocks from live to cached
+
+    def common(self, path: Path, at: int) -> tuple[int, int]:
+        """With a path that has its first text at index `at`: how many texts they share, the last one perhaps not to
+        its end, and how many blocks the path has up to there."""
+        own = self.elements
+        last = len(own) - 1
+        if (not last or path[at : at + last] == own[:last]) and at + last < len(path):
+            if path[at + last][0] == own[last][0]:
+                return last + 1, path[at + last][1]
+            return last, own[last - 1][1]
+        for n, (mine, theirs) in enumerate(zip(own, path[at:], strict=False)):
+            if mine[0] != theirs[0]:
+                return n, own[n - 1][1]
+            if mine[1] != theirs[1]:
+                return n + 1, min(mine[1], theirs[1])
+        return len(path) - at, path[-1][1]
 
 
 @dataclass(slots=True, eq=False)
 class _Idle:
-    """Blocks of a stretch that were given back together."""
+    """Blocks of a stretch that were given back together, at the time `stamp`."""
 
     stretch: _Stretch
     begin: int
     end: int
+    stamp: int
 
 
 class Found(NamedTuple):
@@ -81,10 +124,17 @@ class Found(NamedTuple):
 
 
 class Hold(NamedTuple):
-    """One call's use of a path: a stretch, up to a block of it."""
+    """One call's use of a path: up to a block of this stretch, or of one above it that was once a part of it."""
 
     stretch: _Stretch
     upto: int
+
+    def place(self) -> tuple[_Stretch, int]:
+        """The stretch that has the last of the blocks now, and that block."""
+        node, upto = self
+        while upto <= node.first and node.parent is not None:
+            node = node.parent
+        return node, upto
 
 
 class KVCache:
@@ -98,8 +148,11 @@ class KVCache:
         self.size = size
         self.private = self.live = self.idle = 0
         self.version = 0
-        self._root = _Stretch(None, None, 0)
-        self._lru: OrderedDict[_Idle, None] = OrderedDict()
+        self._root = _Stretch(None, [], 0)
+        self._stamps = count()
+        # What is evicted first, by time and within it from the end; a heap, parts that are in use again are empty.
+        self._lru: list[tuple[int, int, int, _Idle]] = []
+        self._parts = 0  # those that are not
 
     @property
     def used(self) -> int:
@@ -113,17 +166,16 @@ class KVCache:
 
     def find(self, path: Path, most: int) -> Found:
         """What is cached of the first `most` blocks of a path."""
-        node, cached, live = self._root, 0, 0
-        for name, end in path:
-            if cached >= most or (child := node.children.get(name)) is None:
-                break
+        node, at, cached, live = self._root, 0, 0, 0
+        while at < len(path) and cached < most and (child := node.children.get(path[at][0])) is not None:
+            texts, end = child.common(path, at)
             upto = min(end, most)
             if child.live > child.first:
                 live = min(child.live, upto)
             cached = min(child.cached, upto)
-            if cached < end:
+            if texts < len(child.elements) or cached < end:
                 break
-            node = child
+            node, at = child, at + texts
         return Found(cached, live)
 
     def take(self, blocks: int) -> None:
@@ -144,38 +196,95 @@ class KVCache:
         Args:
             private: how many of the blocks were private ones of this call; all that were not cached must be.
         """
-        node, reached = self._root, 0
-        for name, end in path:
-            if reached >= blocks:
-                break
-            child = node.children.get(name)
-            if child is None:
-                child = node.children[name] = _Stretch(node, name, reached)
-            node, reached = child, min(end, blocks)
-            node.cached = max(node.cached, reached)
-        if not reached:
+        if not blocks:
             return None
+        node, at, reached = self._root, 0, 0
+        while reached < blocks:
+            child = node.children.get(path[at][0])
+            if child is None:
+                node = self._go_on(node, path, at, reached, blocks)
+                break
+            texts, end = child.common(path, at)
+            if texts < len(child.elements) and end < blocks:
+                child = self._split(child, texts)
+            node, at = child, at + texts
+            reached = min(path[at - 1][1], blocks)
+            node.cached = max(node.cached, reached)
         self.private -= private
-        self._acquire(node, reached)
+        self._acquire(node, blocks)
         self.version += 1
-        return Hold(node, reached)
+        return Hold(node, blocks)
 
     def let_go(self, held: Hold | None) -> None:
         """Ends one use. What nobody uses any more is idle."""
         if held is not None:
-            self._give_back(*held)
+            self._give_back(*held.place())
             self.version += 1
 
     def alone(self, held: Hold | None) -> int:
         """Blocks that nobody else uses: idle if this one is let go."""
         blocks = 0
-        node, upto = held or (self._root, 0)
+        node, upto = held.place() if held is not None else (self._root, 0)
         while node.parent is not None and node.holders[upto] == 1:
             blocks += node.live - max((u for u in node.holders if u != upto), default=node.first)
             if len(node.holders) > 1:
                 break
             node, upto = node.parent, node.first
         return blocks
+
+    # -- the tree
+
+    def _go_on(self, node: _Stretch, path: Path, at: int, reached: int, blocks: int) -> _Stretch:
+        """New texts behind a stretch: in it, if nothing else follows it, else in a child."""
+        new = []
+        for element in path[at:]:
+            new.append(element)
+            if element[1] >= blocks:
+                break
+        if node.parent is not None and not node.children and node.cached == reached:
+            node.elements[-1] = path[at - 1]
+            node.elements += new
+        else:
+            child = _Stretch(node, new, reached)
+            node.children[new[0][0]] = child
+            node = child
+        node.cached = blocks
+        return node
+
+    def _split(self, node: _Stretch, texts: int) -> _Stretch:
+        """Cuts a stretch behind so many texts; returns the upper part. The lower one stays the same object, for calls
+        that hold it (`Hold.place`)."""
+        parent, cut = node.parent, node.elements[texts - 1][1]
+        top = _Stretch(parent, node.elements[:texts], node.first)
+        if parent is not None:
+            parent.children[top.elements[0][0]] = top
+        node.elements = node.elements[texts:]
+        node.parent, node.first = top, cut
+        top.holders = {upto: n for upto, n in node.holders.items() if upto <= cut}
+        node.holders = {upto: n for upto, n in node.holders.items() if upto > cut}
+        if node.holders:
+            top.holders[cut] = top.holders.get(cut, 0) + 1
+        top.live, node.live = min(node.live, cut), max(node.live, cut)
+        top.cached, node.cached = min(node.cached, cut), max(node.cached, cut)
+        self._split_idle(top, node, cut)
+        if node.cached > cut:
+            top.children[node.elements[0][0]] = node
+        return top
+
+    def _split_idle(self, top: _Stretch, node: _Stretch, cut: int) -> None:
+        parts, node.idle = node.idle, []
+        for part in parts:
+            if part.end <= cut:
+                part.stretch = top
+                top.idle.append(part)
+                continue
+            if part.begin < cut:
+                self._note(_Idle(top, part.begin, cut, part.stamp))
+                part.begin = cut
+                self._queue(part)  # once more, where it belongs now
+            node.idle.append(part)
+
+    # -- use
 
     def _acquire(self, node: _Stretch, upto: int) -> None:
         while node.parent is not None:
@@ -191,42 +300,59 @@ class KVCache:
         while node.idle and node.idle[-1].begin < upto:
             part = node.idle[-1]
             self.idle -= min(part.end, upto) - part.begin
-            if part.end > upto:
-                part.begin = upto
-            else:
-                del self._lru[node.idle.pop()]
+            part.begin = min(part.end, upto)
+            if part.begin == part.end:
+                node.idle.pop()
+                self._parts -= 1
         self.live += upto - node.live
         node.live = upto
 
     def _give_back(self, node: _Stretch, upto: int) -> None:
+        stamp = next(self._stamps)
         while node.parent is not None:
             node.holders[upto] -= 1
             if not node.holders[upto]:
                 del node.holders[upto]
                 if upto == node.live:
-                    self._lay_down(node, max(node.holders, default=node.first))
+                    self._lay_down(node, max(node.holders, default=node.first), stamp)
             if node.holders:
                 return
             node, upto = node.parent, node.first
 
-    def _lay_down(self, node: _Stretch, upto: int) -> None:
-        part = _Idle(node, upto, node.live)
-        node.idle.append(part)
-        self._lru[part] = None
+    def _lay_down(self, node: _Stretch, upto: int, stamp: int) -> None:
+        self._note(_Idle(node, upto, node.live, stamp))
         self.idle += node.live - upto
         self.live -= node.live - upto
         node.live = upto
 
+    def _note(self, part: _Idle) -> None:
+        part.stretch.idle.append(part)
+        self._parts += 1
+        self._queue(part)
+
+    def _queue(self, part: _Idle) -> None:
+        if len(self._lru) > 2 * self._parts + 64:
+            self._lru = [entry for entry in self._lru if entry[3].begin < entry[3].end]
+            heapify(self._lru)
+        heappush(self._lru, (part.stamp, -part.begin, next(self._stamps), part))
+
     def _evict(self, blocks: int) -> None:
         self.idle -= blocks
         while blocks > 0:
-            part = next(iter(self._lru))
-            node, gone = part.stretch, min(blocks, part.end - part.begin)
-            blocks -= gone
-            part.end -= gone
-            node.cached -= gone
+            part = self._lru[0][3]
+            gone = min(blocks, part.end - part.begin)
+            if gone:
+                blocks -= gone
+                part.end -= gone
+                part.stretch.cached -= gone
             if part.begin == part.end:
-                del self._lru[part]
-                node.idle.pop(0)
-                if node.cached == node.first and node.parent is not None:
-                    del node.parent.children[node.name]
+                heappop(self._lru)
+                if gone:
+                    self._parts -= 1
+                    self._emptied(part.stretch)
+
+    def _emptied(self, node: _Stretch) -> None:
+        """The deepest part of a stretch is gone."""
+        node.idle.pop(0)
+        if node.cached == node.first and node.parent is not None:
+            del node.parent.children[node.elements[0][0]]

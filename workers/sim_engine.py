@@ -171,8 +171,10 @@ class SimEngine:
     def _growth(self, ticks: int) -> int:
         """Blocks that the decoding calls need for so many ticks."""
         size, now = self.config.block_size, self._ticks.now
+        if ticks == 1:
+            return self._phases[now % size]
         rounds, rest = divmod(ticks, size)
-        return rounds * self._decoding + sum(self._phases[(now + i) % size] for i in range(rest))
+        return rounds * self._decoding + sum([self._phases[(now + i) % size] for i in range(rest)])
 
     def _chunk(self, step: Step, call: SimCall) -> bool:
         """The next part of a prompt that is not computed yet; False if there are no blocks for it."""
