@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 from broker.messages import EngineView
 from broker.models import EngineState
+from simulation.queue import Queue, Waiting
 from simulation.results import EngineTimes
+from simulation.table import ProcessTable
 from workers.claimer import CLAIM_MANY
 from workers.rate import RateMeter
 from workers.sim_call import SimCall, Step
@@ -18,14 +19,6 @@ from workers.sim_engine import SimEngine
 _MOST_STEPS = 1 << 30
 
 
-class Waiting(NamedTuple):
-    """A call in an engine's queue: by score, and where that is equal by id, as Redis orders them."""
-
-    score: float
-    id: str
-    call: Any
-
-
 class Engine:
     """What is known of one engine in Redis, in its worker, and in the model.
 
@@ -33,7 +26,7 @@ class Engine:
         step: what the model is doing. claiming: a claim is on its way.
     """
 
-    def __init__(self, name: str, config: SimConfig, prefetch: int) -> None:
+    def __init__(self, name: str, config: SimConfig, prefetch: int, table: ProcessTable) -> None:
         self.id = name
         self.sim = SimEngine(config)
         self.times = EngineTimes(name)
@@ -43,7 +36,7 @@ class Engine:
         self._kv_tokens = config.num_blocks * config.block_size
         self._slots = config.max_num_seqs
         self._room = config.max_num_seqs + prefetch
-        self._queue: list[Waiting] = []
+        self._queue = Queue(table)
         self._queued_tokens = self._running_tokens = self._running = self._served = 0
         self._calls: dict[SimCall, Any] = {}
         self._rate = RateMeter()
@@ -51,8 +44,8 @@ class Engine:
     # -- in Redis
 
     def enqueue(self, waiting: Waiting) -> None:
-        heappush(self._queue, waiting)
-        self._queued_tokens += waiting.call.times.prompt_tokens
+        self._queue.add(waiting)
+        self._queued_tokens += waiting.tokens
         self._served += 1
 
     def finished(self, prompt_tokens: int) -> None:
@@ -83,10 +76,10 @@ class Engine:
     def can_claim(self) -> bool:
         return bool(self._queue) and self._room > 0 and not self.claiming
 
-    def claim(self) -> list[Waiting]:
+    def claim(self, now: float) -> list[Waiting]:
         """Takes the first calls of the queue, as many as there is room for."""
-        taken = [heappop(self._queue) for _ in range(min(self._room, CLAIM_MANY, len(self._queue)))]
-        tokens = sum(w.call.times.prompt_tokens for w in taken)
+        taken = self._queue.claim(min(self._room, CLAIM_MANY), int(now * 1000))
+        tokens = sum(w.tokens for w in taken)
         self._queued_tokens -= tokens
         self._running_tokens += tokens
         self._running += len(taken)

@@ -19,12 +19,13 @@ from random import Random
 
 from broker.settings import Settings
 from router.policies import CallView, Policy, create_policy
-from simulation.engine import Engine, Waiting
+from simulation.engine import Engine
 from simulation.front import Front
 from simulation.paths import Paths
+from simulation.queue import Waiting
 from simulation.results import CallTimes, ProgramTimes, Results
 from simulation.rules import rules
-from simulation.table import ProcessTable, Session
+from simulation.table import NOTHING, ProcessTable
 from simulation.workload import ProgramSpec, Segment, Workload
 from workers.service import Used, charge, create_unit
 from workers.sim_cache import Path
@@ -53,9 +54,9 @@ class FleetConfig:
     """What to simulate.
 
     Attributes:
-        sim: every engine; its `scheduler` is the one inside the engines, and has the bounds of `settings`.
+        sim: every engine; its `scheduler` is the one inside the engines, with the bounds and beta of `settings`.
         policy: of the router: a name, package.module:Class, or a class.
-        settings: of the broker: level_bounds, service_unit, cache_token_threshold, tick_ms and what policies read.
+        settings: of the broker: level_bounds, starvation_beta, service_unit, tick_ms and what policies read.
         by_program: calls inherit their program's service; False: each call begins anew, as in a plain MLFQ.
         prefetch: calls that a worker claims beyond its slots.
         horizon_s: when to break off; inf: when all programs have ended.
@@ -134,19 +135,19 @@ class _Call:
     index: int
     path: Path
     times: CallTimes
-    had: Session  # the program's entry when the call was assigned
+    waited: Waiting | None = None  # as it stood in its engine's queue
 
 
 class _Run:
     def __init__(self, config: FleetConfig, seed: int, workload: Workload) -> None:
         self._config = config
         self._random = Random(seed)  # noqa: S311
-        table_rules = rules()
         settings = config.settings
-        self._table = ProcessTable(table_rules, settings.level_bounds)
+        self._table = ProcessTable(rules(), settings.level_bounds, settings.starvation_beta)
         self._unit = create_unit(settings.service_unit)
-        sim = replace(config.sim, plas=replace(config.sim.plas, bounds=settings.level_bounds))
-        self.engines = [Engine(f"e{i}", sim, config.prefetch) for i in range(config.engines)]
+        plas = replace(config.sim.plas, bounds=settings.level_bounds, beta=settings.starvation_beta)
+        sim = replace(config.sim, plas=plas)
+        self.engines = [Engine(f"e{i}", sim, config.prefetch, self._table) for i in range(config.engines)]
         policy = config.policy
         chosen = (
             policy(settings)
@@ -205,7 +206,7 @@ class _Run:
         path, tokens = program.paths.path(spec.prompt, answer)
         times = CallTimes(name, index, session, tokens, spec.output_tokens, self._now)
         program.times.calls.append(times)
-        call = _Call(program, index, path, times, _NOTHING)
+        call = _Call(program, index, path, times)
         if tokens + spec.output_tokens > self._config.sim.max_len:
             times.error = program.times.error = f"more than {self._config.sim.max_len} tokens"
             return
@@ -221,13 +222,13 @@ class _Run:
         engine, choice = found
         if choice.bind:
             session.engine = engine.id
-        if self._config.by_program:
-            entry = table.session(times.program)
-            call.had = Session(entry.service, entry.waited_ms, entry.ran_ms)
-        times.level = table.level_of(call.had.service)
-        times.assigned_s, times.engine, times.why = self._now, engine.id, choice.why
-        score = table.score(0, times.level, int(times.ready_s * 1000))
-        engine.enqueue(Waiting(score, f"{times.program}:{times.index}", call))
+        had = table.session(times.program).account if self._config.by_program else NOTHING
+        submitted, now = int(times.ready_s * 1000), int(self._now * 1000)
+        place = table.place(had, submitted, now)
+        times.level, times.assigned_s, times.engine, times.why = place.level, self._now, engine.id, choice.why
+        name, promoted = f"{times.program}:{times.index}", now if place.promoted else -1
+        tokens = times.prompt_tokens
+        engine.enqueue(Waiting(name, call, tokens, submitted, had, place.level, place.starves_ms, promoted))
         self._ring(engine)
 
     def _ring(self, engine: Engine) -> None:
@@ -238,26 +239,31 @@ class _Run:
 
     def _claim(self, engine: Engine) -> None:
         engine.claiming = False
-        for waiting in engine.claim():
+        for waiting in engine.claim(self._now):
             call: _Call = waiting.call
-            call.times.claimed_s = self._now
-            engine.run(self._sim_call(waiting.id, call), call, self._now)
+            call.times.claimed_s, call.waited = self._now, waiting
+            engine.run(self._sim_call(waiting), call, self._now)
         self._front.changed(engine)
         self._ring(engine)
         self._go_on(engine)
 
-    def _sim_call(self, name: str, call: _Call) -> SimCall:
-        had, times = call.had, call.times
+    def _sim_call(self, waiting: Waiting) -> SimCall:
+        """The call as its worker hands it to the engine (lua/claim.lua, `account_of`)."""
+        call: _Call = waiting.call
+        times, now, since = call.times, int(self._now * 1000), waiting.submitted_ms
+        waited, ran = self._table.unpaid(waiting.had)
+        if waiting.promoted_ms >= 0:
+            waited, ran, since = 0, 0, waiting.promoted_ms
         return SimCall(
-            name,
+            waiting.id,
             times.prompt_tokens,
             times.output_tokens,
             call.path,
-            level=times.level,
-            program=times.program if self._config.by_program else name,
-            inherited=had.service,
-            waited_s=had.waited_ms / 1000 + self._now - times.ready_s,
-            ran_s=had.ran_ms / 1000,
+            level=waiting.level,
+            program=times.program if self._config.by_program else waiting.id,
+            inherited=waiting.had.service,
+            waited_s=(waited + now - since) / 1000,
+            ran_s=ran / 1000,
         )
 
     def _go_on(self, engine: Engine) -> None:
@@ -292,10 +298,17 @@ class _Run:
         engine.finished(times.prompt_tokens)
         self._front.changed(engine)
         times.told_s = self._now
-        submitted, claimed, now = (int((t or 0.0) * 1000) for t in (times.ready_s, times.claimed_s, self._now))
-        self._table.charge(
-            times.program, call.had, charge(self._unit, _used(times)), claimed - submitted, now - claimed
-        )
+        if (queued := call.waited) is not None:
+            claimed, now = int((times.claimed_s or 0.0) * 1000), int(self._now * 1000)
+            promoted = queued.promoted_ms - queued.submitted_ms if queued.promoted_ms >= 0 else -1
+            self._table.charge(
+                times.program,
+                queued.had,
+                charge(self._unit, _used(times)),
+                claimed - queued.submitted_ms,
+                now - claimed,
+                promoted,
+            )
         self._table.session(times.session).resident[engine.id] = times.prompt_tokens + times.output_tokens
         self._follow(program, call.index)
 
@@ -313,9 +326,6 @@ class _Run:
             program.times.ended_s = self._now
             program.paths = Paths(self._config.sim.block_size)  # of no use any more
             self._table.end(program.spec.id, program.sessions)
-
-
-_NOTHING = Session()
 
 
 def _used(times: CallTimes) -> Used:

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from broker.messages import SessionView
 
 
-@dataclass(slots=True)
-class Session:
-    """One entry. Times in ms, service in service units."""
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a program has been charged. Times in ms, service in service units; `paid_…`: lua/family.lua, `totals`."""
 
     service: float = 0.0
-    waited_ms: int = 0
-    ran_ms: int = 0
+    waited_ms: float = 0
+    ran_ms: float = 0
+    paid_waited_ms: float = 0
+    paid_ran_ms: float = 0
+
+
+NOTHING = Account()
+
+
+class Place(NamedTuple):
+    """Where a call stands in a queue: its level, when it starves there, and whether it does already."""
+
+    level: int
+    starves_ms: float
+    promoted: bool
+
+
+@dataclass(slots=True)
+class Session:
+    """One entry. `account`: of a root session alone."""
+
+    account: Account = NOTHING
     engine: str = ""
     resident: dict[str, int] = field(default_factory=dict)
 
     def view(self) -> SessionView:
-        return SessionView(self.engine, self.resident, service=int(self.service))
+        return SessionView(self.engine, self.resident, service=int(self.account.service))
 
 
 class ProcessTable:
     """All entries. `rules`: those of broker/lua/programs.lua."""
 
-    def __init__(self, rules: Any, level_bounds: tuple[int, ...]) -> None:
+    def __init__(self, rules: Any, level_bounds: tuple[int, ...], beta: float) -> None:
         self._rules = rules
         self._bounds = rules.list(level_bounds)
+        self._beta = beta
         self._sessions: dict[str, Session] = {}
 
     def session(self, name: str) -> Session:
@@ -36,18 +57,40 @@ class ProcessTable:
             found = self._sessions[name] = Session()
         return found
 
-    def level_of(self, service: float) -> int:
-        return int(self._rules.level_of(service, self._bounds))
+    def place(self, had: Account, submitted_ms: int, now_ms: int) -> Place:
+        """Where a call of a program stands that has had so much."""
+        waited, ran = self.unpaid(had)
+        place = self._rules.place(had.service, waited, ran, submitted_ms, now_ms, self._bounds, self._beta)
+        return Place(*place)
+
+    def unpaid(self, had: Account) -> tuple[float, float]:
+        """What of its waiting and running no promotion has paid for yet."""
+        unpaid = self._rules.unpaid
+        return unpaid(had.waited_ms, had.paid_waited_ms), unpaid(had.ran_ms, had.paid_ran_ms)
 
     def score(self, priority: int, level: int, submitted_ms: int) -> float:
         return float(self._rules.queue_score(priority, level, submitted_ms))
 
-    def charge(self, program: str, had: Session, service: float, waited_ms: int, ran_ms: int) -> None:
-        """A call of the program has ended; `had`: what the entry was when the call was assigned."""
+    def charge(self, program: str, had: Account, service: float, waited_ms: int, ran_ms: int, promoted_ms: int) -> None:
+        """A call of the program has ended.
+
+        Args:
+            had: what the program had been charged when the call was assigned.
+            promoted_ms: how long it had waited when it was promoted; -1 = it was not.
+        """
         entry, charged = self.session(program), self._rules.charged
-        entry.service = charged(entry.service, had.service, service)
-        entry.waited_ms = charged(entry.waited_ms, had.waited_ms, waited_ms)
-        entry.ran_ms = charged(entry.ran_ms, had.ran_ms, ran_ms)
+        was = entry.account
+        paid_waited, paid_ran = was.paid_waited_ms, was.paid_ran_ms
+        if promoted_ms >= 0:
+            paid_waited = charged(paid_waited, had.waited_ms, promoted_ms)
+            paid_ran = charged(paid_ran, had.ran_ms, 0)
+        entry.account = Account(
+            charged(was.service, had.service, service),
+            charged(was.waited_ms, had.waited_ms, waited_ms),
+            charged(was.ran_ms, had.ran_ms, ran_ms),
+            paid_waited,
+            paid_ran,
+        )
 
     def end(self, program: str, sessions: set[str]) -> None:
         """The program is over: in Redis its entries expire."""

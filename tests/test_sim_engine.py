@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -292,6 +293,9 @@ def test_every_call_finishes_within_the_limits(
     assert engine.cache.used == 0
 
 
+RULES = PlasRules(bounds=(20, 60, 200), most_victims=2)
+
+
 def random_calls(random: Random, n: int) -> list[tuple[float, SimCall]]:
     """Calls and their arrivals; their prompts share beginnings."""
     at, calls = 0.0, []
@@ -299,7 +303,8 @@ def random_calls(random: Random, n: int) -> list[tuple[float, SimCall]]:
         at += random.expovariate(0.5)
         prompt = [(random.randint(1, 3) * 10 + d, random.choice((3, 8, 17, 33))) for d in range(random.randint(1, 4))]
         output = (1000 + i, random.randint(1, 40))
-        program = {"program": random.choice("abcd"), "inherited": random.choice((0, 0, 30, 100, 1000))}
+        inherited = random.choice((0, 0, 30, 100, 1000))
+        program = {"program": random.choice("abcd"), "inherited": inherited, "level": RULES.level_of(inherited)}
         times = {"waited_s": random.choice((0.0, 5.0)), "ran_s": random.choice((0.0, 2.0))}
         priority = random.choice((0, 0, 1))
         calls.append((at, SimCall.of_texts(str(i), prompt, output, BLOCK, priority=priority, **program, **times)))
@@ -334,7 +339,7 @@ def test_many_steps_at_once_give_what_single_steps_give(seed: int) -> None:
         max_num_seqs=random.choice((1, 3, 8)),
         prefix_caching=random.random() < 0.8,
         scheduler=random.choice(("fcfs", "priority", "plas", "plas")),
-        plas=PlasRules(bounds=(20, 60, 200), beta=random.choice((0.0, 1.0, 8.0)), most_victims=2),
+        plas=replace(RULES, beta=random.choice((0.0, 0.93, 7.1))),
         times=SimTimes(step_s=0.10713, prefill_token_s=0.00317, decode_seq_s=0.01093, context_token_s=1.37e-4),
     )
     found = []

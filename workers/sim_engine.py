@@ -300,7 +300,8 @@ class SimEngine:
         return ended
 
     def _make_way(self, now: float) -> bool:
-        """Takes their places from running calls for which the scheduler has better ones waiting.
+        """Takes their places from running calls for which the scheduler has better ones waiting: for a slot, for KV
+        blocks, or for the tokens of a step.
 
         Returns whether there will be more to decide with the next step.
         """
@@ -309,14 +310,15 @@ class SimEngine:
             return False
         free = self.config.slots - len(self.running)
         need = self._blocks(head.known) - self._cached(head)[1] - self.cache.free
+        room_of = self._room_of
         if free > 0 >= need:
-            return True  # it fits, unless what runs grows into the room first
+            need, room_of = 1, self._step_of  # it fits, but a long prompt may take whole steps
         valid = (entry for entry in self._queue if entry[1].phase is Phase.WAITING and entry[0] == entry[1].order)
         waiting = [call for _, call in nsmallest(self.config.plas.most_victims, valid)]
-        victims = self._scheduler.victims(list(dict.fromkeys(waiting)), self.running, free, need, self._room_of)
+        victims = self._scheduler.victims(list(dict.fromkeys(waiting)), self.running, free, need, room_of)
         for victim in victims:
             self._preempt(victim, now)
-        return bool(victims)
+        return bool(victims) or room_of == self._step_of
 
     def _room_of(self, call: SimCall) -> int:
         """Blocks that are free once a running call is gone."""
@@ -324,6 +326,11 @@ class SimEngine:
         if call.phase is Phase.DECODE:
             own = self._blocks(call.computed) - _shared(call)
         return own + self.cache.alone(call.held)
+
+    def _step_of(self, call: SimCall) -> int:
+        """Tokens of a step that are there for others once a running call is gone, if it takes the whole of the step."""
+        budget = self.config.max_num_batched_tokens - self._decoding
+        return budget if call.phase is Phase.PREFILL and call.known - call.computed >= budget else 0
 
     def _preempt(self, call: SimCall, now: float, grown: bool = False) -> None:
         """Puts a running call back to waiting. `grown`: it has a block for the next token already."""

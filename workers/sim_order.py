@@ -93,6 +93,7 @@ class PlasScheduler(Scheduler):
             arrival=now,
             priority=call.priority,
             inherited=call.inherited,
+            level=call.level,
             waited_s=call.waited_s,
             ran_s=call.ran_s,
         )

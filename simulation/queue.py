@@ -1,0 +1,84 @@
+"""An engine's queue in virtual time, as lua/attempts.lua and lua/claim.lua keep it in Redis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Any
+
+from simulation.table import Account, ProcessTable
+
+# As in lua/claim.lua: so many starving calls are moved ahead with one claim.
+_PROMOTE_MANY = 64
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A call in a queue. Times in ms.
+
+    Attributes:
+        had: what its program had been charged when it was assigned.
+        score: its place; of equal ones the id decides, as in Redis.
+        starves_ms: when it will have waited for too long; inf = never.
+        promoted_ms: when it was moved ahead for that; -1 = it was not.
+    """
+
+    id: str
+    call: Any
+    tokens: int
+    submitted_ms: int
+    had: Account
+    level: int
+    starves_ms: float
+    promoted_ms: int
+    score: float = 0.0
+    here: bool = False
+
+
+class Queue:
+    """Calls that wait for one engine."""
+
+    def __init__(self, table: ProcessTable) -> None:
+        self._table = table
+        self._order: list[tuple[float, str, Waiting]] = []  # heaps; entries may be out of date
+        self._starving: list[tuple[float, str, Waiting]] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, waiting: Waiting) -> None:
+        waiting.here = True
+        self._size += 1
+        self._put(waiting)
+        if waiting.starves_ms < 1 << 62:
+            heappush(self._starving, (waiting.starves_ms, waiting.id, waiting))
+
+    def remove(self, waiting: Waiting) -> None:
+        """Takes a call out, wherever it stands."""
+        waiting.here = False
+        self._size -= 1
+
+    def claim(self, most: int, now_ms: int) -> list[Waiting]:
+        """Moves those that starve ahead, then takes the first calls."""
+        self._promote(now_ms)
+        taken: list[Waiting] = []
+        while len(taken) < most and self._size:
+            score, _, waiting = heappop(self._order)
+            if waiting.here and waiting.score == score:
+                self.remove(waiting)
+                taken.append(waiting)
+        return taken
+
+    def _promote(self, now_ms: int) -> None:
+        for _ in range(_PROMOTE_MANY):
+            if not self._starving or self._starving[0][0] > now_ms:
+                return
+            waiting = heappop(self._starving)[2]
+            if waiting.here:
+                waiting.level, waiting.promoted_ms = 0, now_ms
+                self._put(waiting)
+
+    def _put(self, waiting: Waiting) -> None:
+        waiting.score = self._table.score(0, waiting.level, waiting.submitted_ms)
+        heappush(self._order, (waiting.score, waiting.id, waiting))
