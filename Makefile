@@ -13,7 +13,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 INPUTS ?= 100000
 MACHINE ?= unnamed
 
-.PHONY: demo test check fuzz bench bench-crash chaos model vllm-versions clean
+.PHONY: demo test check fuzz bench bench-crash bench-peers chaos model vllm-versions clean
 
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
@@ -37,6 +37,12 @@ bench: $(BASE_STAMP)
 bench-crash: $(BASE_STAMP)
 	$(PY) -m bench.recovery
 	$(PY) -m bench.streams
+
+# The same programs through public routers and through ours: 10 minutes; ROUNDS=6 for half an hour.
+ROUNDS ?= 2
+bench-peers: $(BASE_STAMP)
+	$(PY) -m bench.program_peers --rounds $(ROUNDS)
+
 # `make model EXAMPLES=5000` walks new ways each time; the tests walk the same few.
 EXAMPLES ?= 1000
 model: $(BASE_STAMP)

@@ -48,7 +48,7 @@ def sim_servers(
 
 @contextmanager
 def router(command: Sequence[str], servers: Sequence[HttpServer], log: IO[bytes]) -> Iterator[HttpServer]:
-    """One of the routers below, with further options, before these servers. It is there once it has passed a call on."""
+    """One of the routers below, with further options, before these servers. It is up once it has passed a call on."""
     port, metrics_port = free_ports(2)
     options = ["--host", "127.0.0.1", "--prometheus-port", str(metrics_port), "--worker-startup-check-interval", "1"]
     urls = [server.url for server in servers]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import IO, Any
 
 import httpx
 
 from bench.http_servers import MODEL, PATIENCE_S, router, sglang_router, sim_servers, vllm_router
-from bench.venvs import python_for
+from bench.venvs import version_of
 from broker import AsyncClient, Settings
 from broker.ids import new_id
 from broker.monitor import Monitor
@@ -187,11 +185,7 @@ class System:
     run: Any
 
     def version(self) -> str:
-        if not self.venv:
-            return version(self.package)
-        code = f"from importlib.metadata import version; print(version({self.package!r}))"
-        done = subprocess.run([python_for(self.venv), "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-        return done.stdout.strip()
+        return version_of(self.package, self.venv)
 
 
 SYSTEMS = (

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +37,15 @@ def python_for(name: str) -> Path:
         # Written last: an environment left half-made has no stamp and is made anew.
         (home / STAMP).write_text(key)
     return interpreter(home)
+
+
+def version_of(package: str, name: str) -> str:
+    """Return a package's version in the environment of that peer; "" = in this one."""
+    if not name:
+        return version(package)
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    done = subprocess.run([python_for(name), "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip()
 
 
 def cache_key(requirements: Path) -> str:

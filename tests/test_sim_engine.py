@@ -352,6 +352,16 @@ def test_many_steps_at_once_give_what_single_steps_give(seed: int) -> None:
         assert single == pytest.approx(many, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "text", [" w0 w1 w31999 w7", " w32000 w99999", " w2 w3", " w07 w5", " w123456 w1", " w1w2", " w5 "]
+)
+def test_words_of_ids_are_read_as_they_are_in_any_text(text: str) -> None:
+    """Texts of words alone are read in one go; with anything else before them they are not."""
+    assert tokenize("x" + text) == tokenize("x") + tokenize(text)
+    assert Prompt(text).size() == len(tokenize(text))
+    assert Prompt(text).origin() == (Prompt(text).seed(), 0)
+
+
 def test_tokens_of_a_text_grow_with_it_and_answers_read_back_as_their_ids() -> None:
     text = "Explain quantum  computing\n\nto me, please."
     ids = tokenize(text)
