@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -46,7 +46,10 @@ class Settings(BaseSettings):
 
     policy: str = Field("autellix", description="routing policy: a name or package.module:Class")
     cache_token_threshold: int = Field(2048, ge=0, description="prompts up to this many tokens go anywhere")
-    service_unit: str = Field("tokens", description="what calls cost: tokens, time, kv, or package.module:Class")
+    service_unit: str = Field("tokens", description="what calls cost: tokens, work, time, kv, or package.module:Class")
+    service_rule: Literal["path", "total"] = Field(
+        "path", description="what a program has had: its longest path of calls (path), or all of them (total)"
+    )
     level_bounds: Annotated[tuple[int, ...], NoDecode] = Field(
         (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000),
         max_length=15,

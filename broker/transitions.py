@@ -180,7 +180,7 @@ class Transitions:
         return Command(script("publish"), args, _texts)
 
     def finish(self, engine: str, ends: Sequence[Finish]) -> Command[list[str]]:
-        args = self._args(engine)
+        args = self._args(engine, self._settings.service_rule)
         for e in ends:
             f = e.fence
             args += [
@@ -224,7 +224,8 @@ class Transitions:
 
     def session(self, op: str, session: str, *args: Arg) -> Command[int]:
         """Its reply may be a refusal: `scripts.run` then raises InvalidRequest."""
-        return Command(script("session"), self._args(op, session, *args), _number_or_refusal)
+        rule = (self._settings.service_rule,) if op == "charge" else ()
+        return Command(script("session"), self._args(op, session, *args, *rule), _number_or_refusal)
 
 
 def _texts(reply: Sequence[bytes]) -> list[str]:

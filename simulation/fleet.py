@@ -143,7 +143,7 @@ class _Run:
         self._config = config
         self._random = Random(seed)  # noqa: S311
         settings = config.settings
-        self._table = ProcessTable(rules(), settings.level_bounds, settings.starvation_beta)
+        self._table = ProcessTable(rules(), settings.level_bounds, settings.starvation_beta, settings.service_rule)
         self._unit = create_unit(settings.service_unit)
         plas = replace(config.sim.plas, bounds=settings.level_bounds, beta=settings.starvation_beta)
         sim = replace(config.sim, plas=plas)

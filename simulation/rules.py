@@ -8,7 +8,7 @@ from typing import Any
 
 from broker.errors import InvalidRequest
 
-_NAMES = ("level_of", "charged", "unpaid", "starves_at", "place", "queue_score", "RUN_FLOOR_MS")
+_NAMES = ("level_of", "charged", "served", "unpaid", "starves_at", "place", "queue_score", "RUN_FLOOR_MS")
 MISSING = "Simulating a fleet needs lupa, a Lua for Python: pip install 'rsm-engine[simulation]'."
 
 

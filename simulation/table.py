@@ -45,8 +45,9 @@ class Session:
 class ProcessTable:
     """All entries. `rules`: those of broker/lua/programs.lua."""
 
-    def __init__(self, rules: Any, level_bounds: tuple[int, ...], beta: float) -> None:
+    def __init__(self, rules: Any, level_bounds: tuple[int, ...], beta: float, rule: str = "path") -> None:
         self._rules = rules
+        self._rule = rule
         self._bounds = rules.list(level_bounds)
         self._beta = beta
         self._sessions: dict[str, Session] = {}
@@ -85,7 +86,7 @@ class ProcessTable:
             paid_waited = charged(paid_waited, had.waited_ms, promoted_ms)
             paid_ran = charged(paid_ran, had.ran_ms, 0)
         entry.account = Account(
-            charged(was.service, had.service, service),
+            self._rules.served(self._rule, was.service, had.service, service),
             charged(was.waited_ms, had.waited_ms, waited_ms),
             charged(was.ran_ms, had.ran_ms, ran_ms),
             paid_waited,

@@ -15,13 +15,18 @@ from tests.world import World
 from workers.backend import Job, Outcome
 from workers.calls import Calls
 from workers.publisher import Ended, Item
-from workers.service import KvTokens, ServiceUnit, Time, Tokens, Used, charge, create_unit
+from workers.service import KvTokens, ServiceUnit, Time, Tokens, Used, Work, charge, create_unit
 from workers.sim_backend import SimBackend
 
 
 def test_tokens_are_uncached_prompt_and_twice_the_answer() -> None:
     assert Tokens().service(Used(1000, 50, 400, ran_s=9)) == 700
     assert Tokens().service(Used(1000, 50, 1200)) == 100, "never less than the answer"
+
+
+def test_work_counts_a_prompt_token_for_an_eighth() -> None:
+    assert Work().service(Used(1000, 50, 600)) == 100 + 100
+    assert isinstance(create_unit("work"), Work)
 
 
 def test_time_is_in_ms() -> None:
@@ -65,7 +70,7 @@ def test_units_by_name(plugin: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "joules", "no.such.module:Class", "workers.service", "workers.service:No", ":X"])
 def test_no_such_unit(name: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"There is no service unit .* Use one of tokens, time, kv, or"):
+    with pytest.raises(InvalidRequest, match=r"There is no service unit .* Use one of tokens, work, time, kv, or"):
         create_unit(name)
 
 

@@ -150,6 +150,19 @@ def test_service_is_the_longest_path_not_the_sum(world: World) -> None:
     assert world.record("c")["inherited"] == "100"
 
 
+def test_service_is_all_that_calls_cost_if_so_wished(world: World) -> None:
+    world.transitions = world.with_settings(service_rule="total")
+    worker = world.worker()
+    for call_id in ("a", "b"):
+        world.queue(call_id, session="s")
+    for call, service in zip([worker.take(), worker.take()], (100, 50), strict=True):
+        end = worker.end_of(call, service=service)
+        assert world.run(world.transitions.finish("e1", [end])) == ["done"]
+        assert world.run(world.transitions.finish("e1", [end])) == ["again"], "a repeated end costs nothing"
+    assert world.session("s")["service"] == "150"
+    assert world.charge("s", 30) == 180
+
+
 def test_finish_writes_where_the_cache_is(world: World) -> None:
     worker = world.worker()
     worker.finish(world.start("c1", worker, session="s"), resident_tokens=50)

@@ -54,6 +54,17 @@ class Tokens(ServiceUnit):
         return max(0, used.prompt_tokens - used.cached_tokens) + 2 * used.completion_tokens
 
 
+class Work(ServiceUnit):
+    """Tokens of the answer + an eighth of the uncached tokens of the prompt, times 2: about what they cost an engine.
+
+    Prompts are computed thousands of tokens at a time, answers a token of each call at a time: of an 8B model on an
+    H100 a prompt token takes about 36 us, and an answer token in a batch of 64 with contexts of 2,000 0.2 to 0.3 ms.
+    """
+
+    def service(self, used: Used) -> float:
+        return max(0, used.prompt_tokens - used.cached_tokens) / 4 + 2 * used.completion_tokens
+
+
 class Time(ServiceUnit):
     """Milliseconds in the engine's batch: the paper's unit. The same call takes longer among many."""
 
@@ -82,7 +93,7 @@ def charge(unit: ServiceUnit, used: Used) -> int:
         return 0
 
 
-UNITS: dict[str, type[ServiceUnit]] = {"tokens": Tokens, "time": Time, "kv": KvTokens}
+UNITS: dict[str, type[ServiceUnit]] = {"tokens": Tokens, "work": Work, "time": Time, "kv": KvTokens}
 
 
 def create_unit(name: str) -> ServiceUnit:

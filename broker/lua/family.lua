@@ -81,8 +81,8 @@ local function program_of(s, steps)
   return p
 end
 
-local function charge_total(p, name, inherited, own)
-  local total = charged(p[name], inherited, own)
+local function charge_total(p, name, inherited, own, rule)
+  local total = served(rule, p[name], inherited, own)
   if total > p[name] then
     p[name] = total
     set_later(p.key, name, int(total))

@@ -1,19 +1,19 @@
 --- @include lib programs family terminal
 -- A worker ends calls: record, process table, affinity and the waiter's event in one step.
 --
--- ARGV     engine, then per call: id gen attempt state error_code error result prompt_tokens completion_tokens
+-- ARGV     engine rule (of service: "path" | "total", lua/programs.lua), then per call: id gen attempt state error_code error result prompt_tokens completion_tokens
 --          cached_tokens resident_tokens (tokens of the session now believed cached on this engine)
 --          events (how many the worker has published of it, earlier attempts included; "" = not told)
 --          service (what the call cost, in the deployment's unit: a whole number)
 -- Returns  list, per call: "done" | "again" (this very finish had arrived before) | "stale"
 --          | "gap" (Redis lost some of its events; nothing is changed: give the attempt up)
-local e = ARGV[4]
+local e, rule = ARGV[4], ARGV[5]
 
--- Service, waiting and running follow the same rule. A promotion has been paid for once the call has had its turn: what
+-- Waiting and running go by the longest path, service as it is asked for. A promotion has been paid for once the call has had its turn: what
 -- its program had waited until then, and run before, counts no more for the next one.
 local function charge_program(c, service, waited, ran)
   local p, waited_before, ran_before = program_of(c.session), tonumber(c.waited_ms) or 0, tonumber(c.ran_ms) or 0
-  charge_total(p, 'service', tonumber(c.inherited) or 0, service)
+  charge_total(p, 'service', tonumber(c.inherited) or 0, service, rule)
   charge_total(p, 'waited_ms', waited_before, waited)
   charge_total(p, 'ran_ms', ran_before, ran)
   if c.promoted_ms ~= '' then
@@ -63,7 +63,7 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
 end
 
 local out = {}
-for at = 5, #ARGV, 13 do out[#out + 1] = finish(unpack(ARGV, at, at + 12)) end
+for at = 6, #ARGV, 13 do out[#out + 1] = finish(unpack(ARGV, at, at + 12)) end
 make_way(e)
 write_all()
 return out

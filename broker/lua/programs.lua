@@ -21,6 +21,13 @@ end
 -- and in whichever order, by whichever router or worker, calls are accounted for, the outcome is the same.
 local function charged(now, inherited, own) return math.max(now, inherited + own) end
 
+-- The same of service, which alone has a choice (RSM_SERVICE_RULE): "path", as above, or "total": all calls add up.
+-- A wide program, such as a tree search, is short by its longest path and large by all that it takes from others.
+local function served(rule, now, inherited, own)
+  if rule == 'total' then return now + own end
+  return charged(now, inherited, own)
+end
+
 -- What is left of a program's waiting, or running, since a promotion last paid for it. Beyond the paper, where a
 -- program that has starved once is promoted again and again until its running has caught up with all it ever waited.
 local function unpaid(total, paid) return math.max(0, total - paid) end

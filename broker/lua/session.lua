@@ -6,7 +6,7 @@
 --                                        child of that parent
 --          "end"                         removes entry and affinity unless calls are active; Returns calls active, those
 --                                        of its descendants included
---          "charge" call service waited_ms ran_ms   of a finished call, by the rule of lua/programs.lua; it inherits what
+--          "charge" call service waited_ms ran_ms rule   of a finished call (lua/programs.lua, `served`); it inherits what
 --                                        its record says, or, if no router assigned it, all that the program has (as a
 --                                        sequential call does). Returns the program's service
 local op, s = ARGV[4], ARGV[5]
@@ -38,11 +38,11 @@ local function finish()
   return 0
 end
 
-local function charge(call, service, waited, ran)
+local function charge(call, service, waited, ran, rule)
   local p = program_of(s)
   local c = redis.call('HMGET', call_key(call), 'assigned_ms', 'inherited', 'waited_ms', 'ran_ms')
   local function inherited(i, name) return c[1] and (tonumber(c[i]) or 0) or p[name] end
-  charge_total(p, 'service', inherited(2, 'service'), service)
+  charge_total(p, 'service', inherited(2, 'service'), service, rule)
   charge_total(p, 'waited_ms', inherited(3, 'waited_ms'), waited)
   charge_total(p, 'ran_ms', inherited(4, 'ran_ms'), ran)
   set_later(key, 'last_completion_ms', int(NOW))
@@ -59,7 +59,7 @@ if op == 'start' then
 elseif op == 'end' then
   reply = finish()
 else
-  reply = charge(ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]))
+  reply = charge(ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10])
 end
 write_all()
 return reply
