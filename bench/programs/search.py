@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import exp, inf, log, log2
 
 # Points of the grid in a doubling of the rate.
-PER_DOUBLING = 4
+PER_DOUBLING = 2
 
 
 def rate_of(point: int) -> float:

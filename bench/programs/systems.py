@@ -36,13 +36,36 @@ FCFS_RR = System("fcfs_rr", "FCFS + round robin", "round_robin", "fcfs", by_prog
 FCFS_LL = System("fcfs_ll", "FCFS + least loaded", "least_loaded", "fcfs", by_program=False)
 MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False)
 HASH = System("hash", "FCFS + hard session hash", "session_hash", "fcfs", by_program=False)
-PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "autellix", "plas")
+PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "bench.programs.algorithm2:Algorithm2", "plas")
 OURS = System("ours", "ours", "autellix", "plas")
 
 MAIN = (FCFS_RR, FCFS_LL, MLFQ, HASH, PAPER, OURS)
+# On fleets of other sizes.
+SCALING = (FCFS_RR, PAPER, OURS)
 # The same scheduler, ours, behind each way of routing.
 ROUTING = tuple(
-    OURS.but(f"route_{policy}", f"our scheduler, {policy}", policy=policy)
+    OURS.but(f"route_{policy}", f"our scheduler, {policy.replace('_', ' ')}", policy=policy)
     for policy in ("round_robin", "least_loaded", "session_hash", "autellix")
 )
-SYSTEMS = {s.name: s for s in (*MAIN, *ROUTING)}
+
+_BOUNDS = {
+    "1": "",
+    "3": "4000 64000",
+    "5": "2000 16000 128000 512000",
+    "12": "500 1000 2000 4000 8000 16000 32000 64000 128000 256000 512000",
+}
+ABLATIONS = (
+    FCFS_RR,
+    PAPER,
+    OURS,
+    *(OURS.but(f"k{k}", f"K = {k}", settings={"level_bounds": bounds}) for k, bounds in _BOUNDS.items()),
+    *(OURS.but(f"beta{beta}", f"β = {beta}", settings={"starvation_beta": beta}) for beta in (0, 2, 32)),
+    *(OURS.but(f"unit_{unit}", f"service in {unit}", settings={"service_unit": unit}) for unit in ("time", "kv")),
+    OURS.but("in_engine_fcfs", "FCFS inside the engines", scheduler="fcfs"),
+    OURS.but("in_engine_priority", "levels without preemption inside the engines", scheduler="priority"),
+    *(
+        PAPER.but(f"threshold{tokens}", f"paper, threshold {tokens}", settings={"cache_token_threshold": tokens})
+        for tokens in (0, 512, 8192)
+    ),
+)
+SYSTEMS = {s.name: s for s in (*MAIN, *ROUTING, *ABLATIONS)}

@@ -1,0 +1,74 @@
+"""What a run of the benchmark measures, quick or full: sweeps over rates on fleets of several sizes, and ablations.
+
+Windows are as long as two processor cores can simulate in the time that a run may take. They are short beside what a
+fleet lives through, so at rates beyond its capacity a backlog builds up for a window and is then worked off: a burst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bench.programs.systems import ABLATIONS, MAIN, ROUTING, SCALING, System
+
+# Levels of the mean latency at which throughputs are compared, as multiples of what FCFS + round robin has at the
+# lowest rate of the sweep, which is next to idle: a fleet under load, at its knee, and far beyond it.
+LEVELS = (3.0, 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Systems on one workload and fleet, over rates from `lowest` to `highest` programs a second."""
+
+    workload: str
+    engines: int
+    window_s: float
+    lowest: float
+    highest: float
+    systems: Sequence[System]
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """Variants at one rate, that of a fleet beyond its knee."""
+
+    workload: str
+    engines: int
+    window_s: float
+    rate: float
+    systems: Sequence[System]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`name`: of the result files."""
+
+    name: str
+    sweeps: Sequence[Sweep]
+    ablations: Sequence[Ablation]
+
+
+_FOUR = [
+    Sweep("mixed", 4, 90, 1, 64, (*MAIN, *ROUTING)),
+    Sweep("coding", 4, 900, 1 / 32, 2, (*MAIN, *ROUTING)),
+    Sweep("chat", 4, 90, 4, 256, MAIN),
+    Sweep("react", 4, 90, 1, 64, MAIN),
+    Sweep("tree", 4, 90, 0.5, 32, MAIN),
+    Sweep("prefix", 4, 120, 2, 128, MAIN),
+]
+_SIZES = [
+    Sweep("mixed", 1, 120, 0.25, 16, SCALING),
+    Sweep("coding", 1, 900, 1 / 128, 1, SCALING),
+    Sweep("mixed", 16, 60, 4, 256, SCALING),
+    Sweep("coding", 16, 450, 1 / 8, 8, SCALING),
+    Sweep("mixed", 64, 20, 16, 256, SCALING),
+    Sweep("coding", 64, 225, 0.5, 16, SCALING),
+]
+_ABLATIONS = [Ablation("mixed", 4, 90, 8, ABLATIONS), Ablation("coding", 4, 900, 0.25, ABLATIONS)]
+
+FULL = Plan("programs", [*_FOUR, *_SIZES], _ABLATIONS)
+QUICK = Plan(
+    "programs-quick",
+    [replace(s, window_s=s.window_s / 3, systems=SCALING) for s in _FOUR[:2]],
+    [replace(a, window_s=a.window_s / 3) for a in _ABLATIONS],
+)
