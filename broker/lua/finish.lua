@@ -54,7 +54,7 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
   count(engine_key(e), 'running_tokens', -load_of(c))
   charge(c, tonumber(prompt), tonumber(completion), tonumber(cached), tonumber(service))
   if tonumber(resident) > 0 and c.session ~= id then
-    set_later(affinity_key(c.session), e, resident .. ':' .. int(NOW))
+    set_later(affinity_key(c.session), e, resident .. ':' .. NOW_TEXT)
     touch(affinity_key(c.session), SESSION_TTL)
   end
   end_call(id, c, state, code, message, result, 'prompt_tokens', prompt, 'completion_tokens', completion,
