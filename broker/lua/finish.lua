@@ -1,16 +1,17 @@
 --- @include lib programs family terminal
 -- A worker ends calls: record, process table, affinity and the waiter's event in one step.
 --
--- ARGV     engine rule (of service: "path" | "total", lua/programs.lua), then per call: id gen attempt state error_code error result prompt_tokens completion_tokens
---          cached_tokens resident_tokens (tokens of the session now believed cached on this engine)
+-- ARGV     engine rule (of service: "path" | "total", lua/programs.lua), then per call: id gen attempt state error_code
+--          error result prompt_tokens completion_tokens cached_tokens
+--          resident_tokens (tokens of the session now believed cached on this engine)
 --          events (how many the worker has published of it, earlier attempts included; "" = not told)
 --          service (what the call cost, in the deployment's unit: a whole number)
 -- Returns  list, per call: "done" | "again" (this very finish had arrived before) | "stale"
 --          | "gap" (Redis lost some of its events; nothing is changed: give the attempt up)
 local e, rule = ARGV[4], ARGV[5]
 
--- Waiting and running go by the longest path, service as it is asked for. A promotion has been paid for once the call has had its turn: what
--- its program had waited until then, and run before, counts no more for the next one.
+-- Waiting and running go by the longest path, service as it is asked for. A promotion has been paid for once the call
+-- has had its turn: what its program had waited until then, and run before, counts no more for the next one.
 local function charge_program(c, service, waited, ran)
   local p, waited_before, ran_before = program_of(c.session), tonumber(c.waited_ms) or 0, tonumber(c.ran_ms) or 0
   charge_total(p, 'service', tonumber(c.inherited) or 0, service, rule)
