@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from broker.errors import InvalidRequest
 from broker.ids import check_id
+from broker.settings import Settings
 from workers.backend import Backend
 
 BackendName = Literal["vllm", "openai", "sim"]
@@ -93,17 +93,19 @@ def _openai(config: EngineConfig) -> Backend:
 
 
 def _sim(config: EngineConfig) -> Backend:
-    """engine_args: the fields of SimTimes and SimConfig; or instant=True, for calls that cost nothing."""
+    """engine_args: see `sim_config.config_of`."""
     from workers.sim_backend import SimBackend
-    from workers.sim_engine import SimConfig, SimTimes
+    from workers.sim_config import config_of
+    from workers.vllm_program import rules_of
 
-    args = dict(config.engine_args)
-    zero = SimTimes.zero() if args.pop("instant", False) else None
-    named = {f.name: args.pop(f.name) for f in fields(SimTimes) if f.name in args}
+    args = {"max_num_seqs": config.max_num_seqs, **config.engine_args}
     if config.max_model_len is not None:
         args["max_model_len"] = config.max_model_len
-    model = config.model or "sim-8b"
-    return SimBackend(SimConfig(model=model, max_num_seqs=config.max_num_seqs, times=zero or SimTimes(**named), **args))
+    if config.model:
+        args["model"] = config.model
+    settings = Settings()
+    given = {"model": "sim-8b", "plas": rules_of(settings), "service_unit": settings.service_unit}
+    return SimBackend(config_of(args, **given))
 
 
 _FACTORIES: dict[str, Callable[[EngineConfig], Backend]] = {"vllm": _vllm, "openai": _openai, "sim": _sim}

@@ -16,7 +16,7 @@ _PROMPT_UNITS, _OUTPUT_UNITS = 1, 2
 
 
 def rules_of(settings: Settings) -> PlasRules:
-    return PlasRules(bounds=settings.level_bounds)
+    return PlasRules(bounds=settings.level_bounds, beta=settings.starvation_beta)
 
 
 @dataclass(frozen=True, slots=True)

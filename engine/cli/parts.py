@@ -57,11 +57,11 @@ def engine_config(
         max_num_seqs=max_num_seqs,
         tensor_parallel_size=tensor_parallel,
         base_url=base_url,
-        engine_args=dict(map(_pair, engine_arg or [])),
+        engine_args=dict(map(pair, engine_arg or [])),
     )
 
 
-def _pair(option: str) -> tuple[str, Any]:
+def pair(option: str) -> tuple[str, Any]:
     """NAME=VALUE; the value is JSON where it reads as such, else text."""
     name, equals, value = option.partition("=")
     if not equals or not name:
