@@ -54,7 +54,7 @@ class FleetConfig:
     """What to simulate.
 
     Attributes:
-        sim: every engine; its `scheduler` is the one inside the engines, with the bounds, beta and unit of `settings`.
+        sim: every engine; its `scheduler` is the one inside the engines, with the bounds and beta of `settings`.
         policy: of the router: a name, package.module:Class, or a class.
         settings: of the broker: level_bounds, starvation_beta, service_unit, tick_ms and what policies read.
         by_program: calls inherit their program's service; False: each call begins anew, as in a plain MLFQ.
@@ -146,7 +146,7 @@ class _Run:
         self._table = ProcessTable(rules(), settings.level_bounds, settings.starvation_beta, settings.service_rule)
         self._unit = create_unit(settings.service_unit)
         plas = replace(config.sim.plas, bounds=settings.level_bounds, beta=settings.starvation_beta)
-        sim = replace(config.sim, plas=plas, service_unit=settings.service_unit)
+        sim = replace(config.sim, plas=plas)
         self.engines = [Engine(f"e{i}", sim, config.prefetch, self._table) for i in range(config.engines)]
         policy = config.policy
         chosen = (

@@ -94,7 +94,7 @@ def test_coding_sessions_are_those_of_the_trace_scaled() -> None:
     assert len(programs) == pytest.approx(300, rel=0.2)
     prompts = [c.prompt_tokens for p in programs for c in p.calls]
     assert max(prompts) <= traces.MAX_PROMPT
-    assert median(prompts) == pytest.approx(105_000 / traces.SCALE, rel=0.25)
+    assert median(prompts) == pytest.approx(105_000 / traces.SCALE, rel=0.2)
     assert median(c.output_tokens for p in programs for c in p.calls) == pytest.approx(216 / traces.SCALE, rel=0.2)
     shared = total = 0
     for p in programs:
@@ -125,7 +125,7 @@ def test_prefix_requests_keep_the_traces_order_and_blocks() -> None:
 
 # -- metrics
 
-TIMES = SimTimes(step_s=0.01, prefill_token_s=0.001, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)
+TIMES = SimTimes(step_s=0.01, prefill_token_s=0.001, decode_seq_s=0.0, context_token_s=0.0)
 HEAD, TURN = Segment(1, 100), Segment(2, 50)
 # Two calls at once behind a first one; the later of their ends ends the program.
 FORK = ProgramSpec(
