@@ -132,6 +132,7 @@ class EngineView:
         ahead: what waits in its queue, by rank (`rank_of`).
         computed: tokens whose KV it has computed in its life, prompts and outputs: how far its cache has turned over.
         completion_tokens: how long answers were of late, in the mean; 0 = not known.
+        spoken_for: tokens of its KV cache that sessions have, or will soon ask for again (lua/residents.lua).
     """
 
     id: str
@@ -152,6 +153,7 @@ class EngineView:
     ahead: Mapping[int, Ahead] = field(default_factory=dict)
     computed: int = 0
     completion_tokens: float = 0.0
+    spoken_for: float = 0.0
 
     @property
     def load_tokens(self) -> int:
@@ -181,6 +183,20 @@ class CacheUse(NamedTuple):
     computed: int | None = None
 
 
+class Share(NamedTuple):
+    """What a session has of an engine's KV cache, in tokens, decayed since its last call there ended.
+
+    `home`: its next call may go there without question; `active`: it has unfinished calls there.
+    """
+
+    tokens: float = 0.0
+    home: bool = False
+    active: bool = False
+
+
+NOT_THERE = Share()
+
+
 @dataclass(frozen=True, slots=True)
 class SessionView:
     """Where a session's KV cache is believed to be: engine id → resident tokens; `bound`: the engine it is tied to.
@@ -189,6 +205,7 @@ class SessionView:
         used: engine id → the last use of that cache.
         service: what its program has had, in service units; `level`: that of a call that came now.
         completion_tokens: how long its answers were, in the mean, of `completed` calls.
+        shares: engine id → what it has of that engine's KV cache, where it has any.
     """
 
     bound: str = ""
@@ -198,6 +215,7 @@ class SessionView:
     level: int = 0
     completed: int = 0
     completion_tokens: float = 0.0
+    shares: Mapping[str, Share] = field(default_factory=dict)
 
 
 def resident_tokens(affinity: Iterable[tuple[bytes, bytes]]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from broker.messages import EngineView, SessionView, rank_of
 from broker.models import EngineState
+from router.admission import HELD, Admission, context_of, new_of, with_context
 from router.policies.base import CallView, Choice, Policy, with_call
 
 NO_ENGINE = "No engine serves the model {model!r}. Models at hand: {models}."
@@ -25,11 +26,15 @@ class Decision:
         choice: None = no engine of its model takes calls: it is parked, or refused.
         seen: the engine that its session was bound to when this was decided.
         refusal: why no engine will ever run it; "" = it is not refused.
+        context: tokens of KV that it will hold; 0 = nobody asks.
+        new: what of them no other call of its session holds there.
     """
 
     choice: Choice | None
     seen: str = ""
     refusal: str = ""
+    context: int = 0
+    new: int = 0
 
 
 class Chooser:
@@ -38,8 +43,9 @@ class Chooser:
     Not for several threads. Between two looks at the fleet (`see`), calls that it placed count as queued.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, admission: Admission | None = None) -> None:
         self.policy = policy
+        self.admission = admission
         self._fleet: dict[str, EngineView] = {}
         self._models: frozenset[str] = frozenset()
         # By model ("" = any) and id, those that take calls; made when first asked for.
@@ -71,7 +77,7 @@ class Chooser:
 
     def needs_session(self, call: CallView) -> bool:
         """Whether `place` wants to know the call's session."""
-        return self.policy.needs_session(call)
+        return self.admission is not None or self.policy.needs_session(call)
 
     def ready(self, model: str) -> Sequence[EngineView]:
         """The engines that take calls of a model; "" = of any."""
@@ -97,23 +103,33 @@ class Chooser:
         if not ready:
             return Decision(None, refusal=self._refusal(call.model))
         session = sessions.get(call.session, _NOWHERE)
+        if self.admission is not None:
+            ready = self.admission.open_to(call, ready, session)
+        if not ready:
+            return Decision(Choice("", HELD.format(tokens=call.prompt_tokens), hold=True), session.bound)
         choice = self.policy.choose(call, ready, session)
-        if not choice.hold:
-            self._give(call, choice, session)
-            if choice.bind:
-                sessions[call.session] = replace(session, bound=choice.engine)
-        return Decision(choice, session.bound)
+        if choice.hold:
+            return Decision(choice, session.bound)
+        return self._given(call, choice, session, sessions)
+
+    def _given(
+        self, call: CallView, choice: Choice, session: SessionView, sessions: dict[str, SessionView]
+    ) -> Decision:
+        engine, seen, context, new = self._fleet[choice.engine], session.bound, 0, 0
+        if choice.bind:
+            session = sessions[call.session] = replace(session, bound=choice.engine)
+        if self.admission is not None:
+            context, new = context_of(call, engine, session), new_of(call, engine, session)
+            engine, sessions[call.session] = with_context(engine, call, session)
+        rank = rank_of(call.priority, session.level) if choice.costs else None
+        self._put(with_call(engine, call.prompt_tokens, reuse=choice.reuse, rank=rank))
+        return Decision(choice, seen, context=context, new=new)
 
     def _refusal(self, model: str) -> str:
         """An empty fleet refuses nobody: engines may be on their way."""
         if not self._fleet or not model or model in self._models:
             return ""
         return NO_ENGINE.format(model=model, models=", ".join(sorted(self._models)))
-
-    def _give(self, call: CallView, choice: Choice, session: SessionView) -> None:
-        engine = self._fleet[choice.engine]
-        rank = rank_of(call.priority, session.level) if choice.costs else None
-        self._put(with_call(engine, call.prompt_tokens, reuse=choice.reuse, rank=rank))
 
     def _put(self, engine: EngineView) -> None:
         self._fleet[engine.id] = engine

@@ -23,6 +23,7 @@ from simulation.engine import Engine
 from simulation.front import Front
 from simulation.paths import Paths
 from simulation.queue import Waiting
+from simulation.residents import Residents
 from simulation.results import CallTimes, ProgramTimes, Results
 from simulation.rules import rules
 from simulation.table import NOTHING, ProcessTable
@@ -54,9 +55,9 @@ class FleetConfig:
     """What to simulate.
 
     Attributes:
-        sim: every engine; its `scheduler` is the one inside the engines, with the bounds and beta of `settings`.
+        sim: every engine; its `scheduler` is the one inside the engines, with the bounds, beta and unit of `settings`.
         policy: of the router: a name, package.module:Class, or a class.
-        settings: of the broker: level_bounds, starvation_beta, service_unit, tick_ms and what policies read.
+        settings: of the broker: level_bounds, starvation_beta, service_unit, tick_ms, admission and what policies read.
         by_program: calls inherit their program's service; False: each call begins anew, as in a plain MLFQ.
         prefetch: calls that a worker claims beyond its slots.
         horizon_s: when to break off; inf: when all programs have ended.
@@ -104,7 +105,7 @@ def _no_collector() -> Iterator[None]:
 
 
 # What happens, in the order in which events of one moment are handled: calls come before an engine goes on.
-_READY, _ASSIGN, _FINISH, _CLAIM, _STEP, _BEGIN = range(6)
+_READY, _ASSIGN, _FINISH, _CLAIM, _STEP, _BEGIN, _TICK = range(7)
 
 
 @dataclass(slots=True, eq=False)
@@ -136,6 +137,7 @@ class _Call:
     path: Path
     times: CallTimes
     waited: Waiting | None = None  # as it stood in its engine's queue
+    context: int = 0  # what it was expected to hold of its engine's KV cache
 
 
 class _Run:
@@ -146,7 +148,7 @@ class _Run:
         self._table = ProcessTable(rules(), settings.level_bounds, settings.starvation_beta, settings.service_rule)
         self._unit = create_unit(settings.service_unit)
         plas = replace(config.sim.plas, bounds=settings.level_bounds, beta=settings.starvation_beta)
-        sim = replace(config.sim, plas=plas)
+        sim = replace(config.sim, plas=plas, service_unit=settings.service_unit)
         self.engines = [Engine(f"e{i}", sim, config.prefetch, self._table) for i in range(config.engines)]
         policy = config.policy
         chosen = (
@@ -154,7 +156,10 @@ class _Run:
             if isinstance(policy, type)
             else create_policy(settings.model_copy(update={"policy": policy}))
         )
-        self._front = Front(chosen, self.engines)
+        self._by_id = {e.id: e for e in self.engines}
+        self._residents = Residents(rules(), settings, self.engines, self._table) if settings.admission else None
+        self._front = Front(chosen, self.engines, self._residents, settings.admission_factor)
+        self._tick_s, self._ticking = settings.tick_ms / 1000, False
         self._programs = [_Program.of(spec, config.sim.block_size) for spec in workload]
         self._heap: list[tuple[float, int, int, object]] = []
         self._numbers = count()
@@ -163,6 +168,7 @@ class _Run:
         self._now = 0.0
         self._do: list[Callable[..., None]] = [
             self._ready, self._assign, self._finish, self._claim, self._step_ends, self._begin,
+            self._tick,
         ]  # fmt: skip
 
     def run(self) -> float:
@@ -214,22 +220,56 @@ class _Run:
 
     def _assign(self, call: _Call) -> None:
         times, table = call.times, self._table
-        session = table.session(times.session)
-        found = self._front.choose(self._now, CallView(times.session, "", times.prompt_tokens, times.program), session)
-        if found is None:
-            self._at(self._now + self._config.settings.tick_ms / 1000, _ASSIGN, call)
+        session, waiting = table.session(times.session), self._waiting(call)
+        times.level = waiting.level
+        if self._residents is not None and self._residents.must_wait(times.session, waiting, self._now):
+            self._hold(waiting)
             return
-        engine, choice = found
+        view = CallView(times.session, "", times.prompt_tokens, times.program)
+        choice, decision = self._front.choose(self._now, view, session)
+        if choice.hold:
+            self._hold(waiting)
+            return
         if choice.bind:
-            session.engine = engine.id
+            session.engine = choice.engine
+        times.assigned_s, times.engine, times.why = self._now, choice.engine, choice.why
+        engine = self._by_id[choice.engine]
+        if self._residents is not None:
+            call.context = decision.context
+            self._residents.arrives(engine.id, times.session, call.context, decision.new, self._now)
+        engine.enqueue(waiting)
+        self._ring(engine)
+
+    def _waiting(self, call: _Call) -> Waiting:
+        """The call with its place, by what its program has had until now."""
+        times, table = call.times, self._table
         had = table.session(times.program).account if self._config.by_program else NOTHING
         submitted, now = int(times.ready_s * 1000), int(self._now * 1000)
         place = table.place(had, submitted, now)
-        times.level, times.assigned_s, times.engine, times.why = place.level, self._now, engine.id, choice.why
-        name, promoted = f"{times.program}:{times.index}", now if place.promoted else -1
-        tokens = times.prompt_tokens
-        engine.enqueue(Waiting(name, call, tokens, submitted, had, place.level, place.starves_ms, promoted))
-        self._ring(engine)
+        promoted = now if place.promoted else -1
+        name, score = f"{times.program}:{times.index}", table.score(0, place.level, submitted)
+        return Waiting(name, call, times.prompt_tokens, submitted, had, place.level, place.starves_ms, promoted, score)
+
+    def _hold(self, waiting: Waiting) -> None:
+        """No room, or no engine that is worth it: the call waits in the router."""
+        if self._residents is None:
+            self._at(self._now + self._tick_s, _ASSIGN, waiting.call)
+            return
+        self._residents.held.add(waiting)
+        if not self._ticking:
+            self._ticking = True
+            self._at(self._now + self._tick_s, _TICK, None)
+
+    def _tick(self, _: object) -> None:
+        """The router's timer, while calls are held."""
+        self._let_in()
+        self._ticking = bool(self._residents and self._residents.held)
+        if self._ticking:
+            self._at(self._now + self._tick_s, _TICK, None)
+
+    def _let_in(self) -> None:
+        for waiting in self._residents.let_in(self._now) if self._residents else ():
+            self._at(self._hop(self._config.hops.submit_s), _ASSIGN, waiting.call)
 
     def _ring(self, engine: Engine) -> None:
         """The worker hears that there is a call, or room for one."""
@@ -309,7 +349,11 @@ class _Run:
                 now - claimed,
                 promoted,
             )
-        self._table.session(times.session).resident[engine.id] = times.prompt_tokens + times.output_tokens
+        resident = times.prompt_tokens + times.output_tokens
+        self._table.session(times.session).resident[engine.id] = resident
+        if self._residents is not None:
+            self._residents.leaves(engine.id, times.session, resident - call.context, self._now)
+            self._let_in()
         self._follow(program, call.index)
 
     def _follow(self, program: _Program, index: int) -> None:
@@ -326,6 +370,8 @@ class _Run:
             program.times.ended_s = self._now
             program.paths = Paths(self._config.sim.block_size)  # of no use any more
             self._table.end(program.spec.id, program.sessions)
+            if self._residents is not None:
+                self._residents.end(program.spec.id, program.sessions)
 
 
 def _used(times: CallTimes) -> Used:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 
-from router.choosing import Chooser
+from broker.messages import EngineView, SessionView
+from router.admission import Admission
+from router.choosing import Chooser, Decision
 from router.policies import CallView, Choice, Policy
 from simulation.engine import Engine
+from simulation.residents import Residents
 from simulation.table import Session
 
 # As in router/router.py.
@@ -17,8 +21,11 @@ _LOOK_AGAIN_S = 0.02
 class Front:
     """Chooses engines. Between two looks it knows of changes only what it assigned itself, like `router.Router`."""
 
-    def __init__(self, policy: Policy, engines: Sequence[Engine]) -> None:
-        self._chooser = Chooser(policy)
+    def __init__(
+        self, policy: Policy, engines: Sequence[Engine], residents: Residents | None = None, factor: float = 1.0
+    ) -> None:
+        self._chooser = Chooser(policy, Admission(factor) if residents else None)
+        self._residents = residents
         self._engines = {e.id: e for e in engines}
         self._changed = dict.fromkeys(engines)
         self._looked = -inf
@@ -27,24 +34,34 @@ class Front:
         """What Redis knows of the engine is not what the router saw."""
         self._changed[engine] = None
 
-    def choose(self, now: float, call: CallView, entry: Session) -> tuple[Engine, Choice] | None:
-        """The engine for a call, and why; None: it is to wait in the router."""
+    def choose(self, now: float, call: CallView, entry: Session) -> tuple[Choice, Decision]:
+        """The engine for a call, and why; or that it is to wait."""
         wanted = self._chooser.needs_session(call)
         if wanted or now - self._looked > _LOOK_AGAIN_S:
             self._look(now)
-        sessions = {call.session: entry.view()} if wanted else {}
-        choice = self._chooser.place([call], sessions, now)[0].choice
-        if choice is None or choice.hold:
-            return None
-        engine = self._engines[choice.engine]
-        self._changed[engine] = None
-        return engine, choice
+        sessions = {call.session: self._seen(call.session, entry, now)} if wanted else {}
+        decision = self._chooser.place([call], sessions, now)[0]
+        choice = decision.choice
+        if choice is None:
+            raise ValueError("no engine takes calls")
+        if not choice.hold:
+            self._changed[self._engines[choice.engine]] = None
+        return choice, decision
+
+    def _seen(self, session: str, entry: Session, now: float) -> SessionView:
+        view = entry.view()
+        return replace(view, shares=self._residents.shares(session, now)) if self._residents else view
+
+    def _view(self, engine: Engine, now: float) -> EngineView:
+        view = engine.view(now)
+        return replace(view, spoken_for=self._residents.spoken_for(engine.id, now)) if self._residents else view
 
     def _look(self, now: float) -> None:
         if self._looked == -inf:
-            self._chooser.see(engine.view(now) for engine in self._engines.values())
+            self._chooser.see(self._view(engine, now) for engine in self._engines.values())
         else:
-            for engine in self._changed:
-                self._chooser.update(engine.view(now))
+            # What thinks on an engine becomes less by itself.
+            for engine in self._engines.values() if self._residents else self._changed:
+                self._chooser.update(self._view(engine, now))
         self._changed.clear()
         self._looked = now

@@ -1,9 +1,10 @@
-"""An engine's queue in virtual time, as lua/attempts.lua and lua/claim.lua keep it in Redis."""
+"""A queue of an engine, or of the router, in virtual time, as lua/attempts.lua and lua/claim.lua keep it in Redis."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import count
 from typing import Any
 
 from simulation.table import Account, ProcessTable
@@ -36,12 +37,13 @@ class Waiting:
 
 
 class Queue:
-    """Calls that wait for one engine."""
+    """Calls that wait for one engine, or for room in any."""
 
     def __init__(self, table: ProcessTable) -> None:
         self._table = table
-        self._order: list[tuple[float, str, Waiting]] = []  # heaps; entries may be out of date
-        self._starving: list[tuple[float, str, Waiting]] = []
+        self._order: list[tuple[float, str, int, Waiting]] = []  # heaps; entries may be out of date
+        self._starving: list[tuple[float, str, int, Waiting]] = []
+        self._numbers = count()  # a call may come again
         self._size = 0
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ class Queue:
         self._size += 1
         self._put(waiting)
         if waiting.starves_ms < 1 << 62:
-            heappush(self._starving, (waiting.starves_ms, waiting.id, waiting))
+            heappush(self._starving, (waiting.starves_ms, waiting.id, next(self._numbers), waiting))
 
     def remove(self, waiting: Waiting) -> None:
         """Takes a call out, wherever it stands."""
@@ -64,21 +66,30 @@ class Queue:
         self._promote(now_ms)
         taken: list[Waiting] = []
         while len(taken) < most and self._size:
-            score, _, waiting = heappop(self._order)
+            score, _, _, waiting = heappop(self._order)
             if waiting.here and waiting.score == score:
                 self.remove(waiting)
                 taken.append(waiting)
         return taken
 
+    def first(self, most: int, now_ms: int) -> list[Waiting]:
+        """Those that `claim` would take."""
+        found = self.claim(most, now_ms)
+        for waiting in found:
+            waiting.here = True
+            self._size += 1
+            heappush(self._order, (waiting.score, waiting.id, next(self._numbers), waiting))
+        return found
+
     def _promote(self, now_ms: int) -> None:
         for _ in range(_PROMOTE_MANY):
             if not self._starving or self._starving[0][0] > now_ms:
                 return
-            waiting = heappop(self._starving)[2]
+            waiting = heappop(self._starving)[3]
             if waiting.here:
                 waiting.level, waiting.promoted_ms = 0, now_ms
                 self._put(waiting)
 
     def _put(self, waiting: Waiting) -> None:
         waiting.score = self._table.score(0, waiting.level, waiting.submitted_ms)
-        heappush(self._order, (waiting.score, waiting.id, waiting))
+        heappush(self._order, (waiting.score, waiting.id, next(self._numbers), waiting))

@@ -1,4 +1,4 @@
-"""The broker's rules of program scheduling, `broker/lua/programs.lua`, run as they are in a Lua of this process."""
+"""The broker's rules, lua/programs.lua and lua/residents.lua, run as they are in a Lua of this process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import Any
 
 from broker.errors import InvalidRequest
 
-_NAMES = ("level_of", "charged", "served", "unpaid", "starves_at", "place", "queue_score", "RUN_FLOOR_MS")
+_FILES = ("programs", "residents")
+_NAMES = (
+    "level_of", "charged", "served", "unpaid", "starves_at", "place", "queue_score", "RUN_FLOOR_MS",
+    "spoken_for", "share_of", "is_home", "fits", "arrives", "leaves", "let_in", "decayed", "BYPASS",
+)  # fmt: skip
 MISSING = "Simulating a fleet needs lupa, a Lua for Python: pip install 'rsm-engine[simulation]'."
 
 
 @cache
 def rules() -> Any:
-    """The rules as attributes, callable with numbers; `list(items)` makes a Lua list.
+    """The rules as attributes, callable with numbers; `list(items)` makes a Lua list, or of a dict a table.
 
     Raises:
         InvalidRequest: lupa is not installed.
@@ -24,7 +28,7 @@ def rules() -> Any:
     except ImportError as e:
         raise InvalidRequest(MISSING) from e
     lua = LuaRuntime()
-    text = (files("broker") / "lua" / "programs.lua").read_text(encoding="utf-8")
+    text = "\n".join((files("broker") / "lua" / f"{name}.lua").read_text(encoding="utf-8") for name in _FILES)
     table: Any = lua.execute(f"{text}\nreturn {{{', '.join(f'{n} = {n}' for n in _NAMES)}}}")
     table.list = lua.table_from
     return table

@@ -125,7 +125,7 @@ def test_prefix_requests_keep_the_traces_order_and_blocks() -> None:
 
 # -- metrics
 
-TIMES = SimTimes(step_s=0.01, prefill_token_s=0.001, decode_seq_s=0.0, context_token_s=0.0)
+TIMES = SimTimes(step_s=0.01, prefill_token_s=0.001, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)
 HEAD, TURN = Segment(1, 100), Segment(2, 50)
 # Two calls at once behind a first one; the later of their ends ends the program.
 FORK = ProgramSpec(

@@ -17,7 +17,7 @@ from broker.transitions import Transitions
 from engine.cli import app, tables
 from engine.cli.app import hoist
 from engine.cli.output import seconds, shown_url
-from engine.cli.parts import _pair
+from engine.cli.parts import pair
 from engine.cli.up import next_lines, redis_cli
 from engine.doctor import Check, examine
 from tests.fake_worker import FakeWorker
@@ -73,7 +73,7 @@ def test_global_options_may_stand_anywhere() -> None:
 
 
 def test_engine_args_are_json_or_text() -> None:
-    assert [_pair(p) for p in ("a=1", "b-c=true", "d=x=y", "e=")] == [("a", 1), ("b_c", True), ("d", "x=y"), ("e", "")]
+    assert [pair(p) for p in ("a=1", "b-c=true", "d=x=y", "e=")] == [("a", 1), ("b_c", True), ("d", "x=y"), ("e", "")]
 
 
 def test_next_lines_work_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:

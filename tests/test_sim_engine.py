@@ -18,7 +18,7 @@ from workers.sim_call import Phase, SimCall
 from workers.sim_engine import SimConfig, SimEngine, SimTimes
 from workers.sim_text import EOS, Answer, Prompt, answer, token_text, tokenize
 
-UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0)
+UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)
 
 
 def small(**more: object) -> SimConfig:
@@ -97,12 +97,12 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
 
 
 def test_a_step_costs_what_its_parts_cost() -> None:
-    times = SimTimes(step_s=1.0, prefill_token_s=0.1, decode_seq_s=0.01, context_token_s=0.001)
+    times = SimTimes(step_s=1.0, prefill_token_s=0.1, decode_seq_s=0.01, context_token_s=0.001, prefill_pair_s=0.0001)
     engine = SimEngine(small(times=times))
     engine.add(call("a", prompt=10, output=2), 0.0)
     first = engine.begin(0.0)
     assert first is not None
-    assert first.ends_at == pytest.approx(1.0 + 10 * 0.1)
+    assert first.ends_at == pytest.approx(1.0 + 10 * 0.1 + 50 * 0.0001)
     engine.end(first)
     second = engine.begin(first.ends_at)
     assert second is not None

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
+from pathlib import Path
 from random import Random
 
 import pytest
 
 from broker.errors import InvalidRequest
 from broker.settings import Settings
+from simulation.conversations import conversations
 from simulation.fleet import FleetConfig, Hops, SimFleet
 from simulation.results import Results
 from simulation.workload import CallSpec, ProgramSpec, Segment
-from workers.sim_engine import SimConfig, SimTimes
+from simulation.workload_file import read_workload, write_workload
+from tests.rsm_command import run
+from workers.sim_config import SimConfig, SimTimes
 
-UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0)
+UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)
 NO_HOPS = Hops(submit_s=0.0, claim_s=0.0, finish_s=0.0)
 
 
@@ -130,3 +136,53 @@ def test_the_papers_example_waits_as_long_as_the_paper_says() -> None:
 def test_a_policy_that_does_not_exist_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="no routing policy 'nonsense'"):
         SimFleet(FleetConfig(policy="nonsense")).run([])
+
+
+# -- files and the command
+
+
+def test_a_workload_written_is_the_one_read(tmp_path: Path) -> None:
+    programs = random_programs(5)
+    write_workload(tmp_path / "w.jsonl", programs)
+    assert read_workload(tmp_path / "w.jsonl") == programs
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("[]", "TypeError"),
+        ("{", "JSONDecodeError"),
+        ('{"id": "p", "arrival_s": 0, "calls": []}', "at least one call"),
+        ('{"id": "p", "arrival_s": -1, "calls": [{"prompt": [[1, 2]], "output_tokens": 1}]}', "-1 is no time"),
+        ('{"id": "p", "arrival_s": 0, "calls": [{"prompt": [[1, 0]], "output_tokens": 1}]}', "call 0 needs"),
+        ('{"id": "p", "arrival_s": 0, "calls": [{"prompt": [[1, 2]], "output_tokens": 1, "after": [0]}]}', "before it"),
+    ],
+)
+def test_a_line_that_is_no_program_is_named(tmp_path: Path, line: str, wrong: str) -> None:
+    path = tmp_path / "w.jsonl"
+    path.write_text(f'{{"id": "p", "arrival_s": 0, "calls": [{{"prompt": [[1, 2]], "output_tokens": 1}}]}}\n{line}\n')
+    with pytest.raises(InvalidRequest, match=f"Line 2 of .*{wrong}"):
+        read_workload(path)
+
+
+def test_conversations_come_at_their_rate_and_grow() -> None:
+    programs = conversations(2.0, 500.0, seed=1)
+    assert 900 < len(programs) < 1100
+    assert programs == conversations(2.0, 500.0, seed=1) != conversations(2.0, 500.0, seed=2)
+    for p in programs:
+        prompts = [c.prompt for c in p.calls]
+        assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(prompts))
+
+
+def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
+    write_workload(tmp_path / "w.jsonl", [chain("a", 3, 4), chain("b", 5)])
+    times = tmp_path / "times.json"
+    times.write_text(json.dumps({"times": {"step_s": 2.0, "prefill_token_s": 0.0}, "engine": {"kv_tokens": 4096}}))
+    args = ("simulate", "--workload", str(tmp_path / "w.jsonl"), "--times-file", str(times))
+    shown = run(*args, "--engines", "2", "--policy", "round_robin", "--engine-scheduler", "fcfs")
+    assert (shown.returncode, "2 x sim-8b, round_robin, fcfs" in shown.stdout) == (0, True)
+    told = json.loads(run(*args, "--json", "--engine-arg", "step_s=1.0", "--seconds", "9").stdout)
+    assert (told["programs"], told["unfinished"], told["calls"]) == (2, 0, 3)
+    assert told["response_mean_s"] == pytest.approx(6.5, abs=0.02)  # the second call of "a" waits for a step
+    assert run(*args, "--engine-arg", "nonsense=1").returncode == 1
+    assert "not what `rsm calibrate` writes" in run(*args[:3], "--times-file", str(tmp_path / "w.jsonl")).stderr

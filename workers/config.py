@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from broker.errors import InvalidRequest
 from broker.ids import check_id
-from broker.settings import EngineScheduler, Settings
+from broker.settings import Settings
 from workers.backend import Backend
 
 BackendName = Literal["vllm", "openai", "sim"]
@@ -29,8 +28,6 @@ class EngineConfig(BaseModel):
         base_url: of the remote server, for `openai`, such as http://host:8000/v1.
         api_key: for `openai`; shown in no repr and no log.
         served_model_name: the name that calls ask for, where it is not `model`.
-        engine_scheduler: in which order the engine runs its calls, "fcfs", "priority" or "plas"; none: as
-            RSM_ENGINE_SCHEDULER says. Not for `openai`, whose engine orders them itself.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), extra="forbid", hide_input_in_errors=True)
@@ -48,7 +45,6 @@ class EngineConfig(BaseModel):
     base_url: str | None = None
     api_key: SecretStr | None = None
     served_model_name: str | None = None
-    engine_scheduler: EngineScheduler | None = None
 
     @field_validator("engine_id")
     @classmethod
@@ -60,25 +56,6 @@ class EngineConfig(BaseModel):
         if self.backend == "openai" and not self.base_url:
             raise ValueError('backend "openai" needs base_url, such as http://host:8000/v1')
         return self
-
-    @model_validator(mode="after")
-    def _one_says_who_schedules(self) -> EngineConfig:
-        if self.engine_scheduler is None:
-            return self
-        if self.backend == "openai":
-            raise ValueError('backend "openai" takes no engine_scheduler: a remote server orders its calls itself')
-        for name in self.engine_args:
-            if name.lstrip("-").replace("-", "_") in ("scheduler_cls", "scheduling_policy", "scheduler"):
-                raise ValueError(
-                    f"engine_scheduler={self.engine_scheduler} and {name} among engine_args contradict each other; "
-                    "leave one out"
-                )
-        return self
-
-    @property
-    def scheduler(self) -> EngineScheduler:
-        """In which order the engine runs its calls, unless engine_args say so."""
-        return self.engine_scheduler or Settings().engine_scheduler
 
     @property
     def served_name(self) -> str:
@@ -116,18 +93,19 @@ def _openai(config: EngineConfig) -> Backend:
 
 
 def _sim(config: EngineConfig) -> Backend:
-    """engine_args: the fields of SimTimes and SimConfig; or instant=True, for calls that cost nothing."""
+    """engine_args: see `sim_config.config_of`."""
     from workers.sim_backend import SimBackend
-    from workers.sim_engine import SimConfig, SimTimes
+    from workers.sim_config import config_of
+    from workers.vllm_program import rules_of
 
-    args = dict(config.engine_args)
-    zero = SimTimes.zero() if args.pop("instant", False) else None
-    named = {f.name: args.pop(f.name) for f in fields(SimTimes) if f.name in args}
-    args.setdefault("scheduler", config.scheduler)
+    args = {"max_num_seqs": config.max_num_seqs, **config.engine_args}
     if config.max_model_len is not None:
         args["max_model_len"] = config.max_model_len
-    model = config.model or "sim-8b"
-    return SimBackend(SimConfig(model=model, max_num_seqs=config.max_num_seqs, times=zero or SimTimes(**named), **args))
+    if config.model:
+        args["model"] = config.model
+    settings = Settings()
+    given = {"model": "sim-8b", "plas": rules_of(settings), "service_unit": settings.service_unit}
+    return SimBackend(config_of(args, **given))
 
 
 _FACTORIES: dict[str, Callable[[EngineConfig], Backend]] = {"vllm": _vllm, "openai": _openai, "sim": _sim}

@@ -157,6 +157,7 @@ class Step:
 
     Attributes:
         work: tokens of prompt to compute, by call.
+        prefill_pairs: of a prompt token and one before it in its call.
         decode_seqs, context_tokens: those of the first of the steps.
     """
 
@@ -165,6 +166,7 @@ class Step:
     ticks: int = 1
     work: dict[SimCall, int] = field(default_factory=dict)
     prefill_tokens: int = 0
+    prefill_pairs: int = 0
     decode_seqs: int = 0
     context_tokens: int = 0
     first_s: float = 0.0  # what the first of its steps costs

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import json
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
 
 from workers.plas import PlasRules
 
@@ -21,21 +24,23 @@ class SimTimes:
         prefill_token_s: each prompt token: 16 GFLOP at 450 TFLOP/s.
         decode_seq_s: each call that decodes: sampling and bookkeeping.
         context_token_s: each token of context read: 128 KiB of KV cache at 3.35 TB/s.
+        prefill_pair_s: each pair of a prompt token and one before it, for attention: 0.52 MFLOP at 450 TFLOP/s.
     """
 
     step_s: float = 0.006
     prefill_token_s: float = 36e-6
     decode_seq_s: float = 20e-6
     context_token_s: float = 40e-9
+    prefill_pair_s: float = 1.2e-9
 
     def __post_init__(self) -> None:
-        if min(self.step_s, self.prefill_token_s, self.decode_seq_s, self.context_token_s) < 0:
+        if min(astuple(self)) < 0:
             raise ValueError("The times of a simulated engine must not be negative.")
 
     @classmethod
     def zero(cls) -> SimTimes:
         """All times zero: calls that cost nothing."""
-        return cls(step_s=0, prefill_token_s=0, decode_seq_s=0, context_token_s=0)
+        return cls(**{f.name: 0 for f in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +52,8 @@ class SimConfig:
         block_size: tokens in one block.
         max_num_batched_tokens: token budget of one step; no more calls run than that, whatever max_num_seqs is.
         scheduler: fcfs (by arrival), priority (by class, level, arrival; whoever runs, runs on), plas (programs by
-            their service, with preemption: workers/plas.py). plas: its rules.
+            their service, with preemption: workers/plas.py).
+        plas, service_unit: the rules of that scheduler, and what it counts (workers/service.py).
         max_model_len: most tokens of one call, prompt and output; never more than the KV cache holds.
         eos_mean: mean length, in tokens, at which an answer ends by itself; 0: never, it runs to `max_tokens`.
         speed: how many modelled seconds pass in one real second.
@@ -68,6 +74,7 @@ class SimConfig:
     prefix_caching: bool = True
     scheduler: SchedulerName = "priority"
     plas: PlasRules = field(default_factory=PlasRules)
+    service_unit: str = "tokens"
     eos_mean: int = 0
     times: SimTimes = field(default_factory=SimTimes)
     speed: float = 1.0
@@ -103,3 +110,34 @@ class SimConfig:
     def instant(self) -> bool:
         """Nothing takes any time."""
         return self.times == SimTimes.zero()
+
+
+def config_of(args: Mapping[str, Any], **given: Any) -> SimConfig:
+    """A configuration of loose arguments: the fields of SimTimes and SimConfig, `instant` for calls that cost nothing,
+    and `times_file`, what `rsm calibrate` wrote: its figures hold where no argument says otherwise.
+
+    Args:
+        given: what holds where neither does.
+
+    Raises:
+        ValueError, TypeError: an argument is unknown or makes no sense, or the file cannot be read.
+    """
+    more = dict(args)
+    times, engine = read_times(Path(more.pop("times_file"))) if "times_file" in more else ({}, {})
+    names = {f.name for f in fields(SimTimes)}
+    times |= {name: more.pop(name) for name in names & more.keys()}
+    found = SimTimes.zero() if more.pop("instant", False) else SimTimes(**times)
+    return SimConfig(**(given | engine | more), times=found)
+
+
+def read_times(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """The `times` and the `engine` of a file that `rsm calibrate` wrote: fields of SimTimes and of SimConfig.
+
+    Raises:
+        ValueError: it cannot be read; the message says why.
+    """
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        return dict(read["times"]), dict(read.get("engine", {}))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"times_file {path} is not what `rsm calibrate` writes: {type(e).__name__}: {e}") from e

@@ -120,7 +120,7 @@ class SimEngine:
                 if call.finished:
                     ended.append(call)
                 else:
-                    self._decode(call)
+                    self._decode(call, step.ends_at)
         for call in ended:
             self.remove(call)
         return ended
@@ -238,9 +238,10 @@ class SimEngine:
             step.decode_seqs += 1
         else:
             step.prefill_tokens += tokens
+            step.prefill_pairs += tokens * (2 * call._computed + tokens) // 2
         call._computed += tokens
         call.private -= self._publish(call)
-        self._scheduler.prefilled(call)
+        self._scheduler.prefilled(call, step.starts_at)
 
     def _publish(self, call: SimCall) -> int:
         """Makes the call's full blocks known to others; returns how many were its own before."""
@@ -254,6 +255,7 @@ class SimEngine:
     def _price(self, step: Step) -> None:
         t = self.config.times
         work = step.prefill_tokens * t.prefill_token_s + step.decode_seqs * t.decode_seq_s
+        work += step.prefill_pairs * t.prefill_pair_s
         step.first_s = t.step_s + work + step.context_tokens * t.context_token_s
         step.growth_s = step.decode_seqs * t.context_token_s
 
@@ -281,14 +283,14 @@ class SimEngine:
         heappush(self._queue, (call.order, call))
         self.waiting += 1
 
-    def _decode(self, call: SimCall) -> None:
+    def _decode(self, call: SimCall, now: float) -> None:
         """Its prompt is computed: from now on it says a token a tick."""
         call.join(self._ticks)
         self._decoding += 1
         self._context += call._computed
         self._phases[(call._since - call._computed) % self.config.block_size] += 1
         heappush(self._ends, (call.last_tick, call.turn, call))
-        self._scheduler.decodes(call, self._ticks.now)
+        self._scheduler.decodes(call, now, self._ticks.now)
 
     def _ended(self) -> list[SimCall]:
         ended = []

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil, inf
 
 from workers.plas import Plas, PlasCall, PlasRules, Rank
+from workers.service import ServiceUnit, Tokens, Used, create_unit
 from workers.sim_call import Order, Phase, SimCall
 from workers.sim_config import SimConfig
 
-# Service units (workers/service.py, `Tokens`): what a token costs that is computed of a prompt, and one of an answer.
-_PROMPT, _OUTPUT = 1, 2
+# What a token of an answer costs in the unit `Tokens`.
+_OUTPUT = 2
+# After so many steps a running call is looked at again, in a unit of which nothing more is known.
+_LOOK_AGAIN = 16
 
 
 class Scheduler:
@@ -27,10 +31,10 @@ class Scheduler:
     def start(self, call: SimCall, now: float) -> None:
         """It has a place."""
 
-    def prefilled(self, call: SimCall) -> None:
+    def prefilled(self, call: SimCall, now: float) -> None:
         """More of its prompt is computed."""
 
-    def decodes(self, call: SimCall, tick: int) -> None:
+    def decodes(self, call: SimCall, now: float, tick: int) -> None:
         """From this tick on it says a token a tick."""
 
     def stop(self, call: SimCall, now: float) -> None:
@@ -70,22 +74,38 @@ class Scheduler:
         return []
 
 
+@dataclass(slots=True)
+class _Charged:
+    """A call as the core knows it, and what it has been charged for. `since`: when it got its place; times in s."""
+
+    entry: PlasCall
+    service: float = 0.0
+    prompt: int = 0  # the most of its prompt that was ever computed
+    ran_s: float = 0.0
+    since: float = 0.0
+    first_s: float | None = None
+
+    def used(self, call: SimCall, now: float) -> Used:
+        self.prompt = max(self.prompt, min(call.computed, call.prompt_tokens))
+        ran_s = self.ran_s + now - self.since if self.entry.running else self.ran_s
+        if call.produced and self.first_s is None:
+            self.first_s = ran_s
+        return Used(self.prompt, call.produced, max(call.cached, 0), ran_s, self.first_s)
+
+
 class PlasScheduler(Scheduler):
     """Programs by their service, with quanta and preemption: workers/plas.py, as the plug-in for vLLM has it."""
 
-    def __init__(self, rules: PlasRules) -> None:
+    def __init__(self, rules: PlasRules, unit: ServiceUnit) -> None:
         super().__init__(by_rank=True)
         self._plas = Plas(rules)
-        self._calls: dict[SimCall, PlasCall] = {}
+        self._unit = unit
+        self._by_tokens = type(unit) is Tokens
+        self._calls: dict[SimCall, _Charged] = {}
         self._names: dict[PlasCall, SimCall] = {}
-        self._charged: dict[SimCall, tuple[int, int]] = {}  # tokens of prompt and of output that it was charged for
         self._ranks: dict[Rank, int] = {}  # how many calls run, by rank
-        # The ticks at which decoding calls will have used up their level; a heap, entries may be out of date.
-        self._falls: list[tuple[int, int, SimCall]] = []
-
-    @property
-    def most_victims(self) -> int:
-        return self._plas.rules.most_victims
+        # The ticks at which decoding calls may have used up their level; a heap, entries may be out of date.
+        self._looks: list[tuple[int, int, SimCall]] = []
 
     def add(self, call: SimCall, now: float, number: int) -> Order:
         entry = self._plas.add(
@@ -97,60 +117,57 @@ class PlasScheduler(Scheduler):
             waited_s=call.waited_s,
             ran_s=call.ran_s,
         )
-        self._calls[call], self._names[entry] = entry, call
-        self._charged[call] = (0, 0)
+        self._calls[call], self._names[entry] = _Charged(entry), call
         return entry.order
 
     def start(self, call: SimCall, now: float) -> None:
-        entry = self._calls[call]
-        self._plas.start(entry, now)
-        self._count(entry.rank, 1)
+        found = self._calls[call]
+        self._plas.start(found.entry, now)
+        self._count(found.entry.rank, 1)
+        found.since = now
         if call.preemptions == 0:
-            self._charged[call] = (call.computed, 0)  # what was cached costs nothing
+            found.prompt = call.computed  # what was cached costs nothing
 
-    def prefilled(self, call: SimCall) -> None:
-        prompt, output = self._charged[call]
-        computed = min(call.computed, call.prompt_tokens)
-        if computed > prompt:  # what is computed once more after a preemption is not the call's doing
-            self._charged[call] = (computed, output)
-            self._charge(call, _PROMPT * (computed - prompt))
+    def prefilled(self, call: SimCall, now: float) -> None:
+        self._charge(call, now)
 
-    def decodes(self, call: SimCall, tick: int) -> None:
-        self._settle_one(call)
-        self._plan_fall(call, tick)
+    def decodes(self, call: SimCall, now: float, tick: int) -> None:
+        self._charge(call, now)
+        self._look_later(call, tick)
 
     def stop(self, call: SimCall, now: float) -> None:
-        self._settle_one(call)
-        entry = self._calls[call]
-        self._count(entry.rank, -1)
-        self._plas.stop(entry, now)
-        call.order = entry.order
+        self._charge(call, now)
+        found = self._calls[call]
+        found.ran_s += now - found.since
+        self._count(found.entry.rank, -1)
+        self._plas.stop(found.entry, now)
+        call.order = found.entry.order
 
     def end(self, call: SimCall) -> None:
-        entry = self._calls.pop(call)
+        entry = self._calls.pop(call).entry
         if entry.running:
             self._count(entry.rank, -1)
         self._plas.end(entry)
-        del self._names[entry], self._charged[call]
+        del self._names[entry]
 
     def settle(self, now: float, tick: int) -> Iterable[SimCall]:
-        while self._falls and self._falls[0][0] <= tick:
-            _, turn, call = heappop(self._falls)
+        while self._looks and self._looks[0][0] <= tick:
+            _, turn, call = heappop(self._looks)
             if call.phase is Phase.DECODE and call.turn == turn and call in self._calls:
-                self._settle_one(call)
-                self._plan_fall(call, tick)
+                self._charge(call, now)
+                self._look_later(call, tick)
         if self._plas.next_promotion() > now:
             return ()
         promoted = [self._names[entry] for entry in self._plas.promote(now)]
         for call in promoted:
-            call.order = self._calls[call].order
+            call.order = self._calls[call].entry.order
         return promoted
 
     def quiet_until(self, tick: int) -> tuple[int, float]:
-        return (max(self._falls[0][0], tick + 1) if self._falls else 1 << 62), self._plas.next_promotion()
+        return (max(self._looks[0][0], tick + 1) if self._looks else 1 << 62), self._plas.next_promotion()
 
     def outranks(self, call: SimCall) -> bool:
-        return bool(self._ranks) and self._calls[call].rank < max(self._ranks)
+        return bool(self._ranks) and self._calls[call].entry.rank < max(self._ranks)
 
     def victims(
         self,
@@ -160,33 +177,34 @@ class PlasScheduler(Scheduler):
         need: int,
         room_of: Callable[[SimCall], int],
     ) -> list[SimCall]:
-        entries = sorted((self._calls[c] for c in running), key=lambda e: e.order)
-        first = [self._calls[c] for c in waiting]
+        entries = sorted((self._calls[c].entry for c in running), key=lambda e: e.order)
+        first = [self._calls[c].entry for c in waiting]
         if free > 0:
             found = self._plas.victims_for_room(first[0], entries, need, lambda e: room_of(self._names[e]))
         else:
             found = self._plas.victims(first, entries, free)
         return [self._names[e] for e in found]
 
-    def _plan_fall(self, call: SimCall, tick: int) -> None:
-        left = self._plas.until_demotion(self._calls[call])
+    def _look_later(self, call: SimCall, tick: int) -> None:
+        """Notes the tick from which on the call may have used up its level."""
+        left = self._plas.until_demotion(self._calls[call].entry)
         if left != inf:
-            heappush(self._falls, (tick + ceil(left / _OUTPUT), call.turn, call))
+            ticks = ceil(left / _OUTPUT) if self._by_tokens else _LOOK_AGAIN
+            heappush(self._looks, (tick + ticks, call.turn, call))
 
-    def _settle_one(self, call: SimCall) -> None:
-        prompt, output = self._charged[call]
-        if call.produced > output:
-            self._charged[call] = (prompt, call.produced)
-            self._charge(call, _OUTPUT * (call.produced - output))
-
-    def _charge(self, call: SimCall, units: int) -> None:
-        entry = self._calls[call]
-        before = entry.rank
-        if self._plas.charge(entry, units):
-            call.order = entry.order
-            if entry.running:
+    def _charge(self, call: SimCall, now: float) -> None:
+        """For what it has used since the last time. What is computed again after a preemption costs nothing."""
+        found = self._calls[call]
+        units = self._unit.service(found.used(call, now)) - found.service
+        if units <= 0:
+            return
+        found.service += units
+        before = found.entry.rank
+        if self._plas.charge(found.entry, units):
+            call.order = found.entry.order
+            if found.entry.running:
                 self._count(before, -1)
-                self._count(entry.rank, 1)
+                self._count(found.entry.rank, 1)
 
     def _count(self, rank: Rank, change: int) -> None:
         calls = self._ranks.get(rank, 0) + change
@@ -199,5 +217,5 @@ class PlasScheduler(Scheduler):
 def create_scheduler(config: SimConfig) -> Scheduler:
     """The scheduler that an engine's configuration names."""
     if config.scheduler == "plas":
-        return PlasScheduler(config.plas)
+        return PlasScheduler(config.plas, create_unit(config.service_unit))
     return Scheduler(by_rank=config.scheduler == "priority")

@@ -61,6 +61,7 @@ ABLATIONS = (
     *(OURS.but(f"k{k}", f"K = {k}", settings={"level_bounds": bounds}) for k, bounds in _BOUNDS.items()),
     *(OURS.but(f"beta{beta}", f"β = {beta}", settings={"starvation_beta": beta}) for beta in (0, 2, 32)),
     *(OURS.but(f"unit_{unit}", f"service in {unit}", settings={"service_unit": unit}) for unit in ("time", "kv")),
+    OURS.but("admission", "with admission", settings={"admission": True}),
     OURS.but("in_engine_fcfs", "FCFS inside the engines", scheduler="fcfs"),
     OURS.but("in_engine_priority", "levels without preemption inside the engines", scheduler="priority"),
     *(

@@ -20,7 +20,13 @@ local function takes_calls(e)
   return ready[e]
 end
 
--- A session as this batch sees it: read once, its binding kept up to date. `program`: what its root has used.
+local function add(fields, name, value)
+  fields[#fields + 1] = name
+  fields[#fields + 1] = value
+end
+
+-- A session as this batch sees it: read once, its binding kept up to date. `program`: what its root has used; `had`: the
+-- same, as fields of a record.
 local sessions = {}
 local session_fields = {'parent', 'engine', 'cancel_before', 'cancel_reason', 'cancel_tree_before', unpack(totals)}
 local NONE = {}
@@ -32,8 +38,11 @@ local function session_of(s)
   local known = sessions[s]
   if known then return known end
   local v = redis.call('HMGET', session_key(s), unpack(session_fields))
-  known = {id = s, engine = v[2] or ''}
-  for i, name in ipairs(totals) do known[name] = tonumber(v[5 + i]) or 0 end
+  known = {id = s, engine = v[2] or '', had = {}}
+  for i, name in ipairs(totals) do
+    known[name] = tonumber(v[5 + i]) or 0
+    if known[name] > 0 then add(known.had, name == 'service' and 'inherited' or name, v[5 + i]) end
+  end
   known.program = known
   known.tree_cancels = NONE
   sessions[s] = known
@@ -41,7 +50,7 @@ local function session_of(s)
     local parent = session_of(v[1])
     known.program, known.tree_cancels = parent.program, parent.tree_cancels
     keep_alive(s, v[1])
-    set_later(session_key(known.program.id), 'last_arrival_ms', int(NOW))
+    set_later(session_key(known.program.id), 'last_arrival_ms', NOW_TEXT)
   end
   known.cancels = cancels_of(v[3], v[4], known.tree_cancels)
   known.tree_cancels = cancels_of(v[5], v[4], known.tree_cancels)
@@ -101,11 +110,16 @@ local function assign(entry, id, gen, e, bind, seen, hit, why)
   local waited, ran = unpaid(p.waited_ms, p.paid_waited_ms), unpaid(p.ran_ms, p.paid_ran_ms)
   local level, moment, promoted = place(p.service, waited, ran, tonumber(c.submitted_ms), NOW, bounds, beta)
   local starves = moment < NEVER and int(moment) or ''
-  if promoted then count_total('promoted') end
-  set_fields(call_key(id), {'engine', e, 'assigned_ms', int(NOW), 'level', level, 'inherited', int(p.service),
-    'waited_ms', int(p.waited_ms), 'ran_ms', int(p.ran_ms), 'paid_waited_ms', int(p.paid_waited_ms),
-    'paid_ran_ms', int(p.paid_ran_ms), 'starves_ms', starves, 'promoted_ms', promoted and int(NOW) or '',
-    'program', p.id ~= c.session and p.id or '', 'why', why})
+  local fields = {'engine', e, 'assigned_ms', NOW_TEXT, unpack(p.had)}
+  if level > 0 then add(fields, 'level', level) end
+  if starves ~= '' then add(fields, 'starves_ms', starves) end
+  if promoted then
+    add(fields, 'promoted_ms', NOW_TEXT)
+    count_total('promoted')
+  end
+  if p ~= session then add(fields, 'program', p.id) end
+  if why ~= '' then add(fields, 'why', why) end
+  redis.call('HSET', call_key(id), unpack(fields))
   later('ZREM', parked_key(c.model), id) -- another router that had this entry in hand may have parked it
   enqueue(id, e, c, level, starves)
   count(engine_key(e), 'served', 1)

@@ -56,11 +56,11 @@ local function promote(id)
   local c = read_call(id, {'state', 'engine', 'priority', 'submitted_ms'})
   if c.state ~= 'PENDING' or c.engine ~= e then return end
   redis.call('HDEL', call_key(id), 'level', 'starves_ms')
-  redis.call('HSET', call_key(id), 'promoted_ms', int(NOW))
+  redis.call('HSET', call_key(id), 'promoted_ms', NOW_TEXT)
   redis.call('ZADD', queue_key(e), 'XX', int(queue_score(number(c.priority), 0, number(c.submitted_ms))), id)
   count_total('promoted')
 end
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', starving_key(e), '-inf', int(NOW), 'LIMIT', 0, PROMOTE_MANY)) do
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', starving_key(e), '-inf', NOW_TEXT, 'LIMIT', 0, PROMOTE_MANY)) do
   promote(id)
 end
 
@@ -80,9 +80,9 @@ end
 
 local claimed = {}
 local function take(id, c)
-  c.started_ms = int(NOW)
+  c.started_ms = NOW_TEXT
   redis.call('HSET', call_key(id), 'state', 'RUNNING', 'started_ms', c.started_ms)
-  later('ZADD', running_key(e), int(NOW), id)
+  later('ZADD', running_key(e), NOW_TEXT, id)
   count(engine_key(e), 'running_tokens', load_of(c))
   claimed[#claimed + 1] = id
   hand_over(id, c)

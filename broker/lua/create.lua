@@ -29,11 +29,11 @@ local function create_call(c, push, format, body, room)
     'priority', c.priority, 'prompt_tokens', c.prompt_tokens, 'deadline_ms', c.deadline_ms,
     'stream', c.stream, 'inbox', c.inbox, 'traceparent', c.traceparent,
     'on_engine_loss', c.on_engine_loss or '', 'digest', c.digest,
-    'gen', push(), 'attempt', 1, 'submitted_ms', int(NOW), 'bytes', #body, 'format', format, format, body})
+    'gen', push(), 'attempt', 1, 'submitted_ms', NOW_TEXT, 'bytes', #body, 'format', format, format, body})
   if seen[3] then redis.call('PERSIST', key) end
   if c.deadline_ms ~= '' then redis.call('ZADD', DEADLINES, c.deadline_ms, c.id) end
   local session = session_key(c.session)
-  set_later(session, 'last_arrival_ms', int(NOW))
+  set_later(session, 'last_arrival_ms', NOW_TEXT)
   count(session, 'arrivals', 1)
   touch(session, SESSION_TTL)
   later('SADD', session_calls_key(c.session), c.id)

@@ -18,7 +18,7 @@ local function parent_of(s) return redis.call('HGET', session_key(s), 'parent') 
 -- A live child keeps the entries of its ancestors alive, and itself among their children.
 local function keep_alive(child, parent)
   touch(session_key(parent), SESSION_TTL)
-  later('ZADD', children_key(parent), int(NOW), child)
+  later('ZADD', children_key(parent), NOW_TEXT, child)
   touch(children_key(parent), SESSION_TTL)
 end
 
@@ -72,7 +72,7 @@ local function program_of(s, steps)
   if v[1] and (steps or 0) < MOST_DEEP then
     keep_alive(s, v[1])
     p = program_of(v[1], (steps or 0) + 1)
-    set_later(p.key, 'last_completion_ms', int(NOW))
+    set_later(p.key, 'last_completion_ms', NOW_TEXT)
   else
     p = {key = session_key(s)}
     for i, name in ipairs(totals) do p[name] = tonumber(v[1 + i]) or 0 end

@@ -1,16 +1,17 @@
 --- @include lib programs family terminal
 -- A worker ends calls: record, process table, affinity and the waiter's event in one step.
 --
--- ARGV     engine rule (of service: "path" | "total", lua/programs.lua), then per call: id gen attempt state error_code error result prompt_tokens completion_tokens
---          cached_tokens resident_tokens (tokens of the session now believed cached on this engine)
+-- ARGV     engine rule (of service: "path" | "total", lua/programs.lua), then per call: id gen attempt state error_code
+--          error result prompt_tokens completion_tokens cached_tokens
+--          resident_tokens (tokens of the session now believed cached on this engine)
 --          events (how many the worker has published of it, earlier attempts included; "" = not told)
 --          service (what the call cost, in the deployment's unit: a whole number)
 -- Returns  list, per call: "done" | "again" (this very finish had arrived before) | "stale"
 --          | "gap" (Redis lost some of its events; nothing is changed: give the attempt up)
 local e, rule = ARGV[4], ARGV[5]
 
--- Waiting and running go by the longest path, service as it is asked for. A promotion has been paid for once the call has had its turn: what
--- its program had waited until then, and run before, counts no more for the next one.
+-- Waiting and running go by the longest path, service as it is asked for. A promotion has been paid for once the call
+-- has had its turn: what its program had waited until then, and run before, counts no more for the next one.
 local function charge_program(c, service, waited, ran)
   local p, waited_before, ran_before = program_of(c.session), tonumber(c.waited_ms) or 0, tonumber(c.ran_ms) or 0
   charge_total(p, 'service', tonumber(c.inherited) or 0, service, rule)
@@ -54,7 +55,7 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
   count(engine_key(e), 'running_tokens', -load_of(c))
   charge(c, tonumber(prompt), tonumber(completion), tonumber(cached), tonumber(service))
   if tonumber(resident) > 0 and c.session ~= id then
-    set_later(affinity_key(c.session), e, resident .. ':' .. int(NOW))
+    set_later(affinity_key(c.session), e, resident .. ':' .. NOW_TEXT)
     touch(affinity_key(c.session), SESSION_TTL)
   end
   end_call(id, c, state, code, message, result, 'prompt_tokens', prompt, 'completion_tokens', completion,

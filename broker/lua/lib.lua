@@ -18,6 +18,7 @@ local NOW = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 
 -- Lua prints large numbers in exponent form; Redis wants plain integers.
 local function int(n) return string.format('%.0f', n) end
+local NOW_TEXT = int(NOW)
 
 local CALLS = P .. 'calls'
 local ENGINES = P .. 'engines'
@@ -62,8 +63,7 @@ local function load_of(c) return tonumber(c.prompt_tokens) or 0 end
 
 -- HSET without the fields that are empty or, of these numbers, zero. Names are not among them, for an engine may be
 -- called "0", nor is prompt_tokens: the engine's count replaces the estimate also if it is zero.
-local numbers = {priority = true, stream = true, level = true, inherited = true, waited_ms = true, ran_ms = true,
-  paid_waited_ms = true, paid_ran_ms = true, completion_tokens = true, cached_tokens = true, failures = true}
+local numbers = {priority = true, stream = true, completion_tokens = true, cached_tokens = true, failures = true}
 local function set_fields(key, pairs_)
   local list = {}
   for i = 1, #pairs_, 2 do

@@ -19,7 +19,7 @@ local function tell_inbox(client, id, state, code, message, result, ...)
   if client == '' then return end
   local inbox = inbox_key(client)
   if #result > result_max(inbox) then return tell_inbox(client, id, state, code, message, '', 'big', 1, ...) end
-  local event = {'call', id, 'state', state, 'finished_ms', int(NOW), ...}
+  local event = {'call', id, 'state', state, 'finished_ms', NOW_TEXT, ...}
   if code ~= '' then event[#event + 1] = 'error_code'; event[#event + 1] = code end
   if message ~= '' then event[#event + 1] = 'error'; event[#event + 1] = message end
   if result ~= '' then event[#event + 1] = 'result'; event[#event + 1] = result end
@@ -53,7 +53,7 @@ local function end_call(id, c, state, code, message, result, ...)
   local key = call_key(id)
   if waits_for_router(c) then later('ZREM', parked_key(c.model), id) end
   -- A finished call's body is not needed any more; a failed one's is, to look at it and to replay it.
-  set_fields(key, {'state', state, 'finished_ms', int(NOW), 'error_code', code, 'error', message, 'result', result, ...})
+  set_fields(key, {'state', state, 'finished_ms', NOW_TEXT, 'error_code', code, 'error', message, 'result', result, ...})
   if state ~= 'FAILED' then redis.call('HDEL', key, c.format) end
   redis.call('PEXPIRE', key, RESULT_TTL)
   if c.stream == '1' then
@@ -64,7 +64,7 @@ local function end_call(id, c, state, code, message, result, ...)
   later('SREM', session_calls_key(c.session), id)
   settle_usage(id, c, state, result)
   local session = session_key(c.session)
-  set_later(session, 'last_completion_ms', int(NOW))
+  set_later(session, 'last_completion_ms', NOW_TEXT)
   count(session, string.lower(state), 1)
   touch(session, SESSION_TTL)
   if c.session ~= id then

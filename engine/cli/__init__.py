@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engine.cli import acl, calls, dead, demo, doctor, drain, parts, show, sim_server
+from engine.cli import acl, calls, dead, demo, doctor, drain, parts, show, sim_server, simulate
 from engine.cli.app import app
 
-__all__ = ["acl", "app", "calls", "dead", "demo", "doctor", "drain", "main", "parts", "show", "sim_server"]
+__all__ = ["acl", "app", "calls", "dead", "demo", "doctor", "drain", "main", "parts", "show", "sim_server", "simulate"]
 
 
 def main() -> None:

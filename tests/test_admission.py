@@ -1,0 +1,84 @@
+"""Admission as the router decides it, without Redis: which engines a call may go to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from broker import Settings
+from broker.messages import EngineView, SessionView, Share
+from router.admission import Admission
+from router.choosing import Chooser, Decision
+from router.policies import CallView, create_policy
+
+LEAST_LOADED = Settings(policy="least_loaded")
+
+
+def engine(engine_id: str, spoken_for: float = 0.0, kv_tokens: int = 1000, **fields: Any) -> EngineView:
+    return EngineView(engine_id, "READY", "m", kv_tokens=kv_tokens, spoken_for=spoken_for, running=1, **fields)
+
+
+def chooser(*fleet: EngineView, factor: float = 1.0) -> Chooser:
+    made = Chooser(create_policy(LEAST_LOADED), Admission(factor))
+    made.see(fleet)
+    return made
+
+
+def place(c: Chooser, *tokens: int, session: SessionView | None = None) -> list[Decision]:
+    return c.place([CallView("s", "m", n) for n in tokens], {"s": session} if session else {}, 0.0)
+
+
+def chosen(decisions: list[Decision]) -> list[str]:
+    return [d.choice.engine for d in decisions if d.choice]
+
+
+def test_a_call_goes_where_its_context_fits_or_is_held() -> None:
+    c = chooser(engine("a", 900), engine("b", 500, running_tokens=10**6))
+    first, second = place(c, 300)[0], place(c, 501)[0]
+    assert first.choice
+    assert (first.choice.engine, first.context, first.new) == ("b", 300, 300), "however loaded"
+    assert second.choice
+    assert (second.choice.hold, second.choice.engine) == (True, "")
+    assert "501 tokens" in second.choice.why
+    assert c.fleet["b"].spoken_for == 800
+
+
+def test_a_factor_makes_room() -> None:
+    assert chosen(place(chooser(engine("a", 900), factor=1.5), 600)) == ["a"]
+    assert chosen(place(chooser(engine("a", 900), factor=0.5), 1)) == [""]
+
+
+def test_a_session_at_home_goes_there_without_question() -> None:
+    at_home = SessionView(shares={"a": Share(400, home=True), "b": Share(9, home=False)})
+    c = chooser(engine("a", 5000), engine("b"))
+    assert chosen(place(c, 800, session=at_home)) == ["a"]
+    assert c.fleet["a"].spoken_for == 5400, "its share was counted already"
+
+
+def test_later_calls_of_a_batch_are_at_home_where_the_first_went() -> None:
+    c = chooser(engine("a", 400), engine("b", 500))
+    first, second = place(c, 550, 600, session=SessionView(resident={"a": 500}))
+    assert chosen([first, second]) == ["a", "a"]
+    assert (second.context, second.new) == (600, 100), "what the session has cached is shared"
+    assert c.fleet["a"].spoken_for == 400 + 550 + 100
+
+
+def test_what_is_left_of_its_own_context_is_room() -> None:
+    fading = SessionView(shares={"a": Share(200, home=False)})
+    assert chosen(place(chooser(engine("a", 900)), 300)) == [""]
+    assert chosen(place(chooser(engine("a", 900)), 300, session=fading)) == ["a"]
+
+
+def test_the_answer_counts_as_long_as_others_of_late() -> None:
+    c = chooser(engine("a", completion_tokens=90.0))
+    assert place(c, 10)[0].context == 100
+    assert place(c, 10, session=SessionView(completion_tokens=7.0, completed=1))[0].context == 17
+
+
+def test_an_engine_of_unknown_size_is_never_the_reason_to_wait() -> None:
+    assert chosen(place(chooser(engine("a", 10**9, kv_tokens=0)), 10**6)) == ["a"]
+
+
+def test_who_is_larger_than_any_cache_goes_where_nothing_runs() -> None:
+    idle = EngineView("b", "READY", "m", kv_tokens=1000, spoken_for=800)
+    assert chosen(place(chooser(engine("a")), 1500)) == [""]
+    assert chosen(place(chooser(engine("a"), idle), 1500)) == ["b"]
