@@ -121,6 +121,21 @@ def test_tables_of_what_is_going_on(up: Deployment, client: Client) -> None:
     up.rsm("cancel", status=2)
 
 
+def test_sub_agents_are_shown_and_cancelled_with_their_parent(up: Deployment, client: Client) -> None:
+    for i, session in enumerate(("boss", "helper", "helper2")):
+        parent = "boss" if i else None
+        client.submit("x", id=f"{session}-call", session=session, parent_session=parent, max_tokens=5000)
+    eventually(lambda: all(running(client, f"{s}-call") for s in ("boss", "helper", "helper2")))
+    rows = {s["session_id"]: s for s in up.json("sessions")}
+    assert [rows[s]["parent"] for s in ("boss", "helper", "helper2")] == ["", "boss", "boss"]
+    assert rows["helper"]["program"] == "boss"
+    assert rows["helper"]["engines"] == [rows["helper"]["threads"][0]["engine"]] != [""]
+    assert "is an ancestor of helper" in up.rsm("submit", "x", "--session", "boss", "--parent", "helper", status=1)
+    assert "1 calls of session helper cancelled." in up.rsm("cancel", "--session", "helper", "--alone")
+    assert "2 calls of session boss cancelled." in up.rsm("cancel", "--session", "boss")
+    eventually(lambda: not any(running(client, f"{s}-call") for s in ("boss", "helper", "helper2")))
+
+
 def test_watch_refreshes_until_ctrl_c(up: Deployment) -> None:
     command = [RSM, "ps", "--watch"]
     process = subprocess.Popen(command, env=up.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -121,6 +121,17 @@ def test_call_table_tells_the_story() -> None:
     assert "deadline" not in shown
 
 
+def test_sessions_table_shows_what_the_scheduler_goes_by() -> None:
+    row = {
+        "session_id": "sub", "parent": "main", "program": "main", "service": 5000, "level": 2, "waited_ms": 3000,
+        "ran_ms": 2000, "wait_ratio": 1.5, "active": 7, "engines": ["e1", "e2"], "completed": 1, "cancelled": 2,
+        "failed": 3, "resident_tokens": {"e1": 40}, "last_arrival_ms": 1000,
+    }  # fmt: skip
+    shown = printed(tables.sessions_table([row], 5000, "kv"), width=200)
+    for part in ("main", "SERVICE (kv)", "5000", "3.0 s", "2.0 s", "1.50", "e1, e2", "e1 (40 tokens)", "4.0 s ago"):
+        assert part in shown
+
+
 def test_empty_tables_are_sentences() -> None:
     assert "rsm up" in printed(tables.engines_table([], 0))
     assert "No sessions" in printed(tables.sessions_table([], 0))
