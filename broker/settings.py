@@ -14,6 +14,10 @@ from broker.ids import check_id
 # Token-seconds of KV cache are more than tokens or ms of the same calls: some thousand tokens are held for a second.
 _KV_BOUNDS = (10_000, 40_000, 160_000, 640_000, 2_560_000, 10_000_000)
 
+# How vLLM, or the model of an engine, orders the calls that it has been given: by arrival; by class, level and arrival;
+# or like that with the programs' service counted on, and with preemption.
+EngineScheduler = Literal["fcfs", "priority", "plas"]
+
 
 class Settings(BaseSettings):
     """One object for client, router and worker. Times in the unit that the name says."""
@@ -65,6 +69,7 @@ class Settings(BaseSettings):
     admission_half_life_s: float = Field(
         8.0, gt=0, allow_inf_nan=False, description="a program that thinks counts half as much after so long"
     )
+    engine_scheduler: EngineScheduler = Field("priority", description="in which order an engine runs its calls")
     drain_grace_s: float = Field(30.0, ge=0, description="how long a draining worker lets running calls finish")
     # Longer than one step may take (a huge prompt in one chunk, kernels compiled on first use), shorter than patience.
     stall_s: float = Field(

@@ -94,7 +94,7 @@ def test_coding_sessions_are_those_of_the_trace_scaled() -> None:
     assert len(programs) == pytest.approx(300, rel=0.2)
     prompts = [c.prompt_tokens for p in programs for c in p.calls]
     assert max(prompts) <= traces.MAX_PROMPT
-    assert median(prompts) == pytest.approx(105_000 / traces.SCALE, rel=0.2)
+    assert median(prompts) == pytest.approx(105_000 / traces.SCALE, rel=0.25)
     assert median(c.output_tokens for p in programs for c in p.calls) == pytest.approx(216 / traces.SCALE, rel=0.2)
     shared = total = 0
     for p in programs:

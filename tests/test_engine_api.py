@@ -148,12 +148,27 @@ def test_engine_config() -> None:
         "base_url": None,
         "api_key": None,
         "served_model_name": None,
+        "engine_scheduler": None,
     }
     remote = EngineConfig(engine_id="e", model="m", backend="openai", base_url="http://host:8000/v1")
     assert remote.base_url == "http://host:8000/v1"
     for wrong in ({"backend": "openai"}, {"backend": "nope"}, {"gpus": 2}, {"engine_id": "a b"}, {"max_num_seqs": 0}):
         with pytest.raises(ValueError, match="validation error"):
             EngineConfig(**{"engine_id": "e", **wrong})
+
+
+def test_one_says_who_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert EngineConfig(engine_id="e", engine_scheduler="plas").scheduler == "plas"
+    monkeypatch.setenv("RSM_ENGINE_SCHEDULER", "fcfs")
+    assert EngineConfig(engine_id="e").scheduler == "fcfs"
+    for name in ("scheduler-cls", "scheduling_policy", "--scheduler-cls"):
+        assert EngineConfig(engine_id="e", engine_args={name: "x"}).engine_scheduler is None
+        with pytest.raises(ValueError, match=f"engine_scheduler=plas and {name} among engine_args contradict"):
+            EngineConfig(engine_id="e", engine_scheduler="plas", engine_args={name: "x"})
+    with pytest.raises(ValueError, match="a remote server orders its calls itself"):
+        EngineConfig(engine_id="e", backend="openai", base_url="http://h/v1", engine_scheduler="plas")
+    with pytest.raises(ValueError, match="'fcfs', 'priority' or 'plas'"):
+        EngineConfig(engine_id="e", engine_scheduler="fifo")
 
 
 def test_request_states() -> None:

@@ -18,6 +18,7 @@ from tests import vllm_miniature as mini
 from tests.vllm_miniature import Call, Engine
 from workers import vllm_scheduler
 from workers.plas import PlasRules
+from workers.service import create_unit
 from workers.vllm_program import LEVELS
 from workers.vllm_scheduler import make_scheduler
 
@@ -90,12 +91,12 @@ def exact_levels(e: Engine) -> tuple[Callable[[], None], Callable[[], None]]:
     owed: dict[str, float] = {}
 
     def before() -> None:
-        """What each call has used and is not charged for yet; `schedule` charges first of all."""
+        """What each call has used; `schedule` charges first of all."""
         owed.clear()
         for request in e.scheduler.running:
             t = e.scheduler._tracked[request.request_id]
-            prompt = min(request.num_computed_tokens, request.num_prompt_tokens) - t.cached
-            owed[request.request_id] = max(prompt, t.prompt) + 2 * max(request.num_output_tokens, t.outputs)
+            prompt = max(min(request.num_computed_tokens, request.num_prompt_tokens), t._prompt)
+            owed[request.request_id] = prompt - t.cached + 2 * max(request.num_output_tokens, t._outputs)
 
     def after() -> None:
         for request_id, service in owed.items():
@@ -292,6 +293,16 @@ def case_a_victim_whose_last_token_is_under_way(asynchronous: bool) -> None:
         calls = [call("long", size=8, level=4), call("short", size=4, at=at)]
         e.run(calls)
         settled(e, calls)
+
+
+def case_another_service_unit(asynchronous: bool) -> None:
+    """Time in the batch: looked at now and then. 1000 ms are 50 steps here."""
+    e = engine(asynchronous, slots=1)
+    e.scheduler._unit = create_unit("time")
+    calls = [call("greedy", size=300), call("short", size=5, at=20)]
+    e.run(calls)
+    settled(e, calls)
+    assert 50 <= calls[1].ended_at < 80, calls[1].ended_at
 
 
 def case_requests_of_anybody(asynchronous: bool) -> None:

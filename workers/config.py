@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 from broker.errors import InvalidRequest
 from broker.ids import check_id
-from broker.settings import Settings
+from broker.settings import EngineScheduler, Settings
 from workers.backend import Backend
 
 BackendName = Literal["vllm", "openai", "sim"]
@@ -28,6 +28,8 @@ class EngineConfig(BaseModel):
         base_url: of the remote server, for `openai`, such as http://host:8000/v1.
         api_key: for `openai`; shown in no repr and no log.
         served_model_name: the name that calls ask for, where it is not `model`.
+        engine_scheduler: in which order the engine runs its calls, "fcfs", "priority" or "plas"; none: as
+            RSM_ENGINE_SCHEDULER says. Not for `openai`, whose engine orders them itself.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), extra="forbid", hide_input_in_errors=True)
@@ -45,6 +47,7 @@ class EngineConfig(BaseModel):
     base_url: str | None = None
     api_key: SecretStr | None = None
     served_model_name: str | None = None
+    engine_scheduler: EngineScheduler | None = None
 
     @field_validator("engine_id")
     @classmethod
@@ -56,6 +59,25 @@ class EngineConfig(BaseModel):
         if self.backend == "openai" and not self.base_url:
             raise ValueError('backend "openai" needs base_url, such as http://host:8000/v1')
         return self
+
+    @model_validator(mode="after")
+    def _one_says_who_schedules(self) -> EngineConfig:
+        if self.engine_scheduler is None:
+            return self
+        if self.backend == "openai":
+            raise ValueError('backend "openai" takes no engine_scheduler: a remote server orders its calls itself')
+        for name in self.engine_args:
+            if name.lstrip("-").replace("-", "_") in ("scheduler_cls", "scheduling_policy", "scheduler"):
+                raise ValueError(
+                    f"engine_scheduler={self.engine_scheduler} and {name} among engine_args contradict each other; "
+                    "leave one out"
+                )
+        return self
+
+    @property
+    def scheduler(self) -> EngineScheduler:
+        """In which order the engine runs its calls, unless engine_args say so."""
+        return self.engine_scheduler or Settings().engine_scheduler
 
     @property
     def served_name(self) -> str:
@@ -98,7 +120,7 @@ def _sim(config: EngineConfig) -> Backend:
     from workers.sim_config import config_of
     from workers.vllm_program import rules_of
 
-    args = {"max_num_seqs": config.max_num_seqs, **config.engine_args}
+    args = {"max_num_seqs": config.max_num_seqs, "scheduler": config.scheduler, **config.engine_args}
     if config.max_model_len is not None:
         args["max_model_len"] = config.max_model_len
     if config.model:

@@ -11,7 +11,7 @@ from typing import Any
 
 from workers.backend import EngineDied
 from workers.config import EngineConfig
-from workers.vllm_guard import FACTORY, SCHEDULER_VARIABLE
+from workers.vllm_guard import FACTORY, PLAS, SCHEDULER_VARIABLE
 
 TINY_NAME = "tiny-llama"
 
@@ -84,7 +84,8 @@ def parse(config: EngineConfig, model: str) -> Any:
     unknown = [name for name in asked if f"--{name.replace('_', '-')}" not in parser._option_string_actions]
     if unknown:
         raise EngineDied(f"This vLLM knows no argument {', '.join(unknown)}.")
-    line = command_line({**defaults(config, model, parser._option_string_actions), **_guarded(asked)})
+    by_default = defaults(config, model, parser._option_string_actions)
+    line = command_line({**by_default, **_scheduler(config, asked), **asked})
 
     def refuse(message: str) -> None:
         raise EngineDied(f"vLLM does not take its arguments: {message}")
@@ -111,11 +112,16 @@ def _parser() -> tuple[Any, Any]:
     raise EngineDied("This version of vLLM is not supported: its command line arguments are not where they were.")
 
 
-def _guarded(asked: dict[str, Any]) -> dict[str, Any]:
-    """The user's own scheduler is made by our factory, so that the engine still dies with its worker."""
-    named = asked.pop("scheduler_cls", None) or ""
-    os.environ[SCHEDULER_VARIABLE] = named if isinstance(named, str) else f"{named.__module__}.{named.__qualname__}"
-    return asked
+def _scheduler(config: EngineConfig, asked: dict[str, Any]) -> dict[str, Any]:
+    """Arguments about the scheduler. Whichever it is, our factory makes it, so that the engine dies with its worker."""
+    own = asked.pop("scheduler_cls", None) or ""
+    named = own if isinstance(own, str) else f"{own.__module__}.{own.__qualname__}"
+    policy = "priority"
+    if not named and "scheduling_policy" not in asked:
+        named = PLAS if config.scheduler == "plas" else ""
+        policy = "fcfs" if config.scheduler == "fcfs" else "priority"
+    os.environ[SCHEDULER_VARIABLE] = named
+    return {"scheduling_policy": policy, "scheduler_cls": FACTORY}
 
 
 def defaults(config: EngineConfig, model: str, known: Any) -> dict[str, Any]:
@@ -129,8 +135,6 @@ def defaults(config: EngineConfig, model: str, known: Any) -> dict[str, Any]:
         "max_num_seqs": config.max_num_seqs,
         "trust_remote_code": config.trust_remote_code or None,
         "dtype": config.dtype,
-        "scheduling_policy": "priority",
-        "scheduler_cls": FACTORY,
         "enable_prefix_caching": True,
         "disable_log_stats": True,  # the logger would print what the monitor shows; the numbers come all the same
     }

@@ -15,7 +15,9 @@ from typing import Any
 
 FACTORY = "workers.vllm_guard.make_scheduler"
 
-# A scheduler class that the user named, for the child to find.
+PLAS = "workers.vllm_scheduler.make_scheduler"
+
+# The scheduler class that is to be made, for the child to find: the user's, or PLAS; none: vLLM's own.
 SCHEDULER_VARIABLE = "RSM_VLLM_SCHEDULER_CLS"
 
 _PR_SET_PDEATHSIG = 1

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil
 from typing import Any
 
 from broker.settings import Settings
 from workers.backend import Job
 from workers.plas import PlasCall, PlasRules
+from workers.service import ServiceUnit, Tokens, Used
 
 LEVELS = 16  # levels of the router's queues that fit between two of vLLM's priorities
 
-_PROMPT_UNITS, _OUTPUT_UNITS = 1, 2
+_LOOK_AGAIN = 16  # steps after which a call's service is looked at, in a unit of which nothing more is known
 
 
 def rules_of(settings: Settings) -> PlasRules:
@@ -50,46 +51,79 @@ class Program:
 
 
 class Tracked:
-    """One request of vLLM's.
+    """One request of vLLM's, and what it has used. Times in s.
 
     Attributes:
-        cached: prompt tokens that were found in the cache when it first started; None: it has not.
-        mark: the number of computed tokens from which its service is to be looked at.
+        look_at: the step in which its service is to be looked at while it runs; 0 = not at all.
         seen: the first step that could start it.
         failures: how often somebody made way for it in vain since it last started.
+        not_before: the first step in which somebody may make way for it.
     """
 
-    __slots__ = ("cached", "call", "failures", "mark", "not_before", "outputs", "prompt", "request", "seen")
+    __slots__ = (
+        "_charged",
+        "_first_s",
+        "_outputs",
+        "_prompt",
+        "_ran_s",
+        "_started",
+        "cached",
+        "call",
+        "failures",
+        "look_at",
+        "not_before",
+        "request",
+        "seen",
+    )
 
     def __init__(self, request: Any, call: PlasCall, seen: int) -> None:
         self.request = request
         self.call = call
         self.seen = seen
-        self.cached: int | None = None
-        self.mark: float = inf
-        self.prompt = 0  # prompt tokens charged
-        self.outputs = 0  # output tokens charged
-        self.failures = 0
-        self.not_before = 0
+        self.cached: int | None = None  # prompt tokens found in the cache when it first started; None: it has not
+        self.look_at = self.failures = self.not_before = 0
+        self._charged = 0.0  # service units
+        # The most that was ever computed: what is computed again after a preemption costs its program nothing.
+        self._prompt = self._outputs = 0
+        self._ran_s = self._started = 0.0
+        self._first_s: float | None = None
 
-    def new_service(self) -> int:
-        """Service units since the last time. What is computed again after a preemption is charged once."""
-        computed: int = min(self.request.num_computed_tokens, self.request.num_prompt_tokens)
-        prompt = computed - (self.cached or 0)
-        outputs: int = self.request.num_output_tokens
-        new = _PROMPT_UNITS * max(prompt - self.prompt, 0) + _OUTPUT_UNITS * max(outputs - self.outputs, 0)
-        self.prompt, self.outputs = max(self.prompt, prompt), max(self.outputs, outputs)
+    def starts(self, cached: int, now: float) -> None:
+        """It runs from now on; so many of its tokens were in the cache."""
+        self.failures, self._started = 0, now
+        if self.cached is None:
+            self.cached = self._prompt = min(cached, self.request.num_prompt_tokens)
+
+    def stops(self, now: float) -> None:
+        self._ran_s += now - self._started
+
+    def new_service(self, unit: ServiceUnit, now: float) -> float:
+        """Service units of a running call since the last time."""
+        request, ran_s = self.request, self._ran_s + now - self._started
+        self._prompt = max(self._prompt, min(request.num_computed_tokens, request.num_prompt_tokens))
+        self._outputs = max(self._outputs, request.num_output_tokens)
+        if self._outputs and self._first_s is None:
+            self._first_s = ran_s
+        used = Used(self._prompt, self._outputs, self.cached or 0, ran_s, self._first_s)
+        new = max(unit.service(used) - self._charged, 0.0)
+        self._charged += new
         return new
 
-    def set_mark(self, left: float) -> None:
-        """Notes how many tokens are computed, at the earliest, when so much more service has been used."""
-        if left == inf:
-            self.mark = inf
-            return
-        prompt_end = self.request.num_prompt_tokens
-        uncharged = prompt_end - (self.cached or 0) - self.prompt
-        if left <= _PROMPT_UNITS * uncharged:
-            self.mark = (self.cached or 0) + self.prompt + left / _PROMPT_UNITS
-            return
-        outputs = self.outputs + ceil((left - _PROMPT_UNITS * max(uncharged, 0)) / _OUTPUT_UNITS)
-        self.mark = prompt_end + outputs - 1
+    def steps_until(self, unit: ServiceUnit, left: float, step_tokens: int, decode_tokens: int) -> int:
+        """In how many steps it can have used so much more service, at the earliest; at least 1.
+
+        Args:
+            step_tokens: most tokens of one step.
+            decode_tokens: most tokens of one step of a call that decodes.
+        """
+        if type(unit) is not Tokens:
+            return _LOOK_AGAIN
+        request = self.request
+        prompt: int = request.num_prompt_tokens
+        uncharged = prompt - self._prompt
+        # With the last token of the prompt comes the first of the answer.
+        answered = prompt + self._outputs + ceil((left - uncharged) / 2) - 1
+        mark = self._prompt + left if left <= uncharged else answered
+        computed: int = request.num_computed_tokens
+        pace = decode_tokens if computed + 1 >= request.num_tokens else step_tokens
+        return max(ceil((mark - computed) / pace), 1)

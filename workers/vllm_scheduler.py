@@ -3,12 +3,13 @@
 Imported by vLLM's own engine process (`vllm_guard.py`). What should happen is decided by `plas.py`; here it is done:
 
 1. A call's program, class and service so far travel in `SamplingParams.extra_args` (`vllm_program.py`).
-2. Service is charged as tokens come: a running call is looked at again when its number of computed tokens reaches the
-   mark at which its level ends; a step costs one comparison a call.
+2. Service is charged as tokens come. A running call is looked at again in the first step in which it can have come to
+   the end of its level; so a step costs nothing for calls that stay where they are.
 3. A call's class and level are vLLM's own `priority`, so that its waiting queue and its choice of victims when the KV
    cache is full follow them. Arrival times are made distinct, or vLLM's order would not be total.
-4. Running calls are kept in this order: those that decode before those with a prompt to compute, for a token each is
-   cheap and a chunk may take the whole step; then by rank. Sorted only when something has changed.
+4. Running calls are put in order where it matters: if one has more of its prompt to compute, which may take the whole
+   step, behind those that decode; and by rank if the KV cache is nearly full, for until 0.33 a call that gives way
+   to itself ends the step for all behind it.
 5. Before each step strictly worse running calls make way for waiting ones: for a slot, for KV blocks, or for the tokens
    of a step that a long prompt takes. vLLM itself never does that. Their blocks stay in the prefix cache until needed.
 
@@ -27,12 +28,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from heapq import merge
 from itertools import islice
+from math import inf
 from operator import attrgetter
 from time import monotonic
 from typing import Any
 
 from broker.settings import Settings
 from workers.plas import Plas, PlasCall
+from workers.service import create_unit
 from workers.vllm_program import LEVELS, Program, Tracked, rules_of
 
 _MOST_LOOKED_AT = 64  # waiting calls, in one step
@@ -75,7 +78,9 @@ class ProgramAware:
         base.__init__(*args, **kwargs)
         if self.policy.value != "priority":
             raise ValueError("The engine scheduler plas needs vLLM's scheduling policy priority.")
-        self.plas = Plas(rules_of(Settings()))
+        settings = Settings()
+        self.plas = Plas(rules_of(settings))
+        self._unit = create_unit(settings.service_unit)
         self._tracked: dict[str, Tracked] = {}
         self._ranks: Counter[int] = Counter()  # of running calls, by vLLM's priority
         self._prefilling: set[str] = set()
@@ -83,8 +88,10 @@ class ProgramAware:
         self._made_way: set[str] = set()  # victims of this step
         self._scheduled: dict[str, int] = {}  # tokens of the last step, by request
         self._steps = 0
+        self._had_slots = False  # free ones, before the last step
         self._last_arrival = 0.0
-        self._unsorted = False
+        self._to_look_at: dict[int, list[Tracked]] = {}  # by step
+        self._decode_tokens = 1 + int(getattr(self, "num_spec_tokens", 0))
         self._guards_in_flight = True  # a version that looks after the tokens in flight of a preempted request
         others = (getattr(self, name, None) for name in ("skipped_waiting", "kv_holding_waiting"))
         self._queues: list[Any] = [self.waiting, *(queue for queue in others if queue is not None)]
@@ -101,11 +108,10 @@ class ProgramAware:
         now = monotonic()
         self._steps += 1
         self._return_parked()
-        self._charge_all()
+        self._charge_due(now)
         self._promote(now)
         hopefuls = self._make_way(now)
-        if self._unsorted or self._prefilling:
-            self._sort()
+        self._put_in_order()
         base: Any = super()
         output = base.schedule(*args, **kwargs)
         self._learn(output, now)
@@ -118,9 +124,11 @@ class ProgramAware:
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """Also called by vLLM itself, when the KV cache is full."""
         if (tracked := self._tracked.get(request.request_id)) is not None:
-            self._charge(tracked)  # while vLLM knows how much it has computed
+            now = monotonic()
+            self._charge(tracked, now)  # while vLLM knows how much it has computed
             self._leaves_slot(tracked)
-            self.plas.stop(tracked.call, monotonic())
+            self.plas.stop(tracked.call, now)
+            tracked.stops(now)
             tracked.seen = self._steps + 1
         base: Any = super()
         base._preempt_request(request, *args, **kwargs)
@@ -187,37 +195,41 @@ class ProgramAware:
         if tracked is None or tracked.call.running:
             return
         self.plas.start(tracked.call, now)
-        tracked.failures = 0
+        tracked.starts(cached, now)
+        self._look_later(tracked)
         self._ranks[tracked.request.priority] += 1
         self._prefilling.add(request_id)
-        self._unsorted = True
-        if tracked.cached is None:
-            tracked.cached = min(cached, tracked.request.num_prompt_tokens)
-            tracked.set_mark(self.plas.until_demotion(tracked.call))
 
     def _leaves_slot(self, tracked: Tracked) -> None:
         if tracked.call.running:
+            tracked.look_at = 0
             self._ranks[tracked.request.priority] -= 1
             self._prefilling.discard(tracked.request.request_id)
 
     # -- levels
 
-    def _charge_all(self) -> None:
+    def _charge_due(self, now: float) -> None:
         """Charges the running calls that may have come to the end of their level."""
-        tracked = self._tracked
-        for request in self.running:
-            found = tracked[request.request_id]
-            if request.num_computed_tokens >= found.mark:
-                self._charge(found)
+        for tracked in self._to_look_at.pop(self._steps, ()):
+            if tracked.look_at == self._steps:
+                self._charge(tracked, now)
+                self._look_later(tracked)
 
-    def _charge(self, tracked: Tracked) -> None:
+    def _look_later(self, tracked: Tracked) -> None:
+        left = self.plas.until_demotion(tracked.call)
+        if left == inf:
+            tracked.look_at = 0
+            return
+        steps = tracked.steps_until(self._unit, left, self.max_num_scheduled_tokens, self._decode_tokens)
+        tracked.look_at = self._steps + steps
+        self._to_look_at.setdefault(tracked.look_at, []).append(tracked)
+
+    def _charge(self, tracked: Tracked, now: float) -> None:
         request = tracked.request
-        if self.plas.charge(tracked.call, tracked.new_service()):
+        if self.plas.charge(tracked.call, tracked.new_service(self._unit, now)):
             self._ranks[request.priority] -= 1
             _set_priority(request, tracked.call)
             self._ranks[request.priority] += 1
-            self._unsorted = True
-        tracked.set_mark(self.plas.until_demotion(tracked.call))
 
     def _promote(self, now: float) -> None:
         """Gives starving calls their new places in vLLM's queues."""
@@ -234,18 +246,26 @@ class ProgramAware:
                     queue.add_request(request)
         for tracked in moved:
             _set_priority(tracked.request, tracked.call)  # a parked one stands in no queue
-            tracked.set_mark(self.plas.until_demotion(tracked.call))
 
-    def _sort(self) -> None:
+    def _put_in_order(self) -> None:
         requests = self.requests
-        self._prefilling = {i for i in self._prefilling if i in requests and requests[i].is_prefill_chunk}
-        self.running.sort(key=_place)
-        self._unsorted = False
+        if self._prefilling:
+            self._prefilling = {i for i in self._prefilling if i in requests and requests[i].is_prefill_chunk}
+        if self._prefilling or self._blocks_are_scarce():
+            self.running.sort(key=_place)
+
+    def _blocks_are_scarce(self) -> bool:
+        """This step may use up all free blocks."""
+        needed = len(self.running) + self.max_num_scheduled_tokens // self.block_size
+        return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() < needed)
 
     # -- making way
 
     def _make_way(self, now: float) -> list[Tracked]:
         """Preempts running calls for better waiting ones; returns those for whose sake that was."""
+        had_slots, self._had_slots = self._had_slots, self._free_slots() > 0
+        if self._had_slots and not had_slots:
+            return []  # whoever is first gets a slot in this step
         worst = self._worst()
         if worst is None or not self._admits() or not self._better_waits(worst):
             return []
@@ -253,7 +273,7 @@ class ProgramAware:
         if not hopefuls:
             return []
         running = sorted((self._tracked[r.request_id].call for r in self.running), key=attrgetter("order"))
-        if self._free_slots() > 0:
+        if self._had_slots:
             victims = self._in_the_way(hopefuls[0], running)
             more = len(victims) == self.plas.rules.most_victims  # to make way in the next step
             hopefuls = [] if more else hopefuls[:1]

@@ -19,16 +19,27 @@ from bench.programs.workloads import KINDS, synthetic
 from broker.settings import Settings
 from simulation.fleet import FleetConfig, SimFleet
 from simulation.workload import ProgramSpec
-from workers.sim_engine import SimConfig
+from workers.sim_config import SimConfig, SimTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".bench" / "programs"
 # What a figure depends on; a change to any of these files makes it anew.
-_SOURCES = ("simulation", "router", "workers", "broker/lua", "broker/settings.py", "bench/programs")
+_SOURCES = (
+    "simulation/*.py",
+    "router/[!ru]*.py",
+    "router/policies/*.py",
+    "workers/[ps]*.py",
+    "broker/lua/programs.lua",
+    "bench/programs/[!ps_]*.py",
+    "bench/programs/algorithm2.py",
+    "bench/results/h200-steps.json",
+)
 # Seconds in which programs arrive; the run goes on until the last one has ended. Longer where programs take longer.
-WINDOW_S = {"chat": 300.0, "react": 300.0, "tree": 600.0, "mixed": 600.0, "coding": 1800.0, "prefix": 300.0}
+WINDOW_S = {"chat": 60.0, "react": 60.0, "tree": 60.0, "mixed": 60.0, "coding": 900.0, "prefix": 60.0}
 WORKLOADS = tuple(WINDOW_S)
 POOL = 2
+# What the steps of vLLM cost with an 8B model on an H200, and its room: measured and fitted by `python -m bench.real`.
+_STEPS = ROOT / "bench" / "results" / "h200-steps.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,21 @@ class Outcome:
         return cls(**(data | {"figures": Figures(**data["figures"])}))
 
 
+@cache
+def engine() -> SimConfig:
+    """The engine that all cells have: the measured one, by the fit that has the model's costs and no others."""
+    measured = json.loads(_STEPS.read_text())
+    known = {f.name for f in fields(SimTimes)}
+    costs = next(fit["costs"] for fit in measured["fits"] if fit["costs"].keys() == known)
+    about = measured["engine"]
+    return SimConfig(
+        max_num_seqs=about["slots"],
+        kv_tokens=about["kv_tokens"],
+        max_num_batched_tokens=about["step_tokens"],
+        times=SimTimes(**costs),
+    )
+
+
 def programs(cell: Cell) -> list[ProgramSpec]:
     """The cell's workload."""
     if cell.workload in (*KINDS, "mixed"):
@@ -86,7 +112,7 @@ def fleet(system: System, engines: int, sim: SimConfig) -> FleetConfig:
 
 def simulate(cell: Cell) -> Outcome:
     """Runs a cell."""
-    sim = SimConfig()
+    sim = engine()
     work = programs(cell)
     results = SimFleet(fleet(SYSTEMS[cell.system], cell.engines, sim), cell.seed).run(work)
     runs = [ProgramRun.of(p, sim.times, results.until_s) for p in results.programs]
@@ -127,7 +153,6 @@ def fingerprint() -> str:
     """Of the code that figures depend on."""
     digest = blake2b(digest_size=12)
     for source in _SOURCES:
-        path = ROOT / source
-        for file in sorted([path] if path.is_file() else [*path.rglob("*.py"), *path.rglob("*.lua")]):
+        for file in sorted(ROOT.glob(source)):
             digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()

@@ -15,11 +15,11 @@ from bench.programs.workloads import poisson
 from simulation.workload import CallSpec, ProgramSpec, Segment
 
 FOLDER = Path(__file__).resolve().parent / "traces"
-# The sessions were made with contexts of up to 880,000 tokens on machines to match. A quarter of every length puts as
-# many of them into one modelled engine as of the originals into an engine with 1.6 million tokens of KV cache.
-SCALE = 4
-# What no engine of ours may take, and what no open-loop run of an hour can wait for, is cut off: calls from the first
-# one that is longer than this (of 524,000 tokens before scaling), calls after so many, pauses beyond so many seconds.
+# The sessions were made with contexts of up to 880,000 tokens. Half of every length puts all but the longest into a
+# model with a context of 131,072 tokens; the KV cache of an engine then holds about twenty of them.
+SCALE = 2
+# What such a model may not take, and what no open-loop run of an hour can wait for, is cut off: calls from the first
+# one that is longer than this (240,000 tokens before scaling), calls after so many, pauses beyond so many seconds.
 MAX_PROMPT = 120_000
 MAX_CALLS = 60
 MAX_PAUSE_S = 60.0

@@ -26,6 +26,10 @@ TensorParallel = Annotated[int, typer.Option("--tensor-parallel-size", min=1, he
 EngineArg = Annotated[
     list[str] | None, typer.Option("--engine-arg", metavar="NAME=VALUE", help="Any further argument of the backend.")
 ]
+Scheduler = Annotated[
+    str | None,
+    typer.Option("--engine-scheduler", help="fcfs, priority or plas; none = as RSM_ENGINE_SCHEDULER says."),
+]
 EngineId = Annotated[str, typer.Option(help="Names its queue; unique in the namespace.")]
 Gpu = Annotated[int, typer.Option(min=0, help="The first of its GPUs.")]
 _POLL_S = 0.1
@@ -45,6 +49,7 @@ def engine_config(
     tensor_parallel: int,
     base_url: str | None,
     engine_arg: list[str] | None,
+    scheduler: str | None = None,
 ) -> Any:
     """The EngineConfig of these options. A wrong one is a pydantic error, which the command tells in a sentence."""
     from workers.config import EngineConfig
@@ -58,6 +63,7 @@ def engine_config(
         tensor_parallel_size=tensor_parallel,
         base_url=base_url,
         engine_args=dict(map(pair, engine_arg or [])),
+        engine_scheduler=scheduler,
     )
 
 
@@ -83,6 +89,7 @@ def up(
     max_num_seqs: MaxNumSeqs = 256,
     tensor_parallel: TensorParallel = 1,
     engine_arg: EngineArg = None,
+    engine_scheduler: Scheduler = None,
 ) -> None:
     """Everything on this machine, in the foreground: Redis (unless --redis URL or RSM_REDIS_URL), routers, engines.
 
@@ -92,7 +99,17 @@ def up(
     from engine.cli.up import run_up
 
     configs = [
-        engine_config(f"e{i}", model, i * tensor_parallel, backend, max_num_seqs, tensor_parallel, base_url, engine_arg)
+        engine_config(
+            f"e{i}",
+            model,
+            i * tensor_parallel,
+            backend,
+            max_num_seqs,
+            tensor_parallel,
+            base_url,
+            engine_arg,
+            engine_scheduler,
+        )
         for i in range(engines)
     ]
     run_up(settings_of(ctx), configs, routers)
@@ -118,6 +135,7 @@ def worker(
     tensor_parallel: TensorParallel = 1,
     base_url: BaseUrl = None,
     engine_arg: EngineArg = None,
+    engine_scheduler: Scheduler = None,
     supervised: Annotated[bool, typer.Option("--supervised", help="Start it again when it dies.")] = False,
 ) -> None:
     """One engine, in the foreground. SIGTERM drains it."""
@@ -125,7 +143,9 @@ def worker(
     from workers.environment import NODE_VARIABLE
 
     logs.configure(engine_id)
-    config = engine_config(engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg)
+    config = engine_config(
+        engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg, engine_scheduler
+    )
     run = run_supervised if supervised else run_worker
     raise typer.Exit(run(config, settings_of(ctx), os.environ.get(NODE_VARIABLE, "")))
 
@@ -156,12 +176,15 @@ def start(
     tensor_parallel: TensorParallel = 1,
     base_url: BaseUrl = None,
     engine_arg: EngineArg = None,
+    engine_scheduler: Scheduler = None,
     timeout: Annotated[float, typer.Option(help="Seconds it may take to come up.")] = 900.0,
 ) -> None:
     """Starts an engine on another host and waits until it is READY."""
     from workers.node import NodeClient
 
-    config = engine_config(engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg)
+    config = engine_config(
+        engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg, engine_scheduler
+    )
     require_redis(settings_of(ctx))
     status = NodeClient(node, settings_of(ctx)).start_engine(config, timeout)
     say(f"Engine {engine_id} is {status['state']} on {node}: {status['model']}.")
