@@ -8,10 +8,11 @@ from random import Random
 
 import pytest
 
-from bench.real import log, steps, waits
+from bench.real import steps, waits
 from bench.real.engine import Call, Phase
-from bench.real.fit import COSTS, Timed, durations, error, fit
-from bench.real.log import Step
+from simulation.step_costs import COSTS, Timed, durations, error, fit
+from workers import vllm_steps as log
+from workers.vllm_steps import Step
 
 COST = {"step_s": 5e-3, "prefill_token_s": 22e-6, "decode_seq_s": 14e-6, "context_token_s": 30e-9}
 NAMES = tuple(COST)
@@ -61,13 +62,14 @@ def test_a_step_begins_when_the_one_before_it_ends() -> None:
     """With asynchronous scheduling it is planned long before; where nothing runs it begins with its planning."""
     taken = durations(
         [
-            Step(planned_from=1.0, done_from=1.5, decode_seqs=1),
+            Step(planned_from=1.0, done_from=1.5, decode_seqs=1, left=1),
             Step(planned_from=1.1, done_from=1.75, decode_seqs=1),
             Step(planned_from=1.6, done_from=1.76),  # nothing was left to do
-            Step(planned_from=3.0, done_from=3.25, prefill_tokens=9),
+            Step(planned_from=3.0, done_from=3.25, prefill_tokens=9, left=1),
+            Step(planned_from=3.5, done_from=3.75, decode_seqs=1),  # what the engine did in between is its own
         ]
     )
-    assert [t.seconds for t in taken] == [0.5, 0.25, 0.25]
+    assert [t.seconds for t in taken] == [0.5, 0.25, 0.25, 0.5]
 
 
 def test_a_sweep_is_reported_by_kinds_of_step() -> None:

@@ -8,11 +8,11 @@ from heapq import heappop, heappush
 from math import ceil, inf
 
 from workers.plas import Plas, PlasCall, PlasRules, Rank
-from workers.service import ServiceUnit, Tokens, Used, create_unit
+from workers.service import ServiceUnit, Tokens, Used, Work, create_unit
 from workers.sim_call import Order, Phase, SimCall
 from workers.sim_config import SimConfig
 
-# What a token of an answer costs in the unit `Tokens`.
+# What a token of an answer costs in units that go by tokens alone.
 _OUTPUT = 2
 # After so many steps a running call is looked at again, in a unit of which nothing more is known.
 _LOOK_AGAIN = 16
@@ -100,7 +100,7 @@ class PlasScheduler(Scheduler):
         super().__init__(by_rank=True)
         self._plas = Plas(rules)
         self._unit = unit
-        self._by_tokens = type(unit) is Tokens
+        self._by_tokens = type(unit) in (Tokens, Work)
         self._calls: dict[SimCall, _Charged] = {}
         self._names: dict[PlasCall, SimCall] = {}
         self._ranks: dict[Rank, int] = {}  # how many calls run, by rank

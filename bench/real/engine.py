@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.real import log
-from bench.real.fit import Timed, durations
+from simulation.step_costs import Timed, durations
+from workers import vllm_steps as log
 from workers.config import EngineConfig
 from workers.vllm_args import prepare_environment
 

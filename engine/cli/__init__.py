@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from engine.cli import acl, calls, dead, demo, doctor, drain, parts, show, sim_server, simulate
+from engine.cli import acl, calibrate, calls, dead, demo, doctor, drain, parts, show, sim_server, simulate
 from engine.cli.app import app
 
-__all__ = ["acl", "app", "calls", "dead", "demo", "doctor", "drain", "main", "parts", "show", "sim_server", "simulate"]
+__all__ = [
+    "acl",
+    "app",
+    "calibrate",
+    "calls",
+    "dead",
+    "demo",
+    "doctor",
+    "drain",
+    "main",
+    "parts",
+    "show",
+    "sim_server",
+    "simulate",
+]
 
 
 def main() -> None:

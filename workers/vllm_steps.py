@@ -1,8 +1,9 @@
 """Writes down every step of a vLLM engine: what was planned, how long the planning took, when its tokens were there.
 
-A scheduler factory for vLLM's `scheduler_cls` ("bench.real.log.make_scheduler"): it makes the scheduler that
-BENCH_SCHEDULER names (a class or factory, as in `scheduler_cls`; none = vLLM's own) and times two of its methods.
-A thread writes the rows to the file BENCH_STEPS, so that the engine's loop does not wait for a disk.
+A scheduler factory for vLLM's `scheduler_cls` ("workers.vllm_steps.make_scheduler"): it makes the scheduler that
+RSM_STEPS_SCHEDULER names (a class or factory, as in `scheduler_cls`; none = vLLM's own) and times two of its methods.
+A thread writes the rows to the file RSM_STEPS, so that the engine's loop does not wait for a disk. Beside it stands
+what engine that is (`described`). Made for `rsm calibrate`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 from workers.vllm_guard import SCHEDULER_VARIABLE
 from workers.vllm_guard import make_scheduler as guarded
 
-FACTORY = "bench.real.log.make_scheduler"
-SCHEDULER, FILE = "BENCH_SCHEDULER", "BENCH_STEPS"
+FACTORY = "workers.vllm_steps.make_scheduler"
+SCHEDULER, FILE = "RSM_STEPS_SCHEDULER", "RSM_STEPS"
 EVERY_S = 0.5
 
 
@@ -37,6 +38,7 @@ class Step:
         context_tokens: tokens that these and those have computed before.
         running, waiting: calls after the planning.
         preempted: calls that ran before the planning and wait after it.
+        left: calls that are not done when this step is.
     """
 
     planned_from: float = 0.0
@@ -51,6 +53,7 @@ class Step:
     running: int = 0
     waiting: int = 0
     preempted: int = 0
+    left: int = 0
 
 
 def make_scheduler(*args: Any, **kwargs: Any) -> Any:
@@ -69,6 +72,23 @@ def read(file: Path) -> Iterator[Step]:
                 yield Step(*json.loads(line))
 
 
+def described(file: Path) -> dict[str, int]:
+    """What engine wrote this log: fields of SimConfig."""
+    read: dict[str, int] = json.loads(file.with_suffix(".json").read_text())
+    return read
+
+
+def _description(scheduler: Any) -> dict[str, int]:
+    size: int = scheduler.block_size
+    return {
+        "max_num_seqs": scheduler.max_num_running_reqs,
+        "max_num_batched_tokens": scheduler.max_num_scheduled_tokens,
+        "max_model_len": scheduler.max_model_len,
+        "block_size": size,
+        "kv_tokens": scheduler.kv_cache_config.num_blocks * size,
+    }
+
+
 class Log:
     """Stands before the two methods of one scheduler."""
 
@@ -77,6 +97,7 @@ class Log:
         self._schedule, self._update = scheduler.schedule, scheduler.update_from_output
         self._open: dict[int, Step] = {}
         self._rows: list[Step] = []
+        file.with_suffix(".json").write_text(json.dumps(_description(scheduler)))
         self._file = file.open("a")
         scheduler.schedule, scheduler.update_from_output = self.schedule, self.update
         threading.Thread(target=self._write, name="step-log", daemon=True).start()
@@ -95,7 +116,7 @@ class Log:
         found = self._update(output, *args, **kwargs)
         ended = time.monotonic()
         if (step := self._open.pop(id(output), None)) is not None:
-            step.done_from, step.done_to = began, ended
+            step.done_from, step.done_to, step.left = began, ended, len(self._scheduler.requests)
             self._rows.append(step)
         return found
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from bench.real.log import Step
+from workers.vllm_steps import Step
 
 _ROUNDS = 30
 _NEAR = 1e-3  # a relative error below which no step counts more than another
@@ -42,12 +42,15 @@ class Error:
 
 
 def durations(steps: Sequence[Step]) -> list[Timed]:
-    """What each step took: from its planning or, where the one before it still ran, from that one's end.
+    """What each step took: from the end of the one before it, if calls were left then, else from its planning.
 
-    Left out are steps without work; with asynchronous scheduling one follows when the last call has ended.
+    What the engine does between two steps is so a part of the second. Left out are steps without work; with
+    asynchronous scheduling one follows when the last call has ended.
     """
-    ends = [0.0, *(s.done_from for s in steps)]
-    timed = (Timed(s, s.done_from - max(s.planned_from, end)) for s, end in zip(steps, ends, strict=False))
+    timed, end, left = [], 0.0, 0
+    for s in steps:
+        timed.append(Timed(s, s.done_from - (end if left else max(s.planned_from, end))))
+        end, left = s.done_from, s.left
     return [t for t in timed if t.step.prefill_tokens + t.step.decode_seqs]
 
 
