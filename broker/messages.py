@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 from broker.codec import Format, number, text
 from broker.models import CallRequest, OnEngineLoss, RequestState
 
+LAST_TIER = 15
+
 
 class Submission(NamedTuple):
     """A checked call with its encoded body: msgpack ("body") or JSON, as its result will be."""
@@ -132,7 +134,7 @@ class EngineView:
         ahead: what waits in its queue, by rank (`rank_of`).
         computed: tokens whose KV it has computed in its life, prompts and outputs: how far its cache has turned over.
         completion_tokens: how long answers were of late, in the mean; 0 = not known.
-        spoken_for: tokens of its KV cache that sessions have, or will soon ask for again (lua/residents.lua).
+        spoken_for: tokens of its KV cache that sessions have, or will soon ask for again, by tier (lua/residents.lua).
     """
 
     id: str
@@ -153,7 +155,7 @@ class EngineView:
     ahead: Mapping[int, Ahead] = field(default_factory=dict)
     computed: int = 0
     completion_tokens: float = 0.0
-    spoken_for: float = 0.0
+    spoken_for: Sequence[float] = ()
 
     @property
     def load_tokens(self) -> int:
@@ -175,6 +177,11 @@ def rank_of(priority: int, level: int) -> int:
     return (min(max(priority, -128), 127) + 128) * 16 + level
 
 
+def tier_of(priority: int, level: int) -> int:
+    """For whom KV cache is taken or free: 0 is the best, 15 the last (lua/residents.lua, tier_of)."""
+    return min(level, LAST_TIER) if priority == 0 else 0 if priority < 0 else LAST_TIER
+
+
 class CacheUse(NamedTuple):
     """When a session's cache on an engine was last used: `idle_s` seconds ago, when the engine had computed so many
     tokens in its life (`EngineView.computed`; None = not noted)."""
@@ -186,12 +193,14 @@ class CacheUse(NamedTuple):
 class Share(NamedTuple):
     """What a session has of an engine's KV cache, in tokens, decayed since its last call there ended.
 
-    `home`: its next call may go there without question; `active`: it has unfinished calls there.
+    `home`: the cache still holds its context, by all that is known. `active`: it has unfinished calls there. `tier`: the
+    one in which it is counted.
     """
 
     tokens: float = 0.0
     home: bool = False
     active: bool = False
+    tier: int = 0
 
 
 NOT_THERE = Share()

@@ -2,7 +2,7 @@
 
 Where the contexts of the programs in hand exceed an engine's cache, they evict each other: each next call computes its
 whole context anew, and while it does so, evicts another's. So calls of programs whose contexts are there go first, and
-others wait at the router until there is room. Whose contexts are there: lua/residents.lua.
+others wait at the router until there is room. The rules, and whose contexts are there: lua/residents.lua.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from broker.messages import NOT_THERE, EngineView, SessionView, Share
+from broker.messages import LAST_TIER, NOT_THERE, EngineView, SessionView, Share, tier_of
 from router.policies.base import CallView
 
 HELD = "no engine has room for its context of {tokens} tokens"
@@ -27,14 +27,19 @@ class Admission:
 
         An engine that does not say how large its cache is has room for everybody.
         """
-        homes = [e for e in engines if session.shares.get(e.id, NOT_THERE).home]
-        return homes or [e for e in engines if self._fits(call, e, session)]
+        fitting = [e for e in engines if self._fits(call, e, session)]
+        return [e for e in fitting if session.shares.get(e.id, NOT_THERE).home] or fitting
 
     def _fits(self, call: CallView, engine: EngineView, session: SessionView) -> bool:
-        """As lua/residents.lua has it, which decides where two routers place calls at once."""
-        room, context = engine.kv_tokens * self._factor, context_of(call, engine, session)
-        spoken = engine.spoken_for - session.shares.get(engine.id, NOT_THERE).tokens + context
-        return room <= 0 or spoken <= room or (context > room and not engine.queued + engine.running)
+        """As `fits` in lua/residents.lua, which has the last word where two routers place calls at once."""
+        capacity, context = engine.kv_tokens * self._factor, context_of(call, engine, session)
+        if capacity <= 0 or (context > capacity and not engine.queued + engine.running):
+            return True
+        share, tiers = session.shares.get(engine.id, NOT_THERE), tier_of(call.priority, session.level) + 1
+        if share.home:
+            tiers -= 1  # it asks against better ones alone
+        mine = share.tokens if share.tier < tiers else 0.0
+        return sum(engine.spoken_for[:tiers]) - mine + context <= capacity
 
 
 def context_of(call: CallView, engine: EngineView, session: SessionView) -> int:
@@ -49,8 +54,13 @@ def new_of(call: CallView, engine: EngineView, session: SessionView) -> int:
 
 def with_context(engine: EngineView, call: CallView, session: SessionView) -> tuple[EngineView, SessionView]:
     """The engine and the session as they are once the call has been given to it."""
-    share = session.shares.get(engine.id, NOT_THERE)
-    more = new_of(call, engine, session) if share.active else context_of(call, engine, session) - share.tokens
-    there = Share(share.tokens + more, home=True, active=True)
-    spoken = replace(engine, spoken_for=engine.spoken_for + more)
-    return spoken, replace(session, shares={**session.shares, engine.id: there})
+    share, tier = session.shares.get(engine.id, NOT_THERE), tier_of(call.priority, session.level)
+    spoken = [*engine.spoken_for, *[0.0] * (LAST_TIER + 1 - len(engine.spoken_for))]
+    if share.active:
+        tier, tokens = share.tier, share.tokens + new_of(call, engine, session)
+    else:
+        tokens = float(context_of(call, engine, session))
+    spoken[share.tier] -= share.tokens
+    spoken[tier] += tokens
+    shares = {**session.shares, engine.id: Share(tokens, home=True, active=True, tier=tier)}
+    return replace(engine, spoken_for=spoken), replace(session, shares=shares)

@@ -226,7 +226,7 @@ class _Run:
             self._hold(waiting)
             return
         view = CallView(times.session, "", times.prompt_tokens, times.program)
-        choice, decision = self._front.choose(self._now, view, session)
+        choice, decision = self._front.choose(self._now, view, session, times.level)
         if choice.hold:
             self._hold(waiting)
             return
@@ -236,7 +236,7 @@ class _Run:
         engine = self._by_id[choice.engine]
         if self._residents is not None:
             call.context = decision.context
-            self._residents.arrives(engine.id, times.session, call.context, decision.new, self._now)
+            self._residents.arrives(engine.id, times.session, call.context, decision.new, times.level, self._now)
         engine.enqueue(waiting)
         self._ring(engine)
 

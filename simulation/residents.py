@@ -22,12 +22,20 @@ class Residents:
         self._beta = settings.starvation_beta
         self._engines = engines
         self._table = table
-        self._sums = {e.id: rules.list({"active": 0, "thinking": 0, "at": 0}) for e in engines}
+        self._sums = {e.id: self._nothing() for e in engines}
         self._mine: dict[str, dict[str, Any]] = {}
         self.held = Queue(table)
 
-    def spoken_for(self, engine: str, now: float) -> float:
-        return float(self._rules.spoken_for(self._sums[engine], now * 1000, self._half))
+    def _nothing(self) -> Any:
+        none = [0.0] * (int(self._rules.LAST_TIER) + 1)
+        return self._rules.list({"at": 0, "active": self._rules.list(none), "thinking": self._rules.list(none)})
+
+    def _spoken(self, engine: str, now: float) -> Any:
+        return self._rules.spoken_for(self._sums[engine], now * 1000, self._half)
+
+    def spoken_for(self, engine: str, now: float) -> list[float]:
+        """Tokens of the engine's cache, by tier."""
+        return list(self._spoken(engine, now).values())
 
     def shares(self, session: str, now: float) -> dict[str, Share]:
         """What it has of each engine's cache."""
@@ -35,14 +43,14 @@ class Residents:
 
     def _share(self, mine: Any, now_ms: float) -> Share:
         tokens = self._rules.share_of(mine, now_ms, self._half)
-        return Share(tokens, self._rules.is_home(mine, now_ms, self._half), mine.calls > 0)
+        return Share(tokens, self._rules.is_home(mine, now_ms, self._half), mine.calls > 0, mine.tier)
 
-    def arrives(self, engine: str, session: str, context: int, new: int, now: float) -> None:
+    def arrives(self, engine: str, session: str, context: int, new: int, level: int, now: float) -> None:
         """A call has been assigned."""
         there = self._mine.setdefault(session, {})
         if engine not in there:
-            there[engine] = self._rules.list({"calls": 0, "tokens": 0, "since": 0})
-        self._rules.arrives(self._sums[engine], there[engine], context, new, now * 1000, self._half)
+            there[engine] = self._rules.list({"calls": 0, "tokens": 0, "since": 0, "tier": 0})
+        self._rules.arrives(self._sums[engine], there[engine], context, new, level, now * 1000, self._half)
 
     def leaves(self, engine: str, session: str, more: int, now: float) -> None:
         """A call has ended. `more`: how much larger its context was than had been thought."""
@@ -71,15 +79,15 @@ class Residents:
 
     def _room(self, engine: Engine, now: float) -> Any:
         view = engine.view(now)
-        spoken, capacity = self.spoken_for(engine.id, now), view.kv_tokens * self._factor
+        spoken, capacity = self._spoken(engine.id, now), view.kv_tokens * self._factor
         calls = view.queued + view.running
         return self._rules.list({"id": engine.id, "spoken": spoken, "capacity": capacity, "calls": calls})
 
     def _asks(self, waiting: Waiting, now: float) -> Any:
-        shares = {e: s.tokens for e, s in self.shares(waiting.call.times.session, now).items()}
+        shares = {e: self._rules.list(s._asdict()) for e, s in self.shares(waiting.call.times.session, now).items()}
         since = self._rules.starves_at(waiting.submitted_ms, *self._table.unpaid(waiting.had), self._beta)
-        asks = {"context": waiting.tokens, "shares": self._rules.list(shares), "starves": since <= now * 1000}
-        return self._rules.list(asks)
+        asks = {"context": waiting.tokens, "tier": waiting.level, "starves": since <= now * 1000}
+        return self._rules.list({**asks, "shares": self._rules.list(shares)})
 
     def _list(self, items: Any) -> Any:
         return self._rules.list(list(items))

@@ -11,7 +11,8 @@ from broker.errors import InvalidRequest
 _FILES = ("programs", "residents")
 _NAMES = (
     "level_of", "charged", "served", "unpaid", "starves_at", "place", "queue_score", "RUN_FLOOR_MS",
-    "spoken_for", "share_of", "is_home", "fits", "arrives", "leaves", "let_in", "decayed", "BYPASS",
+    "spoken_for", "share_of", "is_home", "fits", "arrives", "leaves", "let_in", "decayed",
+    "up_to", "tier_of", "BYPASS", "LAST_TIER",
 )  # fmt: skip
 MISSING = "Simulating a fleet needs lupa, a Lua for Python: pip install 'rsm-engine[simulation]'."
 

@@ -14,7 +14,11 @@ LEAST_LOADED = Settings(policy="least_loaded")
 
 
 def engine(engine_id: str, spoken_for: float = 0.0, kv_tokens: int = 1000, **fields: Any) -> EngineView:
-    return EngineView(engine_id, "READY", "m", kv_tokens=kv_tokens, spoken_for=spoken_for, running=1, **fields)
+    return EngineView(engine_id, "READY", "m", kv_tokens=kv_tokens, spoken_for=[spoken_for], running=1, **fields)
+
+
+def spoken_for(c: Chooser, engine_id: str) -> float:
+    return sum(c.fleet[engine_id].spoken_for)
 
 
 def chooser(*fleet: EngineView, factor: float = 1.0) -> Chooser:
@@ -39,7 +43,7 @@ def test_a_call_goes_where_its_context_fits_or_is_held() -> None:
     assert second.choice
     assert (second.choice.hold, second.choice.engine) == (True, "")
     assert "501 tokens" in second.choice.why
-    assert c.fleet["b"].spoken_for == 800
+    assert spoken_for(c, "b") == 800
 
 
 def test_a_factor_makes_room() -> None:
@@ -51,7 +55,19 @@ def test_a_session_at_home_goes_there_without_question() -> None:
     at_home = SessionView(shares={"a": Share(400, home=True), "b": Share(9, home=False)})
     c = chooser(engine("a", 5000), engine("b"))
     assert chosen(place(c, 800, session=at_home)) == ["a"]
-    assert c.fleet["a"].spoken_for == 5400, "its share was counted already"
+    assert spoken_for(c, "a") == 5400, "its share was counted already"
+
+
+def test_what_worse_tiers_have_is_room_and_they_ask_again() -> None:
+    full = EngineView("a", "READY", "m", kv_tokens=1000, spoken_for=[200, 0, 900], running=3)
+    level = {n: SessionView(level=n) for n in range(4)}
+    assert [chosen(place(chooser(full), 500, session=level[n])) for n in range(3)] == [["a"], ["a"], [""]]
+    first, last = CallView("s", "m", 500, priority=-1), CallView("s", "m", 500, priority=1)
+    assert chosen(chooser(full).place([first], {"s": level[3]}, 0.0)) == ["a"], "a class ahead is the best tier"
+    assert chosen(chooser(full).place([last], {"s": level[0]}, 0.0)) == [""], "one behind the last"
+    there = SessionView(level=2, shares={"a": Share(450, home=True, tier=2)})
+    assert chosen(place(chooser(full), 800, session=there)) == ["a"], "its own tier does not matter"
+    assert chosen(place(chooser(full), 801, session=there)) == [""], "those that came before it do"
 
 
 def test_later_calls_of_a_batch_are_at_home_where_the_first_went() -> None:
@@ -59,7 +75,7 @@ def test_later_calls_of_a_batch_are_at_home_where_the_first_went() -> None:
     first, second = place(c, 550, 600, session=SessionView(resident={"a": 500}))
     assert chosen([first, second]) == ["a", "a"]
     assert (second.context, second.new) == (600, 100), "what the session has cached is shared"
-    assert c.fleet["a"].spoken_for == 400 + 550 + 100
+    assert spoken_for(c, "a") == 400 + 550 + 100
 
 
 def test_what_is_left_of_its_own_context_is_room() -> None:
@@ -79,6 +95,6 @@ def test_an_engine_of_unknown_size_is_never_the_reason_to_wait() -> None:
 
 
 def test_who_is_larger_than_any_cache_goes_where_nothing_runs() -> None:
-    idle = EngineView("b", "READY", "m", kv_tokens=1000, spoken_for=800)
+    idle = EngineView("b", "READY", "m", kv_tokens=1000, spoken_for=[800])
     assert chosen(place(chooser(engine("a")), 1500)) == [""]
     assert chosen(place(chooser(engine("a"), idle), 1500)) == ["b"]

@@ -8,31 +8,35 @@ from typing import Any
 
 import pytest
 
+from broker.messages import tier_of
 from simulation.rules import rules
 
 LUA: Any = rules()
 HALF = 8000.0
 
 
-def sums(active: float = 0, thinking: float = 0, at: float = 0) -> Any:
-    return LUA.list({"active": active, "thinking": thinking, "at": at})
+TIERS = int(LUA.LAST_TIER) + 1
 
 
-def mine(calls: int = 0, tokens: float = 0, since: float = 0) -> Any:
-    return LUA.list({"calls": calls, "tokens": tokens, "since": since})
+def sums(at: float = 0) -> Any:
+    return LUA.list({"at": at, "active": LUA.list([0.0] * TIERS), "thinking": LUA.list([0.0] * TIERS)})
+
+
+def mine(calls: int = 0, tokens: float = 0, since: float = 0, tier: int = 0) -> Any:
+    return LUA.list({"calls": calls, "tokens": tokens, "since": since, "tier": tier})
 
 
 def seen(s: Any, m: Any) -> tuple[float, ...]:
-    return s.active, s.thinking, m.calls, m.tokens
+    return sum(s.active.values()), sum(s.thinking.values()), m.calls, m.tokens
 
 
-def spoken_for(s: Any, now: float) -> float:
-    return float(LUA.spoken_for(s, now, HALF))
+def spoken_for(s: Any, now: float, tier: int = TIERS - 1) -> float:
+    return float(LUA.up_to(LUA.spoken_for(s, now, HALF), tier))
 
 
 def test_a_context_counts_in_full_while_calls_run_and_half_as_much_after_each_half_life() -> None:
     s, m = sums(), mine()
-    LUA.arrives(s, m, 1000, 1000, 0, HALF)
+    LUA.arrives(s, m, 1000, 1000, 0, 0, HALF)
     assert spoken_for(s, 50_000) == 1000
     LUA.leaves(s, m, 24, 60_000, HALF)
     assert [spoken_for(s, 60_000 + n * HALF) for n in range(3)] == [1024, 512, 256]
@@ -42,18 +46,18 @@ def test_a_context_counts_in_full_while_calls_run_and_half_as_much_after_each_ha
 def test_who_returns_takes_its_decayed_share_out_again() -> None:
     s, m, other = sums(), mine(), mine()
     for one in (m, other):
-        LUA.arrives(s, one, 1000, 1000, 0, HALF)
+        LUA.arrives(s, one, 1000, 1000, 0, 0, HALF)
         LUA.leaves(s, one, 0, 0, HALF)
-    LUA.arrives(s, m, 1500, 1500, HALF, HALF)
+    LUA.arrives(s, m, 1500, 1500, 0, HALF, HALF)
     assert seen(s, m) == (1500, 500, 1, 1500), "of the thinking ones only the other is left"
     assert spoken_for(s, HALF) == 2000
 
 
 def test_parallel_calls_of_a_session_count_what_is_new_in_them() -> None:
     s, m = sums(), mine()
-    LUA.arrives(s, m, 1000, 300, 0, HALF)
-    assert s.active == 1000, "of the first all is new"
-    LUA.arrives(s, m, 1000, 300, 0, HALF)
+    LUA.arrives(s, m, 1000, 300, 0, 0, HALF)
+    assert spoken_for(s, 0) == 1000, "of the first all is new"
+    LUA.arrives(s, m, 1000, 300, 0, 0, HALF)
     LUA.leaves(s, m, 50, 10, HALF)
     assert seen(s, m) == (1350, 0, 1, 1350), "one still runs, so nothing decays"
     LUA.leaves(s, m, 50, 20, HALF)
@@ -62,7 +66,7 @@ def test_parallel_calls_of_a_session_count_what_is_new_in_them() -> None:
 
 def test_a_call_that_never_ran_leaves_nothing_behind() -> None:
     s, m = sums(), mine()
-    LUA.arrives(s, m, 1000, 1000, 0, HALF)
+    LUA.arrives(s, m, 1000, 1000, 0, 0, HALF)
     LUA.leaves(s, m, None, 10, HALF)
     assert seen(s, m) == (0, 0, 0, 0)
     assert not LUA.is_home(m, 10, HALF)
@@ -76,17 +80,44 @@ def test_a_session_is_at_home_for_two_half_lives() -> None:
     assert not LUA.is_home(mine(), 0, HALF), "who was never there"
 
 
-@pytest.mark.parametrize(
-    ("spoken", "share", "context", "capacity", "calls", "fits"),
-    [
-        (600, 0, 400, 1000, 3, True), (601, 0, 400, 1000, 3, False), (900, 300, 400, 1000, 3, True),
-        (0, 0, 1500, 1000, 1, False), (900, 0, 1500, 1000, 0, True), (900, 0, 400, 1000, 0, False),
-        (9e9, 0, 1, 0, 9, True),
-    ],
-)  # fmt: skip
-def test_what_fits(spoken: float, share: float, context: float, capacity: float, calls: int, fits: bool) -> None:
-    """Contexts up to the capacity; a larger one where nothing runs; anything where no capacity is known."""
-    assert LUA.fits(spoken, share, context, capacity, calls) is fits
+AWAY = {"tokens": 0, "home": False, "tier": 0}
+
+
+def fits(
+    spoken: list[float], call_tier: int, context: float, calls: int = 1, capacity: float = 1000, **share: Any
+) -> bool:
+    taken = LUA.list([*spoken, *[0.0] * (TIERS - len(spoken))])
+    return bool(LUA.fits(taken, call_tier, LUA.list(AWAY | share), context, capacity, calls))
+
+
+def test_a_call_finds_taken_what_its_tier_and_better_ones_have() -> None:
+    assert [fits([600, 0, 300], tier, 400) for tier in range(4)] == [True, True, False, False]
+    assert fits([600, 0, 300], 2, 100)
+    assert fits([700, 0, 300], 2, 200, tokens=200, tier=2), "its own share is room"
+    assert not fits([700, 300], 0, 301, tokens=200, tier=1), "but only if it was counted"
+
+
+def test_who_is_at_home_asks_against_better_tiers_alone() -> None:
+    assert fits([600, 5000], 1, 400, home=True, tokens=400, tier=1)
+    assert not fits([601, 5000], 1, 400, home=True, tokens=400, tier=1)
+    assert fits([5000], 0, 900, home=True)
+
+
+def test_what_is_larger_than_the_cache_fits_where_nothing_runs() -> None:
+    assert not fits([0], 0, 1500, calls=1)
+    assert fits([900], 0, 1500, calls=0)
+    assert not fits([900], 0, 400, calls=0), "others wait for what will be asked for again"
+
+
+def test_an_engine_of_unknown_size_has_room() -> None:
+    assert fits([9e9], 3, 1e6, capacity=0)
+
+
+def test_classes_are_tiers() -> None:
+    assert [LUA.tier_of(p, 3) for p in (-128, -1, 0, 1, 127)] == [0, 0, 3, TIERS - 1, TIERS - 1]
+    assert [tier_of(p, n) for p in (-1, 0, 1) for n in (0, 7, 15)] == [
+        LUA.tier_of(p, n) for p in (-1, 0, 1) for n in (0, 7, 15)
+    ]
 
 
 def test_sums_are_those_of_all_sessions_whatever_happens() -> None:
@@ -100,21 +131,31 @@ def test_sums_are_those_of_all_sessions_whatever_happens() -> None:
             LUA.leaves(s, m, rng.choice((0, 7, -3, None)), now, HALF)
         else:
             context = rng.randrange(1, 5000)
-            LUA.arrives(s, m, context, rng.randrange(context), now, HALF)
+            LUA.arrives(s, m, context, rng.randrange(context), 0, now, HALF)
         expected = sum(LUA.share_of(x, now, HALF) for x in them.values())
         assert spoken_for(s, now) == pytest.approx(expected, abs=1e-6)
     for m in them.values():
         while m.calls:
             LUA.leaves(s, m, None, now, HALF)
-    assert s.active == 0
+    assert seen(s, mine())[0] == 0
     assert spoken_for(s, now + 100 * HALF) < 1e-9
 
 
 def let_in(waiting: Sequence[dict[str, Any]], *rooms: tuple[str, float, float, int]) -> list[int]:
-    calls = [LUA.list({"starves": False, **c, "shares": LUA.list(c.get("shares", {}))}) for c in waiting]
-    names = ("id", "spoken", "capacity", "calls")
-    views = [LUA.list(dict(zip(names, r, strict=True))) for r in rooms]
-    return [n - 1 for n in LUA.let_in(LUA.list(calls), LUA.list(views)).values()]
+    """Positions, from 0, of those let in. The rooms' contexts are of tier 0."""
+
+    def asks(c: dict[str, Any]) -> Any:
+        shares = {e: LUA.list(AWAY | s) for e, s in c.get("shares", {}).items()}
+        return LUA.list({"tier": 0, "starves": False, **c, "shares": LUA.list(shares)})
+
+    def room(name: str, spoken: float, capacity: float, calls: int) -> Any:
+        taken = LUA.list([spoken, *[0.0] * (TIERS - 1)])
+        return LUA.list({"id": name, "spoken": taken, "capacity": capacity, "calls": calls})
+
+    return [
+        int(n) - 1
+        for n in LUA.let_in(LUA.list([asks(c) for c in waiting]), LUA.list([room(*r) for r in rooms])).values()
+    ]
 
 
 def test_calls_are_let_in_in_order_each_where_most_room_is() -> None:
@@ -124,7 +165,14 @@ def test_calls_are_let_in_in_order_each_where_most_room_is() -> None:
 
 def test_what_is_left_of_a_session_counts_as_room_for_it() -> None:
     assert let_in([{"context": 500}], ("a", 900, 1000, 1)) == []
-    assert let_in([{"context": 500, "shares": {"a": 400}}], ("a", 900, 1000, 1)) == [0]
+    assert let_in([{"context": 500, "shares": {"a": {"tokens": 400}}}], ("a", 900, 1000, 1)) == [0]
+
+
+def test_who_is_at_home_goes_home() -> None:
+    crowded, empty = ("a", 0, 1000, 1), ("b", 0, 2000, 1)
+    at_home = {"context": 500, "tier": 1, "shares": {"a": {"tokens": 500, "home": True, "tier": 1}}}
+    assert let_in([at_home, {"context": 1100}], ("b", 0, 1000, 1), crowded) == [0]
+    assert let_in([at_home, {"context": 1100}], empty, crowded) == [0, 1]
 
 
 def test_only_a_few_may_go_ahead_of_one_that_fits_nowhere() -> None:

@@ -46,13 +46,17 @@ def test_where_there_is_room_nobody_waits() -> None:
 
 
 def test_no_size_of_program_starves() -> None:
+    """A large one among many small ones waits, before each call, beta times as long as it ran."""
     small = [agent(n, 4_000, 4, arrival_s=0.2 * n) for n in range(2, 200)]
-    results = run(ON, [agent(1, 80_000, 3, arrival_s=5.0), *small])
+    results = run(ON.model_copy(update={"starvation_beta": 2.0}), [agent(1, 80_000, 3, arrival_s=5.0), *small])
     assert not results.unfinished
     large = next(p for p in results.programs if p.spec.id == "p1")
-    last = max(p.ended_s or 0.0 for p in results.programs)
-    assert large.response_s is not None
-    assert large.response_s < last / 2, "it does not wait for all the small ones"
+    ran = 0.0
+    for call in large.calls:
+        assert call.claimed_s is not None
+        assert call.ended_s is not None
+        assert call.claimed_s - call.ready_s < 2.0 * max(1.0, ran) + 60.0
+        ran += call.ended_s - call.claimed_s
 
 
 def test_equal_seeds_give_equal_runs() -> None:
