@@ -89,7 +89,7 @@ class Protocol(RuleBasedStateMachine):
     def __init__(self, db: Any, config: Settings) -> None:
         super().__init__()
         self.db = db
-        bounds = {"max_open_calls": len(CALLS) - 1, "max_attempts": 2, "max_deaths": 2}
+        bounds: dict[str, Any] = {"max_open_calls": len(CALLS) - 1, "max_attempts": 2, "max_deaths": 2}
         bounds |= {"starvation_beta": AGE // 1000 - 1}  # whoever waits for an age starves, and nobody else
         bounds |= {"level_bounds": (15, 1000)}  # one call is enough for the second level
         self.config = config.model_copy(update={"namespace": f"m{new_id()}", "lease_ms": LEASE_MS, **bounds})
