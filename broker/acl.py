@@ -133,7 +133,7 @@ _ROUTER = (
 )
 _WORKER = (
     Grant(
-        f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS} {_FLEET_COMMANDS} {_SERVER}",
+        f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS} {_FLEET_COMMANDS} {_SERVER} zcount",
         f"{_CALL_KEYS} engine:* engines finished deadlines parked:* dead",
         f"{_CALL_WRITES} engine:* engines",
     ),

@@ -167,10 +167,27 @@ class Transitions:
         args = self._args(engine, incarnation, state, *_flat(load))
         return Command(script("heartbeat"), args, lambda r: text(r) == "ok")
 
-    def claim(self, engine: str, incarnation: str, claim_no: int, most: int) -> Command[list[Claimed] | None]:
-        """The calls claimed, None if the lease was lost."""
-        args = self._args(engine, incarnation, claim_no, most, self._settings.max_deaths)
+    def claim(
+        self,
+        engine: str,
+        incarnation: str,
+        claim_no: int,
+        most: int,
+        ahead: int = 0,
+        bar: tuple[int, int] = (0, 0),
+    ) -> Command[list[Claimed] | None]:
+        """The calls claimed, None if the lease was lost.
+
+        Args:
+            most: calls that there is room for.
+            ahead: up to so many are claimed if they are better than `bar`, a class and a level, whatever `most` says.
+        """
+        args = self._args(engine, incarnation, claim_no, most, self._settings.max_deaths, ahead, *bar)
         return Command(script("claim"), args, _claimed)
+
+    def ring(self, engine: str) -> Command[int]:
+        """Wakes who sleeps on the engine's bell."""
+        return Command(script("ring"), self._args(engine), int)
 
     def publish(self, engine: str, events: Sequence[Event]) -> Command[list[str]]:
         args = self._args(engine)

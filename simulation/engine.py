@@ -35,7 +35,7 @@ class Engine:
         self._model = config.model
         self._kv_tokens = config.num_blocks * config.block_size
         self._slots = config.max_num_seqs
-        self._room = config.max_num_seqs + prefetch
+        self._most = self._room = config.max_num_seqs + prefetch
         self._queue = Queue(table)
         self._queued_tokens = self._running_tokens = self._running = self._served = 0
         self._calls: dict[SimCall, Any] = {}
@@ -73,12 +73,19 @@ class Engine:
 
     # -- in the worker
 
-    def can_claim(self) -> bool:
-        return bool(self._queue) and self._room > 0 and not self.claiming
+    def can_claim(self, now: float) -> bool:
+        if self.claiming or not self._queue:
+            return False
+        return self._room > 0 or (self._ahead() > 0 and self._queue.has_better(self.sim.bar(), int(now * 1000)))
+
+    def _ahead(self) -> int:
+        """How many calls may be claimed that are better than a running one, when there is no room for others."""
+        return 0 if self._room > 0 or self.sim.bar() is None else min(self._most + self._room, CLAIM_MANY)
 
     def claim(self, now: float) -> list[Waiting]:
-        """Takes the first calls of the queue, as many as there is room for."""
-        taken = self._queue.claim(min(self._room, CLAIM_MANY), int(now * 1000))
+        """Takes the first calls of the queue, as many as there is room for; a full engine, those that are better."""
+        most = max(0, min(self._room, CLAIM_MANY))
+        taken = self._queue.claim(most, int(now * 1000), self._ahead(), self.sim.bar())
         tokens = sum(w.tokens for w in taken)
         self._queued_tokens -= tokens
         self._running_tokens += tokens

@@ -273,7 +273,7 @@ class _Run:
 
     def _ring(self, engine: Engine) -> None:
         """The worker hears that there is a call, or room for one."""
-        if engine.can_claim():
+        if engine.can_claim(self._now):
             engine.claiming = True
             self._at(self._hop(self._config.hops.claim_s), _CLAIM, engine)
 

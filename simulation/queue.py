@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
+from math import inf
 from typing import Any
 
 from simulation.table import Account, ProcessTable
+from workers.plas import Rank
 
 # As in lua/claim.lua: so many starving calls are moved ahead with one claim.
 _PROMOTE_MANY = 64
@@ -61,16 +63,30 @@ class Queue:
         waiting.here = False
         self._size -= 1
 
-    def claim(self, most: int, now_ms: int) -> list[Waiting]:
-        """Moves those that starve ahead, then takes the first calls."""
+    def claim(self, most: int, now_ms: int, ahead: int = 0, bar: Rank | None = None) -> list[Waiting]:
+        """Moves those that starve ahead, then takes the first calls: `most`, or up to `ahead` better than the bar."""
         self._promote(now_ms)
         taken: list[Waiting] = []
-        while len(taken) < most and self._size:
-            score, _, _, waiting = heappop(self._order)
-            if waiting.here and waiting.score == score:
-                self.remove(waiting)
-                taken.append(waiting)
+        while self._size and (len(taken) < most or (len(taken) < ahead and self._best() < self._score(bar))):
+            self._best()
+            waiting = heappop(self._order)[3]
+            self.remove(waiting)
+            taken.append(waiting)
         return taken
+
+    def has_better(self, bar: Rank | None, now_ms: int) -> bool:
+        """A call here is of a better class, or level, than the bar."""
+        self._promote(now_ms)
+        return self._size > 0 and self._best() < self._score(bar)
+
+    def _best(self) -> float:
+        """The score of the first call, which stands at the top of the heap then."""
+        while not (self._order[0][3].here and self._order[0][3].score == self._order[0][0]):
+            heappop(self._order)
+        return self._order[0][0]
+
+    def _score(self, bar: Rank | None) -> float:
+        return -inf if bar is None else self._table.score(*bar, 0)
 
     def first(self, most: int, now_ms: int) -> list[Waiting]:
         """Those that `claim` would take."""
@@ -88,8 +104,8 @@ class Queue:
             waiting = heappop(self._starving)[3]
             if waiting.here:
                 waiting.level, waiting.promoted_ms = 0, now_ms
-                waiting.score = self._table.score(0, 0, waiting.submitted_ms)
                 self._put(waiting)
 
     def _put(self, waiting: Waiting) -> None:
+        waiting.score = self._table.score(0, waiting.level, waiting.submitted_ms)
         heappush(self._order, (waiting.score, waiting.id, next(self._numbers), waiting))

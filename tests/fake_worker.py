@@ -70,10 +70,13 @@ class FakeWorker:
         assert self.beat()
         return self
 
-    def claim(self, most: int = 10, claim_no: int | None = None) -> list[Claimed] | None:
+    def claim(
+        self, most: int = 10, claim_no: int | None = None, ahead: int = 0, bar: tuple[int, int] = (0, 0)
+    ) -> list[Claimed] | None:
         """Claims up to so many calls; the same number again after a lost reply, so that no call is lost."""
         claim_no = self.claims + 1 if claim_no is None else claim_no
-        claimed = scripts.run(self.db, self.transitions.claim(self.engine, self.incarnation, claim_no, most))
+        command = self.transitions.claim(self.engine, self.incarnation, claim_no, most, ahead, bar)
+        claimed = scripts.run(self.db, command)
         self.claims = claim_no
         self.held |= {c.fence.call_id: c for c in claimed or ()}
         return claimed

@@ -340,12 +340,14 @@ class Model:
         x.state, x.beat, x.listed = max(state, x.state, key=LIFE.index), NEVER, True
         return True
 
-    def claim(self, e: str, incarnation: str, claim_no: int, most: int) -> list[Call] | None:
+    def claim(
+        self, e: str, incarnation: str, claim_no: int, most: int, ahead: int = 0, bar: tuple[int, int] = (0, 0)
+    ) -> list[Call] | None:
         x = self.engines.get(e)
         if x is None or x.incarnation != incarnation or x.state == "DEAD":
             return None
         if claim_no != x.claim_no:
-            claimed = self.hand_out(e, x, most)
+            claimed = self.hand_out(e, x, most, ahead, bar)
             if not claimed:
                 return []
             x.claim_no, x.claimed = claim_no, [c.id for c in claimed]
@@ -356,12 +358,13 @@ class Model:
         c.level, c.starves, c.promoted = 0, False, True
         self.stats["promoted"] += 1
 
-    def hand_out(self, e: str, x: Engine, most: int) -> list[Call]:
+    def hand_out(self, e: str, x: Engine, most: int, ahead: int, bar: tuple[int, int]) -> list[Call]:
         for i in self.queue(e):
             if self.calls[i].starves:
                 self.promote(self.calls[i])
         claimed: list[Call] = []
-        for c in self.next_calls(e, x, most):
+        better = sum((self.calls[i].priority, self.calls[i].level) < bar for i in self.queue(e))
+        for c in self.next_calls(e, x, max(most, min(ahead, better))):
             if c.due:
                 self.end(c, "FAILED", "deadline_exceeded")
                 continue

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import redis
 
-from broker import AccessDenied, AsyncClient, CallCancelled, Client, RequestState, Settings
+from broker import AccessDenied, AsyncClient, CallCancelled, Client, RequestState, Settings, scripts
 from broker.acl import LOCKED, ROLES, acl_file, user_name
 from broker.dead_letters import DeadLetters
 from broker.embedded import find_server
@@ -32,6 +32,7 @@ from engine.doctor import examine
 from router.kv_coordinator import KVCacheCoordinator
 from router.router import Router
 from tests.conftest import eventually
+from tests.fake_worker import FakeWorker
 from tests.roles import Roles, secret
 from tests.rsm_command import RSM, clean_env, run
 from tests.sim_processes import WorkerProcess, processes_of, sim, state_of
@@ -349,6 +350,12 @@ def login_to(socket: str, user: str | None, password: str | None) -> bool:
             return bool(client.ping())
         except redis.AuthenticationError:
             return False
+
+
+def test_a_worker_may_take_better_calls_and_ring_its_bell(roles: Roles) -> None:
+    worker = FakeWorker(roles.settings("worker"), server=roles.client("worker")).up()
+    assert worker.claim(0, ahead=2, bar=(1, 0)) == []
+    assert scripts.run(worker.db, worker.transitions.ring(worker.engine)) == 1
 
 
 def test_a_line_that_names_no_role_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker import codec
+from broker import codec, scripts
 from broker.transitions import (
     Claimed,
     Differences,
@@ -69,6 +69,39 @@ def test_a_claim_that_got_nothing_may_get_something_under_its_number(world: Worl
     assert worker.claim(claim_no=1) == []
     world.queue("c1")
     assert len(worker.claim(claim_no=1) or ()) == 1
+
+
+def test_a_full_engine_may_take_calls_that_are_better_than_its_bar(world: World) -> None:
+    worker = world.worker()
+    world.charge("old", 5_000)
+    for name, session, priority in (("a", "", 0), ("b", "old", 0), ("c", "", 1), ("d", "old", 1), ("e", "", 2)):
+        world.queue(name, session=session or f"new-{name}", priority=priority)
+
+    assert worker.claim(0) == []
+    assert worker.claim(0, ahead=0, bar=(9, 9)) == []
+    assert [c.fence.call_id for c in worker.claim(0, ahead=9, bar=(0, 0)) or ()] == []
+    assert [c.fence.call_id for c in worker.claim(0, ahead=9, bar=(0, 2)) or ()] == ["a"]
+    assert [c.fence.call_id for c in worker.claim(0, ahead=1, bar=(1, 1)) or ()] == ["b"]
+    assert [c.fence.call_id for c in worker.claim(2, ahead=9, bar=(1, 1)) or ()] == ["c", "d"], "room is room"
+    assert [c.fence.call_id for c in worker.claim(1, ahead=1, bar=(0, 0)) or ()] == ["e"]
+    assert (world.waiting(), len(world.running())) == ([], 5)
+
+
+def test_a_claim_for_better_calls_can_be_repeated(world: World) -> None:
+    worker = world.worker()
+    for i in range(3):
+        world.queue(f"c{i}", priority=i)
+    first = worker.claim(0, claim_no=7, ahead=2, bar=(2, 0))
+    assert [c.fence.call_id for c in first or ()] == ["c0", "c1"]
+    assert worker.claim(0, claim_no=7, ahead=2, bar=(9, 0)) == first
+
+
+def test_a_worker_rings_its_own_bell(world: World) -> None:
+    worker = world.worker()
+    for _ in range(3):
+        assert scripts.run(world.db, worker.transitions.ring("e1")) == 1
+    assert world.db.lrange(world.keys.bell("e1"), 0, -1) == [b"1"]
+    assert world.db.ttl(world.keys.bell("e1")) > 0
 
 
 def test_only_the_incarnation_that_registered_may_claim(world: World) -> None:

@@ -122,7 +122,7 @@ class EngineLoad:
 
 
 class Backend(ABC):
-    """One engine. All methods run in the worker's event loop."""
+    """One engine. All methods but `bar` run in the worker's event loop."""
 
     @abstractmethod
     async def start(self) -> EngineFacts:
@@ -152,6 +152,13 @@ class Backend(ABC):
         """A number that changes as the engine works, also on prompts and for calls that do not stream.
 
         None: not known, for this backend notices by itself an engine that hangs.
+        """
+        return None
+
+    def bar(self) -> tuple[int, int] | None:
+        """The class and level that a waiting call must be better than to take the place of a running one, now.
+
+        None: no call ever does. The only method that is called from another thread.
         """
         return None
 

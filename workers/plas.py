@@ -30,6 +30,7 @@ from math import inf, isfinite
 _SPARE = 64  # entries of a heap that may be out of date, besides as many as are not
 
 Rank = tuple[int, int]  # class and level; lower is better
+NOTHING_IS_BETTER: Rank = (-(1 << 31), 0)
 Order = tuple[int, int, float, int]  # class, level, arrival, number
 
 

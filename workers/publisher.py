@@ -39,17 +39,23 @@ class Ended:
     numbers: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """A ring of the engine's own bell, behind whatever was put before: there is room for more calls."""
+
+
 @dataclass(slots=True)
 class _Gathered:
     pieces: dict[Fence, Event] = field(default_factory=dict)
     finishes: list[Finish] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
+    ring: bool = False
 
     def leaving(self) -> list[Fence]:
         return [*(f.fence for f in self.finishes), *(r.fence for r in self.releases)]
 
 
-Item = Output | Ended | Release
+Item = Output | Ended | Release | Ring
 _GAP = "Redis lost a part of what the call had published."
 _CLOSE = None
 
@@ -140,6 +146,8 @@ class Publisher(threading.Thread):
             commands.append(self._transitions.finish(self._engine, g.finishes))
         if g.releases:
             commands.append(self._transitions.release(self._engine, g.releases))
+        if g.ring:
+            commands.append(self._transitions.ring(self._engine))
         return commands
 
     def _report(self, g: _Gathered, replies: Sequence[list[str]]) -> None:
@@ -168,6 +176,8 @@ def _gather(items: Sequence[Item]) -> _Gathered:
             g.finishes.append(item.finish._replace(events=item.numbers[0]))
         elif isinstance(item, Release):
             g.releases.append(item)
+        elif isinstance(item, Ring):
+            g.ring = True
         else:
             _append(g.pieces, item)
     return g

@@ -84,6 +84,9 @@ class SimBackend(Backend):
         speed = self._meter.speed if self._meter.measured else None
         return EngineLoad(self._engine.kv_usage, self._rate.per_s(time.perf_counter()), speed)
 
+    def bar(self) -> tuple[int, int] | None:
+        return self._engine.bar()
+
     def progress(self) -> int:
         """Steps of the modelled engine."""
         return self._steps_done

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil, inf
 
-from workers.plas import Plas, PlasCall, PlasRules, Rank
+from workers.plas import NOTHING_IS_BETTER, Plas, PlasCall, PlasRules, Rank
 from workers.service import ServiceUnit, Tokens, Used, Work, create_unit
 from workers.sim_call import Order, Phase, SimCall
 from workers.sim_config import SimConfig
@@ -54,6 +54,10 @@ class Scheduler:
     def outranks(self, call: SimCall) -> bool:
         """Whether a running call should give way to this waiting one."""
         return False
+
+    def bar(self) -> Rank | None:
+        """What a waiting call must be better than to take the place of a running one; None: no call ever does."""
+        return None
 
     def victims(
         self,
@@ -168,6 +172,9 @@ class PlasScheduler(Scheduler):
 
     def outranks(self, call: SimCall) -> bool:
         return bool(self._ranks) and self._calls[call].entry.rank < max(self._ranks)
+
+    def bar(self) -> Rank | None:
+        return max(self._ranks, default=NOTHING_IS_BETTER)
 
     def victims(
         self,

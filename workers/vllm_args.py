@@ -112,15 +112,18 @@ def _parser() -> tuple[Any, Any]:
     raise EngineDied("This version of vLLM is not supported: its command line arguments are not where they were.")
 
 
+def displaces(config: EngineConfig) -> bool:
+    """The engine runs with our scheduler, which lets a better call take a running one's place."""
+    asked = {name.lstrip("-").replace("-", "_") for name in config.engine_args}
+    return config.scheduler == "plas" and not asked & {"scheduler_cls", "scheduling_policy"}
+
+
 def _scheduler(config: EngineConfig, asked: dict[str, Any]) -> dict[str, Any]:
     """Arguments about the scheduler. Whichever it is, our factory makes it, so that the engine dies with its worker."""
     own = asked.pop("scheduler_cls", None) or ""
     named = own if isinstance(own, str) else f"{own.__module__}.{own.__qualname__}"
-    policy = "priority"
-    if not named and "scheduling_policy" not in asked:
-        named = PLAS if config.scheduler == "plas" else ""
-        policy = "fcfs" if config.scheduler == "fcfs" else "priority"
-    os.environ[SCHEDULER_VARIABLE] = named
+    os.environ[SCHEDULER_VARIABLE] = PLAS if displaces(config) else named
+    policy = "fcfs" if config.scheduler == "fcfs" and not named else "priority"
     return {"scheduling_policy": policy, "scheduler_cls": FACTORY}
 
 

@@ -15,15 +15,18 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from broker.settings import Settings
 from workers.backend import Backend, CallRejected, EngineDied, EngineFacts, EngineLoad, Job, Outcome, Piece
 from workers.config import EngineConfig
 from workers.rate import RateMeter
+from workers.service import create_unit
 from workers.speed import SpeedMeter, StepWindow
 from workers.tiny_model import ensure_tiny_model
-from workers.vllm_args import TINY_NAME, parse, prepare_environment
+from workers.vllm_args import TINY_NAME, displaces, parse, prepare_environment
 from workers.vllm_engine import GONE, Engine
 from workers.vllm_generate import GenerateCall
 from workers.vllm_openai import PATHS, OpenAICall, ProxyEngineClient
+from workers.vllm_program import rules_of, worst_rank
 
 log = logging.getLogger("rsm.worker")
 
@@ -35,6 +38,7 @@ _SETTLE_S = 5.0
 
 @dataclass(slots=True)
 class _Run:
+    job: Job
     call: GenerateCall | OpenAICall
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -108,6 +112,9 @@ class VllmBackend(Backend):
         self._engine: Engine | None = None
         self._meter = Meter()
         self._runs: dict[str, _Run] = {}
+        settings = Settings()
+        self._unit = create_unit(settings.service_unit) if displaces(config) else None
+        self._rules = rules_of(settings)
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> VllmBackend:
@@ -184,7 +191,7 @@ class VllmBackend(Backend):
             call = OpenAICall(engine, job, emit)
         else:
             raise CallRejected(f"vLLM does not serve {job.kind}.")
-        run = self._runs[job.key] = _Run(call)
+        run = self._runs[job.key] = _Run(job, call)
         self._meter.begin()
         try:
             return await call.run()
@@ -204,6 +211,12 @@ class VllmBackend(Backend):
         speed = self._meter.speed
         tokens_per_s = self._meter.rate.per_s(time.perf_counter())
         return EngineLoad(kv_usage, tokens_per_s, speed.speed if speed.measured else None)
+
+    def bar(self) -> tuple[int, int] | None:
+        if self._unit is None:
+            return None
+        used = [(run.job, run.call.used()) for run in list(self._runs.values())]
+        return worst_rank(used, self._config.max_num_seqs, self._unit, self._rules)
 
     def progress(self) -> int:
         """Steps of the engine, also those that only prefill a part of a prompt."""

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from workers.service import Used
 from workers.vllm_engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args, refusals, sentence
 from workers.vllm_reply import running_ms
 from workers.vllm_resume import Outputs, Said, continued
@@ -46,6 +47,13 @@ class GenerateCall:
         if not self._aborted:
             self._aborted = True
             self._scope.reschedule(0)
+
+    def used(self) -> Used:
+        """What it has used so far, as far as its answer tells."""
+        if self._first is None:
+            return Used(0, 0)
+        ran_s = time.perf_counter() - self._began
+        return Used(len(self._prompt_ids), len(self._ids), self._cached, ran_s, self._first - self._began)
 
     async def run(self) -> Outcome:
         """Runs the call to its end.

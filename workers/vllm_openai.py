@@ -17,6 +17,7 @@ from typing import Any
 
 from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
 from workers.openai_wire import Assembler, SseParser, choice_text, document, error_inside, single_line
+from workers.service import Used
 from workers.vllm_asgi import post
 from workers.vllm_engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args
 from workers.vllm_reply import Counts, Replay, refusal, request
@@ -102,6 +103,10 @@ class OpenAICall:
         except Exception as e:
             self._failure = self._failure or explained(e, self._engine.dead)
         return self._outcome()
+
+    def used(self) -> Used:
+        """What it has used so far."""
+        return self._counts.used()
 
     def abort(self) -> None:
         if self._aborted:

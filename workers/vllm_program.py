@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 from broker.settings import Settings
 from workers.backend import Job
-from workers.plas import PlasCall, PlasRules
-from workers.service import ServiceUnit, Tokens, Used
+from workers.plas import NOTHING_IS_BETTER, PlasCall, PlasRules, Rank
+from workers.service import ServiceUnit, Tokens, Used, charge
 
 LEVELS = 16  # levels of the router's queues that fit between two of vLLM's priorities
 
@@ -50,6 +51,20 @@ class Program:
         return cls(str(given.get("program_id", "")) or request.request_id, *known)
 
 
+def worst_rank(jobs: Iterable[tuple[Job, Used]], slots: int, unit: ServiceUnit, rules: PlasRules) -> Rank:
+    """What a call must be better than to take the place of one of these, of which the engine runs the best.
+
+    Seen from outside the engine's process: of a promotion in there nothing is known, nor of what waits for KV blocks.
+    """
+    ranks = sorted(_rank(job, charge(unit, used), rules) for job, used in jobs)
+    return ranks[slots - 1] if len(ranks) >= slots else NOTHING_IS_BETTER
+
+
+def _rank(job: Job, own: float, rules: PlasRules) -> Rank:
+    promoted = job.level < rules.level_of(job.inherited)  # it began anew in the first level
+    return job.priority, rules.level_of(own if promoted else job.inherited + own)
+
+
 class Tracked:
     """One request of vLLM's, and what it has used. Times in s.
 
@@ -82,7 +97,7 @@ class Tracked:
         self.seen = seen
         self.cached: int | None = None  # prompt tokens found in the cache when it first started; None: it has not
         self.look_at = self.failures = self.not_before = 0
-        self._charged = 0.0  # service units
+        self._charged = 0  # service units
         # The most that was ever computed: what is computed again after a preemption costs its program nothing.
         self._prompt = self._outputs = 0
         self._ran_s = self._started = 0.0
@@ -97,7 +112,7 @@ class Tracked:
     def stops(self, now: float) -> None:
         self._ran_s += now - self._started
 
-    def new_service(self, unit: ServiceUnit, now: float) -> float:
+    def new_service(self, unit: ServiceUnit, now: float) -> int:
         """Service units of a running call since the last time."""
         request, ran_s = self.request, self._ran_s + now - self._started
         self._prompt = max(self._prompt, min(request.num_computed_tokens, request.num_prompt_tokens))
@@ -105,7 +120,7 @@ class Tracked:
         if self._outputs and self._first_s is None:
             self._first_s = ran_s
         used = Used(self._prompt, self._outputs, self.cached or 0, ran_s, self._first_s)
-        new = max(unit.service(used) - self._charged, 0.0)
+        new = max(charge(unit, used) - self._charged, 0)
         self._charged += new
         return new
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.backend import CallRejected, EngineError, Job, Outcome
+from workers.service import Used
 from workers.vllm_engine import CANNOT_CONTINUE, sentence
 from workers.vllm_resume import Said
 
@@ -78,6 +79,13 @@ class Counts:
             self._output += len(one.token_ids)
             if not number and not one.index:
                 self.text += one.text
+
+    def used(self) -> Used:
+        """What the call has used so far, as far as the engine has told."""
+        if self._first is None:
+            return Used(0, 0)
+        prompt, ran_s = sum(self._prompts.values()), time.perf_counter() - self.began
+        return Used(prompt, self._output, self.cached_tokens, ran_s, self._first - self.began)
 
     def note_usage(self, doc: dict[str, Any]) -> None:
         self._usage = doc.get("usage") or self._usage

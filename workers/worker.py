@@ -40,7 +40,7 @@ from workers.claimer import Claimer, Room
 from workers.control import Control
 from workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
 from workers.lease import Lease
-from workers.publisher import Publisher
+from workers.publisher import Publisher, Ring
 from workers.reconcile import Reconciler
 from workers.service import create_unit
 from workers.watchdog import Fuse, Stall, round_s
@@ -103,7 +103,7 @@ class Worker:
             self._redis,
             self._keys,
             put=self._publisher.put,
-            left=lambda: self._room.give(),
+            left=self._make_room,
             died=self._engine_died,
             unit=create_unit(self.settings.service_unit),
         )
@@ -372,9 +372,15 @@ class Worker:
             self._transitions,
             self._room,
             partial(self._call, self._take, self._incarnation),
+            self._backend.bar,
         )
         self._claimer.start()
         log.info("engine %s is ready: %s, %d slots", self.engine, self._facts.model, self._facts.max_num_seqs)
+
+    def _make_room(self) -> None:
+        """A call has left the engine."""
+        if self._room.give():
+            self._publisher.put(Ring())
 
     def _take(self, incarnation: str, claimed: list[Claimed] | None) -> None:
         if claimed is None:

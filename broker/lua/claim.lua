@@ -7,7 +7,10 @@
 --
 -- Before that, calls that have waited for too long are moved ahead in the queue.
 --
--- ARGV     engine incarnation claim_no max max_deaths
+-- An engine that is full may make room for calls that are better than one of those it runs: it takes up to `ahead` calls
+-- beyond `max`, if their class, or in the same class their level, is better than that of its bar.
+--
+-- ARGV     engine incarnation claim_no max max_deaths ahead bar_class bar_level
 -- Returns  {"fenced"} if another incarnation owns the engine, else {"ok", call, call, …}, per call
 --          {id, gen, attempt, session, kind, stream, inbox, priority, level, events, traceparent, prompt_tokens,
 --          format, body, cancel, on_engine_loss, begins, left: milliseconds until its deadline, "" = it has none,
@@ -64,10 +67,20 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', starving_key(e), '-inf', NOW_TEX
   promote(id)
 end
 
+-- The first calls of the queue, as many as may be claimed.
+local function first()
+  local many, ahead = max, tonumber(ARGV[9])
+  if ahead > many then
+    local bar = int(queue_score(tonumber(ARGV[10]), tonumber(ARGV[11]), 0))
+    many = math.max(many, math.min(ahead, redis.call('ZCOUNT', queue_key(e), '-inf', '(' .. bar)))
+  end
+  return many > 0 and redis.call('ZRANGE', queue_key(e), 0, many - 1) or {}
+end
+
 -- The calls that may be handed out now, in order.
 local function candidates()
   local alone = owner[5]
-  if not alone then return redis.call('ZRANGE', queue_key(e), 0, max - 1) end
+  if not alone then return first() end
   local c = read_call(alone, job_fields)
   if c.engine == e and is_suspect(c.deaths, max_deaths) then
     if c.state == 'RUNNING' then return {} end
@@ -75,7 +88,7 @@ local function candidates()
   end
   -- It ended, moved, or was found innocent meanwhile.
   redis.call('HDEL', engine_key(e), 'alone')
-  return redis.call('ZRANGE', queue_key(e), 0, max - 1)
+  return first()
 end
 
 local claimed = {}
