@@ -104,8 +104,8 @@ class Queue:
             waiting = heappop(self._starving)[3]
             if waiting.here:
                 waiting.level, waiting.promoted_ms = 0, now_ms
+                waiting.score = self._table.score(0, 0, waiting.submitted_ms)
                 self._put(waiting)
 
     def _put(self, waiting: Waiting) -> None:
-        waiting.score = self._table.score(0, waiting.level, waiting.submitted_ms)
         heappush(self._order, (waiting.score, waiting.id, next(self._numbers), waiting))

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from broker.messages import SessionView
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """What a program has been charged. Times in ms, service in service units; `paid_…`: lua/family.lua, `totals`."""
 
     service: float = 0.0
@@ -66,6 +65,8 @@ class ProcessTable:
 
     def unpaid(self, had: Account) -> tuple[float, float]:
         """What of its waiting and running no promotion has paid for yet."""
+        if had is NOTHING:
+            return 0, 0
         unpaid = self._rules.unpaid
         return unpaid(had.waited_ms, had.paid_waited_ms), unpaid(had.ran_ms, had.paid_ran_ms)
 

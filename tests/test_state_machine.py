@@ -89,8 +89,9 @@ class Protocol(RuleBasedStateMachine):
     def __init__(self, db: Any, config: Settings) -> None:
         super().__init__()
         self.db = db
-        bounds = {"max_open_calls": len(CALLS) - 1, "max_attempts": 2, "max_deaths": 2}
+        bounds: dict[str, Any] = {"max_open_calls": len(CALLS) - 1, "max_attempts": 2, "max_deaths": 2}
         bounds |= {"starvation_beta": AGE // 1000 - 1}  # whoever waits for an age starves, and nobody else
+        bounds |= {"level_bounds": (15, 1000)}  # one call is enough for the second level
         self.config = config.model_copy(update={"namespace": f"m{new_id()}", "lease_ms": LEASE_MS, **bounds})
         self.keys = Keys(self.config.namespace)
         self.transitions = Transitions(self.keys, self.config)
@@ -180,6 +181,19 @@ class Protocol(RuleBasedStateMachine):
             call.starves = True
             self.db.zadd(self.keys.starving(call.engine), {call_id: LONG_AGO})
 
+    @rule(call_id=call_ids, session=sessions, parent=parents, e=engines, worn=rarely, starve=st.booleans())
+    def live(self, call_id: str, session: str, parent: str, e: str, worn: bool, starve: bool) -> None:
+        """A call's whole life, as a program has many one after another; it may wait for too long."""
+        self.forget(call_id)
+        if worn:
+            self.wear_out(session, True)
+        self.submit(call_id, session, "hi", parent, deadline=FAR_AWAY, priority=0, on_engine_loss="continue")
+        self.route("A", e)
+        if starve:
+            self.starve(call_id)
+        self.claim([w for w, _ in reversed(self.workers)].index(e), 10)
+        self.finish([0], "COMPLETED", 5, False)
+
     @rule(session=sessions, really=rarely)
     @when(lambda m: any(s.service for s in m.model.sessions.values()))
     def wear_out(self, session: str, really: bool) -> None:
@@ -188,6 +202,7 @@ class Protocol(RuleBasedStateMachine):
         if really:
             self.model.sessions[program].waited += 1
             self.db.hincrby(self.keys.session(program), "waited_ms", AGE)
+            self.db.expire(self.keys.session(program), self.config.session_ttl_s)
 
     @rule(e=engines)
     def come_back(self, e: str) -> None:
@@ -379,11 +394,11 @@ class Protocol(RuleBasedStateMachine):
             assert (got.inherited, got.waited_ms // AGE) == (c.inherited, waited)
         self.grants += [(e, c) for c in claimed or []]
 
-    @rule(call_id=call_ids, e=engines, on_engine_loss=losses, stream=rarely.map(lambda n: not n))
-    def start(self, call_id: str, e: str, **options: Any) -> None:
+    @rule(call_id=call_ids, session=sessions, e=engines, on_engine_loss=losses, stream=rarely.map(lambda n: not n))
+    def start(self, call_id: str, session: str, e: str, **options: Any) -> None:
         """The way of most calls, under a new id or one that was used before."""
         self.forget(call_id)
-        self.submit(call_id, "s1", "hi", deadline=FAR_AWAY, priority=0, **options)
+        self.submit(call_id, session, "hi", deadline=FAR_AWAY, priority=0, **options)
         self.route("A", e)
         self.claim([w for w, _ in reversed(self.workers)].index(e), 10)
 

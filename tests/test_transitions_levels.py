@@ -297,3 +297,19 @@ def test_a_sequential_program_waits_at_most_beta_times_its_running_before_each_t
         world.db.zadd(world.keys.starving("e1"), {f"c{i}": LONG_AGO})
         world.db.hincrby(world.keys.call(f"c{i}"), "submitted_ms", submitted - due)  # it has waited until then
         end(world, worker, worker.take(), ran=run, service=1)
+
+
+def test_in_real_time_a_starving_call_passes_those_that_came_later_from_its_moment_on(world: World) -> None:
+    worker = world.worker()
+    world.transitions = world.with_settings(starvation_beta=0.2)
+    low(world, "c1")
+    due = world.record("c1").ints("starves_ms")[0]
+    assert due == world.record("c1").ints("submitted_ms")[0] + 200
+    began: dict[str, int] = {}
+    while "c1" not in began:
+        world.queue(f"young-{len(began)}")
+        call = worker.take()
+        began[call.fence.call_id] = world.record(call.fence.call_id).ints("started_ms")[0]
+        worker.finish(call)
+    assert began.pop("c1") >= due
+    assert all(ms < due for ms in began.values()), "and not a moment later"

@@ -16,6 +16,7 @@ the calls that run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heappop, heappush, nsmallest
 from itertools import count
 
@@ -138,10 +139,8 @@ class SimEngine:
         if need > self.cache.free:
             return self._squeeze(step)
         self.cache.take(need)
-        partial = next(reversed(self.running), None)
-        if partial is None or partial.phase is not Phase.PREFILL:
-            return False
-        if self._chunk(step, partial):
+        partial = self._partial()
+        if partial is None or self._chunk(step, partial):
             return False
         self.cache.drop(need)
         return self._squeeze(step)
@@ -316,16 +315,30 @@ class SimEngine:
         if head is None or not self._scheduler.outranks(head):
             return False
         free = self.config.slots - len(self.running)
-        need = self._blocks(head.known) - self._cached(head)[1] - self.cache.free
-        room_of = self._room_of
-        if free > 0 >= need:
-            need, room_of = 1, self._step_of  # it fits, but a long prompt may take whole steps
-        valid = (entry for entry in self._queue if entry[1].phase is Phase.WAITING and entry[0] == entry[1].order)
-        waiting = [call for _, call in nsmallest(self.config.plas.most_victims, valid)]
-        victims = self._scheduler.victims(list(dict.fromkeys(waiting)), self.running, free, need, room_of)
+        need = self._blocks(head.known) - self.cache.free
+        if need > 0:
+            need -= self._cached(head)[1]
+        if free > 0 >= need:  # it fits, unless what runs grows into the room first, or a long prompt takes whole steps
+            if (partial := self._partial()) is not None and self._step_of(partial):
+                self._displace(head, free, 1, self._step_of, now)
+            return True
+        return self._displace(head, free, need, self._room_of, now)
+
+    def _displace(self, head: SimCall, free: int, need: int, room_of: Callable[[SimCall], int], now: float) -> bool:
+        waiting = [head]
+        if free <= 0:
+            valid = (e for e in self._queue if e[1].phase is Phase.WAITING and e[0] == e[1].order)
+            best = nsmallest(self.config.plas.most_victims, valid)
+            waiting = list(dict.fromkeys(call for _, call in best))
+        victims = self._scheduler.victims(waiting, self.running, free, need, room_of)
         for victim in victims:
             self._preempt(victim, now)
-        return bool(victims) or room_of == self._step_of
+        return bool(victims)
+
+    def _partial(self) -> SimCall | None:
+        """The call whose prompt is computed in part: never more than one, and the last that started."""
+        last = next(reversed(self.running), None)
+        return last if last is not None and last.phase is Phase.PREFILL else None
 
     def _room_of(self, call: SimCall) -> int:
         """Blocks that are free once a running call is gone."""

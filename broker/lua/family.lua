@@ -74,7 +74,7 @@ local function program_of(s, steps)
     p = program_of(v[1], (steps or 0) + 1)
     set_later(p.key, 'last_completion_ms', NOW_TEXT)
   else
-    p = {key = session_key(s)}
+    p = {id = s, key = session_key(s)}
     for i, name in ipairs(totals) do p[name] = tonumber(v[1 + i]) or 0 end
   end
   programs[s] = p
