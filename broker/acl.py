@@ -98,6 +98,8 @@ _PRODUCER = (
     Grant("xrevrange xlen", read="calls"),
     # To take a waiting call out of its queue, and to tell the worker of a running one.
     Grant("hincrby", read="engine:*", write="engine:*"),
+    Grant("hdel", write="engine:*:work"),
+    Grant("zscore", read="engine:*:queue"),
     Grant("zrem", write="engine:*:queue engine:*:starving"),
     Grant("xadd pexpire", write="engine:*:control"),
 )

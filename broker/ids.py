@@ -15,7 +15,7 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # The ends of the key names that hang on a call, a session or an engine (broker/keys.py): a call "c:events" would
 # share its key with the log of call "c".
 RESERVED_ENDS = (
-    ":events", ":calls", ":recent", ":children", ":queue", ":starving", ":running", ":bell", ":control",
+    ":events", ":calls", ":recent", ":children", ":queue", ":work", ":starving", ":running", ":bell", ":control",
 )  # fmt: skip
 MODEL_PATTERN = re.compile(r"[A-Za-z0-9._:/@+=-]{1,256}")
 

@@ -77,6 +77,9 @@ class Keys:
     def queue(self, engine_id: str) -> str:
         return f"{self.prefix}engine:{engine_id}:queue"
 
+    def work(self, engine_id: str) -> str:
+        return f"{self.prefix}engine:{engine_id}:work"
+
     def starving(self, engine_id: str) -> str:
         return f"{self.prefix}engine:{engine_id}:starving"
 

@@ -65,7 +65,11 @@ class Rejection(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where the router puts a call. `engine=""` parks it until an engine of its model is ready."""
+    """Where the router puts a call. `engine=""` parks it until an engine of its model is ready.
+
+    `reuse`: tokens of its prompt that the engine should find in its cache. `costs`: what the call would take on each
+    engine, as text for its record (`costs_text`).
+    """
 
     entry: str
     call_id: str
@@ -75,6 +79,8 @@ class Placement(NamedTuple):
     seen: str
     hit: bool | None
     why: str
+    reuse: int = 0
+    costs: str = ""
 
 
 class Placed(NamedTuple):
@@ -133,8 +139,10 @@ class EngineView:
         prefill_s: how long it will be computing the prompts of the calls that it has begun, in seconds.
         ahead: what waits in its queue, by rank (`rank_of`).
         computed: tokens whose KV it has computed in its life, prompts and outputs: how far its cache has turned over.
+        cache_age_s: how long ago the oldest of what its cache can hold was computed; inf = it still has room.
         completion_tokens: how long answers were of late, in the mean; 0 = not known.
         spoken_for: tokens of its KV cache that sessions have, or will soon ask for again, by tier (lua/residents.lua).
+        reuse_found: share of the tokens that were expected in its cache and were there.
     """
 
     id: str
@@ -156,6 +164,8 @@ class EngineView:
     computed: int = 0
     completion_tokens: float = 0.0
     spoken_for: Sequence[float] = ()
+    cache_age_s: float = inf
+    reuse_found: float = 1.0
 
     @property
     def load_tokens(self) -> int:
@@ -212,7 +222,8 @@ class SessionView:
 
     Attributes:
         used: engine id → the last use of that cache.
-        service: what its program has had, in service units; `level`: that of a call that came now.
+        program: the root of its tree, "" = not asked; `service`: what that has had, in service units.
+        level: of a call that came now.
         completion_tokens: how long its answers were, in the mean, of `completed` calls.
         shares: engine id → what it has of that engine's KV cache, where it has any.
     """
@@ -220,6 +231,7 @@ class SessionView:
     bound: str = ""
     resident: Mapping[str, int] = field(default_factory=dict)
     used: Mapping[str, CacheUse] = field(default_factory=dict)
+    program: str = ""
     service: int = 0
     level: int = 0
     completed: int = 0
@@ -230,6 +242,15 @@ class SessionView:
 def resident_tokens(affinity: Iterable[tuple[bytes, bytes]]) -> dict[str, int]:
     """The fields of an affinity hash, engine id and `TOKENS:LAST_USE_MS`, as tokens by engine."""
     return {text(e): number(text(v).partition(":")[0]) for e, v in affinity}
+
+
+def cache_uses(affinity: Iterable[tuple[bytes, bytes]], now_ms: int) -> dict[str, CacheUse]:
+    """The same fields as last uses; `TOKENS:LAST_USE_MS:COMPUTED` where a worker has written them."""
+    uses = {}
+    for e, value in affinity:
+        _, last_ms, computed = (*text(value).split(":"), "", "")[:3]
+        uses[text(e)] = CacheUse(max(0, now_ms - number(last_ms)) / 1000, number(computed) if computed else None)
+    return uses
 
 
 class Look(NamedTuple):
@@ -257,7 +278,8 @@ class Claimed:
     `left_ms`: what was left until its deadline when it was claimed, on Redis's clock; None = it has none.
     `program`: the session that is charged for it, its own or an ancestor's; `inherited`: what it had been charged when
     the call was assigned, in service units. `waited_ms` and `ran_ms`: what the program has waited, this call's waiting
-    until now included, and run, since a promotion last paid for it (lua/programs.lua).
+    until now included, and run, since a promotion last paid for it (lua/programs.lua). `reuse`: tokens of its prompt
+    that its session should have left in this engine's cache, as the router reckoned.
     """
 
     fence: Fence
@@ -280,6 +302,7 @@ class Claimed:
     inherited: int = 0
     waited_ms: int = 0
     ran_ms: int = 0
+    reuse: int = 0
 
 
 class Event(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from broker.codec import number, real, text
@@ -10,6 +11,7 @@ from broker.errors import InvalidRequest
 from broker.keys import Keys
 from broker.messages import (
     Admission,
+    Ahead,
     Claimed,
     Differences,
     EngineView,
@@ -27,8 +29,10 @@ from broker.messages import (
     Retained,
     SessionCancel,
     SessionView,
+    Speed,
     Submission,
     Submitted,
+    cache_uses,
     resident_tokens,
 )
 from broker.models import OnEngineLoss, RequestState
@@ -117,14 +121,16 @@ class Transitions:
             args += e
         return Command(script("reject"), args, _texts)
 
-    def look(self, sessions: Sequence[str] = ()) -> Command[Look]:
-        return Command(script("look"), self._args(*sessions), lambda r: _look(r, sessions))
+    def look(self, sessions: Sequence[str] = (), fleet: bool = True) -> Command[Look]:
+        """`fleet`: the engines, too."""
+        args = self._args(self._bounds, self._settings.starvation_beta, "1" if fleet else "", *sessions)
+        return Command(script("look"), args, lambda r: _look(r, sessions))
 
     def assign(self, placements: Sequence[Placement]) -> Command[list[Placed]]:
         args = self._args(self._bounds, self._settings.starvation_beta)
         for p in placements:
             hit = "" if p.hit is None else int(p.hit)
-            args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.why]
+            args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.why, p.reuse, p.costs]
         return Command(script("assign"), args, lambda r: [Placed(text(a), text(b)) for a, b in _pairs(r)])
 
     def reap(self, engine: str = "", incarnation: str = "") -> Command[Reaped]:
@@ -328,6 +334,7 @@ def _claimed_call(r: Sequence[bytes]) -> Claimed:
         inherited=number(r[19]),
         waited_ms=number(r[20]),
         ran_ms=number(r[21]),
+        reuse=number(r[22]),
     )
 
 
@@ -339,25 +346,59 @@ def _differences(reply: Sequence[Any], held: Sequence[Fence]) -> Differences | N
 
 
 def _look(reply: Sequence[Any], sessions: Sequence[str]) -> Look:
-    views = [_session_view(row) for row in reply[1]]
+    now_ms = number(reply[2])
+    views = [_session_view(row, now_ms) for row in reply[1]]
     return Look([_engine_view(row) for row in reply[0]], dict(zip(sessions, views, strict=True)))
 
 
 def _engine_view(row: Sequence[bytes]) -> EngineView:
+    """As lua/look.lua gives it; what another process has written may be missing or junk."""
     return EngineView(
         id=text(row[0]),
         heartbeat_ms=number(row[1]),
         queued=int(row[2]),
         running=int(row[3]),
-        state=text(row[4]),
-        model=text(row[5]),
-        queued_tokens=number(row[6]),
-        running_tokens=number(row[7]),
-        served=number(row[8]),
-        max_num_seqs=number(row[9], 1),
-        tokens_per_s=real(row[10]),
+        ahead=_ahead(row[4]),
+        prefill_s=number(row[5]) / 1000,
+        state=text(row[6]),
+        model=text(row[7]),
+        queued_tokens=number(row[8]),
+        running_tokens=number(row[9]),
+        served=number(row[10]),
+        max_num_seqs=number(row[11], 1),
+        tokens_per_s=real(row[12]),
+        kv_tokens=number(row[13]),
+        kv_usage=real(row[14]),
+        speed=Speed.of(text(row[15])),
+        computed=number(row[16]),
+        completion_tokens=real(row[17]),
+        cache_age_s=real(row[18], inf),
+        reuse_found=real(row[19], 1.0),
     )
 
 
-def _session_view(row: Sequence[Any]) -> SessionView:
-    return SessionView(text(row[0]), resident_tokens(_pairs(row[1])))
+def _ahead(work: bytes) -> dict[int, Ahead]:
+    """Of `RANK CALLS RANK:tokens TOKENS …`, in any order."""
+    if not work:
+        return {}
+    words = text(work).split()
+    fields = dict(zip(words[::2], words[1::2], strict=False))
+    return {
+        int(rank): Ahead(number(calls), number(fields.get(f"{rank}:tokens")))
+        for rank, calls in fields.items()
+        if rank.isdecimal()
+    }
+
+
+def _session_view(row: Sequence[Any], now_ms: int) -> SessionView:
+    affinity, completed = _pairs(row[1]), number(row[5])
+    return SessionView(
+        bound=text(row[0]),
+        resident=resident_tokens(affinity),
+        used=cache_uses(affinity, now_ms),
+        program=text(row[2]),
+        service=number(row[3]),
+        level=int(row[4]),
+        completed=completed,
+        completion_tokens=number(row[6]) / max(completed, 1),
+    )

@@ -12,7 +12,7 @@ import redis
 # Keys that may stay without an expiry: they hold no call for ever, or vanish when empty.
 LASTING = re.compile(
     r"(calls|dead|stats|usage|usage:sessions|finished|engines|deadlines|parked:.*"
-    r"|engine:[^:]+(:queue|:starving|:running)?"  # an engine's hash lasts while it is registered
+    r"|engine:[^:]+(:queue|:work|:starving|:running)?"  # an engine's hash lasts while it is registered
     r"|session:[^:]+:calls)"
 )
 _SCAN = 1000

@@ -58,7 +58,8 @@ def _read_reference(entry: str, fields: Fields) -> Arrival:
     session = check_id(text(fields.get(b"session")) or call_id, "session")
     model = text(fields.get(b"model"))
     tokens = min(max(0, _whole(fields, b"prompt_tokens", 0)), MAX_PROMPT_TOKENS)  # more would overflow a counter
-    view = CallView(session, check_model(model) if model else "", tokens)
+    priority = min(max(-128, _whole(fields, b"priority", 0)), 127)
+    view = CallView(session, check_model(model) if model else "", tokens, priority=priority)
     return Arrival(entry, call_id, text(fields.get(b"gen")), view)
 
 
@@ -88,7 +89,8 @@ def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
         parent_session=text(fields.get(b"parent_session")),
     )
     admission = Admission(entry, request, codec.digest(request.kind, request.model, data), field)
-    return Arrival(entry, call_id, "", CallView(request.session, request.model, request.prompt_tokens), admission)
+    view = CallView(request.session, request.model, request.prompt_tokens, priority=request.priority)
+    return Arrival(entry, call_id, "", view, admission)
 
 
 def _body(fields: Fields) -> tuple[codec.Format, bytes]:

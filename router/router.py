@@ -28,6 +28,7 @@ from broker.models import ErrorCode
 from broker.settings import Settings
 from broker.transitions import Transitions
 from router.choosing import PARKED, Chooser, Decision
+from router.costs import costs_text
 from router.intake import Arrival, Fields, read_entry, reject
 from router.policies import Policy, create_policy
 from router.upkeep import Upkeep
@@ -153,16 +154,18 @@ class Router:
         return self._leftovers(arrivals, placements, replies[-1]) if placements else ([], [])
 
     def _look(self, arrivals: Sequence[Arrival]) -> dict[str, SessionView]:
-        """Brings the view of the fleet up to date, unless it is fresh, serves all models asked for, and no session's
-        affinity is asked for."""
+        """Brings the view of the fleet up to date, unless it is fresh and serves all models asked for; returns the
+        sessions that the policy wants to know."""
         sessions = {a.view.session for a in arrivals if self._chooser.needs_session(a.view)}
         unserved = {a.view.model for a in arrivals if a.view.model} - self._chooser.models
-        if sessions or unserved or time.monotonic() - self._looked > _LOOK_AGAIN_S:
-            look = scripts.run(self._line, self._transitions.look(list(sessions)))
+        stale = bool(unserved) or time.monotonic() - self._looked > _LOOK_AGAIN_S
+        if not (sessions or stale):
+            return {}
+        look = scripts.run(self._line, self._transitions.look(list(sessions), fleet=stale))
+        if stale:
             self._chooser.see(look.engines)
             self._looked = time.monotonic()
-            return look.sessions
-        return {}
+        return look.sessions
 
     def _choose(
         self, arrivals: Sequence[Arrival], sessions: dict[str, SessionView]
@@ -200,4 +203,5 @@ def _placement(a: Arrival, d: Decision) -> Placement:
     c = d.choice
     if c is None or c.hold:
         return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, c.why if c else PARKED)
-    return Placement(a.entry, a.call_id, a.gen, c.engine, c.bind, d.seen, c.hit, c.why)
+    costs = costs_text(c.costs, c.engine)
+    return Placement(a.entry, a.call_id, a.gen, c.engine, c.bind, d.seen, c.hit, c.why, c.reuse, costs)

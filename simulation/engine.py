@@ -8,13 +8,15 @@ from typing import Any
 from broker.messages import EngineView
 from broker.models import EngineState
 from simulation.queue import Queue, Waiting
-from simulation.results import EngineTimes
+from simulation.results import CallTimes, EngineTimes
 from simulation.table import ProcessTable
+from workers.cache_meter import CacheMeter
 from workers.claimer import CLAIM_MANY
 from workers.rate import RateMeter
 from workers.sim_call import SimCall, Step
 from workers.sim_config import SimConfig
 from workers.sim_engine import SimEngine
+from workers.speed import Mean, SpeedMeter
 
 _MOST_STEPS = 1 << 30
 
@@ -40,6 +42,10 @@ class Engine:
         self._queued_tokens = self._running_tokens = self._running = self._served = 0
         self._calls: dict[SimCall, Any] = {}
         self._rate = RateMeter()
+        self._speed = SpeedMeter()
+        self._answers = Mean()
+        self._cache = CacheMeter(self._kv_tokens)
+        self._prefill_until = 0.0
 
     # -- in Redis
 
@@ -48,10 +54,18 @@ class Engine:
         self._queued_tokens += waiting.tokens
         self._served += 1
 
-    def finished(self, prompt_tokens: int) -> None:
-        """A call's end has reached Redis."""
+    def finished(self, times: CallTimes, reuse: int) -> None:
+        """A call's end has reached Redis. `reuse`: tokens of its prompt that it was expected to find."""
         self._running -= 1
-        self._running_tokens -= prompt_tokens
+        self._running_tokens -= times.prompt_tokens
+        self._cache.add(times.prompt_tokens - times.cached_tokens + times.output_tokens, times.ended_s or 0.0)
+        self._cache.found(reuse, times.cached_tokens)
+        self._answers.add(times.output_tokens)
+
+    @property
+    def computed(self) -> int:
+        """Tokens computed in its life."""
+        return self._cache.computed
 
     def view(self, now: float) -> EngineView:
         """What a router that looks now sees."""
@@ -69,6 +83,13 @@ class Engine:
             self._rate.per_s(now),
             self._kv_tokens,
             self.sim.kv_usage,
+            self._speed.speed if self._speed.measured else None,
+            max(0.0, self._prefill_until - now),
+            dict(self._queue.ahead),
+            self.computed,
+            self._answers.value,
+            cache_age_s=self._cache.age_s(now),
+            reuse_found=self._cache.reuse_found,
         )
 
     # -- in the worker
@@ -91,6 +112,8 @@ class Engine:
         self._running_tokens += tokens
         self._running += len(taken)
         self._room -= len(taken)
+        prefill_s = sum(w.work for w in taken) * self._speed.speed.token_s
+        self._prefill_until = max(now, self._prefill_until) + prefill_s
         return taken
 
     def run(self, sim_call: SimCall, call: Any, now: float) -> None:
@@ -109,7 +132,9 @@ class Engine:
         now, self.step = step.ends_at, None
         self.times.busy_s += now - step.starts_at
         self.times.steps += step.ticks
-        self._rate.add(step.ticks * step.decode_seqs + len(step.work), now)
+        tokens = step.ticks * step.decode_seqs + len(step.work)
+        self._rate.add(tokens, now)
+        self._speed.add(now - step.starts_at, step.ticks, step.prefill_tokens, tokens)
         ended = self.sim.end(step)
         self._room += len(ended)
         return [self._note(sim_call, now) for sim_call in ended]

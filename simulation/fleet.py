@@ -226,7 +226,7 @@ class _Run:
             self._hold(waiting)
             return
         view = CallView(times.session, "", times.prompt_tokens, times.program)
-        choice, decision = self._front.choose(self._now, view, session, times.level)
+        choice, decision = self._front.choose(self._now, view, session, waiting.had.service, times.level)
         if choice.hold:
             self._hold(waiting)
             return
@@ -234,6 +234,7 @@ class _Run:
             session.engine = choice.engine
         times.assigned_s, times.engine, times.why = self._now, choice.engine, choice.why
         engine = self._by_id[choice.engine]
+        waiting.work = times.prompt_tokens - choice.reuse
         if self._residents is not None:
             call.context = decision.context
             self._residents.arrives(engine.id, times.session, call.context, decision.new, times.level, self._now)
@@ -335,7 +336,7 @@ class _Run:
     def _finish(self, what: tuple[Engine, _Call]) -> None:
         engine, call = what
         times, program = call.times, call.program
-        engine.finished(times.prompt_tokens)
+        engine.finished(times, times.prompt_tokens - call.waited.work if call.waited else 0)
         self._front.changed(engine)
         times.told_s = self._now
         if (queued := call.waited) is not None:
@@ -350,7 +351,8 @@ class _Run:
                 promoted,
             )
         resident = times.prompt_tokens + times.output_tokens
-        self._table.session(times.session).resident[engine.id] = resident
+        session = self._table.session(times.session)
+        session.finished(engine.id, resident, self._now, engine.computed, times.output_tokens)
         if self._residents is not None:
             self._residents.leaves(engine.id, times.session, resident - call.context, self._now)
             self._let_in()

@@ -34,12 +34,12 @@ class Front:
         """What Redis knows of the engine is not what the router saw."""
         self._changed[engine] = None
 
-    def choose(self, now: float, call: CallView, entry: Session, level: int) -> tuple[Choice, Decision]:
-        """The engine for a call, and why; or that it is to wait."""
+    def choose(self, now: float, call: CallView, entry: Session, service: float, level: int) -> tuple[Choice, Decision]:
+        """The engine for a call of a program that has had so much, and why; or that it is to wait."""
         wanted = self._chooser.needs_session(call)
         if wanted or now - self._looked > _LOOK_AGAIN_S:
             self._look(now)
-        sessions = {call.session: self._seen(call.session, entry, level, now)} if wanted else {}
+        sessions = {call.session: self._seen(call.session, entry.view(now, service, level), now)} if wanted else {}
         decision = self._chooser.place([call], sessions, now)[0]
         choice = decision.choice
         if choice is None:
@@ -48,9 +48,8 @@ class Front:
             self._changed[self._engines[choice.engine]] = None
         return choice, decision
 
-    def _seen(self, session: str, entry: Session, level: int, now: float) -> SessionView:
-        shares = self._residents.shares(session, now) if self._residents else {}
-        return replace(entry.view(), level=level, shares=shares)
+    def _seen(self, session: str, view: SessionView, now: float) -> SessionView:
+        return replace(view, shares=self._residents.shares(session, now)) if self._residents else view
 
     def _view(self, engine: Engine, now: float) -> EngineView:
         view = engine.view(now)

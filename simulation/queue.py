@@ -8,6 +8,7 @@ from itertools import count
 from math import inf
 from typing import Any
 
+from broker.messages import Ahead, rank_of
 from simulation.table import Account, ProcessTable
 from workers.plas import Rank
 
@@ -24,6 +25,7 @@ class Waiting:
         score: its place; of equal ones the id decides, as in Redis.
         starves_ms: when it will have waited for too long; inf = never.
         promoted_ms: when it was moved ahead for that; -1 = it was not.
+        work: tokens of its prompt that the engine is expected to compute.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Waiting:
     starves_ms: float
     promoted_ms: int
     score: float = 0.0
+    work: int = 0
     here: bool = False
 
 
@@ -47,6 +50,7 @@ class Queue:
         self._starving: list[tuple[float, str, int, Waiting]] = []
         self._numbers = count()  # a call may come again
         self._size = 0
+        self.ahead: dict[int, Ahead] = {}  # by rank, as lua/lib.lua counts them
 
     def __len__(self) -> int:
         return self._size
@@ -54,6 +58,7 @@ class Queue:
     def add(self, waiting: Waiting) -> None:
         waiting.here = True
         self._size += 1
+        self._count(waiting, 1)
         self._put(waiting)
         if waiting.starves_ms < 1 << 62:
             heappush(self._starving, (waiting.starves_ms, waiting.id, next(self._numbers), waiting))
@@ -62,6 +67,13 @@ class Queue:
         """Takes a call out, wherever it stands."""
         waiting.here = False
         self._size -= 1
+        self._count(waiting, -1)
+
+    def _count(self, waiting: Waiting, sign: int) -> None:
+        rank = rank_of(0, waiting.level)
+        calls, tokens = self.ahead.pop(rank, (0, 0))
+        if calls + sign:
+            self.ahead[rank] = Ahead(calls + sign, tokens + sign * waiting.work)
 
     def claim(self, most: int, now_ms: int, ahead: int = 0, bar: Rank | None = None) -> list[Waiting]:
         """Moves those that starve ahead, then takes the first calls: `most`, or up to `ahead` better than the bar."""
@@ -94,6 +106,7 @@ class Queue:
         for waiting in found:
             waiting.here = True
             self._size += 1
+            self._count(waiting, 1)
             heappush(self._order, (waiting.score, waiting.id, next(self._numbers), waiting))
         return found
 
@@ -103,8 +116,10 @@ class Queue:
                 return
             waiting = heappop(self._starving)[3]
             if waiting.here:
+                self._count(waiting, -1)
                 waiting.level, waiting.promoted_ms = 0, now_ms
                 waiting.score = self._table.score(0, 0, waiting.submitted_ms)
+                self._count(waiting, 1)
                 self._put(waiting)
 
     def _put(self, waiting: Waiting) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from broker.messages import SessionView
+from broker.messages import CacheUse, SessionView
 
 
 class Account(NamedTuple):
@@ -36,9 +36,22 @@ class Session:
     account: Account = NOTHING
     engine: str = ""
     resident: dict[str, int] = field(default_factory=dict)
+    used: dict[str, tuple[float, int]] = field(default_factory=dict)
+    completed: int = 0
+    completion_tokens: int = 0
 
-    def view(self) -> SessionView:
-        return SessionView(self.engine, self.resident, service=int(self.account.service))
+    def view(self, now: float, service: float, level: int) -> SessionView:
+        """What a router that looks now sees. `service`, `level`: of its program."""
+        used = {e: CacheUse(now - at, computed) for e, (at, computed) in self.used.items()}
+        mean = self.completion_tokens / max(self.completed, 1)
+        return SessionView(self.engine, self.resident, used, "", int(service), level, self.completed, mean)
+
+    def finished(self, engine: str, tokens: int, now: float, computed: int, answer: int) -> None:
+        """A call of it has ended: so many of its tokens are now cached there."""
+        self.resident[engine] = tokens
+        self.used[engine] = (now, computed)
+        self.completed += 1
+        self.completion_tokens += answer
 
 
 class ProcessTable:

@@ -23,6 +23,7 @@ class Seen:
     logs: dict[str, list[dict[str, str]]]
     engines: dict[str, dict[str, str]]
     queues: dict[str, list[str]]
+    work: dict[str, dict[str, str]]
     starving: dict[str, list[str]]
     running: dict[str, list[str]]
     sessions: dict[str, dict[str, str]]
@@ -48,6 +49,7 @@ class Seen:
             "stream": [(f["id"], f.get("gen", "")) for f in self.stream],
             "parked": set(self.parked),
             "queues": {e: self.queues[e] for e in engines},
+            "work": {e: Counter({k: int(n) for k, n in self.work[e].items()}) for e in engines},
             "starving": {e: set(self.starving[e]) for e in engines},
             "running": {e: set(self.running[e]) for e in engines},
             "engines": {
@@ -80,6 +82,7 @@ def look(db: Any, k: Keys, calls: Names, engines: Names, sessions: Names) -> See
         (pipe.xrange, k.events, calls),
         (pipe.hgetall, k.engine, engines),
         (lambda key: pipe.zrange(key, 0, -1), k.queue, engines),
+        (pipe.hgetall, k.work, engines),
         (lambda key: pipe.zrange(key, 0, -1), k.starving, engines),
         (lambda key: pipe.zrange(key, 0, -1), k.running, engines),
         (pipe.hgetall, k.session, sessions),

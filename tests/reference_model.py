@@ -39,6 +39,14 @@ class Model:
     def running(self, e: str) -> set[str]:
         return {c.id for c in self.calls.values() if c.state == "RUNNING" and c.engine == e}
 
+    def work(self, e: str) -> Counter[str]:
+        """What waits for an engine, by rank: calls, and tokens to compute."""
+        counts: Counter[str] = Counter()
+        for c in (self.calls[i] for i in self.queue(e)):
+            counts[str(c.rank)] += 1
+            counts[f"{c.rank}:tokens"] += c.work
+        return +counts
+
     def load(self, ids: Iterable[str]) -> int:
         return sum(self.calls[i].tokens for i in ids)
 
@@ -62,7 +70,7 @@ class Model:
 
     def to_router(self, c: Call) -> None:
         c.state, c.engine, c.level, c.inherited = "PENDING", "", 0, 0
-        c.waited, c.paid, c.promoted, c.starves = 0, 0, False, False
+        c.waited, c.paid, c.promoted, c.starves, c.reuse = 0, 0, False, False, 0
         self.stream.append(Entry(c.id, c.gen))
 
     def lose(self, c: Call, fault: str, home: str) -> None:
@@ -245,7 +253,7 @@ class Model:
         marks = (self.sessions[c.session].cancel_before, self.notes.get(c.id, ""), *trees)
         return any(order(c.gen) <= order(mark) for mark in marks if mark)
 
-    def assign(self, entry: str, call_id: str, gen: str, e: str, bind: bool, seen: str) -> tuple[str, str]:
+    def assign(self, entry: str, call_id: str, gen: str, e: str, bind: bool, seen: str, reuse: int) -> tuple[str, str]:
         c = self.calls.get(call_id)
         if c is None:
             return "missing", ""
@@ -265,14 +273,16 @@ class Model:
         if not e:
             self.parked[call_id] = c.arrival
             return "parked", ""
-        return "assigned", self.place(c, e, bind, seen)
+        return "assigned", self.place(c, e, bind, seen, reuse)
 
-    def place(self, c: Call, e: str, bind: bool, seen: str) -> str:
+    def place(self, c: Call, e: str, bind: bool, seen: str, reuse: int) -> str:
         session, program = self.sessions[c.session], self.program(c.session)
         self.parked.pop(c.id, None)
         if bind:
             bound = session.engine
-            session.engine = e = bound if bound and bound != seen and self.ready(bound) else e
+            session.engine = bound if bound and bound != seen and self.ready(bound) else e
+            e, reuse = session.engine, reuse if session.engine == e else 0
+        c.reuse = reuse
         c.engine, c.inherited, c.waited, c.paid = e, program.service, program.waited, program.paid
         c.level = sum(program.service >= b for b in self.bounds)
         if c.level and program.worn:
@@ -443,6 +453,7 @@ class Model:
             "stream": [(e.id, e.gen) for e in self.stream],
             "parked": set(self.parked),
             "queues": {e: self.queue(e) for e in self.engines},
+            "work": {e: self.work(e) for e in self.engines},
             "starving": {e: {i for i in self.queue(e) if self.calls[i].level} for e in self.engines},
             "running": {e: self.running(e) for e in self.engines},
             "engines": {

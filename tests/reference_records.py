@@ -34,6 +34,7 @@ class Call:
     deaths: tuple[str, ...] = ()
     engine: str = ""
     level: int = 0
+    reuse: int = 0
     inherited: int = 0
     waited: int = 0  # its program's ages of waiting (test_state_machine.AGE), as inherited
     paid: int = 0
@@ -54,6 +55,14 @@ class Call:
         fence, lost = (self.gen, self.attempt), (self.failures, self.deaths)
         placed = self.level, self.promoted, self.waited
         return *fence, self.state, *lost, self.engine, *placed, flag, self.error_code, self.session
+
+    @property
+    def rank(self) -> int:
+        return (self.priority + 128) * 16 + self.level
+
+    @property
+    def work(self) -> int:
+        return max(0, self.tokens - self.reuse)
 
     @property
     def place_in_queue(self) -> tuple[int, int, int, str]:

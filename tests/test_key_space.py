@@ -24,6 +24,7 @@ KINDS: dict[str, Callable[[Keys, str], str]] = {
     "inbox": Keys.inbox,
     "engine": Keys.engine,
     "queue": Keys.queue,
+    "work": Keys.work,
     "starving": Keys.starving,
     "running": Keys.running,
     "bell": Keys.bell,

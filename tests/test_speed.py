@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from math import inf
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 
 from broker.messages import Speed
 from workers.backend import Job
+from workers.cache_meter import CacheMeter
+from workers.call_meter import CallMeter
 from workers.sim_backend import SimBackend
 from workers.sim_engine import SimConfig, SimTimes
-from workers.speed import PRIOR, CallMeter, Mean, SpeedMeter, StepWindow
+from workers.speed import PRIOR, Mean, SpeedMeter, StepWindow
 from workers.vllm_backend import Meter
 
 FAST = Speed(0.006, 36e-6, 60e-6)
@@ -44,7 +47,7 @@ def close(found: Speed, true: Speed, within: float) -> bool:
 def test_it_converges(true: Speed, seed: int) -> None:
     meter = SpeedMeter()
     assert (meter.speed, meter.measured) == (PRIOR, False)
-    feed(meter, true, 20, seed)
+    feed(meter, true, 30, seed)
     assert meter.measured
     assert close(meter.speed, true, 0.5)
     feed(meter, true, 2000, seed + 10)
@@ -190,6 +193,39 @@ def test_the_cost_of_calls_side_by_side_adds_up(batch: int) -> None:
     each = 1367 * speed.token_s + 105 * (speed.step_s / batch + speed.seq_s)
     true = 1367 * FAST.token_s + 105 * (FAST.step_s / batch + FAST.seq_s)
     assert each == pytest.approx(true, rel=0.25)
+
+
+# -- of caches
+
+
+def test_how_old_the_oldest_of_a_cache_is() -> None:
+    cache = CacheMeter(room=1000)
+    assert cache.age_s(5.0) == inf
+    for second in range(100):
+        cache.add(50, float(second))
+        if second < 20:
+            assert cache.age_s(float(second)) == inf, "it has room"
+        else:
+            assert cache.age_s(float(second)) == pytest.approx(20, abs=1.5), "1000 tokens ago"
+    assert cache.age_s(200.0) == pytest.approx(120, abs=1.5), "nothing was computed meanwhile"
+    cache.add(5000, 200.0)
+    assert cache.age_s(201.0) <= 102, "all of it went at once"
+    unknown = CacheMeter()
+    unknown.add(10**9, 1.0)
+    assert (unknown.age_s(2.0), unknown.computed) == (inf, 10**9)
+
+
+def test_how_much_of_what_was_expected_is_there() -> None:
+    cache = CacheMeter()
+    assert cache.reuse_found == 1
+    cache.found(0, 9000)
+    assert cache.reuse_found == 1, "nothing was expected"
+    for _ in range(50):
+        cache.found(1000, 0)
+    assert cache.reuse_found < 0.1
+    for _ in range(200):
+        cache.found(1000, 4000)  # more than the session left there is no more than all of it
+    assert cache.reuse_found == pytest.approx(1, abs=0.1)
 
 
 # -- of engines

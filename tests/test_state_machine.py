@@ -53,6 +53,7 @@ which = st.integers(0, 5)  # picks from a list of any length
 FAULTS: tuple[Fault, ...] = ("death", "error", "")
 parents = st.sampled_from((*("",) * 5, *SESSIONS))
 losses = st.sampled_from(("continue", "continue", "restart", "fail"))
+reuses = st.sampled_from((0, 0, 10, 250))
 limits = st.sampled_from((100, 1))
 choices = st.lists(st.sampled_from(("e1", "e1", "e2", "e2", "")), min_size=1, max_size=3)
 rarely = st.integers(0, 7).map(lambda n: n == 7)
@@ -239,22 +240,22 @@ class Protocol(RuleBasedStateMachine):
     @rule(router=routers, e=engines)
     def route(self, router: str, e: str) -> None:
         self.read(router, 4)
-        self.place(router, [e] * 4, False, "", False)
+        self.place(router, [e] * 4, False, "", False, 0)
 
-    @rule(router=routers, chosen=choices, bind=st.booleans(), seen=engines, again=rarely)
+    @rule(router=routers, chosen=choices, bind=st.booleans(), seen=engines, again=rarely, reuse=reuses)
     @when(lambda m: any(m.hands.values()))
-    def place(self, router: str, chosen: list[str], bind: bool, seen: str, again: bool) -> None:
+    def place(self, router: str, chosen: list[str], bind: bool, seen: str, again: bool, reuse: int) -> None:
         """As Router._place does it: admit, reject and assign a batch. again: it may come once more (a lost reply)."""
         batch = self.hands[router][: len(chosen)]
         arrivals = [a for a in batch if isinstance(a, Arrival)]
         self.refuse([r for r in batch if isinstance(r, Rejection)])
         self.admit(arrivals)
         placements = [
-            Placement(a.entry, a.call_id, a.gen, e, bind, seen, None, "the model says so")
+            Placement(a.entry, a.call_id, a.gen, e, bind, seen, None, "the model says so", reuse)
             for a, e in zip(arrivals, chosen, strict=False)
         ]
         self.sync()
-        placed = [self.model.assign(p.entry, p.call_id, p.gen or p.entry, p.engine, p.bind, p.seen) for p in placements]
+        placed = [self.model.assign(p.entry, p.call_id, p.gen or p.entry, *p[3:6], p.reuse) for p in placements]
         if placements:
             assert self.run(self.transitions.assign(placements)) == placed
         left = [a for a, (code, _) in zip(arrivals, placed, strict=True) if code == "unplaced"]
@@ -541,7 +542,7 @@ class Protocol(RuleBasedStateMachine):
             self.take_over("A")
             self.read("A", 100)
             while self.hands["A"]:
-                self.place("A", ["e1"], False, "e1", False)
+                self.place("A", ["e1"], False, "e1", False, 0)
             self.claim(0, 100)
             for n in range(min(len(self.grants), 2 * len(CALLS))):
                 self.finish([n], "COMPLETED", 5, False)

@@ -166,8 +166,9 @@ def test_service_is_all_that_calls_cost_if_so_wished(world: World) -> None:
 def test_finish_writes_where_the_cache_is(world: World) -> None:
     worker = world.worker()
     worker.finish(world.start("c1", worker, session="s"), resident_tokens=50)
-    tokens, _, used = codec.text(world.db.hget(world.keys.affinity("s"), "e1")).partition(":")
+    tokens, used, computed = codec.text(world.db.hget(world.keys.affinity("s"), "e1")).split(":")
     assert (tokens, int(used)) == ("50", int(world.record("c1")["finished_ms"]))
+    assert computed == world.engine()["computed"]
     worker.finish(world.start("c2", worker, session="s"), resident_tokens=0)
     assert world.db.hget(world.keys.affinity("s"), "e1").startswith(b"50:"), "0 = the engine does not know"
     worker.finish(world.start("alone", worker), resident_tokens=50)

@@ -24,9 +24,10 @@ from broker.messages import Claimed, Fault, Fence, Finish, Release
 from broker.models import ErrorCode, RequestState
 from workers.aside import ask
 from workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from workers.cache_meter import CacheMeter
+from workers.call_meter import Begun, CallMeter
 from workers.publisher import Ended, Item, Output, given_up
 from workers.service import ServiceUnit, Tokens, Used, charge
-from workers.speed import Begun, CallMeter
 
 log = logging.getLogger("rsm.worker")
 
@@ -95,6 +96,7 @@ class Calls:
         self._running: dict[str, Running] = {}
         self.engaged = 0  # calls that the backend has
         self.meter = CallMeter()
+        self.cache = CacheMeter()  # of a size that is not known yet
         self._early: dict[str, None] = {}  # cancelled before they came, oldest first
 
     def __len__(self) -> int:
@@ -270,10 +272,14 @@ class Calls:
             running.engaged_s = now - began
             computed = outcome.prompt_tokens - outcome.cached_tokens
             begun.end(now, computed, outcome.completion_tokens, outcome.finish_reason != "abort")
+            self.cache.add(computed + outcome.completion_tokens, now)
+            if outcome.prompt_tokens:
+                self.cache.found(running.claimed.reuse, outcome.cached_tokens)
 
     def _emit(self, running: Running, piece: Piece) -> None:
         if running.begun is not None:
-            running.begun.first(time.perf_counter(), running.claimed.prompt_tokens)
+            claimed = running.claimed
+            running.begun.first(time.perf_counter(), claimed.prompt_tokens - claimed.reuse)
         if running.claimed.stream and not running.dropped and not running.gap:
             self._put(Output(running.claimed.fence, running.numbers, piece))
 

@@ -35,6 +35,7 @@ from broker.settings import Settings
 from broker.transitions import Transitions
 from workers.aside import aside, ask
 from workers.backend import Backend, EngineDied, EngineFacts
+from workers.cache_meter import CacheMeter
 from workers.calls import Calls
 from workers.claimer import Claimer, Room
 from workers.control import Control
@@ -138,6 +139,7 @@ class Worker:
             await self._unless_stopped(ask(lambda: require_noeviction(self._redis), denial_is_final=True))
             control_from = await self._register()
             self._facts = await self._start_engine()
+            self._calls.cache = CacheMeter(self._facts.kv_tokens)
             self._publisher.start()
             await self._announce()
             await self._open_for_work(control_from)
@@ -341,14 +343,17 @@ class Worker:
         return lease
 
     def _load(self) -> Mapping[str, Arg]:
-        load, calls = self._backend.load(), self._calls.meter
+        load, calls, cache = self._backend.load(), self._calls.meter, self._calls.cache
         speed = load.speed or (calls.meter.speed if calls.meter.measured else None)
         return {
             "running": len(self._calls),
             "kv_usage": f"{load.kv_usage:.4f}",
             "tokens_per_s": f"{load.tokens_per_s:.1f}",
-            "speed": str(speed) if speed else "",
             "completion_tokens": f"{calls.completion_tokens:.1f}",
+            "cache_age_s": f"{cache.age_s(time.perf_counter()):.1f}",
+            "reuse_found": f"{cache.reuse_found:.3f}",
+            # Until it is measured, what an earlier process of this engine found out holds.
+            **({"speed": str(speed)} if speed else {}),
         }
 
     async def _open_for_work(self, control_from: str) -> None:

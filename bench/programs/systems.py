@@ -38,6 +38,7 @@ MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by
 HASH = System("hash", "FCFS + hard session hash", "session_hash", "fcfs", by_program=False)
 PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "bench.programs.algorithm2:Algorithm2", "plas")
 OURS = System("ours", "ours", "autellix", "plas")
+COST = System("cost", "cost", "cost", "plas")
 
 MAIN = (FCFS_RR, FCFS_LL, MLFQ, HASH, PAPER, OURS)
 # On fleets of other sizes.
@@ -69,4 +70,4 @@ ABLATIONS = (
         for tokens in (0, 512, 8192)
     ),
 )
-SYSTEMS = {s.name: s for s in (*MAIN, *ROUTING, *ABLATIONS)}
+SYSTEMS = {s.name: s for s in (*MAIN, *ROUTING, *ABLATIONS, COST)}

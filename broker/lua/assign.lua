@@ -5,7 +5,8 @@
 --          beta: wait / run of a program at which its calls starve (lua/programs.lua), 0 = none
 --          per call: entry id gen ("" = the entry itself) engine ("" = park) bind ("1" = bind the session to
 --          this engine) seen (the session's engine as the router saw it) hit ("1" hit, "0" miss, "" not asked)
---          why (for `rsm call`)
+--          why reuse (tokens of the prompt that the engine should find in its cache)
+--          costs (of each engine, as the router reckoned; "" = it did not), both for `rsm call`
 -- Returns  flat list, per call: code, engine
 --          "assigned" | "parked" | "cancelled" | "expired" | "stale" (nothing to do) | and, with the entry left on
 --          the stream: "unplaced" (the engine takes no calls any more: choose again) | "missing" (no record)
@@ -76,7 +77,7 @@ end
 
 local place_fields = {'state', 'gen', 'engine', 'session', 'model', 'priority', 'submitted_ms', 'deadline_ms',
   'prompt_tokens', 'cancel_before', 'cancel_reason'}
-local function assign(entry, id, gen, e, bind, seen, hit, why)
+local function assign(entry, id, gen, e, bind, seen, hit, why, reuse, costs)
   local c = read_call(id, place_fields)
   if c.state == '' then return 'missing', '' end
   take_entry(entry)
@@ -103,7 +104,7 @@ local function assign(entry, id, gen, e, bind, seen, hit, why)
   if bind == '1' then
     local bound = bound_engine(c.session, session, e, seen)
     if bound ~= e then
-      e, why = bound, 'bound by another router at the same moment'
+      e, why, reuse = bound, 'bound by another router at the same moment', '0'
     end
   end
   local p = session.program
@@ -119,6 +120,9 @@ local function assign(entry, id, gen, e, bind, seen, hit, why)
   end
   if p ~= session then add(fields, 'program', p.id) end
   if why ~= '' then add(fields, 'why', why) end
+  if reuse ~= '0' then add(fields, 'reuse', reuse) end
+  if costs ~= '' then add(fields, 'costs', costs) end
+  c.reuse = reuse
   redis.call('HSET', call_key(id), unpack(fields))
   later('ZREM', parked_key(c.model), id) -- another router that had this entry in hand may have parked it
   enqueue(id, e, c, level, starves)
@@ -128,11 +132,11 @@ local function assign(entry, id, gen, e, bind, seen, hit, why)
 end
 
 local out = {}
-for at = 6, #ARGV, 8 do
+for at = 6, #ARGV, 10 do
   local gen = ARGV[at + 2]
   if gen == '' then gen = ARGV[at] end
   local code, e = assign(ARGV[at], ARGV[at + 1], gen, ARGV[at + 3], ARGV[at + 4], ARGV[at + 5], ARGV[at + 6],
-    ARGV[at + 7])
+    ARGV[at + 7], ARGV[at + 8], ARGV[at + 9])
   out[#out + 1] = code
   out[#out + 1] = e
 end

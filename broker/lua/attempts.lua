@@ -2,13 +2,13 @@
 
 -- What a call is given with its engine, and loses with it.
 local assigned = {'level', 'program', 'inherited', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms', 'promoted_ms',
-  'starves_ms'}
+  'starves_ms', 'reuse', 'costs'}
 
 local function enqueue(id, e, c, level, starves)
   local score = queue_score(tonumber(c.priority) or 0, level, tonumber(c.submitted_ms))
   later('ZADD', queue_key(e), int(score), id)
   if starves ~= '' then later('ZADD', starving_key(e), starves, id) end
-  count(engine_key(e), 'queued_tokens', load_of(c))
+  count_waiting(e, c, level, 1)
   ring(e)
 end
 
@@ -16,8 +16,8 @@ end
 local function to_router(id, c)
   redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING')
   redis.call('HDEL', call_key(id), unpack(assigned))
-  redis.call('XADD', CALLS, '*', 'id', id, 'gen', c.gen, 'session', c.session, 'model', c.model,
-    'prompt_tokens', c.prompt_tokens)
+  c.id = id
+  push_entry(c, 'gen', c.gen)
 end
 
 local function to_queue(id, e, c)
@@ -40,7 +40,7 @@ local function give_back_queue(e, limit)
     local c = read_call(id)
     leave_queue(id, e, c)
     if c.state == 'PENDING' and c.engine == e then
-      count(engine_key(e), 'queued_tokens', -load_of(c))
+      count_waiting(e, c, c.level, -1)
       to_router(id, c)
     end
   end

@@ -14,16 +14,17 @@
 -- Returns  {"fenced"} if another incarnation owns the engine, else {"ok", call, call, …}, per call
 --          {id, gen, attempt, session, kind, stream, inbox, priority, level, events, traceparent, prompt_tokens,
 --          format, body, cancel, on_engine_loss, begins, left: milliseconds until its deadline, "" = it has none,
---          program, inherited, waited_ms, ran_ms}
+--          program, inherited, waited_ms, ran_ms, reuse}
 local e, incarnation, claim_no, max, max_deaths = ARGV[4], ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
-local owner = redis.call('HMGET', engine_key(e), 'incarnation', 'claim_no', 'claimed', 'state', 'alone')
+local owner = redis.call('HMGET', engine_key(e), 'incarnation', 'claim_no', 'claimed', 'state', 'alone',
+  'speed', 'prefill_until')
 if owner[1] ~= incarnation or owner[4] == 'DEAD' then return {'fenced'} end
 
 local out = {'ok'}
 local job_fields = {'state', 'engine', 'gen', 'attempt', 'session', 'kind', 'stream', 'inbox', 'priority', 'level',
   'events', 'traceparent', 'prompt_tokens', 'deadline_ms', 'cancel', 'format', 'body', 'json',
   'deaths', 'on_engine_loss', 'begins', 'program', 'inherited', 'submitted_ms', 'started_ms', 'waited_ms', 'ran_ms',
-  'paid_waited_ms', 'paid_ran_ms', 'promoted_ms'}
+  'paid_waited_ms', 'paid_ran_ms', 'promoted_ms', 'reuse'}
 local function number(value) return tonumber(value) or 0 end
 
 -- What the program has waited, with this call, and run, since a promotion last paid for it; if that was of this very
@@ -40,7 +41,7 @@ local function hand_over(id, c)
   out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
     c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel, c.on_engine_loss, c.begins,
     c.deadline_ms ~= '' and int(math.max(0, tonumber(c.deadline_ms) - NOW)) or '',
-    c.program ~= '' and c.program or c.session, c.inherited, int(math.max(0, waited)), int(ran)}
+    c.program ~= '' and c.program or c.session, c.inherited, int(math.max(0, waited)), int(ran), c.reuse}
 end
 
 if owner[2] == claim_no then
@@ -56,11 +57,13 @@ end
 local PROMOTE_MANY = 64
 local function promote(id)
   redis.call('ZREM', starving_key(e), id)
-  local c = read_call(id, {'state', 'engine', 'priority', 'submitted_ms'})
+  local c = read_call(id, {'state', 'engine', 'priority', 'level', 'submitted_ms', 'prompt_tokens', 'reuse'})
   if c.state ~= 'PENDING' or c.engine ~= e then return end
   redis.call('HDEL', call_key(id), 'level', 'starves_ms')
   redis.call('HSET', call_key(id), 'promoted_ms', NOW_TEXT)
   redis.call('ZADD', queue_key(e), 'XX', int(queue_score(number(c.priority), 0, number(c.submitted_ms))), id)
+  count_waiting(e, c, c.level, -1)
+  count_waiting(e, c, 0, 1)
   count_total('promoted')
 end
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', starving_key(e), '-inf', NOW_TEXT, 'LIMIT', 0, PROMOTE_MANY)) do
@@ -91,12 +94,13 @@ local function candidates()
   return first()
 end
 
-local claimed = {}
+local claimed, work = {}, 0
 local function take(id, c)
   c.started_ms = NOW_TEXT
   redis.call('HSET', call_key(id), 'state', 'RUNNING', 'started_ms', c.started_ms)
   later('ZADD', running_key(e), NOW_TEXT, id)
   count(engine_key(e), 'running_tokens', load_of(c))
+  work = work + work_of(c)
   claimed[#claimed + 1] = id
   hand_over(id, c)
 end
@@ -110,7 +114,7 @@ for _, id in ipairs(candidates()) do
   if suspect then redis.call('HSET', engine_key(e), 'alone', id) end
   if suspect and (#claimed > 0 or is_busy(e)) then break end
   leave_queue(id, e, c)
-  if here then count(engine_key(e), 'queued_tokens', -load_of(c)) end
+  if here then count_waiting(e, c, c.level, -1) end
   if late then
     end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was waiting.', '')
     make_way(e)
@@ -119,8 +123,15 @@ for _, id in ipairs(candidates()) do
   end
   if suspect then break end
 end
+-- When the engine will have computed the prompts that it has taken, by its own speed: its second number is seconds a
+-- token (workers/speed.py).
+local function prefill_until()
+  local token_s = number(string.match(owner[6] or '', '^%S+ (%S+)'))
+  return int(math.max(NOW, number(owner[7])) + work * token_s * 1000)
+end
 if #claimed > 0 then
-  redis.call('HSET', engine_key(e), 'claim_no', claim_no, 'claimed', table.concat(claimed, ' '))
+  redis.call('HSET', engine_key(e), 'claim_no', claim_no, 'claimed', table.concat(claimed, ' '), 'prefill_until',
+    prefill_until())
 end
 write_all()
 return out

@@ -35,6 +35,13 @@ local function charge(c, prompt, completion, cached, service)
   count_total('cached_tokens', cached)
 end
 
+-- Tokens whose KV the engine had computed in its life before this batch.
+local known
+local function computed_before()
+  known = known or tonumber(redis.call('HGET', engine_key(e), 'computed')) or 0
+  return known
+end
+
 local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
   'started_ms', 'prompt_tokens', 'inherited', 'waited_ms', 'ran_ms', 'promoted_ms', 'events', 'cancel', 'cancel_reason',
   'format', 'bytes', 'log_bytes'}
@@ -53,9 +60,12 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
   if state == 'COMPLETED' and events ~= '' and tonumber(events) > (tonumber(c.events) or 0) then return 'gap' end
   later('ZREM', running_key(e), id)
   count(engine_key(e), 'running_tokens', -load_of(c))
+  count(engine_key(e), 'computed', math.max(0, tonumber(prompt) - tonumber(cached)) + tonumber(completion))
+  if state == 'COMPLETED' then count(session_key(c.session), 'completion_tokens', completion) end
   charge(c, tonumber(prompt), tonumber(completion), tonumber(cached), tonumber(service))
   if tonumber(resident) > 0 and c.session ~= id then
-    set_later(affinity_key(c.session), e, resident .. ':' .. NOW_TEXT)
+    local computed = computed_before() + pending(engine_key(e), 'computed')
+    set_later(affinity_key(c.session), e, resident .. ':' .. NOW_TEXT .. ':' .. int(computed))
     touch(affinity_key(c.session), SESSION_TTL)
   end
   end_call(id, c, state, code, message, result, 'prompt_tokens', prompt, 'completion_tokens', completion,

@@ -34,6 +34,7 @@ local function inbox_key(client) return P .. 'inbox:' .. client end
 local function engine_key(e) return P .. 'engine:' .. e end
 local function queue_key(e) return P .. 'engine:' .. e .. ':queue' end
 local function starving_key(e) return P .. 'engine:' .. e .. ':starving' end
+local function work_key(e) return P .. 'engine:' .. e .. ':work' end
 local function running_key(e) return P .. 'engine:' .. e .. ':running' end
 local function bell_key(e) return P .. 'engine:' .. e .. ':bell' end
 local function control_key(e) return P .. 'engine:' .. e .. ':control' end
@@ -47,7 +48,7 @@ local function parked_key(model) return P .. 'parked:' .. model end
 -- What scripts read of a call's record; "" for a field that is not there, so state "" means: no such call.
 -- Fields that are empty or zero are not stored.
 local call_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'model', 'priority', 'level', 'stream', 'inbox',
-  'starves_ms', 'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'events', 'cancel', 'cancel_reason',
+  'starves_ms', 'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'reuse', 'events', 'cancel', 'cancel_reason',
   'cancel_before', 'format', 'bytes', 'log_bytes'}
 -- fields: what the script needs, if that is less than all.
 local function read_call(id, fields)
@@ -58,8 +59,20 @@ local function read_call(id, fields)
   return c
 end
 
+-- Puts a call on the router stream by its routing fields, without its body; returns the entry. Further pairs are added.
+local function push_entry(c, ...)
+  local fields = {'id', c.id, 'session', c.session, 'model', c.model, 'prompt_tokens', c.prompt_tokens, ...}
+  if (tonumber(c.priority) or 0) ~= 0 then
+    fields[#fields + 1] = 'priority'
+    fields[#fields + 1] = c.priority
+  end
+  return redis.call('XADD', CALLS, '*', unpack(fields))
+end
+
 -- The weight of a call in its engine's load: its prompt's tokens as they were counted when it was assigned.
 local function load_of(c) return tonumber(c.prompt_tokens) or 0 end
+-- Tokens of its prompt that its engine is expected to compute; the rest it should find in its cache.
+local function work_of(c) return math.max(0, load_of(c) - (tonumber(c.reuse) or 0)) end
 
 -- HSET without the fields that are empty or, of these numbers, zero. Names are not among them, for an engine may be
 -- called "0", nor is prompt_tokens: the engine's count replaces the estimate also if it is zero.
@@ -80,6 +93,7 @@ end
 -- calls move is written once, and so is the expiry of a key that a hundred calls touch. A script must not read a key
 -- that it has such a write outstanding for.
 local increments, settings, expiries, taken, rung = {}, {}, {}, {}, {}
+local fleeting = {[SESSION_BYTES] = true} -- hashes of counters of which those that are 0 go
 local finished = {ids = {}, bytes = {}, entries = {}}
 local members = {ZADD = {}, ZREM = {}, SADD = {}, SREM = {}, LPUSH = {}}
 
@@ -111,6 +125,17 @@ local function ring(e) rung[e] = true end
 -- A call left an engine that is kept for a suspect (poison.lua), and the way may be free now.
 local function make_way(e)
   if redis.call('HEXISTS', engine_key(e), 'alone') == 1 then ring(e) end
+end
+
+-- Counts a call of so many that wait for an engine (sign 1), or one less (-1): its load, and its work by rank, which is
+-- its place in the queue but for the arrival (lua/programs.lua, queue_score). c: with prompt_tokens, reuse and priority.
+local function count_waiting(e, c, level, sign)
+  local class = math.max(-128, math.min(127, tonumber(c.priority) or 0)) + 128
+  local rank, key = int(class * 16 + (tonumber(level) or 0)), work_key(e)
+  fleeting[key] = true
+  count(key, rank, sign)
+  count(key, rank .. ':tokens', sign * work_of(c))
+  count(engine_key(e), 'queued_tokens', sign * load_of(c))
 end
 
 -- Takes a waiting call out of an engine's queue. One in level 0 is not among those that may starve.
@@ -159,8 +184,7 @@ local function write_all()
   for key, fields in pairs(increments) do
     for field, n in pairs(fields) do
       local now = n ~= 0 and redis.call('HINCRBY', key, field, int(n))
-      -- A session has a field there only while calls of it are open.
-      if key == SESSION_BYTES and now == 0 then redis.call('HDEL', key, field) end
+      if now == 0 and fleeting[key] then redis.call('HDEL', key, field) end
     end
   end
   for _, command in ipairs({'ZADD', 'ZREM', 'SADD', 'SREM', 'LPUSH'}) do write_members(command) end

@@ -1,24 +1,56 @@
---- @include lib
--- What a router needs to choose engines for a batch: the fleet, and where the sessions' caches are. Read only.
+--- @include lib programs
+-- What a router needs to choose engines for a batch: the fleet, where the sessions' caches are, and what their programs
+-- have had. Read only.
 --
--- ARGV     sessions
--- Returns  {engines, sessions}
---          engines: per engine {id, heartbeat_ms, queued, running, state, model, queued_tokens, running_tokens,
---          served, max_num_seqs, tokens_per_s}
---          sessions: per session {bound engine, flat affinity hash}
+-- ARGV     bounds beta: as in lua/assign.lua
+--          fleet ("1" = the engines, too; "" = the sessions alone), then sessions
+-- Returns  {engines, sessions, now_ms}
+--          engines: per engine {id, heartbeat_ms, queued, running, work, prefill_ms, and the fields below}
+--          work: what waits there, by rank: "RANK CALLS RANK:tokens TOKENS …", "" = nothing
+--          prefill_ms: how long it will be computing the prompts that it has taken
+--          sessions: per session {bound engine, flat affinity hash, program, service, level of a call that came now,
+--          completed calls, tokens of their answers}
+local bounds = {}
+for b in string.gmatch(ARGV[4], '%S+') do bounds[#bounds + 1] = tonumber(b) end
+local beta = tonumber(ARGV[5])
+
+local engine_fields = {'state', 'model', 'queued_tokens', 'running_tokens', 'served', 'max_num_seqs', 'tokens_per_s',
+  'kv_tokens', 'kv_usage', 'speed', 'computed', 'completion_tokens', 'cache_age_s', 'reuse_found', 'prefill_until'}
+local function engine_row(e, beat)
+  local v = redis.call('HMGET', engine_key(e), unpack(engine_fields))
+  local queued, work = redis.call('ZCARD', queue_key(e)), ''
+  if queued > 0 then work = table.concat(redis.call('HGETALL', work_key(e)), ' ') end
+  local prefill = math.max(0, (tonumber(v[#engine_fields]) or 0) - NOW)
+  local row = {e, beat, queued, redis.call('ZCARD', running_key(e)), work, int(prefill)}
+  for i = 1, #engine_fields - 1 do row[#row + 1] = v[i] or '' end
+  return row
+end
+
+-- Its program is the session at the root of its tree; trees are at most so deep (lua/family.lua).
+local MOST_DEEP = 32
+local totals = {'service', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms'}
+local function program_of(s)
+  for _ = 1, MOST_DEEP do
+    local v = redis.call('HMGET', session_key(s), 'parent', unpack(totals))
+    if not v[1] then return s, v end
+    s = v[1]
+  end
+  return s, {}
+end
+
+local function session_row(s)
+  local v = redis.call('HMGET', session_key(s), 'engine', 'completed', 'completion_tokens')
+  local program, used = program_of(s)
+  local n = {}
+  for i = 1, #totals do n[i] = tonumber(used[1 + i]) or 0 end
+  local level = place(n[1], unpaid(n[2], n[4]), unpaid(n[3], n[5]), NOW, NOW, bounds, beta)
+  return {v[1] or '', redis.call('HGETALL', affinity_key(s)), program, int(n[1]), level, v[2] or '', v[3] or ''}
+end
+
 local engines, sessions = {}, {}
-local beats = redis.call('ZRANGE', ENGINES, 0, -1, 'WITHSCORES')
-for i = 1, #beats, 2 do
-  local e = beats[i]
-  local v = redis.call('HMGET', engine_key(e), 'state', 'model', 'queued_tokens', 'running_tokens', 'served',
-    'max_num_seqs', 'tokens_per_s')
-  local row = {e, beats[i + 1], redis.call('ZCARD', queue_key(e)), redis.call('ZCARD', running_key(e))}
-  for j = 1, 7 do row[#row + 1] = v[j] or '' end
-  engines[#engines + 1] = row
+if ARGV[6] == '1' then
+  local beats = redis.call('ZRANGE', ENGINES, 0, -1, 'WITHSCORES')
+  for i = 1, #beats, 2 do engines[#engines + 1] = engine_row(beats[i], beats[i + 1]) end
 end
-for i = 4, #ARGV do
-  local s = ARGV[i]
-  sessions[#sessions + 1] = {redis.call('HGET', session_key(s), 'engine') or '',
-    redis.call('HGETALL', affinity_key(s))}
-end
-return {engines, sessions}
+for i = 7, #ARGV do sessions[#sessions + 1] = session_row(ARGV[i]) end
+return {engines, sessions, NOW_TEXT}

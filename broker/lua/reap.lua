@@ -33,11 +33,12 @@ for _, e in ipairs(candidates) do
     moved = moved + #running
   end
   if moved < limit then moved = moved + give_back_queue(e, limit - moved) end
-  if not state then increments[key] = nil end
+  if not state then increments[key], increments[work_key(e)] = nil, nil end
   if moved < limit then
     if state then
       redis.call('HSET', key, 'queued_tokens', 0, 'running_tokens', 0)
-      increments[key] = nil
+      redis.call('DEL', work_key(e))
+      increments[key], increments[work_key(e)] = nil, nil
     end
     -- Until its hash expires the engine stays listed: its model is known, so calls wait for it to come back.
     local beat = tonumber(redis.call('ZSCORE', ENGINES, e) or '0')

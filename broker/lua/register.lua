@@ -19,6 +19,8 @@ end
 if survived ~= '' then solve({survived}) end
 if old[1] ~= incarnation then
   local fault = old[1] == survived and '' or 'death'
+  -- Its cache went with it: as if it had turned over since, whatever its size (router/costs.py).
+  if old[1] and fault == 'death' then count(key, 'computed', 2 ^ 40) end
   for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do
     end_attempt(id, e, {fault = fault, incident = old[1] or e, max_deaths = max_deaths, home = e,
       message = 'The worker died while the call was running.'})
@@ -34,7 +36,7 @@ for i = 9, #ARGV, 2 do
   end
 end
 redis.call('HSET', key, 'incarnation', incarnation, 'state', 'STARTING', 'registered_ms', int(NOW), unpack(fields))
-redis.call('HDEL', key, 'claim_no', 'claimed', 'alone', 'stopping')
+redis.call('HDEL', key, 'claim_no', 'claimed', 'alone', 'stopping', 'prefill_until')
 redis.call('PERSIST', key)
 redis.call('ZADD', ENGINES, int(NOW), e)
 write_all()

@@ -13,8 +13,11 @@ local function stop_call(id, flag, reason)
   end
   if c.state ~= 'PENDING' then return c.state end
   if c.engine ~= '' then
-    leave_queue(id, c.engine, c)
-    count(engine_key(c.engine), 'queued_tokens', -load_of(c))
+    -- A call that its maker runs himself (lua/transition.lua) is in no queue.
+    if redis.call('ZSCORE', queue_key(c.engine), id) then
+      leave_queue(id, c.engine, c)
+      count_waiting(c.engine, c, c.level, -1)
+    end
     make_way(c.engine)
   end
   if flag == 'deadline' then

@@ -13,10 +13,7 @@ local out = {}
 for at = 4, #ARGV, #names + 1 do
   local c = {}
   for i, name in ipairs(names) do c[name] = ARGV[at + i - 1] end
-  local function push()
-    return redis.call('XADD', CALLS, '*', 'id', c.id, 'session', c.session, 'model', c.model,
-      'prompt_tokens', c.prompt_tokens, 'ref', '1')
-  end
+  local function push() return push_entry(c, 'ref', '1') end
   local body = ARGV[at + #names]
   local code, detail = create_call(c, push, c.format, body, room)
   if code == 'overloaded' then detail = detail .. ' ' .. retry_after(c, detail, #body) end

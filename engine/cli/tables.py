@@ -136,8 +136,14 @@ def _routing(r: CallRecord) -> list[list[Any]]:
         ["priority, level", f"{r.priority}, {r.level}"],
         ["engine", r.engine or "(none yet)"],
         ["why there", r.why],
+        ["cost there, elsewhere", _costs(r.costs)],
         ["attempt", str(r.attempt)],
     ]
+
+
+def _costs(costs: Mapping[str, float]) -> str:
+    """What the call would take on each engine, as its router reckoned."""
+    return ", ".join(f"{e} {s:.3g} s" for e, s in costs.items())
 
 
 def _times(r: CallRecord, now_ms: int) -> list[list[Any]]:

@@ -9,6 +9,7 @@ from broker.errors import InvalidRequest
 from broker.settings import Settings
 from router.policies.autellix import Autellix
 from router.policies.base import CallView, Choice, Policy
+from router.policies.cost import Cost
 from router.policies.least_loaded import LeastLoaded
 from router.policies.round_robin import RoundRobin
 from router.policies.session_hash import SessionHash
@@ -17,6 +18,7 @@ __all__ = ["POLICIES", "CallView", "Choice", "Policy", "create_policy"]
 
 POLICIES: dict[str, type[Policy]] = {
     "autellix": Autellix,
+    "cost": Cost,
     "least_loaded": LeastLoaded,
     "round_robin": RoundRobin,
     "session_hash": SessionHash,

@@ -101,10 +101,10 @@ def _control(data: bytes) -> None:
 
 def _rows(data: bytes) -> None:
     """What scripts reply with is made of what hashes hold."""
-    parts = [*data.split(CUT), *[b""] * 22]
-    _claimed_call(parts[:22])
-    _engine_view([*parts[:2], b"1", b"1", *parts[2:9]])
-    _session_view([parts[0], parts[1:9]])
+    parts = [*data.split(CUT), *[b""] * 23]
+    _claimed_call(parts[:23])
+    _engine_view([*parts[:2], b"1", b"1", *parts[2:18]])
+    _session_view([parts[0], parts[1:9], parts[9], parts[10], 0, parts[11], parts[12]], 5)
     codec.number(parts[0])
 
 

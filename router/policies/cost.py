@@ -1,0 +1,40 @@
+"""The engine on which the call takes least: affinity is a discount, not a pin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from broker.messages import EngineView, SessionView
+from broker.settings import Settings
+from router.costs import CostModel, reusable
+from router.policies.base import CallView, Choice, Policy
+
+# Costs that differ by less than so many seconds, or such a share, are equal: the engine that has served least is next.
+_SAME_S, _SAME = 0.001, 0.02
+
+
+class Cost(Policy):
+    """Expected time on each engine: see `router/costs.py`."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.model = CostModel()
+
+    def needs_session(self, call: CallView) -> bool:
+        return True
+
+    def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
+        costs = self.model.costs(call, engines, session, self.now)
+        least = min(costs.values())
+        bound = least * (1 + _SAME) + _SAME_S
+        engine = min((e for e in engines if costs[e.id] <= bound), key=lambda e: (e.served, e.id))
+        reuse = reusable(call, engine, session)
+        held = bool(session.resident) or bool(session.bound)
+        return Choice(
+            engine.id,
+            f"least time: {costs[engine.id]:.3g} s, {reuse} of {call.prompt_tokens} tokens cached",
+            bind=True,
+            hit=reuse > 0 if held else None,
+            reuse=reuse,
+            costs=costs,
+        )
