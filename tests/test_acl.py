@@ -353,9 +353,11 @@ def login_to(socket: str, user: str | None, password: str | None) -> bool:
 
 
 def test_a_worker_may_take_better_calls_and_ring_its_bell(roles: Roles) -> None:
-    worker = FakeWorker(roles.settings("worker"), server=roles.client("worker")).up()
-    assert worker.claim(0, ahead=2, bar=(1, 0)) == []
-    assert scripts.run(worker.db, worker.transitions.ring(worker.engine)) == 1
+    with roles.client("worker") as server:
+        worker = FakeWorker(roles.settings("worker"), server=server).up()
+        assert worker.claim(0, ahead=2, bar=(1, 0)) == []
+        assert scripts.run(server, worker.transitions.ring(worker.engine)) == 1
+    assert roles.refusals() == []
 
 
 def test_a_line_that_names_no_role_is_refused() -> None:
