@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.page import Target
-from bench.programs.plan import LEVELS
 from bench.table import RESULTS, table_line
 
 BEGIN, END = "<!-- programs -->", "<!-- /programs -->"
@@ -41,19 +40,20 @@ def page(found: Found) -> str:
 
 
 def targets_table(found: Found) -> list[str]:
-    head = ("What", "Target", *(f"{m:g} x" for m in LEVELS), "Met")
+    head = ("What", "Target", *(f"{m:g} x" for m in found["levels"]), "Met")
     lines = [
         "Columns: at so many times the mean latency that FCFS + round robin has on a fleet next to idle.",
         "",
         table_line(head),
-        table_line(["---", "---", *["---:"] * len(LEVELS), "---"]),
+        table_line(["---", "---", *["---:"] * len(found["levels"]), "---"]),
     ]
     for name, other, workload, aim in _RATIOS:
         if (sweep := _sweep(found, workload, _FLEET)) and {name, other} <= sweep["systems"].keys():
             values = _ratios(sweep, name, other)
             what = f"{workload}: {_label(sweep, name)} over {_label(sweep, other)}"
             lines.append(_aim_line(what, aim, values))
-    lines += [table_line((t.what, t.aim, t.got, "", "yes" if t.met else "**no**")) for t in _absolute(found)]
+    blank = [""] * (len(found["levels"]) - 1)
+    lines += [table_line((t.what, t.aim, t.got, *blank, "yes" if t.met else "**no**")) for t in _absolute(found)]
     return lines
 
 

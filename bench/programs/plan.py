@@ -41,34 +41,33 @@ class Ablation:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`name`: of the result files."""
+    """`name`: of the result files. `levels`: as LEVELS."""
 
     name: str
     sweeps: Sequence[Sweep]
     ablations: Sequence[Ablation]
+    levels: Sequence[float] = LEVELS
 
 
 _FOUR = [
-    Sweep("mixed", 4, 90, 1, 64, (*MAIN, *ROUTING)),
-    Sweep("coding", 4, 900, 1 / 32, 2, (*MAIN, *ROUTING)),
-    Sweep("chat", 4, 90, 4, 256, MAIN),
-    Sweep("react", 4, 90, 1, 64, MAIN),
-    Sweep("tree", 4, 90, 0.5, 32, MAIN),
-    Sweep("prefix", 4, 120, 2, 128, MAIN),
+    Sweep("mixed", 4, 60, 2, 128, (*MAIN, *ROUTING)),
+    Sweep("coding", 4, 900, 1 / 16, 4, (*MAIN, *ROUTING)),
+    Sweep("chat", 4, 60, 16, 512, MAIN),
+    Sweep("react", 4, 60, 2, 128, MAIN),
+    Sweep("tree", 4, 60, 1, 64, MAIN),
+    Sweep("prefix", 4, 60, 4, 256, MAIN),
 ]
 _SIZES = [
-    Sweep("mixed", 1, 120, 0.25, 16, SCALING),
-    Sweep("coding", 1, 900, 1 / 128, 1, SCALING),
-    Sweep("mixed", 16, 60, 4, 256, SCALING),
-    Sweep("coding", 16, 450, 1 / 8, 8, SCALING),
-    Sweep("mixed", 64, 20, 16, 256, SCALING),
-    Sweep("coding", 64, 225, 0.5, 16, SCALING),
+    Sweep("mixed", 1, 120, 0.5, 32, SCALING),
+    Sweep("coding", 1, 900, 1 / 64, 1, SCALING),
+    Sweep("mixed", 16, 30, 8, 256, SCALING),
+    Sweep("coding", 16, 450, 1 / 4, 8, SCALING),
+    Sweep("mixed", 64, 8, 32, 512, SCALING),
+    Sweep("coding", 64, 225, 1, 32, SCALING),
 ]
-_ABLATIONS = [Ablation("mixed", 4, 90, 8, ABLATIONS), Ablation("coding", 4, 900, 0.25, ABLATIONS)]
+_ABLATIONS = [Ablation("mixed", 4, 60, 16, ABLATIONS), Ablation("coding", 4, 900, 0.25, ABLATIONS)]
 
 FULL = Plan("programs", [*_FOUR, *_SIZES], _ABLATIONS)
 QUICK = Plan(
-    "programs-quick",
-    [replace(s, window_s=s.window_s / 3, systems=SCALING) for s in _FOUR[:2]],
-    [replace(a, window_s=a.window_s / 3) for a in _ABLATIONS],
+    "programs-quick", [replace(s, window_s=s.window_s / 3, systems=SCALING) for s in _FOUR[:2]], [], LEVELS[:1]
 )

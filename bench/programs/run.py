@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bench.programs.cells import POOL, Cell, Outcome, outcome
-from bench.programs.plan import LEVELS, Ablation, Plan, Sweep
+from bench.programs.plan import Ablation, Plan, Sweep
 from bench.programs.search import Curve, rate_of, rate_point
 from bench.programs.systems import FCFS_RR, System
 from bench.table import RESULTS, machine
@@ -22,7 +22,7 @@ def run(plan: Plan, jobs: int = POOL) -> dict[str, Any]:
     began = time.perf_counter()
     with ProcessPoolExecutor(jobs) as pool:
         idle = [pool.submit(outcome, _cell(s, FCFS_RR, rate_point(s.lowest))) for s in plan.sweeps]
-        levels = [[m * f.result().figures.per_token_mean for m in LEVELS] for f in idle]
+        levels = [[m * f.result().figures.per_token_mean for m in plan.levels] for f in idle]
         sweeps = [
             {system.name: pool.submit(sweep_one, s, system, at) for system in s.systems}
             for s, at in zip(plan.sweeps, levels, strict=True)
@@ -33,6 +33,7 @@ def run(plan: Plan, jobs: int = POOL) -> dict[str, Any]:
         ]
         return {
             "machine": machine(f"{os.cpu_count()} cores, shared with others", f"rsm-engine {version('rsm-engine')}"),
+            "levels": list(plan.levels),
             "sweeps": [_sweep(s, at, f) for s, at, f in zip(plan.sweeps, levels, sweeps, strict=True)],
             "ablations": [_ablation(a, f) for a, f in zip(plan.ablations, ablations, strict=True)],
             "wall_s": time.perf_counter() - began,
