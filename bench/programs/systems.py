@@ -37,16 +37,17 @@ FCFS_LL = System("fcfs_ll", "FCFS + least loaded", "least_loaded", "fcfs", by_pr
 MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False)
 HASH = System("hash", "FCFS + hard session hash", "session_hash", "fcfs", by_program=False)
 PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "bench.programs.algorithm2:Algorithm2", "plas")
-OURS = System("ours", "ours", "autellix", "plas")
-COST = System("cost", "cost", "cost", "plas")
+OURS = System(
+    "ours", "ours", "cost", "plas", settings={"service_rule": "total", "admission": True, "admission_factor": 0.8}
+)
 
 MAIN = (FCFS_RR, FCFS_LL, MLFQ, HASH, PAPER, OURS)
 # On fleets of other sizes.
 SCALING = (FCFS_RR, PAPER, OURS)
-# The same scheduler, ours, behind each way of routing.
+# The same scheduler, ours, behind each way of routing; calls are held back by nobody, for that is routing, too.
 ROUTING = tuple(
-    OURS.but(f"route_{policy}", f"our scheduler, {policy.replace('_', ' ')}", policy=policy)
-    for policy in ("round_robin", "least_loaded", "session_hash", "autellix")
+    OURS.but(f"route_{policy}", f"our scheduler, {policy.replace('_', ' ')}", policy=policy, settings={"admission": False})
+    for policy in ("round_robin", "least_loaded", "session_hash", "autellix", "cost")
 )
 
 _BOUNDS = {
@@ -61,8 +62,16 @@ ABLATIONS = (
     OURS,
     *(OURS.but(f"k{k}", f"K = {k}", settings={"level_bounds": bounds}) for k, bounds in _BOUNDS.items()),
     *(OURS.but(f"beta{beta}", f"β = {beta}", settings={"starvation_beta": beta}) for beta in (0, 2, 32)),
-    *(OURS.but(f"unit_{unit}", f"service in {unit}", settings={"service_unit": unit}) for unit in ("time", "kv")),
-    OURS.but("admission", "with admission", settings={"admission": True}),
+    *(
+        OURS.but(f"unit_{unit}", f"service in {unit}", settings={"service_unit": unit})
+        for unit in ("work", "time", "kv")
+    ),
+    OURS.but("no_admission", "without admission", settings={"admission": False}),
+    *(
+        OURS.but(f"factor{f}", f"admission up to {f} of the cache", settings={"admission_factor": f})
+        for f in (0.6, 1.0)
+    ),
+    OURS.but("path", "service by the longest path", settings={"service_rule": "path"}),
     OURS.but("in_engine_fcfs", "FCFS inside the engines", scheduler="fcfs"),
     OURS.but("in_engine_priority", "levels without preemption inside the engines", scheduler="priority"),
     *(
@@ -70,4 +79,4 @@ ABLATIONS = (
         for tokens in (0, 512, 8192)
     ),
 )
-SYSTEMS = {s.name: s for s in (*MAIN, *ROUTING, *ABLATIONS, COST)}
+SYSTEMS = {s.name: s for s in (*MAIN, *ROUTING, *ABLATIONS)}
