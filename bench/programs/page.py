@@ -64,8 +64,8 @@ _RATIOS = (
     (OURS, BASE, "react", 2.0),
     (OURS, BASE, "tree", 2.0),
     (OURS, PAPER, "coding", 1.5),
-    *((OURS, f"route_{p}", w, 1.4) for w in ("mixed", "coding") for p in ("least_loaded", "round_robin")),
-    *((OURS, "route_session_hash", w, 1.2) for w in ("mixed", "coding")),
+    *(("route_cost", f"route_{p}", w, 1.4) for w in ("mixed", "coding") for p in ("least_loaded", "round_robin")),
+    *(("route_cost", "route_session_hash", w, 1.2) for w in ("mixed", "coding")),
 )
 
 
@@ -176,7 +176,7 @@ def routing(found: Found) -> list[str]:
     sweeps = [s for s in found["sweeps"] if any(n.startswith("route_") for n in s["systems"])]
     if not sweeps:
         return ["Not measured."]
-    names = [OURS, *(n for n in sweeps[0]["systems"] if n.startswith("route_"))]
+    names = [n for n in sweeps[0]["systems"] if n.startswith("route_")]
     lines += [table_line(("Workload", "Mean latency", *(_label(sweeps[0], n) for n in names)))]
     lines += [table_line(["---", "---:", *["---:"] * len(names)])]
     for sweep in sweeps:

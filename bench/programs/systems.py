@@ -46,7 +46,9 @@ MAIN = (FCFS_RR, FCFS_LL, MLFQ, HASH, PAPER, OURS)
 SCALING = (FCFS_RR, PAPER, OURS)
 # The same scheduler, ours, behind each way of routing; calls are held back by nobody, for that is routing, too.
 ROUTING = tuple(
-    OURS.but(f"route_{policy}", f"our scheduler, {policy.replace('_', ' ')}", policy=policy, settings={"admission": False})
+    OURS.but(
+        f"route_{policy}", f"our scheduler, {policy.replace('_', ' ')}", policy=policy, settings={"admission": False}
+    )
     for policy in ("round_robin", "least_loaded", "session_hash", "autellix", "cost")
 )
 
