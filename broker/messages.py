@@ -203,8 +203,8 @@ class CacheUse(NamedTuple):
 class Share(NamedTuple):
     """What a session has of an engine's KV cache, in tokens, decayed since its last call there ended.
 
-    `home`: the cache still holds its context, by all that is known. `active`: it has unfinished calls there. `tier`: the
-    one in which it is counted.
+    `home`: the cache still holds its context, by all that is known. `active`: it has unfinished calls there.
+    `tier`: the one in which it is counted.
     """
 
     tokens: float = 0.0
