@@ -70,6 +70,11 @@ class Settings(BaseSettings):
         8.0, gt=0, allow_inf_nan=False, description="a program that thinks counts half as much after so long"
     )
     engine_scheduler: EngineScheduler = Field("priority", description="in which order an engine runs its calls")
+    prompt_piece: int = Field(
+        512,
+        ge=0,
+        description="prompt tokens a step of a worse program beside a better one (plas); 0 = all",
+    )
     drain_grace_s: float = Field(30.0, ge=0, description="how long a draining worker lets running calls finish")
     # Longer than one step may take (a huge prompt in one chunk, kernels compiled on first use), shorter than patience.
     stall_s: float = Field(

@@ -147,7 +147,12 @@ class _Run:
         settings = config.settings
         self._table = ProcessTable(rules(), settings.level_bounds, settings.starvation_beta, settings.service_rule)
         self._unit = create_unit(settings.service_unit)
-        plas = replace(config.sim.plas, bounds=settings.level_bounds, beta=settings.starvation_beta)
+        plas = replace(
+            config.sim.plas,
+            bounds=settings.level_bounds,
+            beta=settings.starvation_beta,
+            prompt_piece=settings.prompt_piece,
+        )
         sim = replace(config.sim, plas=plas, service_unit=settings.service_unit)
         self.engines = [Engine(f"e{i}", sim, config.prefetch, self._table) for i in range(config.engines)]
         policy = config.policy

@@ -37,7 +37,7 @@ class Front:
     def choose(self, now: float, call: CallView, entry: Session, service: float, level: int) -> tuple[Choice, Decision]:
         """The engine for a call of a program that has had so much, and why; or that it is to wait."""
         wanted = self._chooser.needs_session(call)
-        if wanted or now - self._looked > _LOOK_AGAIN_S:
+        if now - self._looked > _LOOK_AGAIN_S:
             self._look(now)
         sessions = {call.session: self._seen(call.session, entry.view(now, service, level), now)} if wanted else {}
         decision = self._chooser.place([call], sessions, now)[0]

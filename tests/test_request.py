@@ -180,8 +180,8 @@ def assert_apart(one: str, other: str) -> None:
 
 def test_every_key_with_a_tail_is_reserved() -> None:
     k = Keys()
-    tails = {make("x").split(":x")[1] for make in (k.events, k.queue, k.running, k.bell, k.control)}
-    tails |= {make("x").split(":x")[1] for make in (k.session_calls, k.session_recent)}
+    tails = {make("x").split(":x")[1] for make in (k.events, k.queue, k.running, k.bell, k.control, k.work)}
+    tails |= {make("x").split(":x")[1] for make in (k.starving, k.session_calls, k.session_recent, k.session_children)}
     assert tails == set(RESERVED_ENDS)
 
 

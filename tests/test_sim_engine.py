@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from workers.plas import PlasRules
 from workers.rate import RateMeter
-from workers.sim_call import Phase, SimCall
+from workers.sim_call import Phase, SimCall, Step
 from workers.sim_engine import SimConfig, SimEngine, SimTimes
 from workers.sim_text import EOS, Answer, Prompt, answer, token_text, tokenize
 
@@ -53,6 +53,18 @@ def steps(engine: SimEngine) -> Iterator[float]:
         engine.end(step)
         now = step.ends_at
         yield now
+
+
+def planned(engine: SimEngine, most: int) -> Iterator[Step]:
+    """Runs some steps; gives each as it was planned."""
+    now = 0.0
+    for _ in range(most):
+        step = engine.begin(now)
+        if step is None:
+            return
+        yield step
+        engine.end(step)
+        now = step.ends_at
 
 
 def finish_order(engine: SimEngine, calls: list[SimCall]) -> list[str]:
@@ -94,6 +106,23 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
     engine.add(long, 1.0)
     computed = [(short.produced, long.computed) for _ in steps(engine)]
     assert computed == [(1, 4), (2, 11), (3, 18), (4, 25), (4, 30)]
+
+
+@pytest.mark.parametrize(("levels", "pieces"), [((0, 3), {3}), ((2, 2), {7}), ((3, 0), {7})])
+def test_a_worse_calls_prompt_is_computed_in_pieces_while_a_better_one_decodes(
+    levels: tuple[int, int], pieces: set[int]
+) -> None:
+    rules = PlasRules(prompt_piece=3)
+    engine = SimEngine(small(kv_tokens=256, max_num_batched_tokens=8, scheduler="plas", plas=rules))
+    short = call("short", prompt=4, output=6, level=levels[0])
+    long = call("long", prompt=60, output=1, base=1, level=levels[1])
+    engine.add(short, 0.0)
+    assert [step.prefill_tokens for step in planned(engine, 1)] == [4]
+    engine.add(long, 1.0)
+    beside = [step.prefill_tokens for step in planned(engine, 4)]
+    assert set(beside) == pieces
+    alone = [step.prefill_tokens for step in planned(engine, 4) if not step.decode_seqs]
+    assert max(alone) == 8
 
 
 def test_a_step_costs_what_its_parts_cost() -> None:

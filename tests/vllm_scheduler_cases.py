@@ -182,6 +182,34 @@ def case_tokens_of_a_step(asynchronous: bool) -> None:
     assert ends["plas"] < 20 < 90 < ends["stock"], ends
 
 
+def case_a_prompt_in_pieces(asynchronous: bool) -> None:
+    """A worse call's prompt takes a piece of each step in which a better one decodes, and whole steps after."""
+    e = engine(asynchronous, step_tokens=64)
+    e.scheduler.plas.rules = PlasRules(prompt_piece=8)
+    planned: list[dict[str, int]] = []
+    e.after = lambda: planned.append(dict(e.scheduler._scheduled))
+    calls = [call("better", size=20), call("worse", prompt=400, size=2, level=3, at=4)]
+    e.run(calls)
+    settled(e, calls)
+    both = [p["worse"] for p in planned if p.keys() == {"better", "worse"}]
+    alone = [p["worse"] for p in planned if p.keys() == {"worse"}]
+    assert len(both) >= 10, planned
+    assert max(both) == 8, planned
+    assert max(alone) == 64, planned
+    assert e.scheduler.max_num_scheduled_tokens == 64
+
+
+def case_a_better_prompt_in_whole_steps(asynchronous: bool) -> None:
+    e = engine(asynchronous, step_tokens=64)
+    e.scheduler.plas.rules = PlasRules(prompt_piece=8)
+    planned: list[dict[str, int]] = []
+    e.after = lambda: planned.append(dict(e.scheduler._scheduled))
+    calls = [call("worse", size=20, level=3), call("better", prompt=400, size=2, at=4)]
+    e.run(calls)
+    settled(e, calls)
+    assert max(p.get("better", 0) for p in planned) == 63, planned
+
+
 def case_nothing_starves(asynchronous: bool) -> None:
     """New short programs never cease, and each is better than the long one."""
     ends = {}

@@ -59,6 +59,10 @@ class Scheduler:
         """What a waiting call must be better than to take the place of a running one; None: no call ever does."""
         return None
 
+    def prompt_tokens(self, call: SimCall | None, most: int) -> int:
+        """Prompt tokens that a step may compute, of which this call's come first."""
+        return most
+
     def victims(
         self,
         waiting: list[SimCall],
@@ -175,6 +179,10 @@ class PlasScheduler(Scheduler):
 
     def bar(self) -> Rank | None:
         return max(self._ranks, default=NOTHING_IS_BETTER)
+
+    def prompt_tokens(self, call: SimCall | None, most: int) -> int:
+        better = call is not None and bool(self._ranks) and min(self._ranks) < self._calls[call].entry.rank
+        return self._plas.rules.prompt_tokens(most, better)
 
     def victims(
         self,

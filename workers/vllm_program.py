@@ -18,7 +18,7 @@ _LOOK_AGAIN = 16  # steps after which a call's service is looked at, in a unit o
 
 
 def rules_of(settings: Settings) -> PlasRules:
-    return PlasRules(bounds=settings.level_bounds, beta=settings.starvation_beta)
+    return PlasRules(bounds=settings.level_bounds, beta=settings.starvation_beta, prompt_piece=settings.prompt_piece)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ Imported by vLLM's own engine process (`vllm_guard.py`). What should happen is d
    to itself ends the step for all behind it.
 5. Before each step strictly worse running calls make way for waiting ones: for a slot, for KV blocks, or for the tokens
    of a step that a long prompt takes. vLLM itself never does that. Their blocks stay in the prefix cache until needed.
+6. A step in which a better call decodes computes no more of a worse one's prompt than a piece.
 
 vLLM says that this interface is not public. What differs between versions, or is a trap in one of them:
 
@@ -89,6 +90,7 @@ class ProgramAware:
         self._scheduled: dict[str, int] = {}  # tokens of the last step, by request
         self._steps = 0
         self._had_slots = False  # free ones, before the last step
+        self._step_tokens = self.max_num_scheduled_tokens  # of this step, or of the last one
         self._last_arrival = 0.0
         self._to_look_at: dict[int, list[Tracked]] = {}  # by step
         self._decode_tokens = 1 + int(getattr(self, "num_spec_tokens", 0))
@@ -112,14 +114,23 @@ class ProgramAware:
         self._promote(now)
         hopefuls = self._make_way(now)
         self._put_in_order()
-        base: Any = super()
-        output = base.schedule(*args, **kwargs)
+        output = self._plan(*args, **kwargs)
         self._learn(output, now)
         for tracked in hopefuls:
             if not tracked.call.running:
                 tracked.failures += 1
                 tracked.not_before = self._steps + (1 << min(tracked.failures, _MOST_PATIENCE))
         return output
+
+    def _plan(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own plan of a step, with the tokens that this step may have."""
+        most = self.max_num_scheduled_tokens
+        self._step_tokens = self.max_num_scheduled_tokens = self._tokens_of_step(most)
+        base: Any = super()
+        try:
+            return base.schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = most
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         """Also called by vLLM itself, when the KV cache is full."""
@@ -259,6 +270,19 @@ class ProgramAware:
         needed = len(self.running) + self.max_num_scheduled_tokens // self.block_size
         return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() < needed)
 
+    def _tokens_of_step(self, most: int) -> int:
+        first = self._first_prompt()
+        if first is None:
+            return most
+        decoding = self._ranks - Counter(self.requests[i].priority for i in self._prefilling)
+        better = min(decoding, default=first) < first
+        return min(most, decoding.total() * self._decode_tokens + self.plas.rules.prompt_tokens(most, better))
+
+    def _first_prompt(self) -> int | None:
+        """The rank of the call whose prompt comes first in the next step; None: there is none to compute."""
+        ranks = [self.requests[i].priority for i in self._prefilling]
+        return min(ranks or [q.peek_request().priority for q in self._queues if q], default=None)
+
     # -- making way
 
     def _make_way(self, now: float) -> list[Tracked]:
@@ -302,7 +326,7 @@ class ProgramAware:
 
     def _within_a_step(self, hopefuls: Iterable[Tracked]) -> Iterator[Tracked]:
         """As many as one step can begin with."""
-        budget = self.max_num_scheduled_tokens
+        budget = self._tokens_of_step(self.max_num_scheduled_tokens)
         for tracked in hopefuls:
             if budget <= 0:
                 return
@@ -314,7 +338,7 @@ class ProgramAware:
         if hopeful.seen >= self._steps:  # the last step did not have it before it
             return []
         held = {id(t.call): t.request for r in self.running if (t := self._tracked[r.request_id])}
-        if sum(self._scheduled.values()) >= self.max_num_scheduled_tokens:
+        if sum(self._scheduled.values()) >= self._step_tokens:
 
             def chunk(call: PlasCall) -> float:
                 request = held[id(call)]
