@@ -1,0 +1,142 @@
+"""Which waiting calls should move to an idle engine: the decision alone, then a router and engines that do it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from broker import Settings
+from broker.messages import CacheUse, EngineView, SessionView, Speed
+from broker.waiting import WaitingCall
+from router.admission import Admission
+from router.costs import CostModel
+from router.policies import CallView
+from router.policies.cost import Cost
+from router.stealing import Stealing, idle_and_loaded
+
+SPEED = Speed(0.01, 1e-4, 1e-5)
+
+
+def engine(engine_id: str, **fields: Any) -> EngineView:
+    return EngineView(engine_id, "READY", "m", **{"max_num_seqs": 4, "kv_tokens": 1_000_000, "speed": SPEED, **fields})
+
+
+def loaded(engine_id: str = "a", queued: int = 8, **fields: Any) -> EngineView:
+    return engine(engine_id, **{"running": 4, "queued": queued, **fields})
+
+
+def queue(n: int = 8, where: str = "a", **fields: Any) -> list[WaitingCall]:
+    rows = [WaitingCall(f"{where}{i}", "1-1", where, f"s{i}", "", 0, 0, 1000) for i in range(n)]
+    return [row._replace(**fields) for row in rows]
+
+
+def moved(
+    engines: list[EngineView],
+    waiting: list[WaitingCall],
+    sessions: dict[str, SessionView] | None = None,
+    admission: Admission | None = None,
+) -> list[str]:
+    idle, full = idle_and_loaded(engines)
+    return [c.id for c in Stealing(CostModel(), admission).moves(idle, full, waiting, sessions or {})]
+
+
+def held(tokens: int, where: str = "a") -> SessionView:
+    return SessionView(bound=where, resident={where: tokens}, used={where: CacheUse(1.0, 0)})
+
+
+def test_an_idle_engine_takes_as_many_calls_as_it_has_slots() -> None:
+    assert moved([loaded(queued=20), engine("b")], queue(20)) == ["a0", "a1", "a2", "a3"]
+    assert moved([loaded(queued=20), engine("b", running=3)], queue(20)) == ["a0"]
+    both = moved([loaded(queued=20), engine("b"), engine("c", running=2)], queue(20))
+    assert both == [f"a{i}" for i in range(6)]
+
+
+def test_where_none_idles_or_none_waits_nothing_moves() -> None:
+    assert moved([loaded(), engine("b", running=4)], queue()) == []
+    assert moved([loaded(), engine("b", queued=1)], queue()) == [], "its slots are spoken for"
+    assert moved([loaded(), replace(engine("b"), state="DRAINING")], queue()) == []
+    assert moved([loaded(running=3), engine("b")], queue()) == [], "these will be claimed in a moment"
+
+
+def test_a_call_that_need_not_wait_long_stays() -> None:
+    """With a fourth of an answer's time to wait, a move would save less than it may be wrong by."""
+    fast = Speed(1e-4, 1e-6, 1e-7)
+    assert moved([loaded(queued=2, speed=fast), engine("b", speed=fast)], queue(2)) == []
+
+
+def test_the_cache_where_it_waits_holds_a_call() -> None:
+    """60,000 tokens take an idle engine 6 s, twice that with what they push out of its cache."""
+    waiting = queue(4, prompt_tokens=60_000, reuse=59_900)
+    engines = [loaded(queued=4), engine("b")]
+    cached = {c.session: held(59_900) for c in waiting}
+    assert moved(engines, waiting, cached) == []
+    assert moved(engines, queue(4, prompt_tokens=60_000))[:2] == ["a0", "a1"], "without it they go"
+    on_both = {s: replace(v, resident={"a": 59_900, "b": 59_900}) for s, v in cached.items()}
+    assert moved(engines, waiting, on_both), "it is there, too"
+
+
+def test_what_was_believed_of_its_cache_when_it_was_assigned_counts() -> None:
+    """A session that has ended no call there yet is believed to share with its others that run there."""
+    waiting = queue(1, prompt_tokens=60_000)
+    full = loaded(queued=1, running=4)
+    assert moved([full, engine("b")], waiting) == ["a0"]
+    assert moved([full, engine("b")], [waiting[0]._replace(reuse=59_900)]) == []
+
+
+def test_of_a_long_queue_the_calls_go_for_which_it_pays() -> None:
+    waiting = queue(40)
+    cached = {c.session: held(900_000) for c in waiting[:2]}
+    waiting[:2] = [c._replace(prompt_tokens=900_100) for c in waiting[:2]]
+    assert moved([loaded(queued=40), engine("b", running=2)], waiting, cached) == ["a2", "a3"]
+
+
+def test_better_calls_go_first_whichever_engine_they_wait_for() -> None:
+    urgent = queue(1, "c", priority=-1, id="urgent")
+    waiting = [*queue(30, level=2), *urgent, *queue(30, "c", level=1)]
+    found = moved([loaded(queued=30), loaded("c", 31), engine("b")], waiting)
+    assert found == ["urgent", "c0", "c1", "c2"]
+
+
+def test_a_call_goes_only_where_its_model_is() -> None:
+    other = replace(engine("b"), model="n")
+    full = loaded(queued=20)
+    assert moved([full, other], queue(20, model="m")) == []
+    assert moved([full, other], queue(20, model="n")) == ["a0", "a1", "a2", "a3"]
+    assert moved([full, other], queue(20)) == ["a0", "a1", "a2", "a3"], "any will do"
+
+
+def test_the_idle_engines_cache_must_have_room() -> None:
+    assert moved([loaded(), engine("b", kv_tokens=10_000, kv_usage=0.95)], queue()) == []
+    assert moved([loaded(), engine("b", kv_tokens=10_000, kv_usage=0.85)], queue()) == ["a0"]
+
+
+def test_a_call_moves_a_few_times_at_most() -> None:
+    assert len(moved([loaded(), engine("b")], queue(moves=2))) == 4
+    assert moved([loaded(), engine("b")], queue(moves=3)) == []
+
+
+def test_an_engine_that_comes_up_is_not_waited_for() -> None:
+    waiting = queue(2, prompt_tokens=60_000)
+    starting = loaded(queued=2, running=0, max_num_seqs=4)
+    cached = {c.session: held(59_900) for c in waiting}
+    assert moved([replace(starting, state="STARTING"), engine("b")], waiting, cached) == ["a0", "a1"]
+
+
+def test_admission_has_a_say() -> None:
+    crowded = engine("b", kv_tokens=100_000, spoken_for=(100_000.0,))
+    assert moved([loaded(), crowded], queue(), admission=Admission()) == []
+    assert len(moved([loaded(), crowded], queue())) == 4
+
+
+@pytest.mark.parametrize("speed", [SPEED, None])
+def test_the_policy_then_chooses_the_idle_engine(speed: Speed | None) -> None:
+    """Else the call would be back where it came from."""
+    policy = Cost(Settings())
+    engines = [loaded(queued=4, speed=speed), engine("b", speed=speed)]
+    waiting = queue(4)
+    model = policy.cost_model()
+    chosen = Stealing(model).moves(*idle_and_loaded(engines), waiting, {})
+    assert chosen
+    assert policy.choose(CallView("s0", "", 1000), engines, SessionView()).engine == "b"
