@@ -334,21 +334,34 @@ class Protocol(RuleBasedStateMachine):
         small = Transitions(self.keys, self.config.model_copy(update={"batch": limit}))
         assert self.run(small.drain(e, op)) == self.model.drain(e, limit)
 
-    @rule(e=engines, most=st.integers(1, 3))
+    @rule(e=engines, most=st.integers(1, 3), later=st.booleans())
     @any_call(lambda c: c.state == "PENDING" and c.engine)
-    def look_for_work(self, e: str, most: int) -> None:
-        """A router reads what waits for an engine; it may take of it later, or never."""
+    def look_for_work(self, e: str, most: int, later: bool) -> None:
+        """A router reads what waits for an engine; it takes of it at once, later, or never."""
         found = self.run(self.transitions.waiting([], [e], most)).calls
         suspects = {i for i in self.model.queue(e)[:most] if self.model.suspect(self.model.calls[i])}
         assert [(c.id, c.moves) for c in found] == [
             (i, self.model.calls[i].moves) for i in self.model.queue(e)[:most] if i not in suspects
         ]
         self.seen_waiting += found
+        if not later:
+            self.steal_these(found)
+
+    @rule(call_id=call_ids, session=sessions, e=engines, seen=engines, bind=st.booleans(), later=st.booleans())
+    def come_and_be_taken(self, call_id: str, session: str, e: str, seen: str, bind: bool, later: bool) -> None:
+        """A call comes, and waits for an engine that is seen to be loaded."""
+        self.forget(call_id)
+        self.submit(call_id, session, "hi", deadline=FAR_AWAY, priority=0, on_engine_loss="continue")
+        self.read("A", 4)
+        self.place("A", [e] * 4, bind, seen, False, 0)
+        self.look_for_work(e, 3, later)
 
     @rule(n=which, more=which)
     @when(lambda m: m.seen_waiting)
     def steal(self, n: int, more: int) -> None:
-        chosen = [c for c in (pick(self.seen_waiting, n), pick(self.seen_waiting, more)) if c]
+        self.steal_these([c for c in (pick(self.seen_waiting, n), pick(self.seen_waiting, more)) if c])
+
+    def steal_these(self, chosen: list[WaitingCall]) -> None:
         expected = [self.model.steal(c.id, c.gen, c.engine, c.moves) for c in chosen]
         assert self.run(self.transitions.steal(chosen)) == expected
 
