@@ -166,6 +166,8 @@ class CostModel:
             self._speed = Speed(
                 fmean(s.step_s for s in speeds), fmean(s.token_s for s in speeds), fmean(s.seq_s for s in speeds)
             )
+            # What was made of engines that have told nothing was made of an older mean.
+            self._loads = {i: load for i, load in self._loads.items() if load.view.speed}
         if answers:
             self._answer = fmean(answers)
         self._mean_until = now + _MEAN_S
