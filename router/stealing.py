@@ -20,8 +20,8 @@ from router.admission import Admission, context_of
 from router.costs import CostModel, reusable
 from router.policies.base import CallView
 
-# So many calls at the head of each loaded queue are looked at in a round.
-HEAD = 64
+# How many calls are looked at in a round, in all and of one queue: some milliseconds of a router's time.
+_LOOKED_AT, _HEAD = 128, 64
 # A move must save so many seconds, and such a share of what the call would still take: what is reckoned is not exact,
 # and a call that moves to and fro gains nothing.
 _MARGIN_S, _MARGIN = 0.25, 0.25
@@ -49,6 +49,11 @@ def idle_and_loaded(engines: Iterable[EngineView]) -> tuple[list[EngineView], li
     engines = list(engines)
     idle, loaded = [e for e in engines if is_idle(e)], [e for e in engines if is_loaded(e)]
     return (idle, loaded) if idle and loaded else ([], [])
+
+
+def head(loaded: int) -> int:
+    """How many calls to look at of each queue, of so many loaded engines."""
+    return max(1, min(_HEAD, _LOOKED_AT // max(loaded, 1)))
 
 
 @dataclass(slots=True)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 import redis
 
 from broker import scripts
-from broker.messages import EngineView
+from broker.messages import EngineView, SessionView
 from broker.models import EngineState
 from broker.transitions import Transitions
-from broker.waiting import WaitingCall
+from broker.waiting import Waiting, WaitingCall
 from router.choosing import Chooser
-from router.stealing import HEAD, Stealing, idle_and_loaded
+from router.stealing import Stealing, head, idle_and_loaded
 
 log = logging.getLogger("rsm.router")
 
@@ -29,24 +29,30 @@ class Thief:
         self._model = chooser.policy.cost_model()
 
     def round(self, engines: Sequence[EngineView]) -> int:
-        """Takes calls once; returns how many. Costs nothing unless one engine idles while calls wait for another."""
+        """Takes calls once; returns how many. Asks Redis for nothing unless one engine idles while calls wait for
+        another."""
         idle, loaded = idle_and_loaded(engines)
         if self._model is None or not idle:
             return 0
-        waiting = scripts.run(
-            self._redis, self._transitions.waiting([e.id for e in idle], [e.id for e in loaded], HEAD)
-        )
+        waiting = self._waiting(idle, loaded)
         idle = [e for e in idle if e.id not in waiting.kept]
         if not (idle and waiting.calls):
             return 0
-        sessions = scripts.run(
-            self._redis, self._transitions.look(list({c.session for c in waiting.calls}), fleet=False)
-        ).sessions
         self._model.look_around([e for e in engines if e.state == EngineState.READY], time.monotonic())
-        chosen = Stealing(self._model, self._chooser.admission).moves(idle, loaded, waiting.calls, sessions)
-        return self._take(chosen) if chosen else 0
+        stealing = Stealing(self._model, self._chooser.admission)
+        return self._take(stealing.moves(idle, loaded, waiting.calls, self._sessions(waiting.calls)))
+
+    def _waiting(self, idle: Sequence[EngineView], loaded: Sequence[EngineView]) -> Waiting:
+        command = self._transitions.waiting([e.id for e in idle], [e.id for e in loaded], head(len(loaded)))
+        return scripts.run(self._redis, command)
+
+    def _sessions(self, calls: Sequence[WaitingCall]) -> dict[str, SessionView]:
+        sessions = list({c.session for c in calls})
+        return scripts.run(self._redis, self._transitions.look(sessions, fleet=False)).sessions
 
     def _take(self, calls: Sequence[WaitingCall]) -> int:
+        if not calls:
+            return 0
         taken = scripts.run(self._redis, self._transitions.steal(calls)).count(True)
         if taken:
             log.info("took %d waiting calls from loaded engines", taken)

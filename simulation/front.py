@@ -11,7 +11,7 @@ from broker.waiting import WaitingCall
 from router.admission import Admission
 from router.choosing import Chooser, Decision
 from router.policies import CallView, Choice, Policy
-from router.stealing import HEAD, Stealing, idle_and_loaded
+from router.stealing import Stealing, head, idle_and_loaded
 from simulation.engine import Engine
 from simulation.queue import Waiting
 from simulation.residents import Residents
@@ -73,7 +73,8 @@ class Front:
         idle, loaded = idle_and_loaded(self._view(e, now) for e in engines if e.free or e.queued)
         if not idle:
             return []
-        found = {w.id: (self._engines[v.id], w) for v in loaded for w in self._engines[v.id].head(HEAD)}
+        full = [self._engines[e.id] for e in loaded]
+        found = {w.id: (engine, w) for engine in full for w in engine.head(head(len(full)))}
         calls = [_waiting_call(engine, w) for engine, w in found.values()]
         views = {c.session: self._seen(c.session, session(c.session).view(now, 0, 0), now) for c in calls}
         return [found[c.id] for c in self._stealing.moves(idle, loaded, calls, views)]
