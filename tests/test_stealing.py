@@ -109,11 +109,11 @@ def test_how_long_a_call_still_waits_is_told_by_its_place() -> None:
     waiting = queue(40, prompt_tokens=60_000, reuse=59_900)
     cached = {c.session: held(59_900) for c in waiting}
     full = loaded(queued=40, prefill_s=0.0, running=4)
-    found = moved([full, engine("b", running=3)], waiting, cached)
+    found = moved([full, engine("b", max_num_seqs=1)], waiting, cached)
     assert len(found) == 1
     assert 10 < int(found[0][1:]) < 35
     bound = {s: replace(view, bound="b") for s, view in cached.items()}
-    assert moved([full, engine("b", running=3)], waiting, bound) == found, "a binding alone is no cache"
+    assert moved([full, engine("b", max_num_seqs=1)], waiting, bound) == found, "a binding alone is no cache"
 
 
 def test_better_calls_go_first_whichever_engine_they_wait_for() -> None:
