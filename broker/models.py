@@ -136,7 +136,8 @@ class CallRecord:
     `failures` counts attempts lost to errors; `deaths` engine processes that died while it ran, without those that were
     known to be another call's doing when the last of them died. `costs`: what the router reckoned that it would take
     on each engine, in seconds, the chosen one first; of a large fleet those of the cheapest alone; empty if its policy
-    does not reckon. `reuse`: tokens of its prompt that it should find in the cache there.
+    does not reckon. `reuse`: tokens of its prompt that it should find in the cache there. `stolen_from`: the engines
+    that it waited for until it was taken away, for an idle one, in that order.
     """
 
     id: str
@@ -162,6 +163,7 @@ class CallRecord:
     why: str = ""
     reuse: int = 0
     costs: Mapping[str, float] = field(default_factory=dict)
+    stolen_from: tuple[str, ...] = ()
     cancel_requested: bool = False
     result: CallResult | None = None
 
@@ -217,6 +219,7 @@ class CallRecord:
             why=words(b"why"),
             reuse=whole(b"reuse"),
             costs=_costs(words(b"costs")) if b"costs" in h else {},
+            stolen_from=tuple(words(b"stolen_from").split()),
             cancel_requested=b"cancel" in h,
             result=_result(call_id, h),
         )

@@ -224,6 +224,7 @@ class Monitor:
             "requeued": h.get("requeued", 0),
             "dead_letters": h.get("dead_letters", 0),
             "promoted": h.get("promoted", 0),
+            "stolen": h.get("stolen", 0),
             "retired": h.get("retired", 0),
             "usage": self.usage(),
             "prompt_tokens": h.get("prompt_tokens", 0),

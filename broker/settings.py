@@ -50,6 +50,7 @@ class Settings(BaseSettings):
 
     policy: str = Field("autellix", description="routing policy: a name or package.module:Class")
     cache_token_threshold: int = Field(2048, ge=0, description="prompts up to this many tokens go anywhere")
+    stealing: bool = Field(True, description="idle engines take waiting calls of loaded ones; under policy cost")
     service_unit: str = Field("tokens", description="what calls cost: tokens, work, time, kv, or package.module:Class")
     service_rule: Literal["path", "total"] = Field(
         "path", description="what a program has had: its longest path of calls (path), or all of them (total)"

@@ -38,6 +38,7 @@ from broker.messages import (
 from broker.models import OnEngineLoss, RequestState
 from broker.scripts import Arg, Command, script
 from broker.settings import Settings
+from broker.waiting import Waiting, WaitingCall, read_waiting
 
 __all__ = [
     "RETAIN_ENTRIES",
@@ -149,6 +150,18 @@ class Transitions:
 
     def unpark(self, model: str) -> Command[int]:
         return Command(script("unpark"), self._args(model, self._settings.batch), int)
+
+    def waiting(self, idle: Sequence[str], loaded: Sequence[str], most: int) -> Command[Waiting]:
+        """The first calls of loaded engines' queues, `most` of each."""
+        args = self._args(self._settings.max_deaths, most, len(idle), *idle, *loaded)
+        return Command(script("waiting"), args, read_waiting)
+
+    def steal(self, calls: Sequence[WaitingCall]) -> Command[list[bool]]:
+        """True: the call was taken from its engine and is on the router stream."""
+        args = self._args(self._settings.max_deaths)
+        for c in calls:
+            args += [c.id, c.gen, c.engine, c.moves]
+        return Command(script("steal"), args, lambda r: [bool(n) for n in r])
 
     def drain(self, engine: str, op: str = "drain", incarnation: str = "") -> Command[int]:
         """`incarnation`: drains no other one's engine."""

@@ -127,8 +127,11 @@ class CostModel:
         self, call: CallView, engines: Sequence[EngineView], session: SessionView, now: float
     ) -> dict[str, float]:
         """What the call would take on each engine. `now`: seconds, on any clock that only goes forward."""
-        if now >= self._mean_until:
-            self._look_around(engines, now)
+        self.look_around(engines, now)
+        return self.reckon(call, engines, session)
+
+    def reckon(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> dict[str, float]:
+        """The same, by the means that were found when the model last looked around."""
         loads = self._loads_of(engines)
         rank = rank_of(call.priority, session.level)
         tokens, answer = call.prompt_tokens, self.answer(session)
@@ -153,14 +156,18 @@ class CostModel:
             loads.append(load)
         return loads
 
-    def _look_around(self, engines: Sequence[EngineView], now: float) -> None:
-        """What is not known of one engine is believed to be as it is in the mean."""
+    def look_around(self, engines: Sequence[EngineView], now: float) -> None:
+        """What is not known of one engine is believed to be as it is in the mean; looks if it has not of late."""
+        if now < self._mean_until:
+            return
         speeds = [e.speed for e in engines if e.speed]
         answers = [e.completion_tokens for e in engines if e.completion_tokens]
         if speeds:
             self._speed = Speed(
                 fmean(s.step_s for s in speeds), fmean(s.token_s for s in speeds), fmean(s.seq_s for s in speeds)
             )
+            # What was made of engines that have told nothing was made of an older mean.
+            self._loads = {i: load for i, load in self._loads.items() if load.view.speed}
         if answers:
             self._answer = fmean(answers)
         self._mean_until = now + _MEAN_S

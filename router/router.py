@@ -4,7 +4,7 @@
 2. Checks each entry, makes records for bare ones, refuses bad ones with a sentence.
 3. Chooses an engine for each call by the policy, and assigns the whole batch in one script.
 4. On a timer, idle or busy: takes over the entries of dead routers, gives the calls of dead engines to others,
-   ends calls whose deadline has passed, and unparks calls whose engine has come.
+   ends calls whose deadline has passed, unparks calls whose engine has come, and takes waiting calls to idle engines.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from router.choosing import PARKED, Chooser, Decision
 from router.costs import costs_text
 from router.intake import Arrival, Fields, read_entry, reject
 from router.policies import Policy, create_policy
+from router.thief import Thief
 from router.upkeep import Upkeep
 
 log = logging.getLogger("rsm.router")
@@ -57,6 +58,7 @@ class Router:
         self._line = Line(self.settings, block_s=self._tick_s)
         self._redis = connect(self.settings)
         self._upkeep = Upkeep(self._redis, self.keys, self.settings, self.name)
+        self._thief = Thief(self._redis, self._transitions, self._chooser) if self.settings.stealing else None
         self._looked = -_LOOK_AGAIN_S
         self._stopping = False
         self._examined = False
@@ -82,6 +84,8 @@ class Router:
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._tick_s
                     self.place(self._upkeep.tick())
+                    if self._thief is not None:
+                        self._thief.round(self._upkeep.engines)
                 self.place(self._read())
             except BLIPS as e:
                 if not served:

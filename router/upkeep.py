@@ -11,6 +11,7 @@ import redis
 from broker import scripts
 from broker.codec import text
 from broker.keys import ROUTER_GROUP, Keys
+from broker.messages import EngineView
 from broker.models import EngineState
 from broker.settings import Settings
 from broker.transitions import RETAIN_ENTRIES, Transitions
@@ -29,6 +30,7 @@ class Upkeep:
         self._transitions = Transitions(keys, settings)
         self._cursor = "0-0"
         self._connected_since = time.monotonic()
+        self.engines: list[EngineView] = []  # as the last tick saw them
 
     def blip(self) -> None:
         """Redis did not answer. Leases that ran out meanwhile prove nothing: their owners could not renew them."""
@@ -63,8 +65,8 @@ class Upkeep:
                 return
 
     def _unpark(self) -> None:
-        look = scripts.run(self._redis, self._transitions.look())
-        for model in {e.model for e in look.engines if e.state == EngineState.READY}:
+        self.engines = scripts.run(self._redis, self._transitions.look()).engines
+        for model in {e.model for e in self.engines if e.state == EngineState.READY}:
             for wanted in (model, ""):
                 while scripts.run(self._redis, self._transitions.unpark(wanted)) == self._settings.batch:
                     pass

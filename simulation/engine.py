@@ -54,6 +54,24 @@ class Engine:
         self._queued_tokens += waiting.tokens
         self._served += 1
 
+    def give_back(self, waiting: Waiting) -> None:
+        """A call that waits here goes back to the router."""
+        self._queue.remove(waiting)
+        self._queued_tokens -= waiting.tokens
+
+    def head(self, most: int) -> list[Waiting]:
+        """The first calls of its queue."""
+        return self._queue.head(most)
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def free(self) -> bool:
+        """It has a free slot, and nothing waits for it."""
+        return not self._queue and self._running < self._slots
+
     def finished(self, times: CallTimes, reuse: int) -> None:
         """A call's end has reached Redis. `reuse`: tokens of its prompt that it was expected to find."""
         self._running -= 1

@@ -57,7 +57,8 @@ class FleetConfig:
     Attributes:
         sim: every engine; its `scheduler` is the one inside the engines, with the bounds, beta and unit of `settings`.
         policy: of the router: a name, package.module:Class, or a class.
-        settings: of the broker: level_bounds, starvation_beta, service_unit, tick_ms, admission and what policies read.
+        settings: of the broker: level_bounds, starvation_beta, service_unit, tick_ms, admission, stealing and what
+            policies read.
         by_program: calls inherit their program's service; False: each call begins anew, as in a plain MLFQ.
         prefetch: calls that a worker claims beyond its slots.
         horizon_s: when to break off; inf: when all programs have ended.
@@ -163,7 +164,7 @@ class _Run:
         )
         self._by_id = {e.id: e for e in self.engines}
         self._residents = Residents(rules(), settings, self.engines, self._table) if settings.admission else None
-        self._front = Front(chosen, self.engines, self._residents, settings.admission_factor)
+        self._front = Front(chosen, self.engines, self._residents, settings.admission_factor, settings.stealing)
         self._tick_s, self._ticking = settings.tick_ms / 1000, False
         self._programs = [_Program.of(spec, config.sim.block_size) for spec in workload]
         self._heap: list[tuple[float, int, int, object]] = []
@@ -183,14 +184,17 @@ class _Run:
                 if not call.after:
                     self._at(program.spec.arrival_s + call.delay_s, _READY, (program, n))
         heap, do, horizon = self._heap, self._do, self._config.horizon_s
+        last = 0.0
         while heap:
             now, kind, _, what = heappop(heap)
             if now > horizon:
                 return horizon
             self._now = now
+            if kind != _TICK:
+                last = now
             self.events += 1
             do[kind](what)
-        return self._now
+        return last
 
     def results(self, until: float) -> list[ProgramTimes]:
         """The programs that had come by then."""
@@ -245,6 +249,8 @@ class _Run:
             self._residents.arrives(engine.id, times.session, call.context, decision.new, times.level, self._now)
         engine.enqueue(waiting)
         self._ring(engine)
+        if self._front.steals:
+            self._start_ticking()
 
     def _waiting(self, call: _Call) -> Waiting:
         """The call with its place, by what its program has had until now."""
@@ -262,16 +268,35 @@ class _Run:
             self._at(self._now + self._tick_s, _ASSIGN, waiting.call)
             return
         self._residents.held.add(waiting)
+        self._start_ticking()
+
+    def _start_ticking(self) -> None:
         if not self._ticking:
             self._ticking = True
             self._at(self._now + self._tick_s, _TICK, None)
 
     def _tick(self, _: object) -> None:
-        """The router's timer, while calls are held."""
+        """The router's timer, while calls are held, or wait where they may be taken away."""
         self._let_in()
-        self._ticking = bool(self._residents and self._residents.held)
-        if self._ticking:
-            self._at(self._now + self._tick_s, _TICK, None)
+        for engine, waiting in self._front.to_move(self._now, self._table.session):
+            self._move(engine, waiting)
+        held = bool(self._residents and self._residents.held)
+        self._ticking = False
+        if held or (self._front.steals and any(e.queued for e in self.engines)):
+            self._start_ticking()
+
+    def _move(self, engine: Engine, waiting: Waiting) -> None:
+        """Takes a call from an engine's queue, and gives it back to the router (lua/steal.lua)."""
+        call: _Call = waiting.call
+        session = self._table.session(call.times.session)
+        engine.give_back(waiting)
+        self._front.changed(engine)
+        if session.engine == engine.id:
+            session.engine = ""
+        if self._residents is not None:
+            self._residents.gives_back(engine.id, call.times.session, self._now)
+        call.times.moves += 1
+        self._at(self._hop(self._config.hops.submit_s), _ASSIGN, call)
 
     def _let_in(self) -> None:
         for waiting in self._residents.let_in(self._now) if self._residents else ():

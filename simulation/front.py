@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
 from broker.messages import EngineView, SessionView
+from broker.waiting import WaitingCall
 from router.admission import Admission
 from router.choosing import Chooser, Decision
 from router.policies import CallView, Choice, Policy
+from router.stealing import Stealing, head, idle_and_loaded
 from simulation.engine import Engine
+from simulation.queue import Waiting
 from simulation.residents import Residents
 from simulation.table import Session
 
@@ -22,9 +25,16 @@ class Front:
     """Chooses engines. Between two looks it knows of changes only what it assigned itself, like `router.Router`."""
 
     def __init__(
-        self, policy: Policy, engines: Sequence[Engine], residents: Residents | None = None, factor: float = 1.0
+        self,
+        policy: Policy,
+        engines: Sequence[Engine],
+        residents: Residents | None = None,
+        factor: float = 1.0,
+        stealing: bool = True,
     ) -> None:
         self._chooser = Chooser(policy, Admission(factor) if residents else None)
+        model = policy.cost_model() if stealing else None
+        self._stealing = Stealing(model, self._chooser.admission) if model else None
         self._residents = residents
         self._engines = {e.id: e for e in engines}
         self._changed = dict.fromkeys(engines)
@@ -48,6 +58,27 @@ class Front:
             self._changed[self._engines[choice.engine]] = None
         return choice, decision
 
+    @property
+    def steals(self) -> bool:
+        return self._stealing is not None
+
+    def to_move(self, now: float, session: Callable[[str], Session]) -> list[tuple[Engine, Waiting]]:
+        """Waiting calls that idle engines should have: a round as router/thief.py makes it.
+
+        The router's own view of the fleet, by which it chooses, is left as old as it is.
+        """
+        engines = self._engines.values()
+        if self._stealing is None or not (any(e.free for e in engines) and any(e.queued for e in engines)):
+            return []
+        idle, loaded = idle_and_loaded(self._view(e, now) for e in engines if e.free or e.queued)
+        if not idle:
+            return []
+        full = [self._engines[e.id] for e in loaded]
+        found = {w.id: (engine, w) for engine in full for w in engine.head(head(len(full)))}
+        calls = [_waiting_call(engine, w) for engine, w in found.values()]
+        views = {c.session: self._seen(c.session, session(c.session).view(now, 0, 0), now) for c in calls}
+        return [found[c.id] for c in self._stealing.moves(idle, loaded, calls, views)]
+
     def _seen(self, session: str, view: SessionView, now: float) -> SessionView:
         return replace(view, shares=self._residents.shares(session, now)) if self._residents else view
 
@@ -64,3 +95,9 @@ class Front:
                 self._chooser.update(self._view(engine, now))
         self._changed.clear()
         self._looked = now
+
+
+def _waiting_call(engine: Engine, waiting: Waiting) -> WaitingCall:
+    times, tokens = waiting.call.times, waiting.tokens
+    reuse = tokens - waiting.work
+    return WaitingCall(waiting.id, "", engine.id, times.session, "", 0, waiting.level, tokens, reuse, times.moves)

@@ -110,6 +110,16 @@ class Queue:
             heappush(self._order, (waiting.score, waiting.id, next(self._numbers), waiting))
         return found
 
+    def head(self, most: int) -> list[Waiting]:
+        """The first calls as they stand; nothing changes by it."""
+        entries = []
+        for _ in range(min(most, self._size)):
+            self._best()
+            entries.append(heappop(self._order))
+        for entry in entries:
+            heappush(self._order, entry)
+        return [entry[3] for entry in entries]
+
     def _promote(self, now_ms: int) -> None:
         for _ in range(_PROMOTE_MANY):
             if not self._starving or self._starving[0][0] > now_ms:

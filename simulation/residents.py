@@ -56,6 +56,10 @@ class Residents:
         """A call has ended. `more`: how much larger its context was than had been thought."""
         self._rules.leaves(self._sums[engine], self._mine[session][engine], more, now * 1000, self._half)
 
+    def gives_back(self, engine: str, session: str, now: float) -> None:
+        """A call has left the engine's queue for another engine: it did not run."""
+        self._rules.leaves(self._sums[engine], self._mine[session][engine], None, now * 1000, self._half)
+
     def must_wait(self, session: str, waiting: Waiting, now: float) -> bool:
         """Whether calls are held that go ahead of this one, which is not at home."""
         first = self.held.first(1, int(now * 1000))

@@ -19,6 +19,7 @@ class CallTimes:
         told_s: its producer heard of the end.
         level: the scheduling level that it was queued with. why: the policy's words.
         error: why it could not run; "" = it could.
+        moves: how often it was taken from one engine's queue for another, idle one.
     """
 
     program: str
@@ -39,6 +40,7 @@ class CallTimes:
     cached_tokens: int = 0
     preemptions: int = 0
     error: str = ""
+    moves: int = 0
 
 
 @dataclass(slots=True)

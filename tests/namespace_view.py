@@ -70,7 +70,7 @@ class Seen:
                 Counter({s: int(n) for s, n in self.session_bytes.items()}),
             ),
             "solved": set(self.solved),
-            "stats": counts(self.stats, "submitted", *ENDS, "requeued", "promoted", "dead_letters"),
+            "stats": counts(self.stats, "submitted", *ENDS, "requeued", "promoted", "stolen", "dead_letters"),
         }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def record(r: dict[str, str]) -> tuple[Any, ...]:
     attempt, failures, level = numbers(r, "attempt", "failures", "level")
     lost = (failures, tuple(r.get("deaths", "").split()))
     end = (flag, r.get("error_code", ""), r["session"])
-    placed = (level, "promoted_ms" in r, *ages(r, "waited_ms"))
+    placed = (level, "promoted_ms" in r, *ages(r, "waited_ms"), len(r.get("stolen_from", "").split()))
     return r["gen"], attempt, r["state"], *lost, r.get("engine", ""), *placed, *end
 
 

@@ -324,6 +324,17 @@ class Model:
                 self.to_router(c)
         return len(ids)
 
+    def steal(self, call_id: str, gen: str, e: str, moves: int) -> bool:
+        c = self.calls.get(call_id)
+        if c is None or (c.state, c.gen, c.engine, c.moves) != ("PENDING", gen, e, moves) or self.suspect(c):
+            return False
+        session = self.sessions[c.session]
+        session.engine = "" if session.engine == e else session.engine
+        c.moves += 1
+        self.stats["stolen"] += 1
+        self.to_router(c)
+        return True
+
     def drain(self, e: str, limit: int) -> int:
         if e not in self.engines or self.engines[e].state in ("STOPPED", "DEAD"):
             return -1

@@ -42,6 +42,7 @@ class Call:
     starves: bool = False
     cancel: str = ""
     error_code: str = ""
+    moves: int = 0
     log: list[str] = field(default_factory=list)
     begins: int = 0
 
@@ -53,7 +54,7 @@ class Call:
         """What its record must show."""
         flag = self.cancel if self.state == "RUNNING" else ""
         fence, lost = (self.gen, self.attempt), (self.failures, self.deaths)
-        placed = self.level, self.promoted, self.waited
+        placed = self.level, self.promoted, self.waited, self.moves
         return *fence, self.state, *lost, self.engine, *placed, flag, self.error_code, self.session
 
     @property

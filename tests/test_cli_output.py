@@ -104,7 +104,7 @@ def test_call_table_tells_the_story() -> None:
     result = CallResult("c", "s", "e1", "[bold]text[/]", [1], 9, 2, 4, "stop", 3.0, 1.0, 1.5, 2)
     ended = record(
         state=RequestState.CANCELLED, engine="e1", why="it is [here]", attempt=2, started_ms=2000, finished_ms=4000,
-        assigned_ms=1100, error="enough", result=result,
+        assigned_ms=1100, error="enough", result=result, stolen_from=("e7", "e8"), costs={"e1": 0.1, "e7": 2.5},
     )  # fmt: skip
     shown = printed(tables.call_table(ended, now_ms=9000))
     for part in (
@@ -116,6 +116,8 @@ def test_call_table_tells_the_story() -> None:
         "2 out, 9 in, 4 cached",
         "[bold]text[/]",
         "8.0 s",
+        "e7, e8",
+        "e1 0.1 s, e7 2.5 s",
     ):
         assert part in shown
     assert "deadline" not in shown

@@ -85,6 +85,15 @@ def test_an_engine_that_has_told_nothing_is_taken_for_the_mean_of_the_others() -
     assert costs["a"] == pytest.approx(costs["b"])
 
 
+def test_an_engine_that_goes_on_telling_nothing_is_taken_for_what_the_others_are_now() -> None:
+    """Also if it is seen no more: a fleet in virtual time looks again only at engines that have changed."""
+    model, silent = CostModel(ALONE), replace(engine("b"), speed=None)
+    first = model.costs(call(), [replace(engine("a"), speed=None), silent], NOBODY, 0.0)["b"]
+    later = model.costs(call(), [engine("a", speed=Speed(0.001, 1e-5, 1e-6)), silent], NOBODY, 10.0)
+    assert later["b"] == pytest.approx(later["a"])
+    assert later["b"] < first / 5
+
+
 def test_answers_are_as_long_as_the_sessions_own_and_the_fleets_before() -> None:
     model = CostModel()
     model.costs(call(), [engine(completion_tokens=100)], NOBODY, 0.0)

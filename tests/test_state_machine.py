@@ -34,6 +34,7 @@ from broker.models import CallRequest
 from broker.request import build
 from broker.scripts import Command, T
 from broker.transitions import Claimed, Event, Fault, Finish, Placement, Rejection, Release, Transitions
+from broker.waiting import WaitingCall
 from chaos.leaks import LASTING
 from router.intake import Arrival, read_entry
 from tests.namespace_view import AGE, look, texts
@@ -100,6 +101,7 @@ class Protocol(RuleBasedStateMachine):
         self.hands: dict[str, list[Any]] = {r: [] for r in ROUTERS}  # what each router has read and not placed
         self.grants: list[tuple[str, Claimed]] = []  # every claim that a worker ever got, with its engine
         self.workers: list[tuple[str, str]] = []  # every incarnation that ever was, with its engine
+        self.seen_waiting: list[WaitingCall] = []  # what routers have ever seen in queues
         self.claims: Counter[str] = Counter()  # the latest claim number of an incarnation
         self.fences: dict[tuple[str, str], int] = {}
         self.lapses = 0
@@ -331,6 +333,37 @@ class Protocol(RuleBasedStateMachine):
             return
         small = Transitions(self.keys, self.config.model_copy(update={"batch": limit}))
         assert self.run(small.drain(e, op)) == self.model.drain(e, limit)
+
+    @rule(e=engines, most=st.integers(1, 3), later=st.booleans())
+    @any_call(lambda c: c.state == "PENDING" and c.engine)
+    def look_for_work(self, e: str, most: int, later: bool) -> None:
+        """A router reads what waits for an engine; it takes of it at once, later, or never."""
+        found = self.run(self.transitions.waiting([], [e], most)).calls
+        suspects = {i for i in self.model.queue(e)[:most] if self.model.suspect(self.model.calls[i])}
+        assert [(c.id, c.moves) for c in found] == [
+            (i, self.model.calls[i].moves) for i in self.model.queue(e)[:most] if i not in suspects
+        ]
+        self.seen_waiting += found
+        if not later:
+            self.steal_these(found)
+
+    @rule(call_id=call_ids, session=sessions, e=engines, seen=engines, bind=st.booleans(), later=st.booleans())
+    def come_and_be_taken(self, call_id: str, session: str, e: str, seen: str, bind: bool, later: bool) -> None:
+        """A call comes, and waits for an engine that is seen to be loaded."""
+        self.forget(call_id)
+        self.submit(call_id, session, "hi", deadline=FAR_AWAY, priority=0, on_engine_loss="continue")
+        self.read("A", 4)
+        self.place("A", [e] * 4, bind, seen, False, 0)
+        self.look_for_work(e, 3, later)
+
+    @rule(n=which, more=which)
+    @when(lambda m: m.seen_waiting)
+    def steal(self, n: int, more: int) -> None:
+        self.steal_these([c for c in (pick(self.seen_waiting, n), pick(self.seen_waiting, more)) if c])
+
+    def steal_these(self, chosen: list[WaitingCall]) -> None:
+        expected = [self.model.steal(c.id, c.gen, c.engine, c.moves) for c in chosen]
+        assert self.run(self.transitions.steal(chosen)) == expected
 
     # -- workers; each may be a zombie, and may repeat itself
 

@@ -137,6 +137,7 @@ def _routing(r: CallRecord) -> list[list[Any]]:
         ["engine", r.engine or "(none yet)"],
         ["why there", r.why],
         ["cost there, elsewhere", _costs(r.costs)],
+        ["waited before for", ", ".join(r.stolen_from)],
         ["attempt", str(r.attempt)],
     ]
 
@@ -178,6 +179,7 @@ def stats_table(stats: Mapping[str, Any]) -> RenderableType:
     rest = [
         ["requeued attempts", stats["requeued"]],
         ["dead letters", stats["dead_letters"]],
+        ["taken to idle engines", stats["stolen"]],
         ["prompt tokens", stats["prompt_tokens"]],
         ["of them cached", stats["cached_tokens"]],
         ["completion tokens", stats["completion_tokens"]],

@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from broker.messages import Ahead, EngineView, SessionView
 from broker.settings import Settings
+
+if TYPE_CHECKING:
+    from router.costs import CostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,10 @@ class Policy(ABC):
 
     def needs_session(self, call: CallView) -> bool:
         return False
+
+    def cost_model(self) -> CostModel | None:
+        """By what it reckons calls' costs, if it does: then idle engines take waiting calls where that pays."""
+        return None
 
     @abstractmethod
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:

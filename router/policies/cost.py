@@ -23,6 +23,9 @@ class Cost(Policy):
     def needs_session(self, call: CallView) -> bool:
         return True
 
+    def cost_model(self) -> CostModel:
+        return self.model
+
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
         costs = self.model.costs(call, engines, session, self.now)
         least = min(costs.values())
