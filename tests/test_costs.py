@@ -122,6 +122,12 @@ def test_a_session_leaves_an_engine_that_takes_no_calls() -> None:
     assert choose([engine("b")], held(20_000), 20_500).engine == "b", "drained and dead ones are not offered"
 
 
+def test_of_equal_engines_the_one_that_has_the_prompt_is_chosen_whatever_it_has_served() -> None:
+    """Some tokens more or less are no time, but they are work."""
+    views = [engine("a", served=9), engine("b", served=0)]
+    assert choose(views, held(100)).engine == "a"
+
+
 def test_equal_engines_take_turns() -> None:
     assert choose([engine("a", served=3), engine("b", served=2)]).engine == "b"
 

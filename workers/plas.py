@@ -12,7 +12,7 @@ can take a running call's place away. A call begins in the level of its program'
 4. Order: the user's priority class, then the level, then who came first.
 5. A waiting call may take the place of a running one that is strictly worse, by class and level alone; so calls of
    one level never take turns, and each exchange costs its cause a level or its victim a wait.
-6. Beyond the paper: while a better call decodes, a worse one's prompt is computed in pieces (`prompt_piece`).
+6. Beyond the paper: while a better call runs, a worse one's prompt is computed in pieces (`prompt_piece`).
 
 Whoever holds a `Plas` tells it what happens (`add`, `start`, `charge`, `stop`, `end`) and asks it what should
 (`promote`, `victims`). It costs a step of an engine nothing that grows with the calls that run: `charge` may be put off
@@ -45,7 +45,8 @@ class PlasRules:
         beta: wait / run at which a program starves; 0 = never.
         floor_s: a program counts as having run for at least so long, or whoever has just begun would starve at once.
         most_victims: calls that lose their place in one step.
-        prompt_piece: prompt tokens of a worse call in a step in which a better one decodes; 0 = no bound.
+        prompt_piece: prompt tokens that a step has at most once a worse call than one that runs is among those who
+            compute some; 0 = no bound.
     """
 
     bounds: tuple[int, ...] = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
@@ -77,10 +78,10 @@ class PlasRules:
             return self.quanta[level]
         return self.bounds[level] - max(service, self.bounds[level - 1] if level else 0)
 
-    def prompt_tokens(self, most: int, better_decodes: bool) -> int:
-        """Prompt tokens that a step may compute. All calls wait for a step, so the whole budget of one (`most`) for a
-        worse call's prompt would make a better one wait 20 to 40 times as long for its next token as it needs."""
-        return min(most, self.prompt_piece) if better_decodes and self.prompt_piece else most
+    def prompt_tokens(self, most: int, better_runs: bool) -> int:
+        """Up to how many prompt tokens of a step a call's may be. All calls wait for a step's end, so the whole of it
+        (`most`) for a worse call's prompt would make a better one's next token take 20 to 40 times as long."""
+        return min(most, self.prompt_piece) if better_runs and self.prompt_piece else most
 
 
 class PlasCall:

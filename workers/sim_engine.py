@@ -47,7 +47,6 @@ class SimEngine:
         self._phases = [0] * config.block_size
         self._ends: list[tuple[int, int, SimCall]] = []  # a heap of decoding calls by last tick; may be out of date
         self._step: Step | None = None
-        self._prompts = config.max_num_batched_tokens  # prompt tokens that the step may compute
         self._stuck: tuple[SimCall, int] | None = None  # the call that did not fit, and the cache's version then
 
     @property
@@ -87,10 +86,7 @@ class SimEngine:
         """Plans the step that starts now, or up to `most` steps that need no decision; None: there is nothing to do."""
         for call in self._scheduler.settle(now, self._ticks.now):
             heappush(self._queue, (call.order, call))
-        self._prompts = self._prompt_tokens()
         displaced = self._make_way(now)
-        if displaced:
-            self._prompts = self._prompt_tokens()
         step = Step(now, decode_seqs=self._decoding, context_tokens=self._context)
         preempted = self._continue(step)
         if not preempted:
@@ -186,7 +182,7 @@ class SimEngine:
 
     def _chunk(self, step: Step, call: SimCall) -> bool:
         """The next part of a prompt that is not computed yet; False if there are no blocks for it."""
-        tokens = min(call.known - call.computed, self._budget(step))
+        tokens = min(call.known - call.computed, self._budget(step, call))
         new = self._blocks(call.computed + tokens) - call.private - _shared(call)
         if new > self.cache.free:
             return False
@@ -195,18 +191,16 @@ class SimEngine:
         self._advance(call, tokens, step)
         return True
 
-    def _prompt_tokens(self) -> int:
-        """How many prompt tokens this step may compute."""
-        most = self.config.max_num_batched_tokens
-        return self._scheduler.prompt_tokens(self._partial() or self._next(), most)
-
-    def _budget(self, step: Step) -> int:
-        left = self.config.max_num_batched_tokens - step.decode_seqs - step.prefill_tokens
-        return min(left, self._prompts - step.prefill_tokens)
+    def _budget(self, step: Step, call: SimCall) -> int:
+        """Tokens that the step has left for this call's prompt; not below 0."""
+        left = self.config.max_num_batched_tokens - step.decode_seqs
+        return max(0, self._scheduler.prompt_tokens(call, left) - step.prefill_tokens)
 
     def _admit(self, step: Step) -> None:
-        while self._may_admit() and self._budget(step):
+        while self._may_admit():
             call = self._queue[0][1]
+            if not self._budget(step, call):
+                return
             cached, live = self._cached(call)
             if self._blocks(call.known) - live > self.cache.free:
                 self._stuck = (call, self.cache.version)
@@ -359,7 +353,7 @@ class SimEngine:
 
     def _step_of(self, call: SimCall) -> int:
         """Tokens of a step that are there for others once a running call is gone, if it takes the whole of the step."""
-        budget = min(self.config.max_num_batched_tokens - self._decoding, self._prompts)
+        budget = self._scheduler.prompt_tokens(call, self.config.max_num_batched_tokens - self._decoding)
         return budget if call.phase is Phase.PREFILL and call.known - call.computed >= budget else 0
 
     def _preempt(self, call: SimCall, now: float, grown: bool = False) -> None:

@@ -59,8 +59,8 @@ class Scheduler:
         """What a waiting call must be better than to take the place of a running one; None: no call ever does."""
         return None
 
-    def prompt_tokens(self, call: SimCall | None, most: int) -> int:
-        """Prompt tokens that a step may compute, of which this call's come first."""
+    def prompt_tokens(self, call: SimCall, most: int) -> int:
+        """Up to how many prompt tokens of a step this call's may be."""
         return most
 
     def victims(
@@ -180,9 +180,9 @@ class PlasScheduler(Scheduler):
     def bar(self) -> Rank | None:
         return max(self._ranks, default=NOTHING_IS_BETTER)
 
-    def prompt_tokens(self, call: SimCall | None, most: int) -> int:
-        better = call is not None and bool(self._ranks) and min(self._ranks) < self._calls[call].entry.rank
-        return self._plas.rules.prompt_tokens(most, better)
+    def prompt_tokens(self, call: SimCall, most: int) -> int:
+        better_runs = bool(self._ranks) and min(self._ranks) < self._calls[call].entry.rank
+        return self._plas.rules.prompt_tokens(most, better_runs)
 
     def victims(
         self,

@@ -12,7 +12,7 @@ Imported by vLLM's own engine process (`vllm_guard.py`). What should happen is d
    to itself ends the step for all behind it.
 5. Before each step strictly worse running calls make way for waiting ones: for a slot, for KV blocks, or for the tokens
    of a step that a long prompt takes. vLLM itself never does that. Their blocks stay in the prefix cache until needed.
-6. A step in which a better call decodes computes no more of a worse one's prompt than a piece.
+6. A step in which a better call runs computes no more of a worse one's prompt than a piece.
 
 vLLM says that this interface is not public. What differs between versions, or is a trap in one of them:
 
@@ -40,6 +40,7 @@ from workers.service import create_unit
 from workers.vllm_program import LEVELS, Program, Tracked, rules_of
 
 _MOST_LOOKED_AT = 64  # waiting calls, in one step
+_MOST_PROMPTS = 8  # waiting calls whose prompts are looked up in the cache, in one step
 _MOST_PATIENCE = 7  # at most 2^7 steps until a call for which somebody made way in vain is tried again
 
 
@@ -271,17 +272,40 @@ class ProgramAware:
         return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() < needed)
 
     def _tokens_of_step(self, most: int) -> int:
-        first = self._first_prompt()
-        if first is None:
-            return most
-        decoding = self._ranks - Counter(self.requests[i].priority for i in self._prefilling)
-        better = min(decoding, default=first) < first
-        return min(most, decoding.total() * self._decode_tokens + self.plas.rules.prompt_tokens(most, better))
+        """The tokens of the next step: vLLM's own bound, or less, so that worse calls' prompts come in pieces.
 
-    def _first_prompt(self) -> int | None:
-        """The rank of the call whose prompt comes first in the next step; None: there is none to compute."""
-        ranks = [self.requests[i].priority for i in self._prefilling]
-        return min(ranks or [q.peek_request().priority for q in self._queues if q], default=None)
+        vLLM has one budget for all, spent on decoding calls, then on prompts in the calls' order. So it is what decodes
+        and the prompts of the calls that nobody is better than, and at least a piece.
+        """
+        piece = self.plas.rules.prompt_piece
+        if not piece or not (self._prefilling or (self._free_slots() > 0 and any(self._queues))):
+            return most
+        first = [q.peek_request().priority for q in self._queues if q]
+        best = min([rank for rank, calls in self._ranks.items() if calls > 0] + first)
+        decoding = len(self.running) - len(self._prefilling)
+        left = most - decoding * self._decode_tokens
+        return most - left + min(left, max(piece, self._prompt_tokens_of(best, left)))
+
+    def _prompt_tokens_of(self, best: int, most: int) -> int:
+        """Prompt tokens that calls of the best rank have to compute; `most`, if so many or a queue of such calls."""
+        prompts = (self.requests[i] for i in self._prefilling)
+        tokens = sum(r.num_tokens - r.num_computed_tokens for r in prompts if r.priority <= best)
+        for looked_at, request in enumerate(merge(*self._queues)):
+            if request.priority > best:
+                break
+            if tokens >= most or looked_at == _MOST_PROMPTS:
+                return most
+            tokens += request.num_tokens - self._cached(request)
+        return int(min(tokens, most))
+
+    def _cached(self, request: Any) -> int:
+        """Tokens of a waiting request that it would find in the cache. vLLM's statistics do not count the question."""
+        manager = self.kv_cache_manager
+        logs, manager.log_stats = manager.log_stats, False
+        try:
+            return int(manager.get_computed_blocks(request)[1])
+        finally:
+            manager.log_stats = logs
 
     # -- making way
 

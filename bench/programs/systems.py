@@ -34,9 +34,11 @@ class System:
 
 FCFS_RR = System("fcfs_rr", "FCFS + round robin", "round_robin", "fcfs", by_program=False)
 FCFS_LL = System("fcfs_ll", "FCFS + least loaded", "least_loaded", "fcfs", by_program=False)
-MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False)
+# Prompts in pieces are ours.
+_WHOLE = {"prompt_piece": 0}
+MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False, settings=_WHOLE)
 HASH = System("hash", "FCFS + hard session hash", "session_hash", "fcfs", by_program=False)
-PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "bench.programs.algorithm2:Algorithm2", "plas")
+PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "bench.programs.algorithm2:Algorithm2", "plas", settings=_WHOLE)
 OURS = System(
     "ours", "ours", "cost", "plas", settings={"service_rule": "total", "admission": True, "admission_factor": 0.8}
 )
@@ -73,6 +75,17 @@ ABLATIONS = (
         OURS.but(f"factor{f}", f"admission up to {f} of the cache", settings={"admission_factor": f})
         for f in (0.6, 1.0)
     ),
+    *(
+        OURS.but(
+            f"piece{tokens}",
+            f"pieces of {tokens} tokens" if tokens else "prompts whole",
+            settings={"prompt_piece": tokens},
+        )
+        for tokens in (0, 128, 2048)
+    ),
+    FCFS_RR.but("fcfs_small", "FCFS + round robin, steps of 768 tokens", fleet={"max_num_batched_tokens": 768}),
+    PAPER.but("paper_pieces", "paper, prompts in pieces", settings={"prompt_piece": 512}),
+    OURS.but("no_stealing", "without stealing", settings={"stealing": False}),
     OURS.but("path", "service by the longest path", settings={"service_rule": "path"}),
     OURS.but("in_engine_fcfs", "FCFS inside the engines", scheduler="fcfs"),
     OURS.but("in_engine_priority", "levels without preemption inside the engines", scheduler="priority"),

@@ -9,7 +9,8 @@ from broker.settings import Settings
 from router.costs import CostModel, reusable
 from router.policies.base import CallView, Choice, Policy
 
-# Costs that differ by less than so many seconds, or such a share, are equal: the engine that has served least is next.
+# Costs that differ by less than so many seconds, or such a share, are equal: then the engine that has most of the
+# prompt cached computes least, and of those the one that has served least is next.
 _SAME_S, _SAME = 0.001, 0.02
 
 
@@ -30,8 +31,9 @@ class Cost(Policy):
         costs = self.model.costs(call, engines, session, self.now)
         least = min(costs.values())
         bound = least * (1 + _SAME) + _SAME_S
-        engine = min((e for e in engines if costs[e.id] <= bound), key=lambda e: (e.served, e.id))
-        reuse = reusable(call, engine, session)
+        equal = {e.id: reusable(call, e, session) for e in engines if costs[e.id] <= bound}
+        engine = min((e for e in engines if e.id in equal), key=lambda e: (-equal[e.id], e.served, e.id))
+        reuse = equal[engine.id]
         held = bool(session.resident) or bool(session.bound)
         return Choice(
             engine.id,
