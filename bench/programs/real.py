@@ -1,7 +1,6 @@
 """The small case in real time: real engines behind the real broker, a scaled-down mixed workload, open loop.
 
-    python -m bench.programs real [--backend sim]
-
+`bench/programs/small.py` says which engines and programs, and makes a table of it.
 Everything is as in production: Redis, a router's process, a worker's process for each engine, and a producer.
 """
 
@@ -15,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,12 @@ VOCABULARY = range(300, 600)
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What to bring up: engines, and the settings of all parts (RSM_* beside those that every run has)."""
+    """What to bring up: engines, the settings of all parts (RSM_* beside those that every run has), and further
+    variables of their environment."""
 
     engines: Sequence[EngineConfig]
     settings: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -50,6 +51,7 @@ def up(stack: Stack, log: Path) -> Iterator[Settings]:
         server = stack_of.enter_context(EmbeddedRedis())
         settings = Settings(namespace=f"programs{new_id()}", **stack.settings).with_redis(server.url)
         env = {k: v for k, v in os.environ.items() if not k.startswith("RSM_")} | settings.environment()
+        env |= stack.environment
         environments = [("router", env)]
         environments += [
             ("workers", env | {CONFIG_VARIABLE: e.model_dump_json(exclude={"api_key"})}) for e in stack.engines
