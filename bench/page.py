@@ -32,18 +32,21 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A benchmark's results: `section` is also for docs/scheduling.md; `data` is all that was measured."""
+    """A benchmark's results: `section` is also for docs/scheduling.md, `more` is not; `data` is all that was measured."""
 
     title: str
     about: Mapping[str, str]
     section: Sequence[str]
     data: Mapping[str, Any]
     command: str
+    more: Sequence[str] = ()
 
     def page(self) -> str:
         lines = [f"# {self.title}: {self.about['Machine']}", ""]
         lines += [f"- {key}: {value}" for key, value in self.about.items() if key != "Machine"]
-        return "\n".join([*lines, "", *self.section, "", f"Made by `{self.command}`.", ""])
+        return "\n".join(
+            [*lines, "", *self.section, *([""] if self.more else []), *self.more, "", f"Made by `{self.command}`.", ""]
+        )
 
 
 def targets(rows: list[Row], ours: Mapping[str, Any]) -> list[Target]:

