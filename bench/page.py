@@ -32,7 +32,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A benchmark's results: `section` is also for docs/scheduling.md, `more` is not; `data` is all that was measured."""
+    """A benchmark's results: `section` is also for docs/scheduling.md, `more` is not; `data` is all figures."""
 
     title: str
     about: Mapping[str, str]
