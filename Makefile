@@ -45,7 +45,7 @@ bench-peers: $(BASE_STAMP)
 	$(PY) -m bench.program_peers --rounds $(ROUNDS)
 
 # In real time, with real vLLM: programs behind the broker, short calls on a full engine, the scheduler's share of a step;
-# and what choosing an engine costs. About 15 minutes on 2 cores; on a machine with a GPU too, for it is vLLM for CPUs.
+# and what choosing an engine costs. About 15 minutes on 2 cores.
 bench-real: $(VLLM_STAMP)
 	$(PY) -m bench.programs real
 	$(PY) -m bench.real cpu

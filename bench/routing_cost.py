@@ -226,9 +226,10 @@ def _cells(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def targets(found: Found) -> Iterator[Target]:
     for (policy, engines), runs in found.items():
-        p99 = median(run["alone_all_p99_ms"] for run in runs)
-        what = f"a call's time in the router, p99, {policy}, {engines} engines"
-        yield Target(what, f"< {_AIM_MS:g} ms", f"{p99:.2f} ms", p99 < _AIM_MS)
+        for part, what in (("choice", "the choice"), ("all", "a call's whole time in the router")):
+            p99 = median(run[f"alone_{part}_p99_ms"] for run in runs)
+            about = f"{what}, p99, {policy}, {engines} engines"
+            yield Target(about, f"< {_AIM_MS:g} ms", f"{p99:.2f} ms", p99 < _AIM_MS)
 
 
 def main() -> None:
