@@ -1,6 +1,6 @@
 """The same programs, open loop, through public routers and through ours, before the same modelled engines, in one run.
 
-    python -m bench.program_peers [--rounds 2] [--window 4] [--policy cost]
+    python -m bench.program_peers [--rounds 2] [--window 1.25] [--policy cost]
 
 Everything is up from beginning to end; in a round each workload goes through all systems in turn, in texts that no
 engine has seen before.
@@ -41,7 +41,7 @@ class Plan:
 
     def load_and_window(self, workload: str) -> tuple[float, float]:
         """At low load few programs come, so they have more time to."""
-        return (LOW, 2 * self.window_s) if workload == peer_page.ALL else (HIGH, self.window_s)
+        return (LOW, 4 * self.window_s) if workload == peer_page.ALL else (HIGH, self.window_s)
 
 
 async def measure(plan: Plan, stage: Stage, systems: Sequence[System]) -> peer_page.Found:
@@ -93,7 +93,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--window", type=float, default=4.0, help="seconds in which the programs of a run come")
+    parser.add_argument("--window", type=float, default=1.25, help="seconds in which the programs of a run come")
     parser.add_argument("--policy", default=OURS.policy, help="RSM_POLICY of our routers")
     parser.add_argument("--workloads", nargs="*", default=[*WORKLOADS, peer_page.ALL])
     parser.add_argument("--systems", nargs="*", default=[], help="those with such words in their names; none = all")

@@ -118,9 +118,9 @@ def section(runs: Runs, engine: Mapping[str, Any]) -> list[str]:
         "preempted",
     )
     return [
-        f"vLLM {engine['vllm']} ({engine['device']}) with the tiny model, {engine['slots']} slots, and {_LONGS:g} times "
-        "as many long calls at once; short calls of new programs come one by one, and count while long ones wait for "
-        f"slots. Medians of {rounds} interleaved rounds, with least and greatest.",
+        f"vLLM {engine['vllm']} ({engine['device']}) with the tiny model, {engine['slots']} slots, and {_LONGS:g} "
+        "times as many long calls at once; short calls of new programs come one by one, and count while long ones wait "
+        f"for slots. Medians of {rounds} interleaved rounds, with least and greatest.",
         "",
         table_line((*head, "tokens as with vLLM, priority")),
         table_line(["---", *["---:"] * len(head)]),
