@@ -11,11 +11,12 @@ from bench.page import Report, Target, targets_table
 from bench.peer_run import Run, as_dict
 from bench.peer_samples import ENGINES, HIGH, KV_TOKENS, LOW, SLOTS, WORKLOADS
 from bench.peer_systems import System
+from bench.programs.systems import OURS
 from bench.table import table_line
 from simulation.workload import ProgramSpec
 
-# The workload of the runs at low load: all kinds side by side.
-ALL = "all"
+# The workload of the runs at low load: all kinds side by side. Few programs come, so they have more time to.
+ALL, LOW_WINDOWS = "all", 4
 
 
 @dataclass(slots=True)
@@ -92,7 +93,8 @@ def section(systems: Sequence[System], found: Found) -> list[str]:
         "with prefix caching, behind OpenAI's HTTP API (`rsm sim-server`). Samples of the workloads, made small "
         f"(bench/peer_samples.py), come as a Poisson process within {found.window_s:g} s, whatever became of those "
         f"before. High load is {HIGH:g} of what the engines can do with all slots full and nothing computed twice, low "
-        f"load {LOW:g}. Medians of {found.rounds} interleaved rounds.",
+        f"load {LOW:g}, for {LOW_WINDOWS} times as long. Ours has policy {OURS.policy}, and inside its own engines "
+        f"scheduler {OURS.scheduler}. Medians of {found.rounds} interleaved rounds.",
         "",
     ]
     if high:

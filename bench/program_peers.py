@@ -40,8 +40,8 @@ class Plan:
     workloads: Sequence[str]
 
     def load_and_window(self, workload: str) -> tuple[float, float]:
-        """At low load few programs come, so they have more time to."""
-        return (LOW, 4 * self.window_s) if workload == peer_page.ALL else (HIGH, self.window_s)
+        low = LOW, peer_page.LOW_WINDOWS * self.window_s
+        return low if workload == peer_page.ALL else (HIGH, self.window_s)
 
 
 async def measure(plan: Plan, stage: Stage, systems: Sequence[System]) -> peer_page.Found:
