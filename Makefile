@@ -39,7 +39,7 @@ bench-crash: $(BASE_STAMP)
 	$(PY) -m bench.recovery
 	$(PY) -m bench.streams
 
-# The same programs through public routers and through ours: 10 minutes; ROUNDS=6 for half an hour.
+# The same programs through public routers and through ours: five to seven minutes a round.
 ROUNDS ?= 2
 bench-peers: $(BASE_STAMP)
 	$(PY) -m bench.program_peers --rounds $(ROUNDS)
