@@ -14,7 +14,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 INPUTS ?= 100000
 MACHINE ?= unnamed
 
-.PHONY: demo test check fuzz bench bench-crash bench-peers bench-programs bench-programs-quick chaos model vllm-versions clean
+.PHONY: demo test check fuzz bench bench-crash bench-peers bench-real bench-programs bench-programs-quick chaos model vllm-versions clean
 
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
@@ -39,10 +39,18 @@ bench-crash: $(BASE_STAMP)
 	$(PY) -m bench.recovery
 	$(PY) -m bench.streams
 
-# The same programs through public routers and through ours: 10 minutes; ROUNDS=6 for half an hour.
+# The same programs through public routers and through ours: five to seven minutes a round.
 ROUNDS ?= 2
 bench-peers: $(BASE_STAMP)
 	$(PY) -m bench.program_peers --rounds $(ROUNDS)
+
+# In real time, with real vLLM: programs behind the broker, short calls on a full engine, the scheduler's share of a step;
+# and what choosing an engine costs. About 15 minutes on 2 cores.
+bench-real: $(VLLM_STAMP)
+	$(PY) -m bench.programs real
+	$(PY) -m bench.real cpu
+	$(PY) -m bench.scheduler_share
+	$(PY) -m bench.routing_cost
 
 # Programs on fleets in virtual time: the tables and plots of docs/scheduling.md, in about an hour; quick: some, in minutes.
 bench-programs: $(BENCH_STAMP)

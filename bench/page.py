@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from bench.table import RESULTS, Row, Run, machine, render, summarise, table_lin
 OURS = "rsm-engine"
 CEILING = "raw streams"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "scheduling.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,25 @@ class Target:
 
     def cells(self) -> tuple[str, ...]:
         return self.what, self.aim, self.got, "yes" if self.met else "**no**"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A benchmark's results: `section` is also for docs/scheduling.md, `more` is not; `data` is all figures."""
+
+    title: str
+    about: Mapping[str, str]
+    section: Sequence[str]
+    data: Mapping[str, Any]
+    command: str
+    more: Sequence[str] = ()
+
+    def page(self) -> str:
+        lines = [f"# {self.title}: {self.about['Machine']}", ""]
+        lines += [f"- {key}: {value}" for key, value in self.about.items() if key != "Machine"]
+        return "\n".join(
+            [*lines, "", *self.section, *([""] if self.more else []), *self.more, "", f"Made by `{self.command}`.", ""]
+        )
 
 
 def targets(rows: list[Row], ours: Mapping[str, Any]) -> list[Target]:
@@ -76,6 +96,27 @@ def _at_least(what: str, value: float, limit: float) -> Target:
     return Target(what, f"≥ {limit:,.0f}", f"{value:,.0f}", value >= limit)
 
 
+def targets_table(found: Iterable[Target]) -> list[str]:
+    return [
+        table_line(("What", "Target", "Measured", "Met")),
+        table_line(["---", "---", "---:", "---"]),
+        *(table_line(t.cells()) for t in found),
+    ]
+
+
+def into_docs(mark: str, section: Sequence[str], docs: Path = DOCS) -> bool:
+    """Puts lines between <!-- MARK --> and <!-- /MARK --> of a document; False, and a word of it: it lacks them."""
+    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    text = docs.read_text(encoding="utf-8") if docs.exists() else ""
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        print(f"{docs.name} is left alone: it has no {begin} … {end}")
+        return False
+    docs.write_text("\n".join([head + begin, "", *section, "", end + tail]), encoding="utf-8")
+    return True
+
+
 def into_readme(page: Path, readme: Path) -> None:
     """Puts the tables of a page between the README's two bench marks, so that its figures are those of a run."""
     head, rest = readme.read_text(encoding="utf-8").split(BEGIN)
@@ -94,9 +135,7 @@ def write(name: str, runs: Iterable[Run], ours: Mapping[str, Any], server: str, 
     runs = list(runs)
     about = machine(f"{os.cpu_count()} cores, shared with others", server)
     rows = summarise(runs)
-    head = ("What", "Target", "Measured", "Met")
-    lines = ["", "## Targets", "", table_line(head), table_line(["---", "---", "---:", "---"])]
-    lines += [table_line(t.cells()) for t in targets(rows, ours)]
+    lines = ["", "## Targets", "", *targets_table(targets(rows, ours))]
     lines += ["", limits(ours), "", "Made by `make bench`.", ""]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.md"
@@ -104,3 +143,20 @@ def write(name: str, runs: Iterable[Run], ours: Mapping[str, Any], server: str, 
     data = {"machine": about, "runs": [{f: getattr(r, f) for f in Run.__slots__} for r in runs], "ours": dict(ours)}
     (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def here(**more: str) -> dict[str, str]:
+    """What a page says of the machine and, by name, of whatever else took part."""
+    about = machine(f"{os.cpu_count()} cores, shared with others", "")
+    return {key: value for key, value in about.items() if value} | more
+
+
+def publish(report: Report, name: str, folder: Path = RESULTS, docs: Path = DOCS) -> None:
+    """Writes NAME.md and NAME.json, shows the former, and puts its section between the marks of that name."""
+    text = report.page()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    data = {"machine": report.about, **report.data}
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    print(text)
+    into_docs(name.replace("_", "-"), report.section, docs)

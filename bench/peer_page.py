@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
+from bench.page import Report, Target, targets_table
 from bench.peer_run import Run, as_dict
 from bench.peer_samples import ENGINES, HIGH, KV_TOKENS, LOW, SLOTS, WORKLOADS
 from bench.peer_systems import System
+from bench.programs.systems import OURS
 from bench.table import table_line
+from simulation.workload import ProgramSpec
 
-# The workload of the runs at low load: all kinds side by side.
-ALL = "all"
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "scheduling.md"
-BEGIN, END = "<!-- peers: made by `make bench-peers` -->", "<!-- /peers -->"
+# The workload of the runs at low load: all kinds side by side. Few programs come, so they have more time to.
+ALL, LOW_WINDOWS = "all", 4
 
 
 @dataclass(slots=True)
 class Found:
-    """All runs by workload and system, and the round trips of single calls in milliseconds; one of each a round."""
+    """All runs by workload and system, and the round trips of single calls in milliseconds; one of each a round.
+
+    Attributes:
+        chains: how many calls follow one another in a program at low load, in the mean.
+    """
 
     rounds: int
     window_s: float
     runs: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
     round_trips_ms: dict[str, list[float]] = field(default_factory=dict)
     direct_ms: list[float] = field(default_factory=list)
+    chains: list[float] = field(default_factory=list)
 
     def add(self, workload: str, system: str, run: Run) -> None:
         self.runs.setdefault((workload, system), []).append(run)
@@ -45,6 +50,10 @@ class Found:
         return sum(run.failed for run in self.runs[workload, system])
 
     @property
+    def chain(self) -> float:
+        return fmean(self.chains)
+
+    @property
     def workloads(self) -> list[str]:
         return [w for w in (*WORKLOADS, ALL) if any(w == workload for workload, _ in self.runs)]
 
@@ -59,20 +68,21 @@ def line(label: str, run: Run) -> str:
     )
 
 
-def page(about: Mapping[str, str], systems: Sequence[System], found: Found) -> str:
-    lines = [f"# Beside public routers: {about['Machine']}", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items() if key != "Machine"]
-    lines += ["", *section(systems, found), "", "## The machine", ""]
-    lines += [
+def report(about: Mapping[str, str], systems: Sequence[System], found: Found) -> Report:
+    title, made_by = "Beside public routers", "make bench-peers"
+    return Report(title, about, section(systems, found), data(systems, found), made_by, machine(systems, found))
+
+
+def machine(systems: Sequence[System], found: Found) -> list[str]:
+    """What the runs took of the machine."""
+    return [
+        "## The machine",
+        "",
         "Cores in use on average, and the worst lateness of a timer of the producer: medians over all runs. Where the "
         "machine has none left, times say more of the machine than of the systems.",
         "",
         *_costs(systems, found),
-        "",
-        "Made by `make bench-peers`.",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def section(systems: Sequence[System], found: Found) -> list[str]:
@@ -83,7 +93,8 @@ def section(systems: Sequence[System], found: Found) -> list[str]:
         "with prefix caching, behind OpenAI's HTTP API (`rsm sim-server`). Samples of the workloads, made small "
         f"(bench/peer_samples.py), come as a Poisson process within {found.window_s:g} s, whatever became of those "
         f"before. High load is {HIGH:g} of what the engines can do with all slots full and nothing computed twice, low "
-        f"load {LOW:g}. Medians of {found.rounds} interleaved rounds.",
+        f"load {LOW:g}, for {LOW_WINDOWS} times as long. Ours has policy {OURS.policy}, and inside its own engines "
+        f"scheduler {OURS.scheduler}. Medians of {found.rounds} interleaved rounds.",
         "",
     ]
     if high:
@@ -147,40 +158,80 @@ def _name(system: System) -> str:
     return f"**{system.label}**" if system.ours else f"{system.name} {system.version()}, {system.mode}"
 
 
+# -- who is ahead
+
+
 def _verdict(systems: Sequence[System], found: Found) -> list[str]:
+    """Ours beside the best public router of the same run, and whether that is what was aimed at."""
+    high = [w for w in found.workloads if w != ALL]
+    ours = [s for s in systems if s.ours]
     lines = []
-    for ours in (s for s in systems if s.ours):
-        parts = [part for w in found.workloads if (part := _beside_best(systems, found, w, ours))]
-        lines.append(f"- Best public router over {ours.label}, mean completion time: {', '.join(parts)}.")
+    if high and ours:
+        lines += ["Best public router over ours at high load, completion time of a program:", ""]
+        lines += [table_line(("Ours", "", *high, "Target", "Met"))]
+        lines += [table_line(["---", "---", *["---:"] * len(high), "---", "---"])]
+        lines += [_ahead(systems, found, s, figure, high) for s in ours for figure in _FIGURES]
+    if ALL in found.workloads:
+        lines += ["", *targets_table(target for s in ours if (target := _at_low_load(systems, found, s)))]
     return lines
 
 
-def _beside_best(systems: Sequence[System], found: Found, workload: str, ours: System) -> str:
-    """How many times as long programs take through the best of the others that lost no call; "" = there is none."""
-    times = {
-        s.label: found.median(workload, s.label, "jct_mean")
+_FIGURES = {"jct_mean": "mean", "jct_p95": "P95"}
+
+
+def _ahead(systems: Sequence[System], found: Found, ours: System, figure: str, workloads: Sequence[str]) -> str:
+    cells, met = [], True
+    for workload in workloads:
+        best = _best(systems, found, workload, figure)
+        if best is None or found.failed(workload, ours.label):
+            cells.append("")
+            met = met and not found.failed(workload, ours.label)
+            continue
+        time, label = best
+        more = time / found.median(workload, ours.label, figure)
+        met = met and more > 1
+        cells.append(f"{more:.2f} ({label})")
+    return table_line((ours.label, _FIGURES[figure], *cells, "> 1 everywhere", "yes" if met else "**no**"))
+
+
+def _best(systems: Sequence[System], found: Found, workload: str, figure: str) -> tuple[float, str] | None:
+    """The best of the others that lost no call; None = there is none."""
+    times = [
+        (found.median(workload, s.label, figure), s.label)
         for s in systems
         if not s.ours and not found.failed(workload, s.label)
-    }
-    if not times:
-        return ""
-    best = min(times, key=lambda label: times[label])
-    more = times[best] / found.median(workload, ours.label, "jct_mean")
-    return f"{'low load' if workload == ALL else workload} {more:.2f} ({best})"
+    ]
+    return min(times, default=None)
 
 
-def into_docs(systems: Sequence[System], found: Found, path: Path = DOCS) -> None:
-    """Puts the section between its marks in docs/scheduling.md, if they are there."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    head, mark, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if mark and end:
-        path.write_text("\n".join([head + mark, "", *section(systems, found), "", end + tail]), encoding="utf-8")
+def _at_low_load(systems: Sequence[System], found: Found, ours: System) -> Target | None:
+    """A program may take longer by one hop for each call of its longest chain."""
+    best = _best(systems, found, ALL, "jct_mean")
+    if best is None:
+        return None
+    time, label = best
+    later = found.median(ALL, ours.label, "jct_mean") - time
+    hops = found.hop_ms(ours.label) / 1000 * found.chain
+    met = later <= hops and not found.failed(ALL, ours.label)
+    what = f"low load, mean completion time: {ours.label}, behind the best public router ({label})"
+    aim = f"≤ {1000 * hops:.0f} ms, a hop for each of {found.chain:.1f} calls in a row"
+    return Target(what, aim, f"{1000 * later:+.0f} ms", met)
 
 
-def data(about: Mapping[str, str], systems: Sequence[System], found: Found) -> dict[str, Any]:
+def chain(programs: Sequence[ProgramSpec]) -> float:
+    """How many calls follow one another in a program, at most; the mean over programs."""
+    return fmean(max(_depths(p)) for p in programs)
+
+
+def _depths(program: ProgramSpec) -> list[int]:
+    depths: list[int] = []
+    for call in program.calls:
+        depths.append(1 + max((depths[n] for n in call.after), default=0))
+    return depths
+
+
+def data(systems: Sequence[System], found: Found) -> dict[str, Any]:
     return {
-        "machine": about,
         "rounds": found.rounds,
         "window_s": found.window_s,
         "direct_ms": found.direct_ms,

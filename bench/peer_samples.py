@@ -54,10 +54,10 @@ SHRINK = {
     "coding": Shrink(lengths=6, delays=200, calls=4, most=12),
 }
 # Programs to draw from. The texts of two runs are so far apart.
-_MOST, _TEXTS = 200.0, 10**12
+_MOST, _TEXTS = 400.0, 10**12
 WORKLOADS = ("chat", "react", "tree", "mixed", "coding")
 # Of what the engines can do at most: with all slots full, and every token that was ever computed still cached.
-HIGH, LOW = 1.5, 0.2
+HIGH, LOW = 3.0, 0.2
 
 
 def sample(workload: str, load: float, window_s: float, seed: int, run: int) -> list[ProgramSpec]:

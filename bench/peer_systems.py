@@ -14,6 +14,7 @@ import httpx
 from bench.http_servers import MODEL, HttpServer, router, sglang_router, vllm_router
 from bench.peer_samples import ENGINES, KV_TOKENS, SLOTS, STOCK, TIMES
 from bench.programs.replay import Answer, Serve
+from bench.programs.systems import OURS as OURS_FOR_PROGRAMS
 from bench.venvs import version_of
 from broker import AsyncClient, Settings
 from broker.ids import new_id
@@ -27,7 +28,11 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What all systems find: a Redis, the engines' servers, and where processes may write."""
+    """What all systems find: a Redis, the engines' servers, and where processes may write.
+
+    Attributes:
+        policy: of our routers.
+    """
 
     redis_url: str
     servers: Sequence[HttpServer]
@@ -71,8 +76,8 @@ def text_of(ids: Sequence[int]) -> str:
 
 
 def settings(stage: Stage) -> Settings:
-    """The defaults, but for what counts tokens: programs are a tenth as long here, so are the bounds."""
-    found = Settings(namespace=f"peers-{new_id()}", drain_grace_s=0, policy=stage.policy)
+    """As for programs, but for what counts tokens: programs are a tenth as long here, so are the bounds."""
+    found = Settings(namespace=f"peers-{new_id()}", drain_grace_s=0, policy=stage.policy, **OURS_FOR_PROGRAMS.settings)
     bounds = tuple(b // 10 for b in found.level_bounds)
     changes = {"level_bounds": bounds, "cache_token_threshold": found.cache_token_threshold // 10}
     return found.model_copy(update=changes).with_redis(stage.redis_url)
@@ -97,7 +102,7 @@ def ours_before_servers(stage: Stage) -> AbstractAsyncContextManager[Running]:
 
 def ours_inside(stage: Stage) -> AbstractAsyncContextManager[Running]:
     """Workers with the same engines inside, and our scheduler in these."""
-    args = {**STOCK, "scheduler": "priority"}
+    args = {**STOCK, "scheduler": OURS_FOR_PROGRAMS.scheduler}
     return _ours(stage, [_engine(n, backend="sim", engine_args=args) for n in range(ENGINES)])
 
 

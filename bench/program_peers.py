@@ -1,6 +1,6 @@
 """The same programs, open loop, through public routers and through ours, before the same modelled engines, in one run.
 
-    python -m bench.program_peers [--rounds 2] [--window 4] [--policy autellix]
+    python -m bench.program_peers [--rounds 2] [--window 1.25] [--policy cost]
 
 Everything is up from beginning to end; in a round each workload goes through all systems in turn, in texts that no
 engine has seen before.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -19,10 +18,11 @@ from itertools import count
 
 from bench import peer_page, peer_run
 from bench.http_servers import sim_servers
+from bench.page import here, publish
 from bench.peer_samples import ENGINES, HIGH, LOW, SLOTS, STOCK, WORKLOADS, sample
 from bench.peer_systems import SYSTEMS, Running, Stage, System, over_http
-from bench.recovery import write
-from bench.table import machine, server_name
+from bench.programs.systems import OURS
+from bench.table import server_name
 from broker import Settings
 from broker.connection import connect
 from broker.embedded import EmbeddedRedis
@@ -40,8 +40,8 @@ class Plan:
     workloads: Sequence[str]
 
     def load_and_window(self, workload: str) -> tuple[float, float]:
-        """At low load few programs come, so they have more time to."""
-        return (LOW, 2 * self.window_s) if workload == peer_page.ALL else (HIGH, self.window_s)
+        low = LOW, peer_page.LOW_WINDOWS * self.window_s
+        return low if workload == peer_page.ALL else (HIGH, self.window_s)
 
 
 async def measure(plan: Plan, stage: Stage, systems: Sequence[System]) -> peer_page.Found:
@@ -58,6 +58,8 @@ async def measure(plan: Plan, stage: Stage, systems: Sequence[System]) -> peer_p
                 found.round_trips_ms.setdefault(system.label, []).append(trip)
             for workload in plan.workloads:
                 load, window_s = plan.load_and_window(workload)
+                if workload == peer_page.ALL:
+                    found.chains.append(peer_page.chain(sample(workload, load, window_s, turn, 0)))
                 print(f"round {turn + 1} of {plan.rounds}: {workload}", flush=True)
                 for system, running in _rotated(up, turn):
                     programs = sample(workload, load, window_s, turn, next(numbers))
@@ -82,18 +84,17 @@ def main() -> None:
         embedded, log = stack.enter_context(EmbeddedRedis()), stack.enter_context(tempfile.TemporaryFile())
         servers = stack.enter_context(sim_servers(ENGINES, STOCK, log, SLOTS))
         server = connect(Settings().with_redis(embedded.url))
-        about = machine(f"{os.cpu_count()} cores, shared with others", server_name(server.info("server")))
+        about = here(Server=server_name(server.info("server")))
         server.close()
         found = asyncio.run(measure(plan, Stage(embedded.url, servers, log, args.policy), systems))
-    write(args.name, peer_page.page(about, systems, found), peer_page.data(about, systems, found))
-    peer_page.into_docs(systems, found)
+    publish(peer_page.report(about, systems, found), args.name)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--window", type=float, default=4.0, help="seconds in which the programs of a run come")
-    parser.add_argument("--policy", default=Settings().policy, help="RSM_POLICY of our routers")
+    parser.add_argument("--window", type=float, default=1.25, help="seconds in which the programs of a run come")
+    parser.add_argument("--policy", default=OURS.policy, help="RSM_POLICY of our routers")
     parser.add_argument("--workloads", nargs="*", default=[*WORKLOADS, peer_page.ALL])
     parser.add_argument("--systems", nargs="*", default=[], help="those with such words in their names; none = all")
     parser.add_argument("--name", default="program_peers", help="of the result files in bench/results")

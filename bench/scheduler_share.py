@@ -1,8 +1,9 @@
 """How much of a step the scheduler plug-in takes, around the real Scheduler class of the vLLM on the import path.
 
-    python -m bench.scheduler_share [--calls 256] [--steps 400]
+    python -m bench.scheduler_share [--calls 256] [--steps 400] [--name scheduler_share]
 
-Prints one JSON object. The model runner is made of dictionaries and is not measured; two loads:
+The model runner is made of dictionaries and is not measured; what a step takes was measured on a GPU
+(bench/results/h200-steps.json). Two loads:
 
 - quiet: all calls decode, none comes or goes;
 - busy: one ends in each step, a program in four is short and new, and a queue waits, so that calls are preempted.
@@ -16,20 +17,24 @@ import argparse
 import gc
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from time import thread_time
 from typing import Any
 
+from bench.page import Report, Target, here, publish, targets_table
+from bench.table import RESULTS, table_line
 from tests import vllm_miniature as mini
 from tests.vllm_miniature import Call, Engine
 from workers.vllm_program import LEVELS
 from workers.vllm_scheduler import make_scheduler
 
 _TURN = 20
+_STEPS = RESULTS / "h200-steps.json"
+_AIM = 0.02  # of a step
 _BOUNDS = (0, 1_000, 4_000, 16_000, 64_000)
 
 
@@ -151,23 +156,85 @@ def measure(load: str, asynchronous: bool, slots: int, steps: int) -> dict[str, 
         "stock_ms": 1000 * median(stock.schedule),
         "plas_ms": 1000 * median(plas.schedule),
         "own_ms": 1000 * median(plas.own),
+        "own_mean_ms": 1000 * fmean(plas.own),
         "own_p99_ms": 1000 * quantiles(plas.own, n=100)[98],
         "steps": len(plas.own),
     }
 
 
+# -- beside what a step takes
+
+
+def decode_ms(measured: Mapping[str, Any], calls: int) -> dict[str, float]:
+    """What steps take in which so many calls decode and nothing else is done, in ms, by the length of the contexts."""
+    name = f"decode {calls} x "
+    found = [kind for kind in measured["kinds"] if kind["phase"].startswith(name) and not kind["prefill"]]
+    return {kind["phase"].removeprefix(name): kind["ms"] for kind in found}
+
+
+def cost_ms(row: Mapping[str, Any]) -> float:
+    """What the plug-in adds to a step: by how much planning takes longer, but at least what was timed inside it."""
+    return max(float(row["plas_ms"] - row["stock_ms"]), float(row["own_mean_ms"]))
+
+
+def section(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, float], gpu: Mapping[str, Any]) -> list[str]:
+    """`steps`: as `decode_ms` gives them; `gpu`: what they were measured on."""
+    columns = (
+        "Load",
+        "Mode",
+        "Running",
+        "Steps",
+        "vLLM's, ms",
+        "with the plug-in, ms",
+        "its part: median, mean, p99, ms",
+    )
+    shares = [f"share of a step, contexts of {context}" for context in steps]
+    head = (*columns, *shares)
+    lines = [
+        "Planning of a step by vLLM's own scheduler and by the one with the plug-in, in processor time (medians), "
+        f"beside decode steps that were measured with vLLM {gpu['vllm']} on an {gpu['device']} ({gpu['model']}): "
+        + ", ".join(f"{ms:.1f} ms with contexts of {context}" for context, ms in steps.items())
+        + ". Busy: a call ends in each step, a program in four is short and new, and calls are preempted.",
+        "",
+        table_line(head),
+        table_line(["---", "---", *["---:"] * (len(head) - 2)]),
+        *(_line(row, steps) for row in rows),
+        "",
+    ]
+    worst = max(map(cost_ms, rows)) / min(steps.values())
+    what = "the plug-in's part of the shortest of these steps, all calls running"
+    return [*lines, *targets_table([Target(what, f"≤ {_AIM:.0%}", f"{worst:.1%}", worst <= _AIM)])]
+
+
+def _line(row: Mapping[str, Any], steps: Mapping[str, float]) -> str:
+    own = ", ".join(f"{row[name]:.3f}" for name in ("own_ms", "own_mean_ms", "own_p99_ms"))
+    shares = (f"{cost_ms(row) / ms:.2%}" for ms in steps.values())
+    about = (row["load"], row["mode"], str(row["running"]), str(row["steps"]))
+    return table_line((*about, f"{row['stock_ms']:.3f}", f"{row['plas_ms']:.3f}", own, *shares))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=256)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--name", default="scheduler_share", help="of the result files in bench/results")
     args = parser.parse_args()
+    measured = json.loads(_STEPS.read_text(encoding="utf-8"))
+    steps = decode_ms(measured, args.calls)
+    if not steps:
+        parser.error(f"{_STEPS.name} has no decode steps of {args.calls} calls")
     version = mini.prepare()
     rows = [
         measure(load, asynchronous, args.calls, args.steps)
         for load in ("quiet", "busy")
         for asynchronous in (False, True)
     ]
-    print(json.dumps({"version": version, "rows": rows}))
+    found = section(rows, steps, measured["engine"])
+    about = here(vLLM=f"{version}, its scheduler alone")
+    command = "python -m bench.scheduler_share"
+    publish(
+        Report("The scheduler's share of a step", about, found, {"rows": rows, "steps_ms": steps}, command), args.name
+    )
 
 
 if __name__ == "__main__":

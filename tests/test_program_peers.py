@@ -14,12 +14,14 @@ import pytest
 
 from bench import peer_page, peer_run
 from bench.http_servers import MODEL, HttpServer
+from bench.page import publish
 from bench.peer_run import VOCABULARY, Cost, Run
 from bench.peer_samples import ENGINES, HIGH, KV_TOKENS, TIMES, WORKLOADS, sample, work_s
-from bench.peer_systems import SYSTEMS, Running, Stage, ours_before_servers, over_http, text_of
+from bench.peer_systems import SYSTEMS, Running, Stage, ours_before_servers, over_http, settings, text_of
 from bench.programs.metrics import Figures, ProgramRun
 from bench.programs.replay import Answer, Player
 from bench.venvs import peer_names
+from broker import Settings
 from broker.embedded import EmbeddedRedis
 from simulation.workload import CallSpec, ProgramSpec, Segment
 from tests.sim_http import SimHttp, sim_server
@@ -139,7 +141,7 @@ def test_each_peer_has_its_environment() -> None:
 def found(monkeypatch: pytest.MonkeyPatch) -> peer_page.Found:
     """Ours takes 1, 2, 3 … s on average by system; the first peer has lost a call."""
     monkeypatch.setattr("bench.peer_systems.version_of", lambda package, venv: "1.0")
-    made = peer_page.Found(rounds=2, window_s=4.0, direct_ms=[5.0, 7.0])
+    made = peer_page.Found(rounds=2, window_s=4.0, direct_ms=[5.0, 7.0], chains=[3.0, 3.0])
     for n, system in enumerate(SYSTEMS):
         made.round_trips_ms[system.label] = [7.0 + n, 9.0 + n]
         for workload in (*WORKLOADS, peer_page.ALL):
@@ -151,25 +153,71 @@ def found(monkeypatch: pytest.MonkeyPatch) -> peer_page.Found:
     return made
 
 
+def page_of(made: peer_page.Found) -> str:
+    return peer_page.report({"Machine": "m", "CPU": "c"}, SYSTEMS, made).page()
+
+
 def test_the_page_has_every_system_and_says_who_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = peer_page.page({"Machine": "m", "CPU": "c"}, SYSTEMS, found(monkeypatch))
+    text = page_of(found(monkeypatch))
     assert "| **rsm-engine, before the same servers** | 1.50 / 1.50 |" in text
     assert "| vllm-router 1.0, consistent_hash | 2 calls failed |" in text
     assert "| **rsm-engine, engines inside** | 2.50 / 2.50 | 69.4 | 3.0 |" in text
     best = SYSTEMS[3].label
-    assert f"over rsm-engine, before the same servers, mean completion time: chat 3.00 ({best})" in text
+    first, last = f"| rsm-engine, before the same servers | mean | 3.00 ({best})", "| > 1 everywhere | yes |"
+    assert any(line.startswith(first) and line.endswith(last) for line in text.splitlines())
+    assert "## The machine" in text
+
+
+@pytest.mark.parametrize("figure", ["jct_mean", "jct_p95"])
+def test_to_be_behind_on_one_workload_is_to_be_behind(monkeypatch: pytest.MonkeyPatch, figure: str) -> None:
+    made = found(monkeypatch)
+    peer = SYSTEMS[4].label
+    for run in made.runs["react", peer]:
+        object.__setattr__(run.figures, figure, 0.3)
+    rows = [line for line in page_of(made).splitlines() if "> 1 everywhere" in line]
+    behind = [f"0.20 ({peer})" in line or f"0.12 ({peer})" in line for line in rows]
+    assert behind == [line.endswith("| **no** |") for line in rows]
+    assert sum(behind) == 2
+
+
+def test_at_low_load_a_program_may_be_later_by_its_hops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two systems are ours, with hops of 2 and 3 ms and three calls in a row; a peer is ahead by so much."""
+    for later, verdicts in ((0.005, ["yes", "yes"]), (0.0075, ["**no**", "yes"]), (0.02, ["**no**", "**no**"])):
+        made = found(monkeypatch)
+        for ours in SYSTEMS[:2]:
+            for run in made.runs[peer_page.ALL, ours.label]:
+                object.__setattr__(run.figures, "jct_mean", 1.0)
+        for run in made.runs[peer_page.ALL, SYSTEMS[3].label]:
+            object.__setattr__(run.figures, "jct_mean", 1.0 - later)
+        rows = [line for line in page_of(made).splitlines() if "a hop for each of 3.0 calls" in line]
+        assert [line.split(" | ")[-1].removesuffix(" |") for line in rows] == verdicts
+
+
+def test_calls_in_a_row_are_counted_along_the_longest_chain() -> None:
+    alone = replace(FORK, calls=FORK.calls[:1])
+    assert peer_page.chain([FORK]) == 3
+    assert peer_page.chain([FORK, alone]) == 2
+
+
+def test_ours_runs_as_for_programs(server: EmbeddedRedis) -> None:
+    with TemporaryFile() as log:
+        made = settings(Stage(server.url, [], log, "cost"))
+    assert (made.policy, made.service_rule) == ("cost", "total")
+    assert made.level_bounds[0] < Settings().level_bounds[0]
 
 
 def test_the_section_replaces_the_one_in_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "scheduling.md"
-    path.write_text(f"before\n{peer_page.BEGIN}\nold\n{peer_page.END}\nafter\n")
-    peer_page.into_docs(SYSTEMS, found(monkeypatch), path)
+    path.write_text("before\n<!-- program-peers -->\nold\n<!-- /program-peers -->\nafter\n")
+    report = peer_page.report({"Machine": "m", "CPU": "c"}, SYSTEMS, found(monkeypatch))
+    publish(report, "program_peers", tmp_path, path)
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "69.4" in text
-    peer_page.into_docs(SYSTEMS, found(monkeypatch), path)
+    assert "## The machine" not in text
+    publish(report, "program_peers", tmp_path, path)
     assert path.read_text() == text
-    peer_page.into_docs(SYSTEMS, found(monkeypatch), tmp_path / "none.md")
+    publish(report, "program_peers", tmp_path, tmp_path / "none.md")
     assert not (tmp_path / "none.md").exists()

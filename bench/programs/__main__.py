@@ -1,7 +1,8 @@
-"""Programs on fleets in virtual time.
+"""Programs on fleets in virtual time, and a small case in real time.
 
 python -m bench.programs explore …     a quick look at a few systems
 python -m bench.programs run [--quick] all tables and plots: bench/results/programs*.{json,md,png}, docs/scheduling.md
+python -m bench.programs real          the small case in real time, on real vLLM: bench/results/real.{json,md}
 python -m bench.programs show [NAME]   the same page and plots again, from the JSON file
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from bench.programs import explore, page, plots
+from bench.programs import explore, page, plots, small
 from bench.programs import run as runner
 from bench.programs.plan import FULL, QUICK
 
@@ -23,11 +24,14 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("--quick", action="store_true", help="a few cells, in minutes; docs/scheduling.md is left alone")
     run.add_argument("--jobs", type=int, default=2, help="processes")
+    small.add_arguments(commands.add_parser("real"))
     show = commands.add_parser("show")
     show.add_argument("name", nargs="?", default=FULL.name)
     args = parser.parse_args()
     if args.command == "explore":
         explore.explore(args)
+    elif args.command == "real":
+        small.main(args)
     elif args.command == "run":
         plan = QUICK if args.quick else FULL
         runner.write(plan, runner.run(plan, args.jobs))

@@ -1,7 +1,6 @@
 """The small case in real time: real engines behind the real broker, a scaled-down mixed workload, open loop.
 
-    python -m bench.programs real [--backend sim]
-
+`bench/programs/small.py` says which engines and programs, and makes a table of it.
 Everything is as in production: Redis, a router's process, a worker's process for each engine, and a producer.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m bench.real steps|waits|same …`: real vLLM by itself, on a GPU or the CPU."""
+"""`python -m bench.real steps|waits|same|cpu …`: real vLLM by itself, on a GPU or the CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from bench.real import engine, steps, waits
+from bench.real import cpu, engine, steps, waits
 
 
 def main() -> None:
@@ -21,6 +21,9 @@ def main() -> None:
         command.set_defaults(run=module.run)
     command = commands.add_parser("same", help="whether two runs gave the same tokens")
     command.add_argument("folders", type=Path, nargs=2)
+    command = commands.add_parser("cpu", help=(cpu.__doc__ or "").partition("\n")[0])
+    cpu.add_arguments(command)
+    command.set_defaults(run=cpu.run)
     args = parser.parse_args()
     if args.command == "same":
         print("\n".join(waits.same(*args.folders)))

@@ -4,7 +4,7 @@
 
 Cases:
 - cost: all slots decode, with a context of 64 and of 1024 tokens, and nobody waits: what planning a step takes.
-- slots: half as many long calls again as there are slots come at once; then short ones, one by one, before the first
+- slots: more long calls than there are slots (--longs) come at once; then short ones, one by one, before the first
   long one has ended and after.
 - kv: the same with long prompts, so that the KV cache is full while slots are free.
 
@@ -39,6 +39,7 @@ _FULL = 0.98
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default="cost,slots,kv")
+    parser.add_argument("--longs", type=float, default=1.5, help="long calls in case slots, over slots")
     parser.add_argument("--long", type=int, nargs=2, default=(400, 1200), help="output tokens of long calls")
     parser.add_argument("--prompt", type=int, default=8000, help="prompt tokens of long calls in case kv")
     parser.add_argument("--wait-s", type=float, default=3.0, help="until the first short call; then one each sixth")
@@ -58,7 +59,7 @@ async def run(args: argparse.Namespace) -> None:
             if case == "cost":
                 await _cost(engine)
             elif case == "slots":
-                await full(case, engine.slots * 3 // 2, 256)
+                await full(case, int(args.longs * engine.slots), 256)
             else:
                 await full(case, int(1.5 * engine.kv_tokens / (args.prompt + sum(args.long) / 2)), args.prompt)
         taken = await engine.steps()
@@ -139,7 +140,7 @@ def lines(r: dict[str, Any]) -> Iterator[str]:
 
 def same(one: Path, other: Path) -> Iterator[str]:
     """For each kind of call, how many were given the same tokens in both runs."""
-    a, b = (json.loads((folder / "tokens.json").read_text()) for folder in (one, other))
+    a, b = _tokens(one), _tokens(other)
     by_kind = defaultdict(list)
     for name in sorted(a.keys() & b.keys()):
         by_kind[re.sub(r"[ \d]+$", "", name)].append(name)
@@ -149,3 +150,16 @@ def same(one: Path, other: Path) -> Iterator[str]:
         where = f", the others from token {median(at):.0f} on (median)" if at else ""
         words = len({token for n in names for token in a[n]})
         yield f"{kind:14} {len(names) - len(differ)} of {len(names)} are the same{where}; {words} different tokens"
+
+
+def differing(one: Path, other: Path) -> tuple[int, list[str]]:
+    """How many calls two runs have in common, and those of them that were not given the same tokens."""
+    a, b = _tokens(one), _tokens(other)
+    common = sorted(a.keys() & b.keys())
+    return len(common), [name for name in common if a[name] != b[name]]
+
+
+def _tokens(folder: Path) -> dict[str, list[int]]:
+    """What each call of a run was given."""
+    found: dict[str, list[int]] = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+    return found
