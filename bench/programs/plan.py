@@ -50,22 +50,22 @@ class Plan:
 
 
 _FOUR = [
-    Sweep("mixed", 4, 60, 2, 128, (*MAIN, *ROUTING)),
+    Sweep("mixed", 4, 150, 0.5, 32, (*MAIN, *ROUTING)),
     Sweep("coding", 4, 900, 1 / 16, 4, (*MAIN, *ROUTING)),
-    Sweep("chat", 4, 60, 16, 512, MAIN),
-    Sweep("react", 4, 60, 2, 128, MAIN),
-    Sweep("tree", 4, 60, 1, 64, MAIN),
+    Sweep("chat", 4, 120, 8, 256, MAIN),
+    Sweep("react", 4, 150, 1, 64, MAIN),
+    Sweep("tree", 4, 150, 0.5, 16, MAIN),
     Sweep("prefix", 4, 60, 4, 256, MAIN),
 ]
 _SIZES = [
-    Sweep("mixed", 1, 120, 0.5, 32, SCALING),
-    Sweep("coding", 1, 900, 1 / 64, 1, SCALING),
+    Sweep("mixed", 1, 300, 1 / 8, 16, SCALING),
+    Sweep("coding", 1, 1800, 1 / 64, 1, SCALING),
     Sweep("mixed", 16, 30, 8, 256, SCALING),
     Sweep("coding", 16, 450, 1 / 4, 8, SCALING),
     Sweep("mixed", 64, 8, 32, 512, SCALING),
-    Sweep("coding", 64, 225, 1, 32, SCALING),
+    Sweep("coding", 64, 225, 2, 32, SCALING),
 ]
-_ABLATIONS = [Ablation("mixed", 4, 60, 16, ABLATIONS), Ablation("coding", 4, 900, 0.25, ABLATIONS)]
+_ABLATIONS = [Ablation("mixed", 4, 150, 8, ABLATIONS), Ablation("coding", 4, 900, 0.25, ABLATIONS)]
 
 FULL = Plan("programs", [*_FOUR, *_SIZES], _ABLATIONS)
 QUICK = Plan(
