@@ -68,7 +68,8 @@ class Placement(NamedTuple):
     """Where the router puts a call. `engine=""` parks it until an engine of its model is ready.
 
     `reuse`: tokens of its prompt that the engine should find in its cache. `costs`: what the call would take on each
-    engine, as text for its record (`costs_text`).
+    engine, as text for its record (`costs_text`). `hold`: no engine has room for it. `context`: tokens of KV that it
+    will hold, `new`: what of them no other call of its session holds on that engine; 0 where programs are not admitted.
     """
 
     entry: str
@@ -81,6 +82,9 @@ class Placement(NamedTuple):
     why: str
     reuse: int = 0
     costs: str = ""
+    hold: bool = False
+    context: int = 0
+    new: int = 0
 
 
 class Placed(NamedTuple):

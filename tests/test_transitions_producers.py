@@ -25,7 +25,7 @@ def test_submit_makes_a_record_and_pushes_routing_fields_only(world: World) -> N
     assert world.run(world.transitions.submit([call])) == [Submitted("new", RequestState.PENDING)]
     record = world.record("c1")
     entry, fields = world.entry_of("c1")
-    assert fields == {"id": "c1", "session": "s1", "model": "m", "prompt_tokens": "7", "ref": "1"}
+    assert fields == {"id": "c1", "session": "s1", "model": "m", "prompt_tokens": "7", "priority": "-3", "ref": "1"}
     assert record["gen"] == entry
     assert codec.decode(world.db.hget(world.keys.call("c1"), "body")) == {"prompt": "tell me", "max_tokens": 4}
     assert abs(int(record["submitted_ms"]) - int(entry.split("-")[0])) < 1000
