@@ -84,8 +84,8 @@ end
 
 -- Admission: why a call cannot go to an engine now; nil: it can. One that was let in goes ahead of others that wait.
 local FULL, BEHIND = '%s has no room for its context of %d tokens any more', 'calls that go ahead of it wait for room'
-local function in_the_way(c, e, level, score, context)
-  if c.let_in == '' and is_holding() and must_wait(c.session, c.model, score, half) then return BEHIND end
+local function in_the_way(id, c, e, level, score, context)
+  if c.let_in == '' and is_holding() and must_wait(id, c.session, c.model, score, half) then return BEHIND end
   local room = room_of(e, (tonumber(redis.call('HGET', engine_key(e), 'kv_tokens')) or 0) * factor, half)
   local tier = tier_of(tonumber(c.priority) or 0, level)
   local share = share_on(c.session, e, half)
@@ -132,7 +132,7 @@ local function assign(entry, id, gen, e, bind, seen, hit, why, reuse, costs, hol
   local starves = moment < NEVER and int(moment) or ''
   if half then
     local score = int(queue_score(tonumber(c.priority) or 0, level, tonumber(c.submitted_ms)))
-    local reason = hold and why or in_the_way(c, e, level, score, tonumber(context))
+    local reason = hold and why or in_the_way(id, c, e, level, score, tonumber(context))
     if reason then
       local since = starves_at(tonumber(c.submitted_ms), waited, ran, beta)
       hold_call(id, c, score, level, since < NEVER and int(since) or '', context, reason)

@@ -53,9 +53,9 @@ local function first_held(model, many)
 end
 
 -- Whether calls are held that go ahead of this one, which is at home nowhere.
-local function must_wait(s, model, score, half)
+local function must_wait(id, s, model, score, half)
   local first = first_held(model, 1)[1]
-  return first ~= nil and first.score < tonumber(score) and not is_home_anywhere(s, half)
+  return first ~= nil and first.id ~= id and first.score <= tonumber(score) and not is_home_anywhere(s, half)
 end
 
 -- Back to the router, which places it by its policy. It has had its turn, so that those ahead of it are not asked again.
