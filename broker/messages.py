@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal, NamedTuple
 
-from broker.codec import Format, number, text
+from broker.codec import Format, number, real, text
 from broker.models import CallRequest, OnEngineLoss, RequestState
 
 LAST_TIER = 15
@@ -194,6 +194,13 @@ def rank_of(priority: int, level: int) -> int:
 def tier_of(priority: int, level: int) -> int:
     """For whom KV cache is taken or free: 0 is the best, 15 the last (lua/residents.lua, tier_of)."""
     return min(level, LAST_TIER) if priority == 0 else 0 if priority < 0 else LAST_TIER
+
+
+def spoken_for(residents: Mapping[bytes, bytes], now_ms: int) -> int:
+    """Tokens of an engine's KV cache that sessions have, of its accounts as they stand in Redis (lua/residence.lua)."""
+    active, thinking = (sum(real(n) for n in text(residents.get(name)).split()) for name in (b"active", b"thinking"))
+    half_ms, idle_ms = real(residents.get(b"half"), 1.0), max(0, now_ms - number(residents.get(b"at")))
+    return round(active + thinking * 2 ** (-idle_ms / half_ms))
 
 
 class CacheUse(NamedTuple):

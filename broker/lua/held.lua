@@ -8,7 +8,7 @@ local HELD_PROMOTE_MANY = 64
 local held_fields = {'state', 'engine', 'gen', 'session', 'model', 'priority', 'level', 'starves_ms', 'prompt_tokens',
   'context'}
 
-local function is_holding() return redis.call('EXISTS', HOLDING) == 1 end
+local function is_holding() return redis.call('SCARD', HOLDING) > 0 end
 
 -- Another router that had its entry in hand may have held it.
 local function hold_no_more(id, model)

@@ -35,7 +35,7 @@ end
 for _, model in ipairs(redis.call('SMEMBERS', HOLDING)) do
   local served = model == '' and next(rooms) ~= nil or rooms[model] ~= nil
   if not served and many < limit then many = many + let_go_all(model, limit - many) end
-  if redis.call('EXISTS', held_key(model)) == 0 then redis.call('SREM', HOLDING, model) end
+  if redis.call('ZCARD', held_key(model)) == 0 then redis.call('SREM', HOLDING, model) end
 end
 write_all()
 return many

@@ -28,10 +28,14 @@ local function account_of(e)
   return accounts[e]
 end
 
--- half: of the decay, in ms; 1: of an account that nobody will read.
-local function new_account(e, half)
-  local epoch = redis.call('HGET', engine_key(e), 'incarnation') or ''
-  return {at = NOW, half = half or 1, calls = 0, epoch = epoch, active = by_tier(), thinking = by_tier()}
+-- half: of the decay, in ms.
+local function new_account(half, epoch)
+  return {at = NOW, half = half, calls = 0, epoch = epoch, active = by_tier(), thinking = by_tier()}
+end
+
+local function open_account(e, half)
+  accounts[e] = account_of(e) or new_account(half, redis.call('HGET', engine_key(e), 'incarnation') or '')
+  return accounts[e]
 end
 
 -- What a session has on each engine.
@@ -58,11 +62,11 @@ local function note(s, e) gather(changed.sessions, s)[e] = true end
 
 -- A call has been given to an engine.
 local function arrive(s, e, tier, context, new, half, factor)
-  local account, mine = account_of(e) or new_account(e, half), home_on(s, e)
+  local account, mine = open_account(e, half), home_on(s, e)
   account.half, account.factor = half, factor
   arrives(account, mine, context, new, tier, NOW, half)
   account.calls = account.calls + 1
-  accounts[e], homes_of(s)[e], changed.engines[e] = account, mine, true
+  homes_of(s)[e], changed.engines[e] = mine, true
   note(s, e)
 end
 
@@ -72,7 +76,7 @@ local function depart(id, c)
   if c.context == '' or c.engine == '' then return end
   local mine = homes_of(c.session)[c.engine]
   if not mine or mine.calls == 0 then return end
-  local account = account_of(c.engine) or new_account(c.engine)
+  local account = account_of(c.engine) or new_account(1, '')
   leaves(account, mine, c.session ~= id and c.more or nil, NOW, account.half)
   account.calls, mine.epoch = math.max(0, account.calls - 1), account.epoch
   if accounts[c.engine] then changed.engines[c.engine] = true end
@@ -129,7 +133,7 @@ end
 
 -- An engine's cache as `let_in` wants it.
 local function room_of(e, capacity, half)
-  local account = account_of(e) or new_account(e, half)
+  local account = account_of(e) or new_account(half, '')
   return {id = e, spoken = spoken_for(account, NOW, half), capacity = capacity, calls = account.calls}
 end
 
