@@ -186,6 +186,6 @@ def hit_rate(tmp_path: Path, **settings: object) -> tuple[float, int]:
 def test_programs_that_would_evict_each_other_take_turns(tmp_path: Path) -> None:
     """Ten programs of 500 tokens in a cache of 2048, as in tests/test_simulation_admission.py, through Redis."""
     thrashing, none = hit_rate(tmp_path)
-    orderly, held = hit_rate(tmp_path, admission=True)
+    orderly, held = hit_rate(tmp_path, admission=True, admission_half_life_s=0.5)
     assert (none, held > 0) == (0, True)
     assert orderly > thrashing + 0.2, (thrashing, orderly)
