@@ -199,8 +199,8 @@ def tier_of(priority: int, level: int) -> int:
 def spoken_for(residents: Mapping[bytes, bytes], now_ms: int) -> int:
     """Tokens of an engine's KV cache that sessions have, of its accounts as they stand in Redis (lua/residence.lua)."""
     active, thinking = (sum(real(n) for n in text(residents.get(name)).split()) for name in (b"active", b"thinking"))
-    half_ms, idle_ms = real(residents.get(b"half"), 1.0), max(0, now_ms - number(residents.get(b"at")))
-    return round(active + thinking * 2 ** (-idle_ms / half_ms))
+    half_ms, idle_ms = max(1.0, real(residents.get(b"half"))), max(0, now_ms - number(residents.get(b"at")))
+    return round(min(active + thinking * 2 ** (-idle_ms / half_ms), 1 << 53))
 
 
 class CacheUse(NamedTuple):

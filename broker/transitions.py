@@ -10,6 +10,7 @@ from broker.codec import number, real, text
 from broker.errors import InvalidRequest
 from broker.keys import Keys
 from broker.messages import (
+    LAST_TIER,
     Admission,
     Ahead,
     Claimed,
@@ -418,5 +419,5 @@ def _session_view(row: Sequence[Any], now_ms: int) -> SessionView:
 
 def _share(value: bytes) -> Share:
     """Of `TOKENS HOME CALLS TIER`."""
-    tokens, home, calls, tier = map(int, value.split())
-    return Share(float(tokens), home=bool(home), active=calls > 0, tier=tier)
+    tokens, home, calls, tier = (*map(number, text(value).split()), 0, 0, 0, 0)[:4]
+    return Share(float(tokens), home=home > 0, active=calls > 0, tier=min(max(tier, 0), LAST_TIER))

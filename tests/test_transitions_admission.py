@@ -493,6 +493,26 @@ def test_a_record_that_was_deleted_by_hand_stops_nobody(rooms: Rooms) -> None:
     assert rooms.place("c3", 900) == "assigned"
 
 
+@pytest.mark.parametrize(
+    "junk", [b"", b"x", b"1 2", b"nan inf -1 99 e", b"1e400 1e400 1e400 1e400", b"\xff \xff \xff \xff"]
+)
+def test_junk_in_an_account_stops_nobody(rooms: Rooms, junk: bytes) -> None:
+    worker, world = rooms.engine(), rooms.world
+    rooms.bring("c1", 600, session="s")
+    rooms.bring("c2", 600)
+    for field in ("at", "half", "factor", "calls", "epoch", "active", "thinking"):
+        world.db.hset(world.keys.residents("e1"), field, junk)
+    world.db.hset(world.keys.residency("s"), "e1", junk)
+    world.run(world.transitions.look(["s"]))
+    worker.finish(worker.take(), resident_tokens=600)
+    rooms.let_in()
+    rooms.bring("c3", 100, session="s")
+    world.db.hset(world.keys.residency("s"), "e1", junk)
+    world.run(world.transitions.session("end", "s"))
+    world.cancel_session("s")
+    world.db.delete(world.keys.residency("s"))
+
+
 def test_an_engines_accounts_expire_with_it(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 300, session="s")

@@ -43,6 +43,7 @@ local function computed_before()
   return known
 end
 
+local made_room = false -- in the engine's KV cache, for calls that wait for it
 local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
   'started_ms', 'prompt_tokens', 'context', 'inherited', 'waited_ms', 'ran_ms', 'promoted_ms', 'events', 'cancel',
   'cancel_reason', 'format', 'bytes', 'log_bytes'}
@@ -69,7 +70,10 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
     set_later(affinity_key(c.session), e, resident .. ':' .. NOW_TEXT .. ':' .. int(computed))
     touch(affinity_key(c.session), SESSION_TTL)
   end
-  if c.context ~= '' and tonumber(resident) > 0 then c.more = tonumber(resident) - tonumber(c.context) end
+  if c.context ~= '' then
+    made_room = true
+    if tonumber(resident) > 0 then c.more = tonumber(resident) - tonumber(c.context) end
+  end
   end_call(id, c, state, code, message, result, 'prompt_tokens', prompt, 'completion_tokens', completion,
     'cached_tokens', cached)
   return 'done'
@@ -85,6 +89,6 @@ local function let_others_in()
   local room = room_of(e, (tonumber(v[3]) or 0) * account.factor, account.half)
   open_doors(v[2] or '', {room}, account.half, #out)
 end
-if is_holding() then let_others_in() end
+if made_room and is_holding() then let_others_in() end
 write_all()
 return out

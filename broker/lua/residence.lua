@@ -12,9 +12,15 @@
 -- What this batch knows of engines (false: nothing was ever counted there) and of sessions, and what it has changed.
 local accounts, homes, changed = {}, {}, {engines = {}, sessions = {}}
 
+-- What others have written may be junk: a number of tokens, of calls or of ms, or else `default`.
+local function sound(text, default)
+  local n = tonumber(text or '')
+  return n and n >= 0 and n < 2 ^ 53 and n or default
+end
+
 local function by_tier(text)
   local list = {}
-  for n in string.gmatch(text or '', '%S+') do list[#list + 1] = tonumber(n) end
+  for n in string.gmatch(text or '', '%S+') do list[#list + 1] = sound(n, 0) end
   for tier = #list + 1, LAST_TIER + 1 do list[tier] = 0 end
   return list
 end
@@ -22,8 +28,8 @@ end
 local function account_of(e)
   if accounts[e] == nil then
     local v = redis.call('HMGET', residents_key(e), 'at', 'half', 'factor', 'calls', 'epoch', 'active', 'thinking')
-    accounts[e] = v[1] and {at = tonumber(v[1]), half = tonumber(v[2]), factor = tonumber(v[3]), calls = tonumber(v[4]),
-      epoch = v[5], active = by_tier(v[6]), thinking = by_tier(v[7])} or false
+    accounts[e] = v[1] and {at = sound(v[1], NOW), half = math.max(1, sound(v[2], 1)), factor = sound(v[3], 1),
+      calls = sound(v[4], 0), epoch = v[5] or '', active = by_tier(v[6]), thinking = by_tier(v[7])} or false
   end
   return accounts[e]
 end
@@ -44,8 +50,8 @@ local function homes_of(s)
   local flat, found = redis.call('HGETALL', residency_key(s)), {}
   for i = 1, #flat, 2 do
     local calls, tokens, since, tier, epoch = string.match(flat[i + 1], '^(%S+) (%S+) (%S+) (%S+) ?(%S*)$')
-    found[flat[i]] = {calls = tonumber(calls), tokens = tonumber(tokens), since = tonumber(since),
-      tier = tonumber(tier), epoch = epoch}
+    found[flat[i]] = {calls = sound(calls, 0), tokens = sound(tokens, 0), since = sound(since, 0),
+      tier = math.min(math.floor(sound(tier, 0)), LAST_TIER), epoch = epoch or ''}
   end
   homes[s] = found
   return found
