@@ -493,6 +493,23 @@ def test_a_record_that_was_deleted_by_hand_stops_nobody(rooms: Rooms) -> None:
     assert rooms.place("c3", 900) == "assigned"
 
 
+@pytest.mark.parametrize("admission", [True, False])
+def test_held_records_that_were_deleted_by_hand_stop_nobody(rooms: Rooms, admission: bool) -> None:
+    world = rooms.world
+    rooms.engine()
+    world.charge("old", 5_000)
+    rooms.bring("c1", 900)
+    rooms.bring("c2", 900, session="old")
+    rooms.age("c2", 60_000)
+    world.forget("c2")
+    world.db.srem(world.keys.session_calls("old"), "c2")
+    assert rooms.bring("c3", 50, priority=-1) == "assigned"
+    rooms.use(admission=admission)
+    assert rooms.let_in() == []
+    assert not world.record("c2")
+    assert not world.db.exists(world.keys.held(""), world.keys.holding)
+
+
 @pytest.mark.parametrize(
     "junk", [b"", b"x", b"1 2", b"nan inf -1 99 e", b"1e400 1e400 1e400 1e400", b"\xff \xff \xff \xff"]
 )

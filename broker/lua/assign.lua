@@ -12,8 +12,8 @@
 --          hold ("1" = the router knows no engine with room for it)
 --          context (tokens that it will hold) new (what of them no other call of its session holds on that engine)
 -- Returns  flat list, per call: code, engine
---          "assigned" | "parked" | "held" | "cancelled" | "expired" | "stale" (nothing to do) | and, with the entry left on
---          the stream: "unplaced" (the engine takes no calls any more: choose again) | "missing" (no record)
+--          "assigned" | "parked" | "held" | "cancelled" | "expired" | "stale" (nothing to do) | and, with the entry left
+--          on the stream: "unplaced" (the engine takes no calls any more: choose again) | "missing" (no record)
 -- Emits    a ring to each engine's bell
 local bounds = {}
 for b in string.gmatch(ARGV[4], '%S+') do bounds[#bounds + 1] = tonumber(b) end

@@ -10,12 +10,18 @@ local held_fields = {'state', 'engine', 'gen', 'session', 'model', 'priority', '
 
 local function is_holding() return redis.call('SCARD', HOLDING) > 0 end
 
+local function leave_place(id, model)
+  redis.call('ZREM', held_starving_key(model), id)
+  return redis.call('ZREM', held_key(model), id) == 1
+end
+
 -- Another router that had its entry in hand may have held it.
 local function hold_no_more(id, model)
-  if redis.call('ZREM', held_key(model), id) == 0 then return end
-  redis.call('ZREM', held_starving_key(model), id)
-  redis.call('HDEL', call_key(id), 'level', 'starves_ms', 'context')
+  if leave_place(id, model) then redis.call('HDEL', call_key(id), 'level', 'starves_ms', 'context') end
 end
+
+-- One whose record has been deleted by hand waits for nothing.
+local function is_held(c) return c.state == 'PENDING' and c.engine == '' end
 
 -- score: its place (queue_score). starves: the moment, "" = never.
 local function hold_call(id, c, score, level, starves, context, why)
@@ -32,10 +38,13 @@ end
 local function promote_held(model)
   local due = redis.call('ZRANGEBYSCORE', held_starving_key(model), '-inf', NOW_TEXT, 'LIMIT', 0, HELD_PROMOTE_MANY)
   for _, id in ipairs(due) do
-    local c = read_call(id, {'priority', 'submitted_ms'})
+    local c = read_call(id, {'state', 'engine', 'priority', 'submitted_ms'})
     redis.call('ZREM', held_starving_key(model), id)
-    redis.call('HDEL', call_key(id), 'level')
-    redis.call('ZADD', held_key(model), 'XX', int(queue_score(tonumber(c.priority) or 0, 0, tonumber(c.submitted_ms))), id)
+    if is_held(c) then
+      local score = int(queue_score(tonumber(c.priority) or 0, 0, tonumber(c.submitted_ms)))
+      redis.call('HDEL', call_key(id), 'level')
+      redis.call('ZADD', held_key(model), 'XX', score, id)
+    end
   end
 end
 
@@ -65,12 +74,12 @@ local function let_go(id, c)
   redis.call('HSET', call_key(id), 'let_in', '1')
 end
 
--- With their records. One that has been deleted by hand leaves its place.
+-- With their records.
 local function still_held(found)
   local list = {}
   for _, h in ipairs(found) do
     h.call = read_call(h.id, held_fields)
-    if h.call.state == 'PENDING' and h.call.engine == '' then list[#list + 1] = h else hold_no_more(h.id, h.model) end
+    if is_held(h.call) then list[#list + 1] = h else leave_place(h.id, h.model) end
   end
   return list
 end

@@ -23,9 +23,10 @@ local function rooms_by_model()
 end
 
 local function let_go_all(model, most)
-  local ids = redis.call('ZRANGE', held_key(model), 0, most - 1)
-  for _, id in ipairs(ids) do let_go(id, read_call(id, held_fields)) end
-  return #ids
+  local found = {}
+  for i, id in ipairs(redis.call('ZRANGE', held_key(model), 0, most - 1)) do found[i] = {id = id, model = model} end
+  for _, h in ipairs(still_held(found)) do let_go(h.id, h.call) end
+  return #found
 end
 
 local many, rooms = 0, half and rooms_by_model() or {}
