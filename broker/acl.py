@@ -88,8 +88,8 @@ _CALL_COMMANDS = (
     "hget hmget hset hsetnx hexists hdel hincrby hgetall del persist pexpire strlen hstrlen xread xrange xlen xadd "
     "sadd srem scard smembers sscan zadd zrem zrange zremrangebyscore lpush ltrim lrange"
 )
-_CALL_KEYS = ". call:* inbox:* session:* affinity:* stats usage usage:sessions"
-_CALL_WRITES = f"{_CALL_KEYS} deadlines finished parked:*"
+_CALL_KEYS = ". call:* inbox:* session:* affinity:* residency:* stats usage usage:sessions"
+_CALL_WRITES = f"{_CALL_KEYS} deadlines finished parked:* held:* starving:*"
 
 _PRODUCER = (
     Grant(f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS}", f"{_CALL_KEYS} finished", _CALL_WRITES),
@@ -97,10 +97,12 @@ _PRODUCER = (
     Grant("xadd", write="calls"),
     Grant("xrevrange xlen", read="calls"),
     # To take a waiting call out of its queue, and to tell the worker of a running one.
-    Grant("hincrby", read="engine:*", write="engine:*"),
+    Grant("hincrby hexists", read="engine:*", write="engine:*"),
+    Grant("llen lpush pexpire", read="engine:*:bell", write="engine:*:bell"),
     Grant("hdel", write="engine:*:work"),
     Grant("zscore", read="engine:*:queue"),
     Grant("zrem", write="engine:*:queue engine:*:starving"),
+    Grant("hmget hset", read="engine:*:residents", write="engine:*:residents"),
     Grant("xadd pexpire", write="engine:*:control"),
 )
 _VIEWS = (
@@ -136,7 +138,7 @@ _ROUTER = (
 _WORKER = (
     Grant(
         f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS} {_FLEET_COMMANDS} {_SERVER} zcount",
-        f"{_CALL_KEYS} engine:* engines finished deadlines parked:* dead",
+        f"{_CALL_KEYS} engine:* engines finished deadlines parked:* held:* starving:* holding dead",
         f"{_CALL_WRITES} engine:* engines",
     ),
     Grant("xadd", write="calls"),

@@ -16,6 +16,7 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # share its key with the log of call "c".
 RESERVED_ENDS = (
     ":events", ":calls", ":recent", ":children", ":queue", ":work", ":starving", ":running", ":bell", ":control",
+    ":residents",
 )  # fmt: skip
 MODEL_PATTERN = re.compile(r"[A-Za-z0-9._:/@+=-]{1,256}")
 

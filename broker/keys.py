@@ -47,6 +47,10 @@ class Keys:
         return f"{self.prefix}deadlines"
 
     @property
+    def holding(self) -> str:
+        return f"{self.prefix}holding"
+
+    @property
     def stats(self) -> str:
         return f"{self.prefix}stats"
 
@@ -83,6 +87,9 @@ class Keys:
     def starving(self, engine_id: str) -> str:
         return f"{self.prefix}engine:{engine_id}:starving"
 
+    def residents(self, engine_id: str) -> str:
+        return f"{self.prefix}engine:{engine_id}:residents"
+
     def running(self, engine_id: str) -> str:
         return f"{self.prefix}engine:{engine_id}:running"
 
@@ -107,5 +114,14 @@ class Keys:
     def affinity(self, session_id: str) -> str:
         return f"{self.prefix}affinity:{session_id}"
 
+    def residency(self, session_id: str) -> str:
+        return f"{self.prefix}residency:{session_id}"
+
     def parked(self, model: str) -> str:
         return f"{self.prefix}parked:{model}"
+
+    def held(self, model: str) -> str:
+        return f"{self.prefix}held:{model}"
+
+    def held_starving(self, model: str) -> str:
+        return f"{self.prefix}starving:{model}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal, NamedTuple
 
-from broker.codec import Format, number, text
+from broker.codec import Format, number, real, text
 from broker.models import CallRequest, OnEngineLoss, RequestState
 
 LAST_TIER = 15
@@ -68,7 +68,8 @@ class Placement(NamedTuple):
     """Where the router puts a call. `engine=""` parks it until an engine of its model is ready.
 
     `reuse`: tokens of its prompt that the engine should find in its cache. `costs`: what the call would take on each
-    engine, as text for its record (`costs_text`).
+    engine, as text for its record (`costs_text`). `hold`: no engine has room for it. `context`: tokens of KV that it
+    will hold, `new`: what of them no other call of its session holds on that engine; 0 where programs are not admitted.
     """
 
     entry: str
@@ -81,6 +82,9 @@ class Placement(NamedTuple):
     why: str
     reuse: int = 0
     costs: str = ""
+    hold: bool = False
+    context: int = 0
+    new: int = 0
 
 
 class Placed(NamedTuple):
@@ -190,6 +194,13 @@ def rank_of(priority: int, level: int) -> int:
 def tier_of(priority: int, level: int) -> int:
     """For whom KV cache is taken or free: 0 is the best, 15 the last (lua/residents.lua, tier_of)."""
     return min(level, LAST_TIER) if priority == 0 else 0 if priority < 0 else LAST_TIER
+
+
+def spoken_for(residents: Mapping[bytes, bytes], now_ms: int) -> int:
+    """Tokens of an engine's KV cache that sessions have, of its accounts as they stand in Redis (lua/residence.lua)."""
+    active, thinking = (sum(real(n) for n in text(residents.get(name)).split()) for name in (b"active", b"thinking"))
+    half_ms, idle_ms = max(1.0, real(residents.get(b"half"))), max(0, now_ms - number(residents.get(b"at")))
+    return round(min(active + thinking * 2 ** (-idle_ms / half_ms), 1 << 53))
 
 
 class CacheUse(NamedTuple):

@@ -13,7 +13,7 @@ from broker.connection import connect
 from broker.errors import BadRecord, UnknownCall
 from broker.ids import check_id
 from broker.keys import Keys
-from broker.messages import Speed
+from broker.messages import Speed, spoken_for
 from broker.models import CallRecord
 from broker.programs import Programs
 from broker.settings import Settings
@@ -24,7 +24,7 @@ _SCAN = 1000
 
 @dataclass(frozen=True, slots=True)
 class ActiveCall:
-    """A call that waits for an engine or runs on one. `where`: "queue", "running" or "parked"."""
+    """A call that waits for an engine or runs on one. `where`: "queue", "running", "parked" or "held"."""
 
     id: str
     where: str
@@ -60,6 +60,7 @@ class Monitor:
 
         `prefill_tps`, `decode_tps`: tokens per second that it computes of prompts, and says with all slots taken, as
         learned from its work; 0 = not yet. `completion_tokens`: how long answers were of late, in the mean.
+        `spoken_for`: tokens of its KV cache that programs have or are about to ask for again, under admission.
         `alone`: the call for which it empties itself, or that runs on it alone, suspected of killing engines.
 
         Raises:
@@ -70,7 +71,8 @@ class Monitor:
         pipe.zcard(self.keys.queue(engine_id))
         pipe.zcard(self.keys.running(engine_id))
         pipe.zscore(self.keys.engines, engine_id)
-        found, queued, running, beat = pipe.execute()
+        pipe.hgetall(self.keys.residents(engine_id)).time()
+        found, queued, running, beat, residents, now = pipe.execute()
         if not found:
             raise UnknownCall(
                 f"There is no engine {engine_id}. Engines at hand: {', '.join(self.engine_ids()) or 'none'}."
@@ -94,6 +96,7 @@ class Monitor:
             "served": number(h.get("served")),
             "kv_tokens": number(h.get("kv_tokens")),
             "kv_usage": real(h.get("kv_usage")),
+            "spoken_for": spoken_for(residents, now[0] * 1000 + now[1] // 1000),
             "tokens_per_s": real(h.get("tokens_per_s")),
             "prefill_tps": speed.prefill_tps if speed else 0.0,
             "decode_tps": speed.decode_tps(number(h.get("max_num_seqs"))) if speed else 0.0,
@@ -154,6 +157,7 @@ class Monitor:
             yield "queue", engine, self.keys.queue(engine)
         for key in self._parked_keys():
             yield "parked", "", text(key)
+        yield from (("held", "", key) for key in self._held_keys())
 
     def sessions(self) -> list[dict[str, Any]]:
         """The process table: every session whose entry has not expired, by program, most attained service first."""
@@ -188,6 +192,10 @@ class Monitor:
         """Calls that no router has placed yet."""
         return int(self._redis.xlen(self.keys.calls))
 
+    def held(self) -> int:
+        """Calls that wait until an engine has room for their contexts."""
+        return sum(int(self._redis.zcard(key)) for key in self._held_keys())
+
     def usage(self) -> dict[str, dict[str, int]]:
         """What calls take up beside its bound: {name: {"used", "bound"}}; a bound of 0 is none.
 
@@ -209,13 +217,15 @@ class Monitor:
         """Totals since the namespace began, what waits and runs now, and `usage`. Mean times in seconds."""
         h = {text(k): number(v) for k, v in self._redis.hgetall(self.keys.stats).items()}
         engines = self.engines()
-        waiting = sum(e["queued"] for e in engines) + self._parked() + self.backlog()
+        held = self.held()
+        waiting = sum(e["queued"] for e in engines) + self._parked() + held + self.backlog()
         ended = h.get("completed", 0) + h.get("cancelled", 0) + h.get("failed", 0)
         ran = h.get("started", 0)
         asked = h.get("affinity_hits", 0) + h.get("affinity_misses", 0)
         return {
             "submitted": h.get("submitted", 0),
             "pending": waiting,
+            "held": held,
             "running": sum(e["running"] for e in engines),
             "completed": h.get("completed", 0),
             "cancelled": h.get("cancelled", 0),
@@ -225,6 +235,7 @@ class Monitor:
             "dead_letters": h.get("dead_letters", 0),
             "promoted": h.get("promoted", 0),
             "stolen": h.get("stolen", 0),
+            "ever_held": h.get("held", 0),
             "retired": h.get("retired", 0),
             "usage": self.usage(),
             "prompt_tokens": h.get("prompt_tokens", 0),
@@ -234,6 +245,9 @@ class Monitor:
             "mean_waiting_s": h.get("waiting_ms", 0) / ran / 1000 if ran else 0.0,
             "mean_running_s": h.get("running_ms", 0) / ran / 1000 if ran else 0.0,
         }
+
+    def _held_keys(self) -> Iterator[str]:
+        return (self.keys.held(text(model)) for model in sorted(self._redis.smembers(self.keys.holding)))
 
     def _parked(self) -> int:
         return sum(int(self._redis.zcard(key)) for key in self._parked_keys())

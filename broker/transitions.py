@@ -10,6 +10,7 @@ from broker.codec import number, real, text
 from broker.errors import InvalidRequest
 from broker.keys import Keys
 from broker.messages import (
+    LAST_TIER,
     Admission,
     Ahead,
     Claimed,
@@ -29,6 +30,7 @@ from broker.messages import (
     Retained,
     SessionCancel,
     SessionView,
+    Share,
     Speed,
     Submission,
     Submitted,
@@ -81,6 +83,9 @@ class Transitions:
             _bounds(settings),
         ]
         self._bounds = " ".join(map(str, settings.level_bounds))
+        half_ms = settings.admission_half_life_s * 1000
+        # The half-life and the factor, as lua/let_in.lua takes them.
+        self._admission: tuple[Arg, Arg] = (half_ms if settings.admission else "", settings.admission_factor)
 
     def _args(self, *args: Arg) -> list[Arg]:
         return [*self._head, *args]
@@ -124,14 +129,16 @@ class Transitions:
 
     def look(self, sessions: Sequence[str] = (), fleet: bool = True) -> Command[Look]:
         """`fleet`: the engines, too."""
-        args = self._args(self._bounds, self._settings.starvation_beta, "1" if fleet else "", *sessions)
+        half, _ = self._admission
+        args = self._args(self._bounds, self._settings.starvation_beta, "1" if fleet else "", half, *sessions)
         return Command(script("look"), args, lambda r: _look(r, sessions))
 
     def assign(self, placements: Sequence[Placement]) -> Command[list[Placed]]:
-        args = self._args(self._bounds, self._settings.starvation_beta)
+        args = self._args(self._bounds, self._settings.starvation_beta, *self._admission)
         for p in placements:
             hit = "" if p.hit is None else int(p.hit)
             args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.why, p.reuse, p.costs]
+            args += [int(p.hold), p.context, p.new]
         return Command(script("assign"), args, lambda r: [Placed(text(a), text(b)) for a, b in _pairs(r)])
 
     def reap(self, engine: str = "", incarnation: str = "") -> Command[Reaped]:
@@ -162,6 +169,10 @@ class Transitions:
         for c in calls:
             args += [c.id, c.gen, c.engine, c.moves]
         return Command(script("steal"), args, lambda r: [bool(n) for n in r])
+
+    def let_in(self) -> Command[int]:
+        """Held calls that have room by now, or that nobody holds any more, go back to the stream; gives how many."""
+        return Command(script("let_in"), self._args(*self._admission, self._settings.batch), int)
 
     def drain(self, engine: str, op: str = "drain", incarnation: str = "") -> Command[int]:
         """`incarnation`: drains no other one's engine."""
@@ -387,6 +398,7 @@ def _engine_view(row: Sequence[bytes]) -> EngineView:
         completion_tokens=real(row[17]),
         cache_age_s=real(row[18], inf),
         reuse_found=real(row[19], 1.0),
+        spoken_for=[real(n) for n in text(row[20]).split()],
     )
 
 
@@ -414,4 +426,11 @@ def _session_view(row: Sequence[Any], now_ms: int) -> SessionView:
         level=int(row[4]),
         completed=completed,
         completion_tokens=number(row[6]) / max(completed, 1),
+        shares={text(e): _share(value) for e, value in _pairs(row[7])},
     )
+
+
+def _share(value: bytes) -> Share:
+    """Of `TOKENS HOME CALLS TIER`."""
+    tokens, home, calls, tier = (*map(number, text(value).split()), 0, 0, 0, 0)[:4]
+    return Share(float(tokens), home=home > 0, active=calls > 0, tier=min(max(tier, 0), LAST_TIER))

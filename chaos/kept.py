@@ -82,7 +82,7 @@ def busy(settings: Settings, server: redis.Redis) -> list[str]:
     keys, monitor, db = Keys(settings.namespace), Monitor(settings, server), _any(server)
     found = {"entries on the router stream": db.xlen(keys.calls), "deadlines": db.zcard(keys.deadlines)}
     found["entries pending for routers"] = db.xpending(keys.calls, ROUTER_GROUP)["pending"]
-    found["parked calls"] = monitor._parked()
+    found |= {"parked calls": monitor._parked(), "held calls": monitor.held()}
     for e in monitor.engines():
         name = e["engine_id"]
         found |= {f"{what} on {name}": e[what] for what in ("running", "queued", "running_tokens", "queued_tokens")}

@@ -11,8 +11,8 @@ import redis
 
 # Keys that may stay without an expiry: they hold no call for ever, or vanish when empty.
 LASTING = re.compile(
-    r"(calls|dead|stats|usage|usage:sessions|finished|engines|deadlines|parked:.*"
-    r"|engine:[^:]+(:queue|:work|:starving|:running)?"  # an engine's hash lasts while it is registered
+    r"(calls|dead|stats|usage|usage:sessions|finished|engines|deadlines|(parked|held|starving):.*|holding"
+    r"|engine:[^:]+(:queue|:work|:starving|:residents|:running)?"  # an engine's hash lasts while it is registered
     r"|session:[^:]+:calls)"
 )
 _SCAN = 1000
@@ -21,7 +21,8 @@ _SCAN = 1000
 def leaked_keys(server: redis.Redis, prefix: str) -> list[str]:
     """Keys under `prefix`, named without it, that will stay for ever though they are no lasting ones."""
     names = [name for name in _without_expiry(server, prefix) if not LASTING.fullmatch(name)]
-    return [name for name in names if not _is_open_call(server, prefix + name)]
+    names = [name for name in names if not _is_open_call(server, prefix + name)]
+    return [name for name in names if not _is_at_work(server, prefix, name)]
 
 
 def _without_expiry(server: redis.Redis, prefix: str) -> Iterator[str]:
@@ -34,6 +35,12 @@ def _without_expiry(server: redis.Redis, prefix: str) -> Iterator[str]:
 def _is_open_call(server: redis.Redis, key: str) -> bool:
     """A call that is not finished must not expire, nor its log."""
     return server.hget(key.removesuffix(":events"), "state") in (b"PENDING", b"RUNNING") if ":call:" in key else False
+
+
+def _is_at_work(server: redis.Redis, prefix: str, name: str) -> bool:
+    """What a session has of caches lasts while it has unfinished calls."""
+    kind, _, session = name.partition(":")
+    return kind == "residency" and server.exists(f"{prefix}session:{session}:calls") == 1
 
 
 def processes_of(namespace: str, folder: Path | None = None, url: str | None = None) -> list[psutil.Process]:

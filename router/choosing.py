@@ -103,14 +103,19 @@ class Chooser:
         if not ready:
             return Decision(None, refusal=self._refusal(call.model))
         session = sessions.get(call.session, _NOWHERE)
+        if call.level is not None:
+            session = replace(session, level=call.level)
+        choice = self._choice(call, ready, session)
+        if choice.hold:
+            return Decision(choice, session.bound, context=context_of(call, ready[0], session))
+        return self._given(call, choice, session, sessions)
+
+    def _choice(self, call: CallView, ready: Sequence[EngineView], session: SessionView) -> Choice:
         if self.admission is not None:
             ready = self.admission.open_to(call, ready, session)
         if not ready:
-            return Decision(Choice("", HELD.format(tokens=call.prompt_tokens), hold=True), session.bound)
-        choice = self.policy.choose(call, ready, session)
-        if choice.hold:
-            return Decision(choice, session.bound)
-        return self._given(call, choice, session, sessions)
+            return Choice("", HELD.format(tokens=call.prompt_tokens), hold=True)
+        return self.policy.choose(call, ready, session)
 
     def _given(
         self, call: CallView, choice: Choice, session: SessionView, sessions: dict[str, SessionView]

@@ -10,7 +10,7 @@ from broker import codec
 from broker.codec import text
 from broker.errors import InvalidRequest
 from broker.ids import check_id, check_model, is_id, shorten
-from broker.messages import Admission, Rejection
+from broker.messages import LAST_TIER, Admission, Rejection
 from broker.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
 from broker.request import check_body, check_request, check_size, estimate_tokens
 from router.policies.base import CallView
@@ -59,7 +59,8 @@ def _read_reference(entry: str, fields: Fields) -> Arrival:
     model = text(fields.get(b"model"))
     tokens = min(max(0, _whole(fields, b"prompt_tokens", 0)), MAX_PROMPT_TOKENS)  # more would overflow a counter
     priority = min(max(-128, _whole(fields, b"priority", 0)), 127)
-    view = CallView(session, check_model(model) if model else "", tokens, priority=priority)
+    level = min(max(0, _whole(fields, b"level", 0)), LAST_TIER) if b"level" in fields else None
+    view = CallView(session, check_model(model) if model else "", tokens, priority=priority, level=level)
     return Arrival(entry, call_id, text(fields.get(b"gen")), view)
 
 

@@ -4,7 +4,8 @@
 2. Checks each entry, makes records for bare ones, refuses bad ones with a sentence.
 3. Chooses an engine for each call by the policy, and assigns the whole batch in one script.
 4. On a timer, idle or busy: takes over the entries of dead routers, gives the calls of dead engines to others,
-   ends calls whose deadline has passed, unparks calls whose engine has come, and takes waiting calls to idle engines.
+   ends calls whose deadline has passed, unparks calls whose engine has come, lets calls in that waited for room, and
+   takes waiting calls to idle engines.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from broker.messages import Placement, Rejection, SessionView
 from broker.models import ErrorCode
 from broker.settings import Settings
 from broker.transitions import Transitions
+from router.admission import Admission
 from router.choosing import PARKED, Chooser, Decision
 from router.costs import costs_text
 from router.intake import Arrival, Fields, read_entry, reject
@@ -53,7 +55,8 @@ class Router:
         self.keys = Keys(self.settings.namespace)
         self.name = name or f"router-{new_id()}"
         self._transitions = Transitions(self.keys, self.settings)
-        self._chooser = Chooser(policy or create_policy(self.settings))
+        admission = Admission(self.settings.admission_factor) if self.settings.admission else None
+        self._chooser = Chooser(policy or create_policy(self.settings), admission)
         self._tick_s = self.settings.tick_ms / 1000
         self._line = Line(self.settings, block_s=self._tick_s)
         self._redis = connect(self.settings)
@@ -205,7 +208,10 @@ class Router:
 
 def _placement(a: Arrival, d: Decision) -> Placement:
     c = d.choice
-    if c is None or c.hold:
-        return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, c.why if c else PARKED)
+    if c is None:
+        return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, PARKED)
+    if c.hold:
+        return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, c.why, hold=True, context=d.context)
     costs = costs_text(c.costs, c.engine)
-    return Placement(a.entry, a.call_id, a.gen, c.engine, c.bind, d.seen, c.hit, c.why, c.reuse, costs)
+    placed = Placement(a.entry, a.call_id, a.gen, c.engine, c.bind, d.seen, c.hit, c.why, c.reuse, costs)
+    return placed._replace(context=d.context, new=d.new)

@@ -46,6 +46,7 @@ class Upkeep:
         while scripts.run(self._redis, self._transitions.retain()).entries == RETAIN_ENTRIES:
             pass
         self._unpark()
+        self._let_in()
         return self._take_over()
 
     def leave(self) -> None:
@@ -70,6 +71,10 @@ class Upkeep:
             for wanted in (model, ""):
                 while scripts.run(self._redis, self._transitions.unpark(wanted)) == self._settings.batch:
                     pass
+
+    def _let_in(self) -> None:
+        while scripts.run(self._redis, self._transitions.let_in()) >= self._settings.batch:
+            pass
 
     def _take_over(self) -> list[Any]:
         """Entries that a dead router read and did not place. Ours that are still pending come back the same way."""

@@ -139,6 +139,7 @@ class _Call:
     times: CallTimes
     waited: Waiting | None = None  # as it stood in its engine's queue
     context: int = 0  # what it was expected to hold of its engine's KV cache
+    let_in: bool = False  # it has waited for room, and had its turn
 
 
 class _Run:
@@ -231,7 +232,7 @@ class _Run:
         times, table = call.times, self._table
         session, waiting = table.session(times.session), self._waiting(call)
         times.level = waiting.level
-        if self._residents is not None and self._residents.must_wait(times.session, waiting, self._now):
+        if not call.let_in and self._residents and self._residents.must_wait(times.session, waiting, self._now):
             self._hold(waiting)
             return
         view = CallView(times.session, "", times.prompt_tokens, times.program)
@@ -267,6 +268,7 @@ class _Run:
         if self._residents is None:
             self._at(self._now + self._tick_s, _ASSIGN, waiting.call)
             return
+        waiting.call.let_in = False
         self._residents.held.add(waiting)
         self._start_ticking()
 
@@ -300,6 +302,7 @@ class _Run:
 
     def _let_in(self) -> None:
         for waiting in self._residents.let_in(self._now) if self._residents else ():
+            waiting.call.let_in = True
             self._at(self._hop(self._config.hops.submit_s), _ASSIGN, waiting.call)
 
     def _ring(self, engine: Engine) -> None:

@@ -37,6 +37,7 @@ from tests.roles import Roles, secret
 from tests.rsm_command import RSM, clean_env, run
 from tests.sim_processes import WorkerProcess, processes_of, sim, state_of
 from tests.test_rooms import ROOT
+from tests.world import World
 from workers.node import NodeClient
 
 
@@ -164,6 +165,35 @@ def worker_dies(worker: WorkerProcess, monitor: Monitor) -> None:
     """A router's duty, under its own user: the calls of a dead engine."""
     worker.kill()
     eventually(lambda: state_of(monitor, "e1") == "DEAD")
+
+
+def test_admission_works_with_each_part_under_its_own_user(roles: Roles, settings: Settings, db: redis.Redis) -> None:
+    world = World(db, settings.model_copy(update={"admission": True}))
+    workers = [FakeWorker(settings, e, server=db, kv_tokens=100).up() for e in ("e1", "e2")]
+    t = world.transitions
+    with roles.client("producer") as producer, roles.client("router") as router, roles.client("worker") as worker:
+        for n in range(8):
+            scripts.run(producer, t.submit([world.prepare(f"c{n}", session=f"s{n}")]))
+        for n in range(8):
+            scripts.run(router, t.look([f"s{n}"]))
+            place = world.placement(f"c{n}", "e2" if n in (2, 3) else "e1", context=50, new=50)
+            scripts.run(router, t.assign([place]))
+        for fake in workers:
+            fake.db = worker
+        workers[0].finish(workers[0].take(), resident_tokens=0)
+        assert [f["id"] for _, f in world.stream()] == ["c4"]
+        workers[1].release(workers[1].take())
+        assert scripts.run(producer, t.cancel("c5", "held")) == "cancelled"
+        assert scripts.run(producer, t.cancel("c1", "in the queue")) == "cancelled"
+        assert scripts.run(producer, t.session("end", "s0")) == 0
+        assert scripts.run(router, t.let_in()) == 2
+        with roles.client("operator") as operator:
+            assert scripts.run(operator, t.drain("e2")) == 1
+            assert scripts.run(operator, t.cancel("c6", "on the stream")) == "cancelled"
+        scripts.run(router, t.reap("e1", workers[0].incarnation))
+        with roles.client("observer") as observer:
+            assert Monitor(world.settings, observer).stats()["held"] == 0
+    assert roles.refusals() == []
 
 
 def test_a_node_serves_an_operator(roles: Roles, settings: Settings, tmp_path: Path) -> None:

@@ -100,6 +100,14 @@ def test_calls_table_shows_since_when_they_run_or_wait() -> None:
     assert [c["where"] for c in json.loads(json.dumps(tables.calls_json(calls)))] == ["running", "parked"]
 
 
+def test_a_held_call_is_told_from_one_that_no_engine_serves() -> None:
+    waiting = record(id="h", state=RequestState.PENDING, why="no room")
+    shown = printed(tables.calls_table([ActiveCall("h", "held", "", waiting)], 0, now_ms=5000))
+    assert "(held)" in shown
+    assert "0 running, 1 waiting (1 held until there is room)" in shown
+    assert "why it waits" in printed(tables.call_table(waiting, now_ms=5000))
+
+
 def test_call_table_tells_the_story() -> None:
     result = CallResult("c", "s", "e1", "[bold]text[/]", [1], 9, 2, 4, "stop", 3.0, 1.0, 1.5, 2)
     ended = record(

@@ -26,6 +26,7 @@ KINDS: dict[str, Callable[[Keys, str], str]] = {
     "queue": Keys.queue,
     "work": Keys.work,
     "starving": Keys.starving,
+    "residents": Keys.residents,
     "running": Keys.running,
     "bell": Keys.bell,
     "control": Keys.control,
@@ -34,7 +35,10 @@ KINDS: dict[str, Callable[[Keys, str], str]] = {
     "session_children": Keys.session_children,
     "session_recent": Keys.session_recent,
     "affinity": Keys.affinity,
+    "residency": Keys.residency,
     "parked": Keys.parked,
+    "held": Keys.held,
+    "held_starving": Keys.held_starving,
 }
 FIXED = tuple(name for name, member in vars(Keys).items() if isinstance(member, property) and name != "prefix")
 
@@ -52,6 +56,9 @@ _parts = st.sampled_from(
         "session",
         "engine",
         "parked",
+        "held",
+        "starving",
+        "residency",
         "recent",
         *RESERVED_ENDS,
         "rsm",
@@ -82,10 +89,11 @@ def test_no_two_things_share_a_key(here: str, there: str, one: str, other: str) 
 
 @relaxed
 @given(models.filter(lambda m: not m or bool(MODEL_PATTERN.fullmatch(m))), ids)
-def test_a_models_name_stays_among_the_parked(model: str, value: str) -> None:
+@pytest.mark.parametrize("kind", ["parked", "held", "held_starving"])
+def test_a_models_name_stays_among_those_of_models(kind: str, model: str, value: str) -> None:
     keys = Keys()
-    others = {key for (kind, _), key in names_of(keys, value).items() if kind != "parked"}
-    assert keys.parked(model) not in others | {getattr(keys, name) for name in FIXED}
+    others = {key for (other, _), key in names_of(keys, value).items() if other != kind}
+    assert KINDS[kind](keys, model) not in others | {getattr(keys, name) for name in FIXED}
 
 
 @settings(relaxed, max_examples=60)

@@ -171,7 +171,7 @@ def assert_apart(one: str, other: str) -> None:
     k = Keys()
     makers = [
         k.call, k.events, k.inbox, k.engine, k.queue, k.running, k.bell, k.control, k.session, k.session_calls,
-        k.session_recent, k.affinity, k.parked,
+        k.session_recent, k.affinity, k.parked, k.residents, k.residency, k.held, k.held_starving,
     ]  # fmt: skip
     names = [make(i) for make in makers for i in {one, other}]
     names += [k.calls, k.engines, k.dead, k.deadlines, k.stats]
@@ -180,8 +180,9 @@ def assert_apart(one: str, other: str) -> None:
 
 def test_every_key_with_a_tail_is_reserved() -> None:
     k = Keys()
-    tails = {make("x").split(":x")[1] for make in (k.events, k.queue, k.running, k.bell, k.control, k.work)}
-    tails |= {make("x").split(":x")[1] for make in (k.starving, k.session_calls, k.session_recent, k.session_children)}
+    tails = {make("x").split(":x")[1] for make in (k.events, k.queue, k.running, k.bell, k.control)}
+    tails |= {make("x").split(":x")[1] for make in (k.work, k.starving, k.residents)}
+    tails |= {make("x").split(":x")[1] for make in (k.session_calls, k.session_recent, k.session_children)}
     assert tails == set(RESERVED_ENDS)
 
 

@@ -40,6 +40,12 @@ def test_programs_that_would_evict_each_other_take_turns() -> None:
     assert orderly.until_s < thrashing.until_s
 
 
+def test_one_that_fits_goes_ahead_of_one_that_does_not() -> None:
+    running, large, small = agent(1, 60_000, 1), agent(2, 90_000, 1, arrival_s=0.1), agent(3, 5_000, 1, arrival_s=0.2)
+    ended = [p.ended_s or 0.0 for p in run(ON, [running, large, small]).programs]
+    assert ended[2] < ended[1]
+
+
 def test_where_there_is_room_nobody_waits() -> None:
     few = [agent(n, 5_000, 6) for n in range(1, 9)]
     assert [p.ended_s for p in run(ON, few).programs] == [p.ended_s for p in run(OFF, few).programs]

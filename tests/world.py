@@ -190,6 +190,8 @@ class World:
         return [n for n in names if not LASTING.fullmatch(n) and not self._open(n)]
 
     def _open(self, name: str) -> bool:
+        if name.startswith("residency:"):
+            return bool(self.open_calls(name[10:]))
         return name.startswith("call:") and self.state(name[5:].removesuffix(":events")) in ("PENDING", "RUNNING")
 
 

@@ -1,4 +1,4 @@
---- @include lib programs family create overload terminal
+--- @include lib programs family create overload residents residence terminal
 -- The router makes records for calls that were pushed by a bare XADD. The body moves inside Redis, from
 -- the entry to the record; a refused entry leaves the stream, an admitted one stays until it is assigned.
 --

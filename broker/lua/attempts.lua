@@ -1,8 +1,8 @@
--- Where a call waits: the router stream, or the queue of an engine. Needs lib, programs and terminal.
+-- Where a call waits: the router stream, or the queue of an engine. Needs lib, programs, residence and terminal.
 
 -- What a call is given with its engine, and loses with it.
 local assigned = {'level', 'program', 'inherited', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms', 'promoted_ms',
-  'starves_ms', 'reuse', 'costs'}
+  'starves_ms', 'reuse', 'costs', 'context', 'let_in'}
 
 local function enqueue(id, e, c, level, starves)
   local score = queue_score(tonumber(c.priority) or 0, level, tonumber(c.submitted_ms))
@@ -12,12 +12,14 @@ local function enqueue(id, e, c, level, starves)
   ring(e)
 end
 
--- Puts a PENDING call back on the router stream, without its body. c: the call as read_call gave it.
-local function to_router(id, c)
+-- Puts a PENDING call back on the router stream, without its body. c: the call as read_call gave it. Further pairs are
+-- added to its entry.
+local function to_router(id, c, ...)
+  depart(id, c)
   redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING')
   redis.call('HDEL', call_key(id), unpack(assigned))
   c.id = id
-  push_entry(c, 'gen', c.gen)
+  push_entry(c, 'gen', c.gen, ...)
 end
 
 local function to_queue(id, e, c)

@@ -1,4 +1,4 @@
---- @include lib terminal stop
+--- @include lib residents residence terminal stop
 -- Cancels one call: a waiting one at once, a running one by flag and wake-up.
 --
 -- ARGV     id reason

@@ -1,4 +1,4 @@
---- @include lib terminal stop
+--- @include lib residents residence terminal stop
 -- Cancels all calls of a session, on every engine. Calls that are still on the router stream end on arrival:
 -- the session remembers up to which entry it is cancelled. Large sessions take several rounds.
 --

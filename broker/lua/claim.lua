@@ -1,4 +1,4 @@
---- @include lib programs terminal poison
+--- @include lib programs residents residence terminal poison
 -- A worker takes the calls its engine can start now. A claim carries a number: the same number again, after a
 -- reply was lost, gives the same calls again instead of losing them.
 --

@@ -1,4 +1,4 @@
---- @include lib terminal programs attempts
+--- @include lib residents residence terminal programs attempts
 -- Takes an engine out of service: no new calls, its waiting ones go to others, its running ones finish.
 --
 -- ARGV     engine op ("drain" | "stop": leave when the running calls are done, or at the end of the grace) limit

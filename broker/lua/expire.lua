@@ -1,4 +1,4 @@
---- @include lib terminal stop
+--- @include lib residents residence terminal stop
 -- Any router, on a timer: calls past their deadline. A waiting one fails at once, a running one is aborted.
 -- It is also the router's sign of life: a consumer's idle time is none (Redis 7.0 counts a blocked read as idle).
 --

@@ -1,5 +1,6 @@
---- @include lib programs family terminal
--- A worker ends calls: record, process table, affinity and the waiter's event in one step.
+--- @include lib programs family residents residence terminal attempts held
+-- A worker ends calls: record, process table, affinity and the waiter's event in one step. Where calls wait for room,
+-- those that have it now go back to the router.
 --
 -- ARGV     engine rule (of service: "path" | "total", lua/programs.lua), then per call: id gen attempt state error_code
 --          error result prompt_tokens completion_tokens cached_tokens
@@ -42,9 +43,10 @@ local function computed_before()
   return known
 end
 
+local made_room = false -- in the engine's KV cache, for calls that wait for it
 local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
-  'started_ms', 'prompt_tokens', 'inherited', 'waited_ms', 'ran_ms', 'promoted_ms', 'events', 'cancel', 'cancel_reason',
-  'format', 'bytes', 'log_bytes'}
+  'started_ms', 'prompt_tokens', 'context', 'inherited', 'waited_ms', 'ran_ms', 'promoted_ms', 'events', 'cancel',
+  'cancel_reason', 'format', 'bytes', 'log_bytes'}
 local function finish(id, gen, attempt, state, code, message, result, prompt, completion, cached, resident, events,
                       service)
   local c = read_call(id, end_fields)
@@ -68,6 +70,10 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
     set_later(affinity_key(c.session), e, resident .. ':' .. NOW_TEXT .. ':' .. int(computed))
     touch(affinity_key(c.session), SESSION_TTL)
   end
+  if c.context ~= '' then
+    made_room = true
+    if tonumber(resident) > 0 then c.more = tonumber(resident) - tonumber(c.context) end
+  end
   end_call(id, c, state, code, message, result, 'prompt_tokens', prompt, 'completion_tokens', completion,
     'cached_tokens', cached)
   return 'done'
@@ -76,5 +82,13 @@ end
 local out = {}
 for at = 6, #ARGV, 13 do out[#out + 1] = finish(unpack(ARGV, at, at + 12)) end
 make_way(e)
+-- There is room where calls have ended; whether there is any elsewhere, the routers see on their timers.
+local function let_others_in()
+  local v, account = redis.call('HMGET', engine_key(e), 'state', 'model', 'kv_tokens'), account_of(e)
+  if v[1] ~= 'READY' or not account then return end
+  local room = room_of(e, (tonumber(v[3]) or 0) * account.factor, account.half)
+  open_doors(v[2] or '', {room}, account.half, #out)
+end
+if made_room and is_holding() then let_others_in() end
 write_all()
 return out

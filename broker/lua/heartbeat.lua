@@ -16,5 +16,8 @@ for i = 7, #ARGV do fields[#fields + 1] = ARGV[i] end
 redis.call('HSET', key, 'state', state, unpack(fields))
 redis.call('ZADD', ENGINES, int(NOW), e)
 -- It stays listed for a while: its model is known, so calls wait for it to come back.
-if state == 'STOPPED' then redis.call('PEXPIRE', key, SESSION_TTL) end
+if state == 'STOPPED' then
+  redis.call('PEXPIRE', key, SESSION_TTL)
+  redis.call('PEXPIRE', residents_key(e), SESSION_TTL)
+end
 return 'ok'

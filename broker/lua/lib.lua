@@ -35,6 +35,7 @@ local function engine_key(e) return P .. 'engine:' .. e end
 local function queue_key(e) return P .. 'engine:' .. e .. ':queue' end
 local function starving_key(e) return P .. 'engine:' .. e .. ':starving' end
 local function work_key(e) return P .. 'engine:' .. e .. ':work' end
+local function residents_key(e) return P .. 'engine:' .. e .. ':residents' end
 local function running_key(e) return P .. 'engine:' .. e .. ':running' end
 local function bell_key(e) return P .. 'engine:' .. e .. ':bell' end
 local function control_key(e) return P .. 'engine:' .. e .. ':control' end
@@ -43,13 +44,16 @@ local function session_calls_key(s) return P .. 'session:' .. s .. ':calls' end
 local function session_recent_key(s) return P .. 'session:' .. s .. ':recent' end
 local function children_key(s) return P .. 'session:' .. s .. ':children' end
 local function affinity_key(s) return P .. 'affinity:' .. s end
+local function residency_key(s) return P .. 'residency:' .. s end
 local function parked_key(model) return P .. 'parked:' .. model end
+local function held_key(model) return P .. 'held:' .. model end
+local function held_starving_key(model) return P .. 'starving:' .. model end
 
 -- What scripts read of a call's record; "" for a field that is not there, so state "" means: no such call.
 -- Fields that are empty or zero are not stored.
 local call_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'model', 'priority', 'level', 'stream', 'inbox',
-  'starves_ms', 'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'reuse', 'events', 'cancel', 'cancel_reason',
-  'cancel_before', 'format', 'bytes', 'log_bytes'}
+  'starves_ms', 'deadline_ms', 'submitted_ms', 'started_ms', 'prompt_tokens', 'reuse', 'context', 'events', 'cancel',
+  'cancel_reason', 'cancel_before', 'format', 'bytes', 'log_bytes'}
 -- fields: what the script needs, if that is less than all.
 local function read_call(id, fields)
   fields = fields or call_fields
@@ -95,6 +99,7 @@ end
 local increments, settings, expiries, taken, rung = {}, {}, {}, {}, {}
 local fleeting = {[SESSION_BYTES] = true} -- hashes of counters of which those that are 0 go
 local finished = {ids = {}, bytes = {}, entries = {}}
+local before_writing = {} -- what is gathered last
 local members = {ZADD = {}, ZREM = {}, SADD = {}, SREM = {}, LPUSH = {}}
 
 local function gather(map, key)
@@ -173,6 +178,7 @@ local function write_finished()
 end
 
 local function write_all()
+  for _, gather_rest in ipairs(before_writing) do gather_rest() end
   for key, fields in pairs(settings) do
     local list = {}
     for field, value in pairs(fields) do

@@ -1,4 +1,4 @@
---- @include lib terminal programs attempts events poison lost
+--- @include lib residents residence terminal programs attempts events poison lost
 -- Any router, on a timer: engines whose lease has ended are dead; their calls go to others.
 --
 -- ARGV     lease_ms max_deaths limit (calls moved per run, so that no run blocks Redis for long)
@@ -33,6 +33,7 @@ for _, e in ipairs(candidates) do
     moved = moved + #running
   end
   if moved < limit then moved = moved + give_back_queue(e, limit - moved) end
+  if moved < limit then close_account(e) end
   if not state then increments[key], increments[work_key(e)] = nil, nil end
   if moved < limit then
     if state then

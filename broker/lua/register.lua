@@ -1,4 +1,4 @@
---- @include lib terminal programs attempts events poison lost
+--- @include lib residents residence terminal programs attempts events poison lost
 -- A worker takes an engine id. A second worker with the same id is refused while the first one's lease holds;
 -- a worker that comes back under its id takes the calls of its dead predecessor back.
 --
@@ -21,6 +21,7 @@ if old[1] ~= incarnation then
   local fault = old[1] == survived and '' or 'death'
   -- Its cache went with it: as if it had turned over since, whatever its size (router/costs.py).
   if old[1] and fault == 'death' then count(key, 'computed', 2 ^ 40) end
+  if fault == 'death' then begin_epoch(e, incarnation) end
   for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do
     end_attempt(id, e, {fault = fault, incident = old[1] or e, max_deaths = max_deaths, home = e,
       message = 'The worker died while the call was running.'})
@@ -38,6 +39,7 @@ end
 redis.call('HSET', key, 'incarnation', incarnation, 'state', 'STARTING', 'registered_ms', int(NOW), unpack(fields))
 redis.call('HDEL', key, 'claim_no', 'claimed', 'alone', 'stopping', 'prefill_until')
 redis.call('PERSIST', key)
+redis.call('PERSIST', residents_key(e))
 redis.call('ZADD', ENGINES, int(NOW), e)
 write_all()
 local last = redis.call('XREVRANGE', control_key(e), '+', '-', 'COUNT', 1)

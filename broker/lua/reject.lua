@@ -1,4 +1,4 @@
---- @include lib programs family create terminal
+--- @include lib programs family create residents residence terminal
 -- The router refuses entries it cannot make a call of: with a usable and free id the refusal becomes a
 -- FAILED record, else a dead letter. Either way the entry leaves the stream, which goes on behind it.
 --

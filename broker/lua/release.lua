@@ -1,4 +1,4 @@
---- @include lib terminal programs attempts events poison lost
+--- @include lib residents residence terminal programs attempts events poison lost
 -- A worker gives running calls back: it drains, or an attempt failed and may be tried again elsewhere.
 --
 -- ARGV     engine max_attempts max_deaths, then per call: id gen attempt fault ("death" | "error" | "") error_code

@@ -1,4 +1,4 @@
---- @include lib programs family
+--- @include lib programs family residents residence
 -- The process table's own steps, for programs that report to it themselves (SessionManager, GlobalProcessTable).
 --
 -- ARGV     op session …
@@ -34,6 +34,7 @@ local function finish()
   if active > 0 then return active end
   local parent = parent_of(s)
   if parent then redis.call('ZREM', children_key(parent), s) end
+  forget_session(s)
   redis.call('DEL', key, affinity_key(s), session_recent_key(s), children_key(s))
   return 0
 end

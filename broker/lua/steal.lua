@@ -1,4 +1,4 @@
---- @include lib programs terminal poison attempts
+--- @include lib programs residents residence terminal poison attempts
 -- Work stealing: calls that wait for a loaded engine go back to the router, which places them by its policy. A session
 -- that was bound to that engine is bound to none.
 --

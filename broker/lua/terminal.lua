@@ -1,4 +1,4 @@
--- end_call: the one place where a call ends. Every path to COMPLETED, CANCELLED or FAILED runs through
+-- end_call: the one place where a call ends. Needs lib and residence. Every path to COMPLETED, CANCELLED or FAILED runs through
 -- it, so a waiter is told exactly once and no key is left without an expiry (rule 4).
 --
 -- It is worse to lose a call than to run it twice: callers have checked state and fence before.
@@ -31,7 +31,7 @@ end
 -- process table included. Measured by tests/test_retention.py.
 local RECORD_BYTES = 768
 
--- On the router stream, or parked.
+-- On the router stream, parked, or held.
 local function waits_for_router(c) return c.state == 'PENDING' and c.engine == '' end
 
 -- What was counted when the call was created is counted back, and what stays of it until its TTL is counted instead.
@@ -51,7 +51,14 @@ end
 -- c: the call as read_call gave it. Further field-value pairs go into the record, and are told.
 local function end_call(id, c, state, code, message, result, ...)
   local key = call_key(id)
-  if waits_for_router(c) then later('ZREM', parked_key(c.model), id) end
+  if waits_for_router(c) then
+    later('ZREM', parked_key(c.model), id)
+    if c.context ~= '' then -- it is held (held.lua)
+      redis.call('ZREM', held_key(c.model), id)
+      redis.call('ZREM', held_starving_key(c.model), id)
+    end
+  end
+  depart(id, c)
   -- A finished call's body is not needed any more; a failed one's is, to look at it and to replay it.
   set_fields(key, {'state', state, 'finished_ms', NOW_TEXT, 'error_code', code, 'error', message, 'result', result, ...})
   if state ~= 'FAILED' then redis.call('HDEL', key, c.format) end

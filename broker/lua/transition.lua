@@ -1,4 +1,4 @@
---- @include lib programs family create terminal
+--- @include lib programs family create residents residence terminal
 -- One legal step of a call's state for whoever runs calls outside the workers (RequestLifecycleManager).
 --
 -- ARGV     id, state ("PENDING" makes the record: then session and engine count), session engine reason

@@ -1,4 +1,4 @@
---- @include lib programs attempts
+--- @include lib programs residents residence attempts
 -- An engine of this model is ready: calls that waited for one go back to the router, oldest first.
 --
 -- ARGV     model ("" = calls that named none) limit

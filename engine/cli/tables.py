@@ -31,7 +31,7 @@ def calls_table(
             c.id,
             c.record.session,
             c.record.state.value,
-            c.engine or "(none ready)",
+            c.engine or ("(held)" if c.where == "held" else "(none ready)"),
             seconds(now_ms - _since(c)),
             c.record.priority,
             c.record.level,
@@ -41,7 +41,9 @@ def calls_table(
         for c in calls
     ]
     running = sum(c.where == "running" for c in calls)
-    foot = f"{running} running, {len(calls) - running} waiting, {backlog} not yet routed"
+    held = sum(c.where == "held" for c in calls)
+    waiting = f"{len(calls) - running} waiting" + (f" ({held} held until there is room)" if held else "")
+    foot = f"{running} running, {waiting}, {backlog} not yet routed"
     used = "; ".join(usage_line(name, u) for name, u in (usage or {}).items())
     return Group(table("", columns, rows), Text(foot, style="dim"), Text(used, style="dim"))
 
@@ -135,7 +137,7 @@ def _routing(r: CallRecord) -> list[list[Any]]:
         ["prompt tokens", str(r.prompt_tokens)],
         ["priority, level", f"{r.priority}, {r.level}"],
         ["engine", r.engine or "(none yet)"],
-        ["why there", r.why],
+        ["why there" if r.engine else "why it waits", r.why],
         ["cost there, elsewhere", _costs(r.costs)],
         ["waited before for", ", ".join(r.stolen_from)],
         ["attempt", str(r.attempt)],
@@ -176,6 +178,7 @@ def _ending(r: CallRecord) -> list[list[Any]]:
 def stats_table(stats: Mapping[str, Any]) -> RenderableType:
     ends = [[state, stats[state]] for state in ("completed", "cancelled", "failed")]
     now = [[state, stats[state]] for state in ("pending", "running", "unaccounted")]
+    now.insert(1, ["of them held until there is room", stats["held"]])
     rest = [
         ["requeued attempts", stats["requeued"]],
         ["dead letters", stats["dead_letters"]],

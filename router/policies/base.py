@@ -22,6 +22,7 @@ class CallView:
         prompt_tokens: the producer's count or an estimate.
         program: the root session, to which its service is charged; "" = its own session.
         priority: the user's class, ahead of the level.
+        level: as it waits, if it was held until now; none = that of its program.
     """
 
     session: str
@@ -29,6 +30,7 @@ class CallView:
     prompt_tokens: int
     program: str = ""
     priority: int = 0
+    level: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

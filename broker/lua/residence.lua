@@ -1,0 +1,176 @@
+-- The accounts of residents.lua in Redis: whose contexts the engines' KV caches hold. Needs lib and residents.
+--
+-- engine:E:residents  the sums of an engine: `active` and `thinking` by tier, as of `at`; beside them `calls` counted in,
+--                     and `half` and `factor` as the last router had them, so that whoever ends a call need not know them
+-- residency:SESSION   by engine: "CALLS TOKENS SINCE TIER EPOCH" of that session there
+--
+-- A call that was assigned under admission has a `context` in its record as long as an engine has it. It is counted in
+-- by `arrive` (assign.lua) and counted out, once, wherever it leaves its engine: in end_call and in to_router. Where it
+-- stays with an engine whose process died and came back, it stays counted.
+-- An `epoch` is the life of a cache: what sessions that think have left in it is gone with the engine's process.
+
+-- What this batch knows of engines (false: nothing was ever counted there) and of sessions, and what it has changed.
+local accounts, homes, changed = {}, {}, {engines = {}, sessions = {}}
+
+-- What others have written may be junk: a number of tokens, of calls or of ms, or else `default`.
+local function sound(text, default)
+  local n = tonumber(text or '')
+  return n and n >= 0 and n < 2 ^ 53 and n or default
+end
+
+local function by_tier(text)
+  local list = {}
+  for n in string.gmatch(text or '', '%S+') do list[#list + 1] = sound(n, 0) end
+  for tier = #list + 1, LAST_TIER + 1 do list[tier] = 0 end
+  return list
+end
+
+local function account_of(e)
+  if accounts[e] == nil then
+    local v = redis.call('HMGET', residents_key(e), 'at', 'half', 'factor', 'calls', 'epoch', 'active', 'thinking')
+    accounts[e] = v[1] and {at = sound(v[1], NOW), half = math.max(1, sound(v[2], 1)), factor = sound(v[3], 1),
+      calls = sound(v[4], 0), epoch = v[5] or '', active = by_tier(v[6]), thinking = by_tier(v[7])} or false
+  end
+  return accounts[e]
+end
+
+-- half: of the decay, in ms.
+local function new_account(half, epoch)
+  return {at = NOW, half = half, calls = 0, epoch = epoch, active = by_tier(), thinking = by_tier()}
+end
+
+local function open_account(e, half)
+  accounts[e] = account_of(e) or new_account(half, redis.call('HGET', engine_key(e), 'incarnation') or '')
+  return accounts[e]
+end
+
+-- What a session has on each engine.
+local function homes_of(s)
+  if homes[s] then return homes[s] end
+  local flat, found = redis.call('HGETALL', residency_key(s)), {}
+  for i = 1, #flat, 2 do
+    local calls, tokens, since, tier, epoch = string.match(flat[i + 1], '^(%S+) (%S+) (%S+) (%S+) ?(%S*)$')
+    found[flat[i]] = {calls = sound(calls, 0), tokens = sound(tokens, 0), since = sound(since, 0),
+      tier = math.min(math.floor(sound(tier, 0)), LAST_TIER), epoch = epoch or ''}
+  end
+  homes[s] = found
+  return found
+end
+
+-- The same on one of them: nothing, if that engine's cache has gone since.
+local function home_on(s, e)
+  local mine, account = homes_of(s)[e], account_of(e)
+  if mine and (mine.calls > 0 or (account and account.epoch == mine.epoch)) then return mine end
+  return {calls = 0, tokens = 0, since = 0, tier = 0, epoch = ''}
+end
+
+local function note(s, e) gather(changed.sessions, s)[e] = true end
+
+-- A call has been given to an engine.
+local function arrive(s, e, tier, context, new, half, factor)
+  local account, mine = open_account(e, half), home_on(s, e)
+  account.half, account.factor = half, factor
+  arrives(account, mine, context, new, tier, NOW, half)
+  account.calls = account.calls + 1
+  homes_of(s)[e], changed.engines[e] = mine, true
+  note(s, e)
+end
+
+-- A call leaves its engine. c.more: by how much its context has become larger than was thought, if it ran. A call that
+-- is a session by itself leaves nothing that anybody will ask for.
+local function depart(id, c)
+  if c.context == '' or c.engine == '' then return end
+  local mine = homes_of(c.session)[c.engine]
+  if not mine or mine.calls == 0 then return end
+  local account = account_of(c.engine) or new_account(1, '')
+  leaves(account, mine, c.session ~= id and c.more or nil, NOW, account.half)
+  account.calls, mine.epoch = math.max(0, account.calls - 1), account.epoch
+  if accounts[c.engine] then changed.engines[c.engine] = true end
+  note(c.session, c.engine)
+end
+
+-- An engine has no calls any more, and will have none before it registers.
+local function close_account(e)
+  accounts[e], changed.engines[e] = false, nil
+  redis.call('DEL', residents_key(e))
+end
+
+-- An engine has no calls now, whatever the account says: records may have been deleted by hand.
+local function empty_account(e)
+  local account = account_of(e)
+  if not account or account.calls == 0 then return end
+  account.calls, account.active, changed.engines[e] = 0, by_tier(), true
+end
+
+-- An engine's process died, and another takes its place: the calls are there, the cache is empty.
+local function begin_epoch(e, incarnation)
+  local account = account_of(e)
+  if not account then return end
+  account.epoch, account.thinking, changed.engines[e] = incarnation, by_tier(), true
+end
+
+-- A session is over: nobody will ask for what it has left.
+local function forget_session(s)
+  for e, mine in pairs(homes_of(s)) do
+    local account = account_of(e)
+    if account and mine.calls == 0 and mine.epoch == account.epoch then
+      settle(account, NOW, account.half)
+      local at = mine.tier + 1
+      account.thinking[at] = math.max(0, account.thinking[at] - share_of(mine, NOW, account.half))
+      changed.engines[e] = true
+    end
+  end
+  homes[s] = {}
+  redis.call('DEL', residency_key(s))
+end
+
+-- What a session has of an engine's cache, as `fits` wants it.
+local function share_on(s, e, half)
+  local mine = home_on(s, e)
+  return {tokens = share_of(mine, NOW, half), home = is_home(mine, NOW, half), tier = mine.tier, calls = mine.calls}
+end
+
+local function is_home_anywhere(s, half)
+  for e in pairs(homes_of(s)) do
+    if share_on(s, e, half).home then return true end
+  end
+  return false
+end
+
+-- An engine's cache as `let_in` wants it.
+local function room_of(e, capacity, half)
+  local account = account_of(e) or new_account(half, '')
+  return {id = e, spoken = spoken_for(account, NOW, half), capacity = capacity, calls = account.calls}
+end
+
+local function in_words(list, form)
+  local words = {}
+  for i, n in ipairs(list) do words[i] = string.format(form, n) end
+  return table.concat(words, ' ')
+end
+
+local function write_account(e)
+  local a = accounts[e]
+  redis.call('HSET', residents_key(e), 'at', int(a.at), 'half', a.half, 'factor', a.factor, 'calls', a.calls,
+    'epoch', a.epoch, 'active', in_words(a.active, '%.0f'), 'thinking', in_words(a.thinking, '%.3f'))
+end
+
+-- It expires like the session's entry, but not while calls are counted in it.
+local function write_homes(s, engines)
+  local key, active = residency_key(s), false
+  for e in pairs(engines) do
+    local m = homes[s][e]
+    if m.calls == 0 and m.tokens == 0 then
+      redis.call('HDEL', key, e)
+    else
+      redis.call('HSET', key, e, string.format('%d %.0f %.0f %d %s', m.calls, m.tokens, m.since, m.tier, m.epoch))
+    end
+  end
+  for _, m in pairs(homes[s]) do active = active or m.calls > 0 end
+  if active then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, SESSION_TTL) end
+end
+
+before_writing[#before_writing + 1] = function()
+  for e in pairs(changed.engines) do write_account(e) end
+  for s, engines in pairs(changed.sessions) do write_homes(s, engines) end
+end
