@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, cycle, islice
 from math import inf
 from random import Random
 
@@ -62,6 +62,7 @@ class FleetConfig:
         by_program: calls inherit their program's service; False: each call begins anew, as in a plain MLFQ.
         prefetch: calls that a worker claims beyond its slots.
         horizon_s: when to break off; inf: when all programs have ended.
+        slowness: of the engines, in turn: how many times as long as `sim` says their steps take.
     """
 
     engines: int = 1
@@ -72,6 +73,7 @@ class FleetConfig:
     by_program: bool = True
     prefetch: int = 2
     horizon_s: float = inf
+    slowness: tuple[float, ...] = (1.0,)
 
 
 class SimFleet:
@@ -156,7 +158,8 @@ class _Run:
             prompt_piece=settings.prompt_piece,
         )
         sim = replace(config.sim, plas=plas, service_unit=settings.service_unit)
-        self.engines = [Engine(f"e{i}", sim, config.prefetch, self._table) for i in range(config.engines)]
+        sims = islice(cycle(replace(sim, times=sim.times.scaled(slow)) for slow in config.slowness), config.engines)
+        self.engines = [Engine(f"e{i}", s, config.prefetch, self._table) for i, s in enumerate(sims)]
         policy = config.policy
         chosen = (
             policy(settings)

@@ -175,8 +175,10 @@ def test_a_program_that_never_ends_starved() -> None:
 
 
 def test_a_program_that_waited_for_very_long_starved() -> None:
-    assert went((10, 131, 132), (135, 135, 140), (137, 137, 141)).starved
-    assert not went((10, 129, 132), (135, 135, 140), (137, 137, 141)).starved
+    """Its calls run for 1 + 5 + 4 s."""
+    assert went((10, 211, 212), (215, 215, 220), (217, 217, 221)).starved
+    assert not went((10, 209, 210), (215, 215, 220), (217, 217, 221)).starved
+    assert not went((10, 28, 28.1), (28, 28, 28.1), (28, 28, 28.1)).starved, "whoever hardly ran counts as if for 1 s"
 
 
 def test_figures_of_many_programs() -> None:

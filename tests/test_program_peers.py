@@ -147,7 +147,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> peer_page.Found:
         for workload in (*WORKLOADS, peer_page.ALL):
             for step in (0.0, 1.0):
                 spec = replace(FORK, id=f"{n}")
-                one = ProgramRun(spec.id, "test", 0.0, 1.0 + n + step, 0.0, 1.0, 36, 100, 60, 0.0)
+                one = ProgramRun(spec.id, "test", 0.0, 1.0 + n + step, 0.0, 1.0, 36, 100, 60, 0.0, 0.0, 1.0)
                 failed = n == 2
                 made.add(workload, system.label, Run(Figures.of([one]), failed, 1.0, Cost(0.1, 0.2, 0.3, 0.8, 0.002)))
     return made

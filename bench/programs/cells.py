@@ -35,8 +35,10 @@ _SOURCES = (
     "bench/results/h200-steps.json",
 )
 # Seconds in which programs arrive; the run goes on until the last one has ended. Longer where programs take longer.
-WINDOW_S = {"chat": 60.0, "react": 60.0, "tree": 60.0, "mixed": 60.0, "coding": 900.0, "prefix": 60.0}
+# "uneven" is the mixed workload on a fleet of which every fourth engine is half as fast as the others.
+WINDOW_S = {"uneven": 60.0, "chat": 60.0, "react": 60.0, "tree": 60.0, "mixed": 60.0, "coding": 900.0, "prefix": 60.0}
 WORKLOADS = tuple(WINDOW_S)
+SLOWNESS = {"uneven": (1.0, 1.0, 1.0, 2.0)}
 POOL = 2
 # What the steps of vLLM cost with an 8B model on an H200, and its room: measured and fitted by `python -m bench.real`.
 _STEPS = ROOT / "bench" / "results" / "h200-steps.json"
@@ -89,13 +91,14 @@ def engine() -> SimConfig:
 
 def programs(cell: Cell) -> list[ProgramSpec]:
     """The cell's workload."""
-    if cell.workload in (*KINDS, "mixed"):
-        return synthetic(cell.workload, cell.rate, cell.window_s, cell.seed)
+    if cell.workload in (*KINDS, "mixed", "uneven"):
+        kind = "mixed" if cell.workload == "uneven" else cell.workload
+        return synthetic(kind, cell.rate, cell.window_s, cell.seed)
     make = {"coding": coding, "prefix": prefix}[cell.workload]
     return make(cell.rate, cell.window_s, cell.seed)
 
 
-def fleet(system: System, engines: int, sim: SimConfig) -> FleetConfig:
+def fleet(system: System, engines: int, sim: SimConfig, slowness: tuple[float, ...] = (1.0,)) -> FleetConfig:
     """The simulator's configuration of a system."""
     names = {f.name for f in fields(SimConfig)}
     changes = {k: v for k, v in system.fleet.items() if k in names}
@@ -106,6 +109,7 @@ def fleet(system: System, engines: int, sim: SimConfig) -> FleetConfig:
         policy=system.policy,
         settings=Settings(**system.settings),
         by_program=system.by_program,
+        slowness=slowness,
         **more,
     )
 
@@ -114,7 +118,8 @@ def simulate(cell: Cell) -> Outcome:
     """Runs a cell."""
     sim = engine()
     work = programs(cell)
-    results = SimFleet(fleet(SYSTEMS[cell.system], cell.engines, sim), cell.seed).run(work)
+    system, slowness = SYSTEMS[cell.system], SLOWNESS.get(cell.workload, (1.0,))
+    results = SimFleet(fleet(system, cell.engines, sim, slowness), cell.seed).run(work)
     runs = [ProgramRun.of(p, sim.times, results.until_s) for p in results.programs]
     busy = sum(e.busy_s for e in results.engines) / (cell.engines * results.until_s)
     return Outcome(Figures.of(runs), busy, sum(e.preemptions for e in results.engines), results.until_s, results.wall_s)

@@ -13,13 +13,14 @@ from math import ceil
 from statistics import fmean
 from typing import Any, Self
 
-from simulation.results import ProgramTimes
+from simulation.results import CallTimes, ProgramTimes
 from simulation.workload import CallSpec, ProgramSpec
 from workers.sim_engine import SimTimes
 
-# A program starved if it did not end in a run that was waited out, or if one of its calls waited longer than this for
-# its first token of service, and longer than this many times what the whole program needs on an idle engine.
-STARVED_S, STARVED_TIMES = 120.0, 20.0
+# A program starved if it did not end in a run that was waited out, or if its calls together waited so many times as
+# long as they ran (at least 1 s): what the paper's rule against starvation bounds by beta, and this with room for those
+# that wait behind others promoted at the same time.
+STARVED_TIMES, RUN_FLOOR_S = 20.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class ProgramRun:
         delay_s: what people and tools took on its path.
         ideal_s: what its longest chain of calls takes alone on an engine that keeps all it has read; without delays.
         longest_wait_s: of any of its calls, from being ready to being served first.
+        waited_s, ran_s: of all its calls together, until they were served first, and from then on.
     """
 
     id: str
@@ -42,6 +44,8 @@ class ProgramRun:
     prompt_tokens: int
     cached_tokens: int
     longest_wait_s: float
+    waited_s: float
+    ran_s: float
 
     @property
     def served_s(self) -> float:
@@ -60,7 +64,7 @@ class ProgramRun:
     def starved(self) -> bool:
         if self.response_s is None:
             return True
-        return self.longest_wait_s > max(STARVED_S, STARVED_TIMES * self.ideal_s)
+        return self.waited_s > STARVED_TIMES * max(self.ran_s, RUN_FLOOR_S)
 
     @classmethod
     def of(cls, program: ProgramTimes, times: SimTimes, until_s: float) -> Self:
@@ -81,7 +85,15 @@ class ProgramRun:
             prompt_tokens=sum(c.prompt_tokens for c in calls if c.told_s is not None),
             cached_tokens=sum(c.cached_tokens for c in calls if c.told_s is not None),
             longest_wait_s=max(waits, default=0.0),
+            waited_s=sum(waits),
+            ran_s=sum(_ran_s(c, until_s) for c in calls),
         )
+
+
+def _ran_s(call: CallTimes, until_s: float) -> float:
+    if call.started_s is None:
+        return 0.0
+    return (until_s if call.told_s is None else call.told_s) - call.started_s
 
 
 def _delay_on_path(calls: Sequence[CallSpec], ends: Sequence[float]) -> float:

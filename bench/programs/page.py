@@ -65,7 +65,7 @@ _RATIOS = (
     (OURS, BASE, "tree", 2.0),
     (OURS, PAPER, "coding", 1.5),
     *(("route_cost", f"route_{p}", w, 1.4) for w in ("mixed", "coding") for p in ("least_loaded", "round_robin")),
-    *(("route_cost", "route_session_hash", w, 1.2) for w in ("mixed", "coding")),
+    ("route_cost", "route_session_hash", "uneven", 1.2),
 )
 
 
@@ -101,7 +101,7 @@ def _common(sweep: Found, one: str, other: str) -> Iterator[tuple[Found, Found]]
 
 def throughput(found: Found) -> list[str]:
     """Programs a second that a fleet of four engines sustains."""
-    sweeps = [s for s in found["sweeps"] if s["engines"] == _FLEET]
+    sweeps = _main_sweeps(found)
     names = [n for n in sweeps[0]["systems"] if not n.startswith("route_")]
     head = ("Workload", "Mean latency", *(_label(sweeps[0], n) for n in names))
     lines = [
@@ -136,7 +136,7 @@ def metrics(found: Found) -> list[str]:
         table_line(head),
         table_line(["---", "---", *["---:"] * len(_METRICS)]),
     ]
-    for sweep in (s for s in found["sweeps"] if s["engines"] == _FLEET):
+    for sweep in _main_sweeps(found):
         names = [n for n in sweep["systems"] if not n.startswith("route_")]
         rate = max(set.intersection(*({p["rate"] for p in _points(sweep, n)} for n in names)), default=None)
         for name in names if rate else ():
@@ -225,6 +225,11 @@ def ablations(found: Found) -> list[str]:
 
 
 # -- reading
+
+
+def _main_sweeps(found: Found) -> list[Found]:
+    """Those of all systems, not of routing alone."""
+    return [s for s in found["sweeps"] if s["engines"] == _FLEET and OURS in s["systems"]]
 
 
 def _sweep(found: Found, workload: str, engines: int) -> Found | None:

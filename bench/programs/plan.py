@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from bench.programs.systems import ABLATIONS, MAIN, ROUTING, SCALING, System
+from bench.programs.systems import ABLATIONS, FCFS_RR, MAIN, ROUTING, SCALING, System
 
 # Levels of the mean latency at which throughputs are compared, as multiples of what FCFS + round robin has at the
 # lowest rate of the sweep, which is next to idle: a fleet under load, at its knee, and far beyond it.
@@ -52,6 +52,7 @@ class Plan:
 _FOUR = [
     Sweep("mixed", 4, 150, 0.5, 32, (*MAIN, *ROUTING)),
     Sweep("coding", 4, 900, 1 / 16, 4, (*MAIN, *ROUTING)),
+    Sweep("uneven", 4, 150, 0.5, 32, (FCFS_RR, *ROUTING)),
     Sweep("chat", 4, 120, 8, 256, MAIN),
     Sweep("react", 4, 150, 1, 64, MAIN),
     Sweep("tree", 4, 150, 0.5, 16, MAIN),

@@ -25,7 +25,7 @@ def plot(found: Mapping[str, Any], name: str, folder: Path = RESULTS) -> list[Pa
     most = max(sum(s["engines"] == e for s in sweeps) for e in {s["engines"] for s in sweeps})
     main = next(e for e in {s["engines"] for s in sweeps} if sum(s["engines"] == e for s in sweeps) == most)
     parts = [
-        ("latency", [s for s in sweeps if s["engines"] == main]),
+        ("latency", [s for s in sweeps if s["engines"] == main and "ours" in s["systems"]]),
         ("fleets", sorted((s for s in sweeps if s["workload"] in ("mixed", "coding")), key=_order)),
     ]
     return [_grid(part, folder / f"{name}-{title}.png") for title, part in parts]
