@@ -30,6 +30,7 @@ _SOURCES = (
     "router/policies/*.py",
     "workers/[ps]*.py",
     "broker/lua/programs.lua",
+    "broker/lua/residents.lua",
     "bench/programs/[!ps_]*.py",
     "bench/programs/algorithm2.py",
     "bench/results/h200-steps.json",
