@@ -123,7 +123,8 @@ def _rates(sweep: Found, level: int, names: Sequence[str]) -> Iterator[str]:
             yield ""
             continue
         rate = sweep["systems"][name]["sustained"][level]
-        yield f"{rate:.3g}" if name == BASE else f"{rate:.3g} ({_times(_over(rate, base))})"
+        least = "≥ " * (rate >= 0.999 * sweep["highest"])  # the highest rate that was tried
+        yield f"{least}{rate:.3g}" if name == BASE else f"{least}{rate:.3g} ({_times(_over(rate, base))})"
 
 
 def metrics(found: Found) -> list[str]:

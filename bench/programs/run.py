@@ -64,7 +64,7 @@ def _sweep(sweep: Sweep, levels: Sequence[float], found: Mapping[str, Future[dic
         systems[system.name] = {"label": system.label, **found[system.name].result()}
         rates = ", ".join(f"{r:.3g}/s" for r in systems[system.name]["sustained"])
         print(f"  {sweep.workload}, {sweep.engines} engines, {system.label}: {rates}", flush=True)
-    return _about(sweep) | {"levels_s": list(levels), "systems": systems}
+    return _about(sweep) | {"highest": sweep.highest, "levels_s": list(levels), "systems": systems}
 
 
 def _ablation(ablation: Ablation, found: Mapping[str, Future[Outcome]]) -> dict[str, Any]:

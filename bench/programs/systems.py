@@ -34,13 +34,17 @@ class System:
 
 FCFS_RR = System("fcfs_rr", "FCFS + round robin", "round_robin", "fcfs", by_program=False)
 FCFS_LL = System("fcfs_ll", "FCFS + least loaded", "least_loaded", "fcfs", by_program=False)
-# Prompts in pieces are ours.
-_WHOLE = {"prompt_piece": 0}
-MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False, settings=_WHOLE)
+# The paper's unit of service is time; prompts in pieces are ours.
+_PAPERS = {"service_unit": "time", "prompt_piece": 0}
+MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False, settings=_PAPERS)
 HASH = System("hash", "FCFS + hard session hash", "session_hash", "fcfs", by_program=False)
-PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "bench.programs.algorithm2:Algorithm2", "plas", settings=_WHOLE)
+PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "bench.programs.algorithm2:Algorithm2", "plas", settings=_PAPERS)
 OURS = System(
-    "ours", "ours", "cost", "plas", settings={"service_rule": "total", "admission": True, "admission_factor": 0.8}
+    "ours",
+    "ours",
+    "cost",
+    "plas",
+    settings={"service_unit": "time", "service_rule": "total", "admission": True, "admission_factor": 0.8},
 )
 
 MAIN = (FCFS_RR, FCFS_LL, MLFQ, HASH, PAPER, OURS)
@@ -68,7 +72,7 @@ ABLATIONS = (
     *(OURS.but(f"beta{beta}", f"β = {beta}", settings={"starvation_beta": beta}) for beta in (0, 2, 32)),
     *(
         OURS.but(f"unit_{unit}", f"service in {unit}", settings={"service_unit": unit})
-        for unit in ("work", "time", "kv")
+        for unit in ("tokens", "work", "kv")
     ),
     OURS.but("no_admission", "without admission", settings={"admission": False}),
     *(
