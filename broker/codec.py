@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgpack
@@ -94,3 +95,8 @@ def real(raw: bytes | str | None, default: float = 0.0) -> float:
     except ValueError:
         return default
     return value if math.isfinite(value) else default
+
+
+def pairs(reply: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """A flat list of Redis, two by two."""
+    return list(zip(reply[::2], reply[1::2], strict=True))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import Any
 
-from broker.codec import number, real, text
+from broker.codec import number, pairs, text
 from broker.errors import InvalidRequest
 from broker.keys import Keys
+from broker.looks import Looks
 from broker.messages import (
-    LAST_TIER,
     Admission,
-    Ahead,
     Claimed,
     Differences,
     EngineView,
@@ -30,12 +28,8 @@ from broker.messages import (
     Retained,
     SessionCancel,
     SessionView,
-    Share,
-    Speed,
     Submission,
     Submitted,
-    cache_uses,
-    resident_tokens,
 )
 from broker.models import OnEngineLoss, RequestState
 from broker.scripts import Arg, Command, script
@@ -82,6 +76,7 @@ class Transitions:
             settings.session_ttl_s * 1000,
             _bounds(settings),
         ]
+        self._looks = Looks()
         self._bounds = " ".join(map(str, settings.level_bounds))
         half_ms = settings.admission_half_life_s * 1000
         # The half-life and the factor, as lua/let_in.lua takes them.
@@ -131,7 +126,7 @@ class Transitions:
         """`fleet`: the engines, too."""
         half, _ = self._admission
         args = self._args(self._bounds, self._settings.starvation_beta, "1" if fleet else "", half, *sessions)
-        return Command(script("look"), args, lambda r: _look(r, sessions))
+        return Command(script("look"), args, lambda r: self._looks.read(r, sessions))
 
     def assign(self, placements: Sequence[Placement]) -> Command[list[Placed]]:
         args = self._args(self._bounds, self._settings.starvation_beta, *self._admission)
@@ -139,7 +134,7 @@ class Transitions:
             hit = "" if p.hit is None else int(p.hit)
             args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.why, p.reuse, p.costs]
             args += [int(p.hold), p.context, p.new]
-        return Command(script("assign"), args, lambda r: [Placed(text(a), text(b)) for a, b in _pairs(r)])
+        return Command(script("assign"), args, lambda r: [Placed(text(a), text(b)) for a, b in pairs(r)])
 
     def reap(self, engine: str = "", incarnation: str = "") -> Command[Reaped]:
         s = self._settings
@@ -286,10 +281,6 @@ def _number_or_refusal(reply: int | bytes) -> int:
         raise InvalidRequest(text(reply if isinstance(reply, bytes) else None)) from None
 
 
-def _pairs(reply: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return list(zip(reply[::2], reply[1::2], strict=True))
-
-
 def _flat(fields: Mapping[str, Arg]) -> list[Arg]:
     return [part for pair in fields.items() for part in pair]
 
@@ -308,7 +299,7 @@ def _bounds(s: Settings) -> str:
 
 
 def _submitted(reply: Sequence[bytes]) -> list[Submitted]:
-    return [_submitted_call(text(code), text(detail)) for code, detail in _pairs(reply)]
+    return [_submitted_call(text(code), text(detail)) for code, detail in pairs(reply)]
 
 
 def _submitted_call(code: str, detail: str) -> Submitted:
@@ -367,70 +358,3 @@ def _differences(reply: Sequence[Any], held: Sequence[Fence]) -> Differences | N
         return None
     lost, unknown = reply
     return Differences([held[i] for i in lost], [Fence(text(r[0]), text(r[1]), int(r[2])) for r in unknown])
-
-
-def _look(reply: Sequence[Any], sessions: Sequence[str]) -> Look:
-    now_ms = number(reply[2])
-    views = [_session_view(row, now_ms) for row in reply[1]]
-    return Look([_engine_view(row) for row in reply[0]], dict(zip(sessions, views, strict=True)))
-
-
-def _engine_view(row: Sequence[bytes]) -> EngineView:
-    """As lua/look.lua gives it; what another process has written may be missing or junk."""
-    return EngineView(
-        id=text(row[0]),
-        heartbeat_ms=number(row[1]),
-        queued=int(row[2]),
-        running=int(row[3]),
-        ahead=_ahead(row[4]),
-        prefill_s=number(row[5]) / 1000,
-        state=text(row[6]),
-        model=text(row[7]),
-        queued_tokens=number(row[8]),
-        running_tokens=number(row[9]),
-        served=number(row[10]),
-        max_num_seqs=number(row[11], 1),
-        tokens_per_s=real(row[12]),
-        kv_tokens=number(row[13]),
-        kv_usage=real(row[14]),
-        speed=Speed.of(text(row[15])),
-        computed=number(row[16]),
-        completion_tokens=real(row[17]),
-        cache_age_s=real(row[18], inf),
-        reuse_found=real(row[19], 1.0),
-        spoken_for=[real(n) for n in text(row[20]).split()],
-    )
-
-
-def _ahead(work: bytes) -> dict[int, Ahead]:
-    """Of `RANK CALLS RANK:tokens TOKENS …`, in any order."""
-    if not work:
-        return {}
-    words = text(work).split()
-    fields = dict(zip(words[::2], words[1::2], strict=False))
-    return {
-        int(rank): Ahead(number(calls), number(fields.get(f"{rank}:tokens")))
-        for rank, calls in fields.items()
-        if rank.isdecimal()
-    }
-
-
-def _session_view(row: Sequence[Any], now_ms: int) -> SessionView:
-    affinity, completed = _pairs(row[1]), number(row[5])
-    return SessionView(
-        bound=text(row[0]),
-        resident=resident_tokens(affinity),
-        used=cache_uses(affinity, now_ms),
-        program=text(row[2]),
-        service=number(row[3]),
-        level=int(row[4]),
-        completed=completed,
-        completion_tokens=number(row[6]) / max(completed, 1),
-        shares={text(e): _share(value) for e, value in _pairs(row[7])},
-    )
-
-
-def _share(value: bytes) -> Share:
-    """Of `TOKENS HOME CALLS TIER`."""
-    tokens, home, calls, tier = (*map(number, text(value).split()), 0, 0, 0, 0)[:4]
-    return Share(float(tokens), home=home > 0, active=calls > 0, tier=min(max(tier, 0), LAST_TIER))

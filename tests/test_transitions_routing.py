@@ -34,6 +34,18 @@ def test_what_waits_is_counted_by_rank(world: World) -> None:
     assert not world.db.exists(world.keys.work("e1"))
 
 
+def test_an_engine_that_has_not_changed_is_seen_as_the_very_same(world: World) -> None:
+    world.worker("e1")
+    world.worker("e2")
+    before = {e.id: e for e in world.run(world.transitions.look()).engines}
+    session(world)  # a look at sessions alone forgets no engine
+    world.queue("c1", engine="e2")
+    after = {e.id: e for e in world.run(world.transitions.look()).engines}
+    assert after["e1"] is before["e1"]
+    assert after["e2"] is not before["e2"]
+    assert after["e2"].queued == 1
+
+
 def test_a_queue_that_is_given_back_leaves_no_count(world: World) -> None:
     world.worker()
     world.queue("c1")

@@ -19,10 +19,11 @@ from broker.connection import connect
 from broker.dead_letters import _letter
 from broker.events import End, end_record, is_end, read_event
 from broker.ids import check_id, check_model
+from broker.looks import engine_view, session_view
 from broker.messages import spoken_for
 from broker.models import CallRecord, Delta
 from broker.request import check_body
-from broker.transitions import Rejection, _claimed_call, _engine_view, _session_view
+from broker.transitions import Rejection, _claimed_call
 from router.intake import Arrival, read_entry
 from workers import node
 from workers.backend import CallRejected, EngineError, Job, Resumed
@@ -104,8 +105,8 @@ def _rows(data: bytes) -> None:
     """What scripts reply with is made of what hashes hold."""
     parts = [*data.split(CUT), *[b""] * 24]
     _claimed_call(parts[:23])
-    _engine_view([*parts[:2], b"1", b"1", *parts[2:19]])
-    _session_view([parts[0], parts[1:9], parts[9], parts[10], 0, parts[11], parts[12], parts[13:17]], 5)
+    engine_view([*parts[:2], b"1", b"1", *parts[2:19]])
+    session_view([parts[0], parts[1:9], parts[9], parts[10], 0, parts[11], parts[12], parts[13:17]], 5)
     spoken_for(dict(zip((b"at", b"half", b"active", b"thinking"), parts[17:21], strict=True)), 5)
     codec.number(parts[0])
 
