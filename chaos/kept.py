@@ -16,7 +16,7 @@ from broker.monitor import Monitor
 from broker.settings import Settings
 from chaos.leaks import leaked_keys
 
-_TOTALS = ("submitted", "completed", "cancelled", "failed", "requeued", "dead_letters")
+_TOTALS = ("submitted", "completed", "cancelled", "failed", "requeued", "dead_letters", "ever_held", "stolen")
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "pieces": sum(len(s.pieces) for s in stories),
         "run_again": totals.get("requeued", 0),
         "dead_letters": totals.get("dead_letters", 0),
+        "held": totals.get("ever_held", 0),
+        "stolen": totals.get("stolen", 0),
         "faults": _faults(outcome.windows, stories),
         "violations": [str(v) for v in outcome.violations],
     }
@@ -102,6 +104,8 @@ def render(runs: Sequence[_Data]) -> str:
         ("pieces of streams", [_n(r["pieces"]) for r in runs]),
         ("attempts lost and run again", [_n(r["run_again"]) for r in runs]),
         ("dead letters", [_n(r["dead_letters"]) for r in runs]),
+        ("held for want of KV cache", [_n(r.get("held", 0)) for r in runs]),
+        ("taken to idle engines", [_n(r.get("stolen", 0)) for r in runs]),
         ("faults", [_n(sum(f["injected"] for f in r["faults"].values())) for r in runs]),
         ("**broken promises**", [f"**{len(r['violations'])}**" for r in runs]),
     ]

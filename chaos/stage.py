@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -47,6 +48,16 @@ _SETTINGS = {
     "max_attempts": 1000,
     "max_deaths": 1000,
     "inbox_max": 1_000_000,
+}
+# Even seeds also have all that serves programs, and caches so small that calls are held.
+_PROGRAMS = {
+    "policy": "cost",
+    "engine_scheduler": "plas",
+    "service_unit": "time",
+    "service_rule": "total",
+    "admission": True,
+    "admission_factor": 0.0003,
+    "admission_half_life_s": 0.5,
 }
 _STEP_S = 0.02
 _LEAVE_S = 5.0
@@ -79,7 +90,8 @@ class Stage:
         self.seed = seed
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: a socket's path has 107 bytes at most
         self.server = EmbeddedRedis(self.folder / "redis")
-        self.settings = Settings(namespace=f"chaos{new_id()}", redis_url=None, **_SETTINGS)  # type: ignore[arg-type]
+        chosen: dict[str, Any] = _SETTINGS if seed % 2 else _SETTINGS | _PROGRAMS
+        self.settings = Settings(namespace=f"chaos{new_id()}", redis_url=None, **chosen)
         self.settings = self.settings.with_redis(self.server.url)
         self.ledgers = [self.folder / f"ledger-{place}" for place in range(len(KINDS))]
         self.routers: list[Part] = []

@@ -408,6 +408,7 @@ def test_a_minute_of_chaos_with_real_vllm() -> None:
     _hold(outcome)
     real = [s for s in outcome.stories.values() if s.plan.model == TINY_NAME]
     assert any(s.ends[0].state == "COMPLETED" for s in real), "the real engine has done nothing"
+    assert outcome.found.totals["ever_held"], "admission has held nothing back"
 
 
 def _hold(outcome: Outcome) -> None:
