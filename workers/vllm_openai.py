@@ -211,7 +211,7 @@ class OpenAICall:
 
     def _outcome(self) -> Outcome:
         if self._aborted and (self._cut or self._failure is not None or not self._complete()):
-            return self._counts.outcome("abort", self._counts.text)
+            return self._partial()
         if self._failure is None and self._status != 200:
             self._failure = refusal(self._status, bytes(self._body), self._job.kind)
         if self._engine.dead and (self._cut or isinstance(self._failure, EngineError)):
@@ -220,8 +220,13 @@ class OpenAICall:
             raise self._failure
         if self._cut:
             self._engine.ending = True
-            return self._counts.outcome("abort", self._counts.text)
+            return self._partial()
         return self._streamed() if self._streams else self._whole()
+
+    def _partial(self) -> Outcome:
+        """What there is of an answer that was cut off: of a stream what its reader has, which may lack the words that
+        came together with the cut."""
+        return self._counts.outcome("abort", self._assembler.text if self._streams else self._counts.text)
 
     def _complete(self) -> bool:
         """The answer came whole. An application whose client has left answers `null`."""
