@@ -63,7 +63,7 @@ _SIZES = [
     Sweep("coding", 1, 1800, 1 / 64, 1, SCALING),
     Sweep("mixed", 16, 30, 8, 128, SCALING),
     Sweep("coding", 16, 450, 1 / 4, 4, SCALING),
-    Sweep("mixed", 64, 8, 32, 512, SCALING),
+    Sweep("mixed", 64, 8, 32, 256, SCALING),
     Sweep("coding", 64, 225, 2, 8, SCALING),
 ]
 _ABLATIONS = [Ablation("mixed", 4, 150, 8.0, ABLATIONS), Ablation("coding", 4, 900, 0.25, ABLATIONS)]

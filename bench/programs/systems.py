@@ -61,7 +61,6 @@ ROUTING = tuple(
 _BOUNDS = {
     "1": "",
     "3": "4000 64000",
-    "5": "2000 16000 128000 512000",
     "12": "500 1000 2000 4000 8000 16000 32000 64000 128000 256000 512000",
 }
 ABLATIONS = (
@@ -75,27 +74,22 @@ ABLATIONS = (
         for unit in ("tokens", "work", "kv")
     ),
     OURS.but("no_admission", "without admission", settings={"admission": False}),
-    *(
-        OURS.but(f"factor{f}", f"admission up to {f} of the cache", settings={"admission_factor": f})
-        for f in (0.6, 1.0)
-    ),
+    *(OURS.but(f"factor{f}", f"admission up to {f} of the cache", settings={"admission_factor": f}) for f in (1.0,)),
     *(
         OURS.but(
             f"piece{tokens}",
             f"pieces of {tokens} tokens" if tokens else "prompts whole",
             settings={"prompt_piece": tokens},
         )
-        for tokens in (0, 128, 2048)
+        for tokens in (0, 128)
     ),
     FCFS_RR.but("fcfs_small", "FCFS + round robin, steps of 768 tokens", fleet={"max_num_batched_tokens": 768}),
-    PAPER.but("paper_pieces", "paper, prompts in pieces", settings={"prompt_piece": 512}),
     OURS.but("no_stealing", "without stealing", settings={"stealing": False}),
     OURS.but("path", "service by the longest path", settings={"service_rule": "path"}),
     OURS.but("in_engine_fcfs", "FCFS inside the engines", scheduler="fcfs"),
-    OURS.but("in_engine_priority", "levels without preemption inside the engines", scheduler="priority"),
     *(
         PAPER.but(f"threshold{tokens}", f"paper, threshold {tokens}", settings={"cache_token_threshold": tokens})
-        for tokens in (0, 512, 8192)
+        for tokens in (0, 8192)
     ),
 )
 SYSTEMS = {s.name: s for s in (*MAIN, *ROUTING, *ABLATIONS)}
