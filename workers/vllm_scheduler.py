@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from heapq import merge
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from operator import attrgetter
 from time import monotonic
@@ -277,26 +277,19 @@ class ProgramAware:
         vLLM has one budget for all, spent on decoding calls, then on prompts in the calls' order. So it is what decodes
         and the prompts of the calls that nobody is better than, and at least a piece.
         """
-        piece = self.plas.rules.prompt_piece
-        if not piece or not (self._prefilling or (self._free_slots() > 0 and any(self._queues))):
+        piece, free = self.plas.rules.prompt_piece, self._free_slots()
+        if not piece or not (self._prefilling or (free > 0 and any(self._queues))):
             return most
-        first = [q.peek_request().priority for q in self._queues if q]
-        best = min([rank for rank, calls in self._ranks.items() if calls > 0] + first)
-        decoding = len(self.running) - len(self._prefilling)
+        prompts = [self.requests[i] for i in self._prefilling]
+        coming = list(islice(merge(*self._queues), min(free, _MOST_PROMPTS))) if free > 0 else []
+        best = min(chain((rank for rank, calls in self._ranks.items() if calls > 0), (r.priority for r in coming[:1])))
+        if all(r.priority <= best for r in chain(prompts, coming)):
+            return most
+        decoding = len(self.running) - len(prompts)
         left = most - decoding * self._decode_tokens
-        return most - left + min(left, max(piece, self._prompt_tokens_of(best, left)))
-
-    def _prompt_tokens_of(self, best: int, most: int) -> int:
-        """Prompt tokens that calls of the best rank have to compute; `most`, if so many or a queue of such calls."""
-        prompts = (self.requests[i] for i in self._prefilling)
-        tokens = sum(r.num_tokens - r.num_computed_tokens for r in prompts if r.priority <= best)
-        for looked_at, request in enumerate(merge(*self._queues)):
-            if request.priority > best:
-                break
-            if tokens >= most or looked_at == _MOST_PROMPTS:
-                return most
-            tokens += request.num_tokens - self._cached(request)
-        return int(min(tokens, most))
+        tokens: int = sum(r.num_tokens - r.num_computed_tokens for r in prompts if r.priority <= best)
+        tokens += sum(r.num_tokens - self._cached(r) for r in coming if r.priority <= best)
+        return most - left + min(left, max(piece, tokens))
 
     def _cached(self, request: Any) -> int:
         """Tokens of a waiting request that it would find in the cache. vLLM's statistics do not count the question."""
