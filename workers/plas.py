@@ -45,8 +45,7 @@ class PlasRules:
         beta: wait / run at which a program starves; 0 = never.
         floor_s: a program counts as having run for at least so long, or whoever has just begun would starve at once.
         most_victims: calls that lose their place in one step.
-        prompt_piece: prompt tokens that a step has at most once a worse call than one that runs is among those who
-            compute some; 0 = no bound.
+        prompt_piece: up to how many prompt tokens of a step a call's may be while a better one runs; 0 = no bound.
     """
 
     bounds: tuple[int, ...] = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
