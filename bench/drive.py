@@ -7,8 +7,8 @@ import threading
 
 from bench.ours import throughput
 from bench.parts import wait_ready
-from broker import Client, Settings
-from router.router import Router
+from rsm.broker import Client, Settings
+from rsm.router.router import Router
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ import redis
 
 from bench.ours import INSTANT, PROMPT, throughput
 from bench.parts import ABORTS, RoundTrips, fleet, read_count
-from broker import Client, Settings, scripts
-from broker.connection import connect
-from broker.ids import new_id
-from broker.keys import Keys
-from broker.transitions import Transitions
-from router.router import Router
+from rsm.broker import Client, Settings, scripts
+from rsm.broker.connection import connect
+from rsm.broker.ids import new_id
+from rsm.broker.keys import Keys
+from rsm.broker.transitions import Transitions
+from rsm.router.router import Router
 
 MIB = 1 << 20
 ROUTED = 20_000

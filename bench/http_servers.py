@@ -16,11 +16,11 @@ from typing import IO, Any
 import httpx
 
 from bench.venvs import python_for
-from broker import child
+from rsm.broker import child
 
 MODEL = "m"
 PATIENCE_S = 60.0
-RSM = [sys.executable, "-c", "from engine.cli import main; main()"]
+RSM = [sys.executable, "-c", "from rsm.engine.cli import main; main()"]
 
 
 @dataclass(frozen=True, slots=True)

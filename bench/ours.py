@@ -17,8 +17,8 @@ from time import perf_counter
 from typing import Any
 
 from bench.parts import fleet
-from broker import CallHandle, Client, Settings
-from broker.ids import new_id
+from rsm.broker import CallHandle, Client, Settings
+from rsm.broker.ids import new_id
 
 PROMPT = "x" * 200
 WARM_UP = 500

@@ -20,8 +20,8 @@ from typing import Any
 import redis.connection
 from redis.asyncio.connection import AbstractConnection as AsyncConnection
 
-from broker import Settings
-from broker.monitor import Monitor
+from rsm.broker import Settings
+from rsm.broker.monitor import Monitor
 
 COUNTS = "BENCH_COUNTS"
 ABORTS = "BENCH_ABORTS"
@@ -89,7 +89,7 @@ def read_count(path: Path) -> int:
 
 def stamp_aborts(path: Path) -> None:
     """Notes when each abort is called in this worker: "CALL seconds" lines, on the machine's monotonic clock."""
-    from workers.sim_backend import SimBackend
+    from rsm.workers.sim_backend import SimBackend
 
     abort: Any = SimBackend.abort
     stamps = path.open("a", buffering=1)

@@ -16,11 +16,11 @@ from bench.peer_samples import ENGINES, KV_TOKENS, SLOTS, STOCK, TIMES
 from bench.programs.replay import Answer, Serve
 from bench.programs.systems import OURS as OURS_FOR_PROGRAMS
 from bench.venvs import version_of
-from broker import AsyncClient, Settings
-from broker.ids import new_id
-from engine.fleet import Fleet
-from workers.config import EngineConfig
-from workers.sim_text import token_text, tokenize
+from rsm.broker import AsyncClient, Settings
+from rsm.broker.ids import new_id
+from rsm.engine.fleet import Fleet
+from rsm.workers.config import EngineConfig
+from rsm.workers.sim_text import token_text, tokenize
 
 # Longer than any run, so that an answer is late but never missing.
 _TIMEOUT_S = 120.0

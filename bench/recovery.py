@@ -22,9 +22,9 @@ from typing import Any
 from bench.recovery_ours import BUSY_CALLS_PER_S, SCENARIOS, Scenario, measure, supervised_worker, unsupervised_worker
 from bench.table import RESULTS, machine, server_name, table_line
 from bench.venvs import PEERS, python_for
-from broker import Settings
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
+from rsm.broker import Settings
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
 
 QUEUES = ("saq", "taskiq", "rq")
 PROFILES = ("default", "tuned")

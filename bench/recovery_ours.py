@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from subprocess import Popen
 from typing import IO, Any
 
-from broker import Client, RequestState, Settings, child
-from broker.errors import UnknownCall
-from broker.ids import new_id
-from broker.models import CallRecord
-from broker.monitor import Monitor
-from engine.fleet import Fleet
-from workers.config import EngineConfig
-from workers.environment import CONFIG_VARIABLE
+from rsm.broker import Client, RequestState, Settings, child
+from rsm.broker.errors import UnknownCall
+from rsm.broker.ids import new_id
+from rsm.broker.models import CallRecord
+from rsm.broker.monitor import Monitor
+from rsm.engine.fleet import Fleet
+from rsm.workers.config import EngineConfig
+from rsm.workers.environment import CONFIG_VARIABLE
 
 TOKEN_S = 0.01
 # Of the calls whose worker dies: some seconds, and how many of them run when it does.
@@ -101,7 +101,7 @@ class Unsupervised:
     def _start(self) -> Popen[bytes]:
         given = {CONFIG_VARIABLE: self._config.model_dump_json(exclude={"api_key"})}
         env = os.environ | self._b.settings.environment() | given
-        return child.spawn([sys.executable, "-m", "workers"], env, self._b.log)
+        return child.spawn([sys.executable, "-P", "-m", "rsm.workers"], env, self._b.log)
 
     def kill(self) -> None:
         self.process.kill()

@@ -25,15 +25,15 @@ import redis
 from bench.page import Report, Target, here, publish, targets_table
 from bench.programs.systems import OURS, PAPER
 from bench.table import Spread, server_name, table_line
-from broker import Client, Settings, scripts
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
-from broker.ids import new_id
-from broker.keys import Keys
-from broker.messages import Speed
-from broker.models import EngineState
-from broker.transitions import Transitions
-from router.router import Router
+from rsm.broker import Client, Settings, scripts
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.ids import new_id
+from rsm.broker.keys import Keys
+from rsm.broker.messages import Speed
+from rsm.broker.models import EngineState
+from rsm.broker.transitions import Transitions
+from rsm.router.router import Router
 
 FLEETS = (4, 64)
 # The policies as their users run them; the paper's rule as this project mends it.

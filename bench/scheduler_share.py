@@ -27,10 +27,10 @@ from typing import Any
 
 from bench.page import Report, Target, here, publish, targets_table
 from bench.table import RESULTS, table_line
+from rsm.workers.vllm_program import LEVELS
+from rsm.workers.vllm_scheduler import make_scheduler
 from tests import vllm_miniature as mini
 from tests.vllm_miniature import Call, Engine
-from workers.vllm_program import LEVELS
-from workers.vllm_scheduler import make_scheduler
 
 _TURN = 20
 _STEPS = RESULTS / "h200-steps.json"

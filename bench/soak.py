@@ -30,12 +30,12 @@ import psutil
 
 from bench.parts import part, wait_ready
 from bench.table import machine, server_name
-from broker import CallHandle, Client, Settings
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
-from broker.ids import new_id
-from broker.keys import Keys
-from broker.monitor import Monitor
+from rsm.broker import CallHandle, Client, Settings
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.ids import new_id
+from rsm.broker.keys import Keys
+from rsm.broker.monitor import Monitor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 1 << 20

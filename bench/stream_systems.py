@@ -12,12 +12,12 @@ import httpx
 
 from bench.http_servers import MODEL, PATIENCE_S, router, sglang_router, sim_servers, vllm_router
 from bench.venvs import version_of
-from broker import AsyncClient, Settings
-from broker.ids import new_id
-from broker.monitor import Monitor
-from engine.fleet import Fleet
-from workers.config import EngineConfig
-from workers.openai_wire import SseParser
+from rsm.broker import AsyncClient, Settings
+from rsm.broker.ids import new_id
+from rsm.broker.monitor import Monitor
+from rsm.engine.fleet import Fleet
+from rsm.workers.config import EngineConfig
+from rsm.workers.openai_wire import SseParser
 
 ENGINES = 3
 TOKEN_S = 0.02

@@ -20,10 +20,10 @@ from bench.recovery import write
 from bench.stream_account import Account, Heard, Total
 from bench.stream_systems import ENGINES, SYSTEMS, TOKEN_S, Ask, Setup, System
 from bench.table import machine, server_name, table_line
-from broker import Settings
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
-from workers.sim_text import Prompt, answer
+from rsm.broker import Settings
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.workers.sim_text import Prompt, answer
 
 STREAMS, SESSIONS = 18, 6
 TOKENS = 600

@@ -33,10 +33,10 @@ def import_library() -> str:
 
 def serve_calls() -> None:
     """Runs a worker until its calls are done. The router and the client live in another process, as they do in use."""
-    from broker import Settings
-    from workers.__main__ import share_heaps
-    from workers.config import EngineConfig, create_backend
-    from workers.worker import Worker
+    from rsm.broker import Settings
+    from rsm.workers.__main__ import share_heaps
+    from rsm.workers.config import EngineConfig, create_backend
+    from rsm.workers.worker import Worker
 
     share_heaps()
     config = EngineConfig(engine_id="e0", model="noop", backend="sim", engine_args={"instant": True})

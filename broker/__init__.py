@@ -3,9 +3,9 @@
 Example: `Client().submit("Explain quantum computing", max_tokens=64).result().text`
 """
 
-from broker.aio import AsyncCall, AsyncClient
-from broker.client import CallHandle, Client
-from broker.errors import (
+from rsm.broker.aio import AsyncCall, AsyncClient
+from rsm.broker.client import CallHandle, Client
+from rsm.broker.errors import (
     AccessDenied,
     BadRecord,
     BrokerUnavailable,
@@ -24,9 +24,9 @@ from broker.errors import (
     RsmError,
     UnknownCall,
 )
-from broker.models import CallRecord, CallResult, Delta, ErrorCode, RequestState
-from broker.settings import Settings
-from broker.shards import AsyncShardedClient, ShardedClient, namespace_of
+from rsm.broker.models import CallRecord, CallResult, Delta, ErrorCode, RequestState
+from rsm.broker.settings import Settings
+from rsm.broker.shards import AsyncShardedClient, ShardedClient, namespace_of
 
 __all__ = [
     "AccessDenied",

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from broker.keys import Keys
+from rsm.broker.keys import Keys
 
 # The hash of no password that anybody knows: until it is replaced, the user can log in nowhere.
 LOCKED = "0" * 64
@@ -123,7 +123,7 @@ _RQ = Grant(
     "rq:*",
     "rq:pubsub:*",
 )
-# The policy of a full Redis is looked at before anything is served (`broker.eviction`).
+# The policy of a full Redis is looked at before anything is served (`rsm.broker.eviction`).
 _SERVER = "info"
 # What engines' queues need from those who fill, empty and give them back.
 _FLEET_COMMANDS = "llen zcard zscore zrangebyscore xrevrange xack xdel unlink blpop"

@@ -1,4 +1,4 @@
-"""The asyncio client of a producer. The same calls, scripts and guarantees as `broker.client`, without threads.
+"""The asyncio client of a producer. The same calls, scripts and guarantees as `rsm.broker.client`, without threads.
 
 1. Submissions of concurrent tasks are gathered while one is on its way, and travel together.
 2. One task reads this client's inbox: pieces and ends of all its calls, by one blocking read.
@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from types import TracebackType
 from typing import Any
 
-from broker import codec, inbox, scripts
-from broker.connection import BLIPS, Backoff, connect_async, no_answer, require_access
-from broker.errors import (
+from rsm.broker import codec, inbox, scripts
+from rsm.broker.connection import BLIPS, Backoff, connect_async, no_answer, require_access
+from rsm.broker.errors import (
     BrokerUnavailable,
     CallLost,
     Conflict,
@@ -25,25 +25,25 @@ from broker.errors import (
     Overloaded,
     UnknownCall,
 )
-from broker.events import End, end_record, is_end, read_event
-from broker.family import TreeCancel
-from broker.handle import AsyncCall as AsyncCall
-from broker.ids import check_id, new_id
-from broker.keys import Keys
-from broker.live import BEGIN, FORGET, LogReader, live
-from broker.messages import Submission, Submitted
-from broker.models import CallRecord, Delta, OnEngineLoss
-from broker.overload import OnOverload, Patience
-from broker.request import Prompt, build
-from broker.settings import Settings
-from broker.transitions import Transitions
+from rsm.broker.events import End, end_record, is_end, read_event
+from rsm.broker.family import TreeCancel
+from rsm.broker.handle import AsyncCall as AsyncCall
+from rsm.broker.ids import check_id, new_id
+from rsm.broker.keys import Keys
+from rsm.broker.live import BEGIN, FORGET, LogReader, live
+from rsm.broker.messages import Submission, Submitted
+from rsm.broker.models import CallRecord, Delta, OnEngineLoss
+from rsm.broker.overload import OnOverload, Patience
+from rsm.broker.request import Prompt, build
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
 
 _BLOCK_S = 2.0
 _CLOSED = "The client is closed; the calls it pushed go on."
 
 
 class AsyncClient:
-    """Pushes calls and awaits them. Belongs to one event loop; arguments as `broker.Client`."""
+    """Pushes calls and awaits them. Belongs to one event loop; arguments as `rsm.broker.Client`."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class AsyncClient:
         on_overload: OnOverload | None = None,
         **params: Any,
     ) -> AsyncCall:
-        """Pushes one call; returns once Redis has it. Arguments and errors as `broker.Client.submit`."""
+        """Pushes one call; returns once Redis has it. Arguments and errors as `rsm.broker.Client.submit`."""
         call = build(
             prompt,
             max_body_bytes=self.settings.max_body_bytes,
@@ -203,7 +203,7 @@ class AsyncClient:
     async def stream(self, call_id: str, last_event_id: str = BEGIN) -> AsyncIterator[Delta]:
         """The pieces of any streamed call from behind `last_event_id` on, to its end.
 
-        Reads the call's durable log; see `broker.Client.stream`, also for the errors.
+        Reads the call's durable log; see `rsm.broker.Client.stream`, also for the errors.
         """
         if not (await self.record(call_id)).stream:
             raise UnknownCall(f"Call {call_id} was submitted without stream=True, so it keeps no pieces.")
@@ -260,7 +260,7 @@ class AsyncClient:
         return done in ("cancelled", "cancelling", "noted")
 
     async def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
-        """Cancels all calls of a session and its descendants on all engines; returns how many. See `broker.Client`."""
+        """Cancels all calls of a session and its descendants on all engines; returns how many. See `rsm.Client`."""
         tree = TreeCancel(self.transitions, session, reason, descendants)
         while command := tree.command():
             tree.take(await self._run(command))

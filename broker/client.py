@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from broker import codec, scripts
-from broker.connection import BLIPS, Backoff, connect, no_answer, persist
-from broker.errors import (
+from rsm.broker import codec, scripts
+from rsm.broker.connection import BLIPS, Backoff, connect, no_answer, persist
+from rsm.broker.errors import (
     BrokerUnavailable,
     CallLost,
     Conflict,
@@ -25,20 +25,20 @@ from broker.errors import (
     Overloaded,
     UnknownCall,
 )
-from broker.events import end_record, is_end
-from broker.family import TreeCancel
-from broker.handle import CallHandle as CallHandle
-from broker.ids import check_id, new_id
-from broker.inbox import READ_MANY, Entries, Inbox
-from broker.keys import Keys
-from broker.line import Line
-from broker.live import BEGIN, FORGET, LogReader
-from broker.messages import Submission, Submitted
-from broker.models import CallRecord, CallResult, Delta, OnEngineLoss
-from broker.overload import OnOverload, Patience
-from broker.request import Prompt, build
-from broker.settings import Settings
-from broker.transitions import Transitions
+from rsm.broker.events import end_record, is_end
+from rsm.broker.family import TreeCancel
+from rsm.broker.handle import CallHandle as CallHandle
+from rsm.broker.ids import check_id, new_id
+from rsm.broker.inbox import READ_MANY, Entries, Inbox
+from rsm.broker.keys import Keys
+from rsm.broker.line import Line
+from rsm.broker.live import BEGIN, FORGET, LogReader
+from rsm.broker.messages import Submission, Submitted
+from rsm.broker.models import CallRecord, CallResult, Delta, OnEngineLoss
+from rsm.broker.overload import OnOverload, Patience
+from rsm.broker.request import Prompt, build
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
 
 log = logging.getLogger("rsm.client")
 

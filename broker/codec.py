@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgpack
 
-from broker.errors import InvalidRequest
+from rsm.broker.errors import InvalidRequest
 
 # A record keeps its body under the name of its format, so the result can be written in the same one:
 # who pushes JSON with redis-cli reads JSON with redis-cli.

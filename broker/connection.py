@@ -18,16 +18,16 @@ import redis.asyncio
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
 
-from broker.errors import AccessDenied, BrokerUnavailable
-from broker.link import ASYNC_LINKS, LINKS, Denied, Refused
-from broker.settings import Settings
-from broker.topology import place_of
+from rsm.broker.errors import AccessDenied, BrokerUnavailable
+from rsm.broker.link import ASYNC_LINKS, LINKS, Denied, Refused
+from rsm.broker.settings import Settings
+from rsm.broker.topology import place_of
 
 T = TypeVar("T")
 log = logging.getLogger("rsm.redis")
 
 # What a restart, a fail-over, a cut line or a full server looks like from here; anything else is an error of ours.
-# Refusals that pass, such as MISCONF, MOVED or NOREPLICAS, are made ConnectionErrors by `broker.link`.
+# Refusals that pass, such as MISCONF, MOVED or NOREPLICAS, are made ConnectionErrors by `rsm.broker.link`.
 BLIPS = (
     errors.ConnectionError,
     errors.TimeoutError,

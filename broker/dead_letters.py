@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 
 import redis
 
-from broker import codec, scripts
-from broker.codec import number, text
-from broker.connection import connect
-from broker.errors import InvalidRequest, Overloaded, RsmError, UnknownCall
-from broker.ids import check_id
-from broker.keys import Keys
-from broker.messages import Submission
-from broker.models import KINDS, CallRequest
-from broker.request import check_body, check_request, estimate_tokens
-from broker.settings import Settings
-from broker.transitions import Transitions
+from rsm.broker import codec, scripts
+from rsm.broker.codec import number, text
+from rsm.broker.connection import connect
+from rsm.broker.errors import InvalidRequest, Overloaded, RsmError, UnknownCall
+from rsm.broker.ids import check_id
+from rsm.broker.keys import Keys
+from rsm.broker.messages import Submission
+from rsm.broker.models import KINDS, CallRequest
+from rsm.broker.request import check_body, check_request, estimate_tokens
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
 
 _ENTRY = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 # Letters come with their bodies, of up to megabytes each, so few are read at once.

@@ -18,8 +18,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from broker import child
-from broker.errors import BrokerUnavailable
+from rsm.broker import child
+from rsm.broker.errors import BrokerUnavailable
 
 _START_S = 15.0
 # sun_path holds 108 bytes with its final NUL.

@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from broker.handle import CallHandle
-    from broker.models import CallRecord
-    from broker.transitions import Submission
+    from rsm.broker.handle import CallHandle
+    from rsm.broker.models import CallRecord
+    from rsm.broker.transitions import Submission
 
 
 class RsmError(Exception):

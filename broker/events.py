@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from broker.codec import number, text
-from broker.errors import BadRecord
-from broker.models import ENDS, CallRecord, Delta
+from rsm.broker.codec import number, text
+from rsm.broker.errors import BadRecord
+from rsm.broker.models import ENDS, CallRecord, Delta
 
 log = logging.getLogger("rsm.client")
 

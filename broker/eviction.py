@@ -9,11 +9,11 @@ from typing import Any
 import redis
 from redis.exceptions import ResponseError
 
-from broker.codec import text
-from broker.connection import connect
-from broker.errors import EvictingRedis
-from broker.link import Denied
-from broker.settings import Settings
+from rsm.broker.codec import text
+from rsm.broker.connection import connect
+from rsm.broker.errors import EvictingRedis
+from rsm.broker.link import Denied
+from rsm.broker.settings import Settings
 
 log = logging.getLogger("rsm.redis")
 

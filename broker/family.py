@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from broker.ids import check_id
-from broker.messages import SessionCancel
-from broker.scripts import Command
-from broker.transitions import Transitions
+from rsm.broker.ids import check_id
+from rsm.broker.messages import SessionCancel
+from rsm.broker.scripts import Command
+from rsm.broker.transitions import Transitions
 
 
 class TreeCancel:

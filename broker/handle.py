@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import UnknownCall
-from broker.events import End
-from broker.models import CallRecord, CallResult, Delta
+from rsm.broker.errors import UnknownCall
+from rsm.broker.events import End
+from rsm.broker.models import CallRecord, CallResult, Delta
 
 if TYPE_CHECKING:
-    from broker.aio import AsyncClient
-    from broker.client import Client
+    from rsm.broker.aio import AsyncClient
+    from rsm.broker.client import Client
 
 
 class CallHandle:

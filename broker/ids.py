@@ -7,7 +7,7 @@ import os
 import re
 import time
 
-from broker.errors import InvalidRequest
+from rsm.broker.errors import InvalidRequest
 
 # Ids become parts of Redis keys, so they can hold nothing that leaves their key space: no braces, no
 # white space, no glob characters.

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
-from broker import codec
-from broker.connection import BLIPS, Backoff
-from broker.line import Line
-from broker.settings import Settings
+from rsm.broker import codec
+from rsm.broker.connection import BLIPS, Backoff
+from rsm.broker.line import Line
+from rsm.broker.settings import Settings
 
 _BLOCK_S = 2.0
 # Entries per read.

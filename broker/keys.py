@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from broker.ids import check_id
+from rsm.broker.ids import check_id
 
 ROUTER_GROUP = "router"
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import redis
 
-from broker import scripts
-from broker.connection import connect
-from broker.errors import IllegalTransition, UnknownCall
-from broker.ids import check_id
-from broker.keys import Keys
-from broker.models import CallRecord, RequestState
-from broker.monitor import Monitor
-from broker.settings import Settings
-from broker.transitions import Transitions
+from rsm.broker import scripts
+from rsm.broker.connection import connect
+from rsm.broker.errors import IllegalTransition, UnknownCall
+from rsm.broker.ids import check_id
+from rsm.broker.keys import Keys
+from rsm.broker.models import CallRecord, RequestState
+from rsm.broker.monitor import Monitor
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
 
 
 @dataclass(frozen=True, slots=True)

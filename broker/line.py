@@ -11,8 +11,8 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from broker.connection import BLIPS, connect
-from broker.settings import Settings
+from rsm.broker.connection import BLIPS, connect
+from rsm.broker.settings import Settings
 
 Arg = str | bytes | int | float
 Entry = tuple[bytes, dict[bytes, bytes]]
@@ -33,7 +33,7 @@ class Line:
 
         Raises:
             redis.ResponseError: the server refused it.
-            redis.ConnectionError or its kin: see `broker.connection.BLIPS`.
+            redis.ConnectionError or its kin: see `rsm.broker.connection.BLIPS`.
         """
         (reply,) = self.exchange([command])
         if isinstance(reply, Exception):

@@ -14,7 +14,7 @@ import redis.asyncio.connection as aio
 import redis.connection as sync
 from redis import exceptions as errors
 
-from broker.topology import Address, Finder
+from rsm.broker.topology import Address, Finder
 
 _REFUSALS = (
     errors.ReadOnlyError,  # demoted to a replica

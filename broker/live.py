@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
-from broker.codec import text
-from broker.events import End, read_event
-from broker.models import Delta
+from rsm.broker.codec import text
+from rsm.broker.events import End, read_event
+from rsm.broker.models import Delta
 
 # How long a stream waits for its next piece before it looks into the log by itself.
 _PATIENCE_S = 5.0

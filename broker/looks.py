@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
-from broker.codec import number, pairs, real, text
-from broker.messages import (
+from rsm.broker.codec import number, pairs, real, text
+from rsm.broker.messages import (
     LAST_TIER,
     Ahead,
     EngineView,

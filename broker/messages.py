@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal, NamedTuple
 
-from broker.codec import Format, number, real, text
-from broker.models import CallRequest, OnEngineLoss, RequestState
+from rsm.broker.codec import Format, number, real, text
+from rsm.broker.models import CallRequest, OnEngineLoss, RequestState
 
 LAST_TIER = 15
 

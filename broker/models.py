@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from broker import codec
-from broker.errors import BadRecord, CallCancelled, CallEnded, CallFailed
-from broker.ids import check_id, check_model
+from rsm.broker import codec
+from rsm.broker.errors import BadRecord, CallCancelled, CallEnded, CallFailed
+from rsm.broker.ids import check_id, check_model
 
 Kind = Literal["generate", "chat.completions", "completions", "embeddings"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -8,16 +8,16 @@ from typing import Any
 
 import redis
 
-from broker.codec import number, real, text
-from broker.connection import connect
-from broker.errors import BadRecord, UnknownCall
-from broker.ids import check_id
-from broker.keys import Keys
-from broker.messages import Speed, spoken_for
-from broker.models import CallRecord
-from broker.programs import Programs
-from broker.settings import Settings
-from broker.transitions import Transitions
+from rsm.broker.codec import number, real, text
+from rsm.broker.connection import connect
+from rsm.broker.errors import BadRecord, UnknownCall
+from rsm.broker.ids import check_id
+from rsm.broker.keys import Keys
+from rsm.broker.messages import Speed, spoken_for
+from rsm.broker.models import CallRecord
+from rsm.broker.programs import Programs
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
 
 _SCAN = 1000
 

@@ -6,7 +6,7 @@ import random
 import time
 from typing import Literal
 
-from broker.errors import Overloaded
+from rsm.broker.errors import Overloaded
 
 OnOverload = Literal["raise", "wait"]
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import redis
 
-from broker import scripts
-from broker.connection import connect
-from broker.errors import RsmError
-from broker.ids import check_id, new_id
-from broker.keys import Keys
-from broker.monitor import Monitor
-from broker.settings import Settings
-from broker.transitions import Transitions
+from rsm.broker import scripts
+from rsm.broker.connection import connect
+from rsm.broker.errors import RsmError
+from rsm.broker.ids import check_id, new_id
+from rsm.broker.keys import Keys
+from rsm.broker.monitor import Monitor
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
 
 
 class GlobalProcessTable:

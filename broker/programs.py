@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from broker.codec import number, text
-from broker.keys import Keys
-from broker.messages import resident_tokens
-from broker.settings import Settings
+from rsm.broker.codec import number, text
+from rsm.broker.keys import Keys
+from rsm.broker.messages import resident_tokens
+from rsm.broker.settings import Settings
 
 # As in lua/programs.lua: a program counts as having run for at least so long.
 RUN_FLOOR_MS = 1000

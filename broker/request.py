@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from broker import codec
-from broker.errors import InvalidRequest
-from broker.ids import new_id
-from broker.messages import Submission
-from broker.models import CallRequest
+from rsm.broker import codec
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.ids import new_id
+from rsm.broker.messages import Submission
+from rsm.broker.models import CallRequest
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 

@@ -18,8 +18,8 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError
 
-from broker.line import Arg as Arg
-from broker.line import Line
+from rsm.broker.line import Arg as Arg
+from rsm.broker.line import Line
 
 T = TypeVar("T")
 Server = redis.Redis | Line
@@ -47,7 +47,7 @@ def script(name: str) -> Script:
 
 
 def _read(name: str) -> str:
-    return (files("broker") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
+    return (files("rsm.broker") / "lua" / f"{name}.lua").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def run_after(server: Line, wait: Sequence[Arg], command: Command[T]) -> T:
 
 def load_all(server: Server) -> None:
     """Makes every script known to the server."""
-    for entry in (files("broker") / "lua").iterdir():
+    for entry in (files("rsm.broker") / "lua").iterdir():
         text = entry.read_text(encoding="utf-8")
         if text.startswith("--- @include"):
             send: Any = server.execute_command

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from broker.aio import AsyncCall, AsyncClient
-from broker.client import CallHandle, Client
-from broker.errors import InvalidRequest
-from broker.ids import check_id, new_id
-from broker.request import Prompt
+from rsm.broker.aio import AsyncCall, AsyncClient
+from rsm.broker.client import CallHandle, Client
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.ids import check_id, new_id
+from rsm.broker.request import Prompt
 
 
 def namespace_of(session: str, namespaces: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """Where Redis is: what a URL says of it, and how to find the master that serves a namespace now.
 
-A namespace lives in one slot (`broker.keys`), so it has one master at a time, also on a Redis Cluster, and no cluster
-client is needed: it is enough to ask some node for the owner of the slot, or a Sentinel for the master, each time a
-connection is made. The questions and the reading of their answers are here; `broker.link` sends them.
+A namespace lives in one slot (`rsm.broker.keys`), so it has one master at a time, also on a Redis Cluster, and no
+cluster client is needed: it is enough to ask some node for the owner of the slot, or a Sentinel for the master, each
+time a connection is made. The questions and the reading of their answers are here; `rsm.broker.link` sends them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from redis.connection import parse_url
 from redis.crc import key_slot
 
-from broker.errors import InvalidRequest
-from broker.keys import Keys
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.keys import Keys
 
 Address = tuple[str, int]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from broker.codec import number, pairs, text
-from broker.errors import InvalidRequest
-from broker.keys import Keys
-from broker.looks import Looks
-from broker.messages import (
+from rsm.broker.codec import number, pairs, text
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.keys import Keys
+from rsm.broker.looks import Looks
+from rsm.broker.messages import (
     Admission,
     Claimed,
     Differences,
@@ -31,10 +31,10 @@ from broker.messages import (
     Submission,
     Submitted,
 )
-from broker.models import OnEngineLoss, RequestState
-from broker.scripts import Arg, Command, script
-from broker.settings import Settings
-from broker.waiting import Waiting, WaitingCall, read_waiting
+from rsm.broker.models import OnEngineLoss, RequestState
+from rsm.broker.scripts import Arg, Command, script
+from rsm.broker.settings import Settings
+from rsm.broker.waiting import Waiting, WaitingCall, read_waiting
 
 __all__ = [
     "RETAIN_ENTRIES",
@@ -66,7 +66,7 @@ RETAIN_ENTRIES = 16
 
 
 class Transitions:
-    """Commands of one namespace. Building one is free of I/O; `broker.scripts.run` and `arun` send it."""
+    """Commands of one namespace. Building one is free of I/O; `rsm.broker.scripts.run` and `arun` send it."""
 
     def __init__(self, keys: Keys, settings: Settings) -> None:
         self._settings = settings

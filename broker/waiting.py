@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from broker.codec import number, text
+from rsm.broker.codec import number, text
 
 
 class WaitingCall(NamedTuple):

@@ -7,9 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
-from broker import logs
 from chaos import report
 from chaos.run import run
+from rsm.broker import logs
 
 _WORTH_A_REPORT = 10  # minutes; a shorter run is a check, and leaves the page as it is
 _SHOWN = 20  # all of them are in the folder of the run

@@ -9,12 +9,12 @@ from typing import Any
 
 import redis
 
-from broker.codec import number, text
-from broker.keys import ROUTER_GROUP, Keys
-from broker.models import CallRecord
-from broker.monitor import Monitor
-from broker.settings import Settings
 from chaos.leaks import leaked_keys
+from rsm.broker.codec import number, text
+from rsm.broker.keys import ROUTER_GROUP, Keys
+from rsm.broker.models import CallRecord
+from rsm.broker.monitor import Monitor
+from rsm.broker.settings import Settings
 
 _TOTALS = ("submitted", "completed", "cancelled", "failed", "requeued", "dead_letters", "ever_held", "stolen")
 

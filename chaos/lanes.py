@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-from broker import Client, Settings
 from chaos.calls import Plan
 from chaos.producers import LANES, PAUSE_S, Book
+from rsm.broker import Client, Settings
 
 _LOOK_S = 0.1
 

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from broker import AsyncClient, BrokerUnavailable, CallEnded, Delta, Settings, UnknownCall
-from broker.aio import AsyncCall
 from chaos.calls import Act, Plan
 from chaos.producers import LANES, PAUSE_S, Book
+from rsm.broker import AsyncClient, BrokerUnavailable, CallEnded, Delta, Settings, UnknownCall
+from rsm.broker.aio import AsyncCall
 
 T = TypeVar("T")
 

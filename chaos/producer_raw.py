@@ -12,11 +12,11 @@ from typing import Any
 
 import redis
 
-from broker import BrokerUnavailable, Client, Settings
-from broker.connection import connect
 from chaos.calls import Act, Plan
 from chaos.lanes import Lane, run_lanes
 from chaos.producers import INBOX, Book
+from rsm.broker import BrokerUnavailable, Client, Settings
+from rsm.broker.connection import connect
 
 _POLL_S = 0.1
 _BLOCK_MS = 500

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from broker import BrokerUnavailable, CallEnded, CallHandle, Client, Delta, Settings, UnknownCall
 from chaos.calls import Act, Plan
 from chaos.lanes import Lane, run_lanes
 from chaos.producers import Book
+from rsm.broker import BrokerUnavailable, CallEnded, CallHandle, Client, Delta, Settings, UnknownCall
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from broker import Settings, logs
 from chaos.calls import Plan, Pool, draw, is_real
 from chaos.ledger import Ledger, Story, read
+from rsm.broker import Settings, logs
 
 KINDS = ("sync", "aio", "raw")
 # Of the bare producer, which does not read it: our clients trim theirs, so only here all ends can be counted.

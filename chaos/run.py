@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from broker import Client
-from broker.monitor import Monitor
 from chaos.calls import Pool
 from chaos.faults import Fault, schedule
 from chaos.kept import Snapshot, busy, snapshot
@@ -21,7 +19,9 @@ from chaos.leaks import processes_of
 from chaos.ledger import Story, read
 from chaos.stage import Part, Stage
 from chaos.verdict import Reference, Violation, Window, judge
-from workers.vllm_args import TINY_NAME
+from rsm.broker import Client
+from rsm.broker.monitor import Monitor
+from rsm.workers.vllm_args import TINY_NAME
 
 log = logging.getLogger("chaos")
 

@@ -22,18 +22,18 @@ from typing import Any
 
 import redis
 
-from broker import BrokerUnavailable, Settings
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
-from broker.ids import new_id
-from broker.models import EngineState
-from broker.monitor import Monitor
 from chaos.calls import SIM_MODEL, Pool
 from chaos.producers import KINDS, heeds_signals
 from chaos.proxy import Lines, Proxy
-from workers.config import EngineConfig
-from workers.launch import worker_process
-from workers.supervisor import Supervised
+from rsm.broker import BrokerUnavailable, Settings
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.ids import new_id
+from rsm.broker.models import EngineState
+from rsm.broker.monitor import Monitor
+from rsm.workers.config import EngineConfig
+from rsm.workers.launch import worker_process
+from rsm.workers.supervisor import Supervised
 
 ROUTERS = 2
 SIM_WORKERS = 3
@@ -240,7 +240,7 @@ class Stage:
     # -- parts
 
     def _router(self, number: int) -> Part:
-        command = [sys.executable, "-m", "router"]
+        command = [sys.executable, "-P", "-m", "rsm.router"]
         return self._part(f"r{number}", lambda s, o: Supervised(f"router {number}", command, s.environment(), output=o))
 
     def _worker(self, config: EngineConfig) -> Part:

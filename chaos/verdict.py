@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from broker.models import ErrorCode, RequestState
 from chaos.calls import SIM_MODEL, Plan
 from chaos.kept import Kept, Snapshot
 from chaos.ledger import Story
 from chaos.producers import INBOX
-from workers.sim_text import Prompt, answer
+from rsm.broker.models import ErrorCode, RequestState
+from rsm.workers.sim_text import Prompt, answer
 
 # How long an engine may go on with a call after its cancel was acknowledged, in seconds without a fault of its
 # worker or of Redis: the order has to get there (p99 is some milliseconds), and pieces on their way have to land.

@@ -1,6 +1,6 @@
 """Everything users import."""
 
-from broker import (
+from rsm.broker import (
     AsyncClient,
     BrokerUnavailable,
     CallCancelled,
@@ -20,12 +20,12 @@ from broker import (
     Settings,
     UnknownCall,
 )
-from broker.lifecycle import RequestLifecycleManager, RequestMetadata
-from broker.process_table import GlobalProcessTable, SessionManager
-from engine.manager import MultiEngineManager
-from engine.process import EngineProcess, LLMRequest
-from router.kv_coordinator import KVCacheCoordinator
-from workers.config import EngineConfig
+from rsm.broker.lifecycle import RequestLifecycleManager, RequestMetadata
+from rsm.broker.process_table import GlobalProcessTable, SessionManager
+from rsm.engine.manager import MultiEngineManager
+from rsm.engine.process import EngineProcess, LLMRequest
+from rsm.router.kv_coordinator import KVCacheCoordinator
+from rsm.workers.config import EngineConfig
 
 __all__ = [
     "AsyncClient",

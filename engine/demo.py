@@ -11,11 +11,11 @@ from typing import Literal, cast
 from rich.console import Console
 from rich.text import Text
 
-from broker.errors import RsmError
-from engine import demo_acts as acts
-from engine.cli.output import console, seconds
-from engine.demo_stage import Stage
-from workers.config import EngineConfig
+from rsm.broker.errors import RsmError
+from rsm.engine import demo_acts as acts
+from rsm.engine.cli.output import console, seconds
+from rsm.engine.demo_stage import Stage
+from rsm.workers.config import EngineConfig
 
 # Modelled steps long enough to watch: 50 tokens a second for each call.
 _SIM_ARGS = {"step_s": 0.02}

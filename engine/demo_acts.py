@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from broker import CallHandle, CallRecord, Delta, RequestState
-from engine.cli.output import seconds, table
-from engine.demo_stage import PATIENCE_S, Stage
+from rsm.broker import CallHandle, CallRecord, Delta, RequestState
+from rsm.engine.cli.output import seconds, table
+from rsm.engine.demo_stage import PATIENCE_S, Stage
 
 # Token ids that both the tiny model and the simulator know as words.
 _FIRST_WORD, _WORDS = 300, 250

@@ -16,12 +16,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from broker import CallHandle, CallRecord, Client, Settings
-from broker.errors import RsmError
-from broker.monitor import Monitor
-from broker.request import Prompt
-from engine.fleet import Fleet
-from workers.config import EngineConfig
+from rsm.broker import CallHandle, CallRecord, Client, Settings
+from rsm.broker.errors import RsmError
+from rsm.broker.monitor import Monitor
+from rsm.broker.request import Prompt
+from rsm.engine.fleet import Fleet
+from rsm.workers.config import EngineConfig
 
 # Far beyond what anything takes here; a demo that hangs is a demo that failed.
 PATIENCE_S = 120.0

@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import redis
 
-from broker import scripts
-from broker.codec import text
-from broker.connection import connect
-from broker.dead_letters import DeadLetters
-from broker.eviction import SAFE
-from broker.keys import ROUTER_GROUP
-from broker.models import EngineState
-from broker.monitor import Monitor
-from broker.settings import Settings
-from broker.topology import place_of
+from rsm.broker import scripts
+from rsm.broker.codec import text
+from rsm.broker.connection import connect
+from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.eviction import SAFE
+from rsm.broker.keys import ROUTER_GROUP
+from rsm.broker.models import EngineState
+from rsm.broker.monitor import Monitor
+from rsm.broker.settings import Settings
+from rsm.broker.topology import place_of
 
 Status = Literal["ok", "warning", "problem"]
 

@@ -12,16 +12,16 @@ import sys
 import time
 from collections.abc import Sequence
 
-from broker.connection import BLIPS
-from broker.embedded import EmbeddedRedis
-from broker.errors import EngineFailed, UnknownCall
-from broker.eviction import require_noeviction_at
-from broker.models import EngineState
-from broker.monitor import Monitor
-from broker.settings import Settings
-from workers.config import EngineConfig
-from workers.launch import report_death, worker_process
-from workers.supervisor import Supervised
+from rsm.broker.connection import BLIPS
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.errors import EngineFailed, UnknownCall
+from rsm.broker.eviction import require_noeviction_at
+from rsm.broker.models import EngineState
+from rsm.broker.monitor import Monitor
+from rsm.broker.settings import Settings
+from rsm.workers.config import EngineConfig
+from rsm.workers.launch import report_death, worker_process
+from rsm.workers.supervisor import Supervised
 
 log = logging.getLogger("rsm.fleet")
 
@@ -73,7 +73,7 @@ class Fleet:
             raise
 
     def start_router(self, name: str) -> Supervised:
-        command, env = [sys.executable, "-m", "router"], self.settings.environment()
+        command, env = [sys.executable, "-P", "-m", "rsm.router"], self.settings.environment()
         router = Supervised(name, command, env, give_up=[os.EX_CONFIG], output=self._output)
         router.start()
         self.routers.append(router)

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from broker import AsyncCall, AsyncClient, Delta, Settings
-from broker.errors import RsmError
-from broker.models import CallResult
-from broker.monitor import Monitor
-from broker.request import Prompt
-from engine.fleet import START_TIMEOUT_S, Fleet
-from workers.config import EngineConfig
-from workers.node import NodeClient
+from rsm.broker import AsyncCall, AsyncClient, Delta, Settings
+from rsm.broker.errors import RsmError
+from rsm.broker.models import CallResult
+from rsm.broker.monitor import Monitor
+from rsm.broker.request import Prompt
+from rsm.engine.fleet import START_TIMEOUT_S, Fleet
+from rsm.workers.config import EngineConfig
+from rsm.workers.node import NodeClient
 
 Future = asyncio.Future[CallResult]
 _CLOSE_S = 5.0
@@ -58,7 +58,7 @@ class MultiEngineManager:
 
     @property
     def settings(self) -> Settings:
-        """With the URL of the Redis in use: a `broker.Client(settings=…)` of another thread may push calls too."""
+        """With the URL of the Redis in use: a `rsm.broker.Client(settings=…)` of another thread may push calls too."""
         return self._fleet.settings
 
     def start(self) -> None:
@@ -144,10 +144,10 @@ class MultiEngineManager:
             priority: lower is earlier, from -128 to 127.
             deadline: seconds from now; not finished by then, the call fails with `deadline_exceeded`.
             options: `kind`, `model`, `prompt_tokens`, `traceparent`, `on_engine_loss`, `parent_session`, as
-                `broker.Client.submit` takes them.
+                `rsm.broker.Client.submit` takes them.
 
         Raises:
-            InvalidRequest, Conflict, BrokerUnavailable: see `broker.Client.submit`. The future raises CallCancelled
+            InvalidRequest, Conflict, BrokerUnavailable: see `rsm.broker.Client.submit`. The future raises CallCancelled
             or CallFailed, both with the record and the partial text.
         """
         call = await self._submit(session_id, prompt, sampling_params, priority, request_id, deadline, options)
@@ -182,7 +182,7 @@ class MultiEngineManager:
     # -- looking
 
     def get_engine_status(self, engine_id: str) -> dict[str, Any]:
-        """State, running and queued calls, tokens/s, KV usage, and more; see `broker.monitor.Monitor.engine`."""
+        """State, running and queued calls, tokens/s, KV usage, and more; see `rsm.broker.monitor.Monitor.engine`."""
         return Monitor(self.settings).engine(engine_id)
 
     def get_stats(self) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from broker import CallHandle, Client, RsmError, Settings
-from broker.models import CallResult
-from engine.fleet import START_TIMEOUT_S, Fleet
-from workers.config import EngineConfig
+from rsm.broker import CallHandle, Client, RsmError, Settings
+from rsm.broker.models import CallResult
+from rsm.engine.fleet import START_TIMEOUT_S, Fleet
+from rsm.workers.config import EngineConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class EngineProcess:
         """Sends a call; `get_result` gives its result once it has ended.
 
         Raises:
-            InvalidRequest, Conflict: see `broker.Client.submit`.
+            InvalidRequest, Conflict: see `rsm.broker.Client.submit`.
         """
         handle = self._started().submit(
             request.prompt,

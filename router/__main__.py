@@ -1,4 +1,4 @@
-"""The router as a program: `python -m router`, settings in RSM_*. `rsm router` is the same."""
+"""The router as a program: `python -m rsm.router`, settings in RSM_*. `rsm router` is the same."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import signal
 import sys
 import threading
 
-from broker import logs
-from broker.errors import AccessDenied, EvictingRedis
-from broker.settings import Settings
-from router.router import Router
+from rsm.broker import logs
+from rsm.broker.errors import AccessDenied, EvictingRedis
+from rsm.broker.settings import Settings
+from rsm.router.router import Router
 
 log = logging.getLogger("rsm.router")
 

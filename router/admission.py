@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from broker.messages import LAST_TIER, NOT_THERE, EngineView, SessionView, Share, tier_of
-from router.policies.base import CallView
+from rsm.broker.messages import LAST_TIER, NOT_THERE, EngineView, SessionView, Share, tier_of
+from rsm.router.policies.base import CallView
 
 HELD = "no engine has room for its context of {tokens} tokens"
 

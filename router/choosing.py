@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from broker.messages import EngineView, SessionView, rank_of
-from broker.models import EngineState
-from router.admission import HELD, Admission, context_of, new_of, with_context
-from router.policies.base import CallView, Choice, Policy, with_call
+from rsm.broker.messages import EngineView, SessionView, rank_of
+from rsm.broker.models import EngineState
+from rsm.router.admission import HELD, Admission, context_of, new_of, with_context
+from rsm.router.policies.base import CallView, Choice, Policy, with_call
 
 NO_ENGINE = "No engine serves the model {model!r}. Models at hand: {models}."
 PARKED = "no engine of its model takes calls yet"

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from broker import codec
-from broker.codec import text
-from broker.errors import InvalidRequest
-from broker.ids import check_id, check_model, is_id, shorten
-from broker.messages import LAST_TIER, Admission, Rejection
-from broker.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
-from broker.request import check_body, check_request, check_size, estimate_tokens
-from router.policies.base import CallView
+from rsm.broker import codec
+from rsm.broker.codec import text
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.ids import check_id, check_model, is_id, shorten
+from rsm.broker.messages import LAST_TIER, Admission, Rejection
+from rsm.broker.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
+from rsm.broker.request import check_body, check_request, check_size, estimate_tokens
+from rsm.router.policies.base import CallView
 
 Fields = Mapping[bytes, bytes]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import redis
 
-from broker import codec, scripts
-from broker.connection import connect
-from broker.ids import check_id
-from broker.keys import Keys
-from broker.messages import SessionView
-from broker.settings import Settings
-from broker.transitions import Transitions
+from rsm.broker import codec, scripts
+from rsm.broker.connection import connect
+from rsm.broker.ids import check_id
+from rsm.broker.keys import Keys
+from rsm.broker.messages import SessionView
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
 
 
 def best_engine(session: SessionView, available: Sequence[str]) -> str | None:

@@ -17,24 +17,24 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from broker import scripts
-from broker.codec import text
-from broker.connection import BLIPS, Backoff, connect, require_access
-from broker.eviction import require_noeviction
-from broker.ids import new_id
-from broker.keys import ROUTER_GROUP, Keys
-from broker.line import Line
-from broker.messages import Placement, Rejection, SessionView
-from broker.models import ErrorCode
-from broker.settings import Settings
-from broker.transitions import Transitions
-from router.admission import Admission
-from router.choosing import PARKED, Chooser, Decision
-from router.costs import costs_text
-from router.intake import Arrival, Fields, read_entry, reject
-from router.policies import Policy, create_policy
-from router.thief import Thief
-from router.upkeep import Upkeep
+from rsm.broker import scripts
+from rsm.broker.codec import text
+from rsm.broker.connection import BLIPS, Backoff, connect, require_access
+from rsm.broker.eviction import require_noeviction
+from rsm.broker.ids import new_id
+from rsm.broker.keys import ROUTER_GROUP, Keys
+from rsm.broker.line import Line
+from rsm.broker.messages import Placement, Rejection, SessionView
+from rsm.broker.models import ErrorCode
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
+from rsm.router.admission import Admission
+from rsm.router.choosing import PARKED, Chooser, Decision
+from rsm.router.costs import costs_text
+from rsm.router.intake import Arrival, Fields, read_entry, reject
+from rsm.router.policies import Policy, create_policy
+from rsm.router.thief import Thief
+from rsm.router.upkeep import Upkeep
 
 log = logging.getLogger("rsm.router")
 

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from broker.messages import Ahead, EngineView, SessionView, rank_of
-from broker.models import EngineState
-from broker.waiting import WaitingCall
-from router.admission import Admission, context_of
-from router.costs import CostModel, reusable
-from router.policies.base import CallView
+from rsm.broker.messages import Ahead, EngineView, SessionView, rank_of
+from rsm.broker.models import EngineState
+from rsm.broker.waiting import WaitingCall
+from rsm.router.admission import Admission, context_of
+from rsm.router.costs import CostModel, reusable
+from rsm.router.policies.base import CallView
 
 # How many calls are looked at in a round, in all and of one queue: some milliseconds of a router's time.
 _LOOKED_AT, _HEAD = 128, 64

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import redis
 
-from broker import scripts
-from broker.messages import EngineView, SessionView
-from broker.models import EngineState
-from broker.transitions import Transitions
-from broker.waiting import Waiting, WaitingCall
-from router.choosing import Chooser
-from router.stealing import Stealing, head, idle_and_loaded
+from rsm.broker import scripts
+from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.models import EngineState
+from rsm.broker.transitions import Transitions
+from rsm.broker.waiting import Waiting, WaitingCall
+from rsm.router.choosing import Chooser
+from rsm.router.stealing import Stealing, head, idle_and_loaded
 
 log = logging.getLogger("rsm.router")
 

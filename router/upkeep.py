@@ -8,13 +8,13 @@ from typing import Any
 
 import redis
 
-from broker import scripts
-from broker.codec import text
-from broker.keys import ROUTER_GROUP, Keys
-from broker.messages import EngineView
-from broker.models import EngineState
-from broker.settings import Settings
-from broker.transitions import RETAIN_ENTRIES, Transitions
+from rsm.broker import scripts
+from rsm.broker.codec import text
+from rsm.broker.keys import ROUTER_GROUP, Keys
+from rsm.broker.messages import EngineView
+from rsm.broker.models import EngineState
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import RETAIN_ENTRIES, Transitions
 
 log = logging.getLogger("rsm.router")
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from broker.errors import InvalidRequest
-from simulation.step_costs import Error, Timed, durations, error, fit
-from workers import vllm_steps
-from workers.backend import Backend, Job
-from workers.config import EngineConfig, create_backend
-from workers.sim_config import SimTimes
+from rsm.broker.errors import InvalidRequest
+from rsm.simulation.step_costs import Error, Timed, durations, error, fit
+from rsm.workers import vllm_steps
+from rsm.workers.backend import Backend, Job
+from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.sim_config import SimTimes
 
 _COSTS = tuple(f.name for f in fields(SimTimes))
 _WARM_UP = 4  # rounds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
 
 _SYSTEM = Segment(1, 512)
 _TURNS, _NEW_TOKENS, _OUTPUT_TOKENS, _PAUSE_S = 7.0, 256.0, 277.0, 10.0  # means

@@ -5,18 +5,18 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from broker.messages import EngineView
-from broker.models import EngineState
-from simulation.queue import Queue, Waiting
-from simulation.results import CallTimes, EngineTimes
-from simulation.table import ProcessTable
-from workers.cache_meter import CacheMeter
-from workers.claimer import CLAIM_MANY
-from workers.rate import RateMeter
-from workers.sim_call import SimCall, Step
-from workers.sim_config import SimConfig
-from workers.sim_engine import SimEngine
-from workers.speed import Mean, SpeedMeter
+from rsm.broker.messages import EngineView
+from rsm.broker.models import EngineState
+from rsm.simulation.queue import Queue, Waiting
+from rsm.simulation.results import CallTimes, EngineTimes
+from rsm.simulation.table import ProcessTable
+from rsm.workers.cache_meter import CacheMeter
+from rsm.workers.claimer import CLAIM_MANY
+from rsm.workers.rate import RateMeter
+from rsm.workers.sim_call import SimCall, Step
+from rsm.workers.sim_config import SimConfig
+from rsm.workers.sim_engine import SimEngine
+from rsm.workers.speed import Mean, SpeedMeter
 
 _MOST_STEPS = 1 << 30
 

@@ -17,21 +17,21 @@ from itertools import count, cycle, islice
 from math import inf
 from random import Random
 
-from broker.settings import Settings
-from router.policies import CallView, Policy, create_policy
-from simulation.engine import Engine
-from simulation.front import Front
-from simulation.paths import Paths
-from simulation.queue import Waiting
-from simulation.residents import Residents
-from simulation.results import CallTimes, ProgramTimes, Results
-from simulation.rules import rules
-from simulation.table import NOTHING, ProcessTable
-from simulation.workload import ProgramSpec, Segment, Workload
-from workers.service import Used, charge, create_unit
-from workers.sim_cache import Path
-from workers.sim_call import SimCall, Step
-from workers.sim_config import SimConfig
+from rsm.broker.settings import Settings
+from rsm.router.policies import CallView, Policy, create_policy
+from rsm.simulation.engine import Engine
+from rsm.simulation.front import Front
+from rsm.simulation.paths import Paths
+from rsm.simulation.queue import Waiting
+from rsm.simulation.residents import Residents
+from rsm.simulation.results import CallTimes, ProgramTimes, Results
+from rsm.simulation.rules import rules
+from rsm.simulation.table import NOTHING, ProcessTable
+from rsm.simulation.workload import ProgramSpec, Segment, Workload
+from rsm.workers.service import Used, charge, create_unit
+from rsm.workers.sim_cache import Path
+from rsm.workers.sim_call import SimCall, Step
+from rsm.workers.sim_config import SimConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
-from broker.messages import EngineView, SessionView
-from broker.waiting import WaitingCall
-from router.admission import Admission
-from router.choosing import Chooser, Decision
-from router.policies import CallView, Choice, Policy
-from router.stealing import Stealing, head, idle_and_loaded
-from simulation.engine import Engine
-from simulation.queue import Waiting
-from simulation.residents import Residents
-from simulation.table import Session
+from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.waiting import WaitingCall
+from rsm.router.admission import Admission
+from rsm.router.choosing import Chooser, Decision
+from rsm.router.policies import CallView, Choice, Policy
+from rsm.router.stealing import Stealing, head, idle_and_loaded
+from rsm.simulation.engine import Engine
+from rsm.simulation.queue import Waiting
+from rsm.simulation.residents import Residents
+from rsm.simulation.table import Session
 
 # As in router/router.py.
 _LOOK_AGAIN_S = 0.02

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from simulation.workload import Segment
-from workers.sim_cache import Path, PathBuilder
+from rsm.simulation.workload import Segment
+from rsm.workers.sim_cache import Path, PathBuilder
 
 # How far behind the end of a prompt a known beginning is looked for, in texts.
 _NEW_TEXTS = 4

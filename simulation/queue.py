@@ -8,9 +8,9 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from broker.messages import Ahead, rank_of
-from simulation.table import Account, ProcessTable
-from workers.plas import Rank
+from rsm.broker.messages import Ahead, rank_of
+from rsm.simulation.table import Account, ProcessTable
+from rsm.workers.plas import Rank
 
 # As in lua/claim.lua: so many starving calls are moved ahead with one claim.
 _PROMOTE_MANY = 64

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from broker.messages import Share
-from broker.settings import Settings
-from simulation.engine import Engine
-from simulation.queue import Queue, Waiting
-from simulation.table import ProcessTable
+from rsm.broker.messages import Share
+from rsm.broker.settings import Settings
+from rsm.simulation.engine import Engine
+from rsm.simulation.queue import Queue, Waiting
+from rsm.simulation.table import ProcessTable
 
 
 class Residents:

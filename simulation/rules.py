@@ -6,7 +6,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from broker.errors import InvalidRequest
+from rsm.broker.errors import InvalidRequest
 
 _FILES = ("programs", "residents")
 _NAMES = (
@@ -29,7 +29,7 @@ def rules() -> Any:
     except ImportError as e:
         raise InvalidRequest(MISSING) from e
     lua = LuaRuntime()
-    text = "\n".join((files("broker") / "lua" / f"{name}.lua").read_text(encoding="utf-8") for name in _FILES)
+    text = "\n".join((files("rsm.broker") / "lua" / f"{name}.lua").read_text(encoding="utf-8") for name in _FILES)
     table: Any = lua.execute(f"{text}\nreturn {{{', '.join(f'{n} = {n}' for n in _NAMES)}}}")
     table.list = lua.table_from
     return table

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from workers.vllm_steps import Step
+from rsm.workers.vllm_steps import Step
 
 _ROUNDS = 30
 _NEAR = 1e-3  # a relative error below which no step counts more than another

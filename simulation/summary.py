@@ -7,7 +7,7 @@ from math import ceil, nan
 from statistics import fmean
 from typing import Any
 
-from simulation.results import Results
+from rsm.simulation.results import Results
 
 
 def summary(results: Results) -> dict[str, Any]:

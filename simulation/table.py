@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from broker.messages import CacheUse, SessionView
+from rsm.broker.messages import CacheUse, SessionView
 
 
 class Account(NamedTuple):

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from broker.errors import InvalidRequest
-from simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.broker.errors import InvalidRequest
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
 
 
 def read_workload(path: Path) -> list[ProgramSpec]:

@@ -12,14 +12,14 @@ import psutil
 import pytest
 import redis
 
-from broker import Client, Settings
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
-from broker.ids import new_id
-from broker.keys import Keys
-from broker.monitor import Monitor
-from broker.transitions import Transitions
 from chaos.leaks import leaked_keys
+from rsm.broker import Client, Settings
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.ids import new_id
+from rsm.broker.keys import Keys
+from rsm.broker.monitor import Monitor
+from rsm.broker.transitions import Transitions
 from tests.sim_processes import Start, WorkerProcess, sim, state_of
 from tests.topologies import TOPOLOGIES, Topology
 from tests.waiting import eventually as eventually

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from broker import RequestState, Settings, codec, scripts
-from broker.connection import BLIPS, connect
-from broker.ids import new_id
-from broker.keys import Keys
-from broker.scripts import Arg
-from broker.transitions import Claimed, Event, Fault, Fence, Finish, Registered, Release, Transitions
-from router.policies import Policy
-from router.router import Router
+from rsm.broker import RequestState, Settings, codec, scripts
+from rsm.broker.connection import BLIPS, connect
+from rsm.broker.ids import new_id
+from rsm.broker.keys import Keys
+from rsm.broker.scripts import Arg
+from rsm.broker.transitions import Claimed, Event, Fault, Fence, Finish, Registered, Release, Transitions
+from rsm.router.policies import Policy
+from rsm.router.router import Router
+from rsm.workers.service import Tokens, Used, charge
 from tests.conftest import eventually
-from workers.service import Tokens, Used, charge
 
 Answer = Callable[["FakeWorker", Claimed], None]
 

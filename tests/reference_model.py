@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from broker import Settings
-from broker.transitions import Fence
+from rsm.broker import Settings
+from rsm.broker.transitions import Fence
 from tests.reference_records import LIFE, LONG_AGO, NEVER, Call, Engine, Entry, Session, order
 
 

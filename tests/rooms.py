@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from broker import codec
+from rsm.broker import codec
 from tests.fake_worker import FakeWorker
 from tests.world import World, texts
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import psutil
 
-from broker import Settings
-from broker.connection import BLIPS
-from broker.errors import RsmError
-from broker.models import EngineState
-from broker.monitor import Monitor
+from rsm.broker import Settings
+from rsm.broker.connection import BLIPS
+from rsm.broker.errors import RsmError
+from rsm.broker.models import EngineState
+from rsm.broker.monitor import Monitor
 from tests.waiting import eventually
 
 RSM = str(Path(sys.executable).parent / "rsm")

@@ -12,16 +12,16 @@ from typing import Any
 
 import psutil
 
-from broker import Client, RequestState, Settings
-from broker.client import CallHandle
-from broker.embedded import EmbeddedRedis
-from broker.errors import UnknownCall
-from broker.monitor import Monitor
 from chaos import leaks
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker.client import CallHandle
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.errors import UnknownCall
+from rsm.broker.monitor import Monitor
+from rsm.workers.config import EngineConfig
+from rsm.workers.environment import CONFIG_VARIABLE
+from rsm.workers.sim_text import Prompt, answer
 from tests.rsm_command import clean_env
-from workers.config import EngineConfig
-from workers.environment import CONFIG_VARIABLE
-from workers.sim_text import Prompt, answer
 
 _WAIT_S = 60
 
@@ -51,14 +51,14 @@ def assert_undisturbed(client: Client, call_id: str, prompt: str, max_tokens: in
 
 
 class WorkerProcess:
-    """One `python -m workers`, with its output in a file."""
+    """One `python -m rsm.workers`, with its output in a file."""
 
     def __init__(self, config: EngineConfig, settings: Settings, log: Path) -> None:
         self.engine_id = config.engine_id
         self._log = log
         env = clean_env() | settings.environment() | {CONFIG_VARIABLE: config.model_dump_json(exclude={"api_key"})}
         with log.open("ab") as output:
-            command = [sys.executable, "-m", "workers"]
+            command = [sys.executable, "-P", "-m", "rsm.workers"]
             self._process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
 
     @property

@@ -18,19 +18,20 @@ from typing import Any
 import pytest
 import redis
 
-from broker import AccessDenied, AsyncClient, CallCancelled, Client, RequestState, Settings, scripts
-from broker.acl import LOCKED, ROLES, acl_file, user_name
-from broker.dead_letters import DeadLetters
-from broker.embedded import find_server
-from broker.keys import Keys
-from broker.lifecycle import RequestLifecycleManager
-from broker.link import Denied
-from broker.monitor import Monitor
-from broker.process_table import GlobalProcessTable, SessionManager
-from engine.cli.drain import order_drain
-from engine.doctor import examine
-from router.kv_coordinator import KVCacheCoordinator
-from router.router import Router
+from rsm.broker import AccessDenied, AsyncClient, CallCancelled, Client, RequestState, Settings, scripts
+from rsm.broker.acl import LOCKED, ROLES, acl_file, user_name
+from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.embedded import find_server
+from rsm.broker.keys import Keys
+from rsm.broker.lifecycle import RequestLifecycleManager
+from rsm.broker.link import Denied
+from rsm.broker.monitor import Monitor
+from rsm.broker.process_table import GlobalProcessTable, SessionManager
+from rsm.engine.cli.drain import order_drain
+from rsm.engine.doctor import examine
+from rsm.router.kv_coordinator import KVCacheCoordinator
+from rsm.router.router import Router
+from rsm.workers.node import NodeClient
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker
 from tests.roles import Roles, secret
@@ -38,7 +39,6 @@ from tests.rsm_command import RSM, clean_env, run
 from tests.sim_processes import WorkerProcess, processes_of, sim, state_of
 from tests.test_rooms import ROOT
 from tests.world import World
-from workers.node import NodeClient
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def parts(roles: Roles, tmp_path: Path) -> Iterator[WorkerProcess]:
     """A router and a worker as processes under their own users; gives the worker."""
     env = clean_env() | roles.settings("router").environment()
     with (tmp_path / "router.log").open("ab") as log:
-        router = subprocess.Popen([sys.executable, "-m", "router"], env=env, stdout=log, stderr=log)
+        router = subprocess.Popen([sys.executable, "-P", "-m", "rsm.router"], env=env, stdout=log, stderr=log)
     worker = WorkerProcess(sim(), roles.settings("worker"), tmp_path / "worker.log")
     yield worker
     for process in (worker, router):
@@ -302,7 +302,7 @@ def end_of(part: str, settings: Settings, folder: Path) -> tuple[int, str]:
         return process.wait(), process.log()
     env = clean_env() | settings.environment()
     done = subprocess.run(
-        [sys.executable, "-m", "router"], env=env, capture_output=True, text=True, timeout=40, check=False
+        [sys.executable, "-P", "-m", "rsm.router"], env=env, capture_output=True, text=True, timeout=40, check=False
     )
     return done.returncode, done.stdout + done.stderr
 

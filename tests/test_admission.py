@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from broker import Settings
-from broker.messages import EngineView, SessionView, Share
-from router.admission import Admission
-from router.choosing import Chooser, Decision
-from router.policies import CallView, create_policy
+from rsm.broker import Settings
+from rsm.broker.messages import EngineView, SessionView, Share
+from rsm.router.admission import Admission
+from rsm.router.choosing import Chooser, Decision
+from rsm.router.policies import CallView, create_policy
 
 LEAST_LOADED = Settings(policy="least_loaded")
 

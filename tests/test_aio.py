@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from broker import (
+from rsm.broker import (
     AsyncCall,
     AsyncClient,
     BrokerUnavailable,
@@ -29,10 +29,10 @@ from broker import (
     aio,
     inbox,
 )
-from broker import live as live_stream
-from broker.embedded import EmbeddedRedis
-from broker.ids import new_id
-from broker.transitions import Claimed
+from rsm.broker import live as live_stream
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.ids import new_id
+from rsm.broker.transitions import Claimed
 from tests.fake_worker import FakeWorker, echo, hold, patient, refuse, routing
 
 WAIT = 20.0
@@ -248,7 +248,7 @@ async def test_a_process_that_died_left_a_call_to_another(
     client: AsyncClient, settings: Settings, worker: FakeWorker
 ) -> None:
     push = (
-        "import asyncio, os; from broker import AsyncClient\n"
+        "import asyncio, os; from rsm.broker import AsyncClient\n"
         "async def main():\n"
         f" await AsyncClient({settings.url()!r}, namespace={settings.namespace!r}).submit('hi', id='c1', stream=True)\n"
         " os._exit(9)\n"

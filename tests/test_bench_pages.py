@@ -14,8 +14,8 @@ from bench.programs import small
 from bench.programs.systems import FCFS_RR, OURS
 from bench.real import cpu
 from bench.routing_cost import Placing
-from broker import Settings
-from broker.embedded import EmbeddedRedis
+from rsm.broker import Settings
+from rsm.broker.embedded import EmbeddedRedis
 
 ABOUT = {"Machine": "m", "CPU": "c"}
 

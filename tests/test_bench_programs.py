@@ -14,10 +14,10 @@ from bench.programs.metrics import Figures, ProgramRun, ideal_s, jain, quantile
 from bench.programs.replay import scaled
 from bench.programs.search import Curve, rate_of, rate_point
 from bench.programs.workloads import KINDS, SHAPES, synthetic
-from simulation.results import CallTimes, ProgramTimes
-from simulation.workload import CallSpec, ProgramSpec, Segment
-from workers.config import EngineConfig
-from workers.sim_engine import SimTimes
+from rsm.simulation.results import CallTimes, ProgramTimes
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.workers.config import EngineConfig
+from rsm.workers.sim_engine import SimTimes
 
 # The paper's table: calls per program, new prompt tokens and output tokens per call.
 PAPER = {"chat": (6.66, 256, 277), "react": (10.75, 735, 34), "tree": (159.7, 467, 73)}

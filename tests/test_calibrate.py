@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from broker.errors import InvalidRequest
-from simulation.calibrate import Sweep, calibrate, solve
+from rsm.broker.errors import InvalidRequest
+from rsm.simulation.calibrate import Sweep, calibrate, solve
+from rsm.workers import vllm_steps
+from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.sim_backend import SimBackend
+from rsm.workers.sim_config import SimConfig, SimTimes, config_of
 from tests.rsm_command import run
-from workers import vllm_steps
-from workers.config import EngineConfig, create_backend
-from workers.sim_backend import SimBackend
-from workers.sim_config import SimConfig, SimTimes, config_of
 
 TIMES = SimTimes(step_s=0.003, prefill_token_s=20e-6, decode_seq_s=50e-6, context_token_s=300e-9, prefill_pair_s=10e-9)
 CONFIG = SimConfig(times=TIMES, max_num_seqs=16, max_num_batched_tokens=512, max_model_len=1024, speed=50.0)

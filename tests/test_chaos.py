@@ -12,10 +12,6 @@ from pathlib import Path
 import pytest
 import redis
 
-from broker import Client, Settings
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
-from broker.keys import ROUTER_GROUP
 from chaos import report
 from chaos.calls import SIM_MODEL, Act, Plan, draw
 from chaos.faults import KINDS, schedule
@@ -25,8 +21,12 @@ from chaos.producers import INBOX
 from chaos.proxy import Lines
 from chaos.run import Outcome, run
 from chaos.verdict import Violation, Window, judge, said
+from rsm.broker import Client, Settings
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.keys import ROUTER_GROUP
+from rsm.workers.vllm_args import TINY_NAME
 from tests.waiting import eventually
-from workers.vllm_args import TINY_NAME
 
 _BEGAN = 1_000_000.0
 

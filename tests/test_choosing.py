@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from broker import Settings
-from broker.messages import Ahead, EngineView, SessionView, Speed, rank_of
-from router.choosing import PARKED, Chooser, Decision
-from router.policies import CallView, Choice, Policy, create_policy
+from rsm.broker import Settings
+from rsm.broker.messages import Ahead, EngineView, SessionView, Speed, rank_of
+from rsm.router.choosing import PARKED, Chooser, Decision
+from rsm.router.policies import CallView, Choice, Policy, create_policy
 
 DEFAULTS = Settings()
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from broker import Client, RequestState, Settings
-from broker.connection import connect
-from broker.monitor import Monitor
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker.connection import connect
+from rsm.broker.monitor import Monitor
 from tests.conftest import eventually
 from tests.rsm_command import RSM, Deployment, clean_env, run
 

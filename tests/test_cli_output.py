@@ -11,15 +11,15 @@ import redis
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from broker import CallRecord, CallResult, Client, RequestState, Settings
-from broker.monitor import ActiveCall
-from broker.transitions import Transitions
-from engine.cli import app, tables
-from engine.cli.app import hoist
-from engine.cli.output import seconds, shown_url
-from engine.cli.parts import pair
-from engine.cli.up import next_lines, redis_cli
-from engine.doctor import Check, examine
+from rsm.broker import CallRecord, CallResult, Client, RequestState, Settings
+from rsm.broker.monitor import ActiveCall
+from rsm.broker.transitions import Transitions
+from rsm.engine.cli import app, tables
+from rsm.engine.cli.app import hoist
+from rsm.engine.cli.output import seconds, shown_url
+from rsm.engine.cli.parts import pair
+from rsm.engine.cli.up import next_lines, redis_cli
+from rsm.engine.doctor import Check, examine
 from tests.fake_worker import FakeWorker
 
 

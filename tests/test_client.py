@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 
-from broker import (
+from rsm.broker import (
     BrokerUnavailable,
     CallCancelled,
     CallFailed,
@@ -28,10 +28,10 @@ from broker import (
     UnknownCall,
     inbox,
 )
-from broker import client as client_module
-from broker.embedded import EmbeddedRedis
-from broker.ids import new_id
-from broker.transitions import Claimed
+from rsm.broker import client as client_module
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.ids import new_id
+from rsm.broker.transitions import Claimed
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, echo, hold, patient, refuse, routing
 
@@ -283,7 +283,7 @@ def test_a_call_can_be_awaited_by_its_id(
 
 def test_a_process_that_died_left_a_call_to_another(client: Client, settings: Settings, worker: FakeWorker) -> None:
     push = (
-        "import os; from broker import Client; "
+        "import os; from rsm.broker import Client; "
         f"Client({settings.url()!r}, namespace={settings.namespace!r}).submit('hi', id='c1'); os._exit(9)"
     )
     died = subprocess.run([sys.executable, "-c", push], capture_output=True, timeout=60, check=False)

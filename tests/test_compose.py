@@ -14,10 +14,10 @@ import pytest
 import typer
 import yaml
 
-from broker import Settings
-from broker.connection import BLIPS, connect
-from broker.embedded import find_server
-from engine.cli import app
+from rsm.broker import Settings
+from rsm.broker.connection import BLIPS, connect
+from rsm.broker.embedded import find_server
+from rsm.engine.cli import app
 from tests.conftest import eventually
 from tests.rsm_command import clean_env
 from tests.sim_processes import processes_of

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from broker import Settings
-from broker.messages import Ahead, CacheUse, EngineView, SessionView, Speed, rank_of
-from router.costs import CostModel, Weights, costs_text, reusable
-from router.policies import CallView
-from router.policies.cost import Cost
+from rsm.broker import Settings
+from rsm.broker.messages import Ahead, CacheUse, EngineView, SessionView, Speed, rank_of
+from rsm.router.costs import CostModel, Weights, costs_text, reusable
+from rsm.router.policies import CallView
+from rsm.router.policies.cost import Cost
 
 SPEED = Speed(0.01, 1e-4, 1e-5)
 NOBODY = SessionView()

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from broker import AsyncClient, CallResult, Delta, Settings
-from broker.codec import text
-from broker.monitor import Monitor
-from engine.fleet import Fleet
+from rsm.broker import AsyncClient, CallResult, Delta, Settings
+from rsm.broker.codec import text
+from rsm.broker.monitor import Monitor
+from rsm.engine.fleet import Fleet
 from tests.conftest import eventually
 from tests.rsm_command import clean_env
 from tests.sim_processes import processes_of, said, sim, state_of
@@ -146,9 +146,9 @@ def _kill(pid: int | None) -> None:
 
 _OWNER = """
 import sys, threading
-from broker import Client, Settings
-from engine.fleet import Fleet
-from workers.config import EngineConfig
+from rsm.broker import Client, Settings
+from rsm.engine.fleet import Fleet
+from rsm.workers.config import EngineConfig
 fleet = Fleet(Settings())
 fleet.start([EngineConfig.model_validate_json(sys.argv[1])], 60)
 Client(settings=fleet.settings).submit("x", id="c1", stream=True, max_tokens=5000)

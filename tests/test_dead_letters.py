@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import redis
 
-from broker import Client, Conflict, InvalidRequest, Settings, UnknownCall
-from broker.dead_letters import DeadLetters
-from broker.keys import Keys
+from rsm.broker import Client, Conflict, InvalidRequest, Settings, UnknownCall
+from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.keys import Keys
 from tests.fake_worker import FakeWorker, patient, routing
 from tests.waiting import eventually
 

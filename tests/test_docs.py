@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from broker import ErrorCode, Settings
-from broker.keys import Keys
-from broker.logs import LEVEL_VARIABLE
+from rsm.broker import ErrorCode, Settings
+from rsm.broker.keys import Keys
+from rsm.broker.logs import LEVEL_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import redis
 
-from broker import BrokerUnavailable
-from broker.embedded import EmbeddedRedis
+from rsm.broker import BrokerUnavailable
+from rsm.broker.embedded import EmbeddedRedis
 
 NOBODY = 65534
 _CONNECT = """

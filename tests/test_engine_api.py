@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-import engine
-from engine import (
+from rsm import engine
+from rsm.engine import (
     CallCancelled,
     CallFailed,
     Client,

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from broker import AsyncClient, CallFailed, Client, Delta, RequestState, Settings
-from broker.dead_letters import DeadLetters
-from broker.models import CallRecord, OnEngineLoss
-from broker.monitor import Monitor
-from engine.fleet import Fleet
+from rsm.broker import AsyncClient, CallFailed, Client, Delta, RequestState, Settings
+from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.models import CallRecord, OnEngineLoss
+from rsm.broker.monitor import Monitor
+from rsm.engine.fleet import Fleet
+from rsm.workers.config import EngineConfig
 from tests.conftest import eventually
 from tests.fake_worker import routing
 from tests.sim_http import sim_server
 from tests.sim_processes import Start, WorkerProcess, all_speak, assert_undisturbed, sim, state_of, submit_streams
-from workers.config import EngineConfig
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import redis
 
-from broker import EvictingRedis, Settings
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
-from broker.eviction import eviction_policy, require_noeviction
-from engine.doctor import examine
-from engine.fleet import Fleet
-from engine.manager import MultiEngineManager
-from router.router import Router
+from rsm.broker import EvictingRedis, Settings
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.eviction import eviction_policy, require_noeviction
+from rsm.engine.doctor import examine
+from rsm.engine.fleet import Fleet
+from rsm.engine.manager import MultiEngineManager
+from rsm.router.router import Router
+from rsm.workers.config import EngineConfig
+from rsm.workers.environment import CONFIG_VARIABLE
+from rsm.workers.node import run_node
 from tests.rsm_command import RSM, clean_env
-from workers.config import EngineConfig
-from workers.environment import CONFIG_VARIABLE
-from workers.node import run_node
 
 SIM = EngineConfig(engine_id="e1", backend="sim")
 
@@ -46,8 +46,8 @@ def run(evicting: Settings, *command: str, **env: str) -> subprocess.CompletedPr
 @pytest.mark.parametrize(
     "command",
     [
-        [sys.executable, "-m", "router"],
-        [sys.executable, "-m", "workers"],
+        [sys.executable, "-P", "-m", "rsm.router"],
+        [sys.executable, "-P", "-m", "rsm.workers"],
         [RSM, "router"],
         [RSM, "worker", "--engine-id", "e1", "--backend", "sim"],
         [RSM, "worker", "--engine-id", "e1", "--backend", "sim", "--supervised"],

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from broker import Client, Settings
-from broker.monitor import Monitor
+from rsm.broker import Client, Settings
+from rsm.broker.monitor import Monitor
 from tests.conftest import eventually
 from tests.rsm_command import clean_env
 from tests.sim_processes import WorkerProcess, sim, state_of
@@ -33,7 +33,7 @@ def test_a_real_router_runs_it(settings: Settings, tmp_path: Path, calls: int) -
     path = os.pathsep.join([str(EXAMPLE), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = clean_env() | named.environment() | {"PYTHONPATH": path}
     workers = [WorkerProcess(sim(e, step_s=0.02), settings, tmp_path / f"{e}.log") for e in ("e1", "e2")]
-    router = subprocess.Popen([sys.executable, "-m", "router"], env=env)
+    router = subprocess.Popen([sys.executable, "-P", "-m", "rsm.router"], env=env)
     try:
         monitor = Monitor(settings)
         eventually(lambda: all(state_of(monitor, w.engine_id) == "READY" for w in workers), 30)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from broker import AsyncClient, BrokerUnavailable, CallLost, Client, NotReplicated, Settings
-from broker.connection import BLIPS, connect, persist
-from broker.keys import Keys
-from engine.fleet import Fleet
+from rsm.broker import AsyncClient, BrokerUnavailable, CallLost, Client, NotReplicated, Settings
+from rsm.broker.connection import BLIPS, connect, persist
+from rsm.broker.keys import Keys
+from rsm.engine.fleet import Fleet
 from tests.sim_processes import assert_undisturbed, said, sim
 from tests.topologies import Cluster, UnderSentinel
 from tests.waiting import eventually

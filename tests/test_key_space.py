@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker import InvalidRequest, Settings
-from broker.ids import MODEL_PATTERN, RESERVED_ENDS, is_id
-from broker.keys import Keys
-from broker.scripts import script
 from chaos.leaks import LASTING
+from rsm.broker import InvalidRequest, Settings
+from rsm.broker.ids import MODEL_PATTERN, RESERVED_ENDS, is_id
+from rsm.broker.keys import Keys
+from rsm.broker.scripts import script
+from rsm.workers.node import queue_name
 from tests.test_rooms import ROOT
-from workers.node import queue_name
 
 KINDS: dict[str, Callable[[Keys, str], str]] = {
     "call": Keys.call,

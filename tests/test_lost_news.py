@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from broker import AsyncClient, CallLost, Client, Delta, NotReplicated, Settings, UnknownCall, inbox
-from broker import aio as aio_client
-from broker import client as sync_client
-from broker.events import End
-from broker.live import BEGIN, FORGET, live
+from rsm.broker import AsyncClient, CallLost, Client, Delta, NotReplicated, Settings, UnknownCall, inbox
+from rsm.broker import aio as aio_client
+from rsm.broker import client as sync_client
+from rsm.broker.events import End
+from rsm.broker.live import BEGIN, FORGET, live
 from tests.fake_worker import FakeWorker, patient, routing
 
 _WAIT_S = 20.0

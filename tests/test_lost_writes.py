@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import redis
 
-from broker import Client, Settings
-from broker.embedded import EmbeddedRedis
-from broker.keys import Keys
-from broker.monitor import Monitor
-from broker.transitions import Claimed, Fence, Release, Transitions
+from rsm.broker import Client, Settings
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.keys import Keys
+from rsm.broker.monitor import Monitor
+from rsm.broker.transitions import Claimed, Fence, Release, Transitions
+from rsm.workers.calls import Calls
+from rsm.workers.publisher import Ended, Item
+from rsm.workers.reconcile import Reconciler
+from rsm.workers.sim_backend import SimBackend
+from rsm.workers.sim_engine import SimConfig, SimTimes
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, routing
 from tests.sim_processes import Start, all_speak, assert_undisturbed, pieces, said, submit_streams
-from workers.calls import Calls
-from workers.publisher import Ended, Item
-from workers.reconcile import Reconciler
-from workers.sim_backend import SimBackend
-from workers.sim_engine import SimConfig, SimTimes
 
 
 class Memory:

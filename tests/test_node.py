@@ -19,17 +19,17 @@ from rq import Callback, Queue
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-from broker import Client, EngineFailed, InvalidRequest, Settings
-from broker.connection import connect
-from broker.dead_letters import DeadLetters
-from broker.embedded import EmbeddedRedis
-from broker.monitor import Monitor
-from engine import EngineConfig, MultiEngineManager
+from rsm.broker import Client, EngineFailed, InvalidRequest, Settings
+from rsm.broker.connection import connect
+from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.monitor import Monitor
+from rsm.engine import EngineConfig, MultiEngineManager
+from rsm.workers.node import NodeClient, _alive, _await, listening, queue_name
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, patient, routing
 from tests.rsm_command import RSM, clean_env
 from tests.sim_processes import processes_of, said, sim, state_of
-from workers.node import NodeClient, _alive, _await, listening, queue_name
 
 _NAME = "host"
 _START_S = 40
@@ -191,7 +191,7 @@ def test_drain_and_what_cannot_be_done(
     with pytest.raises(EngineFailed, match="no live engine n1"):
         host.stop_engine("n1")
 
-    monkeypatch.setattr("workers.node._MARGIN_S", 1)
+    monkeypatch.setattr("rsm.workers.node._MARGIN_S", 1)
     nobody = NodeClient("nobody", settings.model_copy(update={"drain_grace_s": 0}))
     with pytest.raises(EngineFailed, match="Is `rsm node --name nobody` running"):
         nobody.drain_engine("n1")
@@ -205,7 +205,7 @@ def test_jobs_are_json_with_a_time_limit_and_hold_no_secret(settings: Settings, 
     assert len(found) == 2
     for job in found:
         function, _, args, kwargs = json.loads(zlib.decompress(job[b"data"]))
-        assert function in ("workers.node.start_engine", "workers.node.stop_engine")
+        assert function in ("rsm.workers.node.start_engine", "rsm.workers.node.stop_engine")
         assert args[0] == "n1" or "api_key" not in args[0]
         assert kwargs == {}
         assert int(job[b"timeout"]) > 0

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from broker.events import read_event
-from broker.models import Delta
+from rsm.broker.events import read_event
+from rsm.broker.models import Delta
 from tests.world import World
 
 

@@ -14,11 +14,11 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
+from rsm.workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
+from rsm.workers.openai_backend import OpenAIBackend
+from rsm.workers.openai_resume import Said
 from tests.fake_openai import WORDS, Server
 from tests.pieces import Heard
-from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
-from workers.openai_backend import OpenAIBackend
-from workers.openai_resume import Said
 
 KEY = "sk-very-secret"
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from workers.backend import EngineError
-from workers.openai_wire import Assembler, SseParser, document, error
+from rsm.workers.backend import EngineError
+from rsm.workers.openai_wire import Assembler, SseParser, document, error
 
 
 def test_sse_as_the_standard_says() -> None:

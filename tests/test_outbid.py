@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from broker import Client, RequestState, Settings
-from broker.monitor import Monitor
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker.monitor import Monitor
+from rsm.workers.claimer import Room
 from tests.conftest import eventually
 from tests.fake_worker import routing
 from tests.sim_processes import Start, said
-from workers.claimer import Room
 
 _SLOTS = 2
 _STEP_S = 0.005

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from broker import RequestState, Settings, codec
-from broker.transitions import Submission, Submitted, Transitions
+from rsm.broker import RequestState, Settings, codec
+from rsm.broker.transitions import Submission, Submitted, Transitions
 from tests.world import World
 
 BODY = len(codec.encode({"prompt": "hi"}))

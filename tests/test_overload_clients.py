@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import redis
 
-from broker import AsyncClient, BrokerUnavailable, Client, Overloaded, Settings, codec
-from broker.keys import Keys
+from rsm.broker import AsyncClient, BrokerUnavailable, Client, Overloaded, Settings, codec
+from rsm.broker.keys import Keys
+from rsm.workers.config import EngineConfig
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, echo, patient, routing
-from workers.config import EngineConfig
 
 WAIT = 20.0
 ROOM = 3
@@ -241,7 +241,7 @@ def test_a_bare_xadd_is_told(full: Client, db: redis.Redis, keys: Keys, router: 
 
 
 async def test_the_manager_passes_the_choice_on(settings: Settings) -> None:
-    from engine.manager import MultiEngineManager
+    from rsm.engine.manager import MultiEngineManager
 
     slow = EngineConfig(engine_id="e1", backend="sim", engine_args={"step_s": 10.0})
     manager = MultiEngineManager([slow], redis_url=settings.url(), settings=settings)
@@ -264,7 +264,7 @@ async def test_the_manager_passes_the_choice_on(settings: Settings) -> None:
 def test_a_client_empties_its_inbox(
     settings: Settings, db: redis.Redis, keys: Keys, router: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.inbox._BLOCK_S", 0.02)
+    monkeypatch.setattr("rsm.broker.inbox._BLOCK_S", 0.02)
     roomy = settings.model_copy(update={"max_open_calls": 0})
     with Client(settings=roomy) as client, FakeWorker(roomy).serving(echo):
         for handle in client.submit_many([client.prepare("hi") for _ in range(300)]):
@@ -275,7 +275,7 @@ def test_a_client_empties_its_inbox(
 async def test_an_async_client_empties_its_inbox(
     settings: Settings, db: redis.Redis, keys: Keys, router: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("broker.aio._BLOCK_S", 0.02)
+    monkeypatch.setattr("rsm.broker.aio._BLOCK_S", 0.02)
     roomy = settings.model_copy(update={"max_open_calls": 0})
     async with AsyncClient(settings=roomy) as client:
         with FakeWorker(roomy).serving(echo):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from broker import codec
-from broker.models import CallRecord
+from rsm.broker import codec
+from rsm.broker.models import CallRecord
 from tests.fake_worker import FakeWorker
 from tests.world import LONG_AGO, World
 

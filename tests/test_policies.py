@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import redis
 
-from broker import InvalidRequest, Settings, scripts
-from broker.client import Client
-from broker.keys import Keys
-from broker.transitions import EngineView, SessionView, Transitions
-from router.kv_coordinator import KVCacheCoordinator, best_engine
-from router.policies import POLICIES, CallView, Choice, Policy, create_policy
-from router.policies.autellix import Autellix
-from router.policies.base import least_loaded, with_call
-from router.policies.least_loaded import LeastLoaded
-from router.policies.round_robin import RoundRobin
-from router.policies.session_hash import SessionHash
+from rsm.broker import InvalidRequest, Settings, scripts
+from rsm.broker.client import Client
+from rsm.broker.keys import Keys
+from rsm.broker.transitions import EngineView, SessionView, Transitions
+from rsm.router.kv_coordinator import KVCacheCoordinator, best_engine
+from rsm.router.policies import POLICIES, CallView, Choice, Policy, create_policy
+from rsm.router.policies.autellix import Autellix
+from rsm.router.policies.base import least_loaded, with_call
+from rsm.router.policies.least_loaded import LeastLoaded
+from rsm.router.policies.round_robin import RoundRobin
+from rsm.router.policies.session_hash import SessionHash
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, patient, routing
 
@@ -188,7 +188,7 @@ def named(name: str) -> Settings:
         ("least_loaded", LeastLoaded),
         ("round_robin", RoundRobin),
         ("session_hash", SessionHash),
-        ("router.policies.least_loaded:LeastLoaded", LeastLoaded),
+        ("rsm.router.policies.least_loaded:LeastLoaded", LeastLoaded),
     ],
 )
 def test_a_policy_by_name(name: str, kind: type[Policy]) -> None:
@@ -203,7 +203,16 @@ def test_a_users_own_policy(plugin: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "fastest", "no.such.module:Class", "router.policies", "router.policies:", "router.policies:No", ":X", ".a:X"],
+    [
+        "",
+        "fastest",
+        "no.such.module:Class",
+        "rsm.router.policies",
+        "rsm.router.policies:",
+        "rsm.router.policies:No",
+        ":X",
+        ".a:X",
+    ],
 )
 def test_no_such_policy(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"There is no routing policy .* Use one of autellix, ") as refused:

@@ -21,11 +21,11 @@ from bench.peer_systems import SYSTEMS, Running, Stage, ours_before_servers, ove
 from bench.programs.metrics import Figures, ProgramRun
 from bench.programs.replay import Answer, Player
 from bench.venvs import peer_names
-from broker import Settings
-from broker.embedded import EmbeddedRedis
-from simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.broker import Settings
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.workers.sim_text import tokenize
 from tests.sim_http import SimHttp, sim_server
-from workers.sim_text import tokenize
 
 BLOCK = 16
 HEAD, SAID = Segment(1, 3 * BLOCK), Segment(11, BLOCK)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from broker import AsyncClient, CallCancelled, Client, InvalidRequest, Settings, ShardedClient
-from broker.keys import Keys
-from broker.monitor import Monitor
-from broker.process_table import GlobalProcessTable, SessionManager
-from broker.programs import RUN_FLOOR_MS
-from broker.transitions import Claimed
-from simulation.rules import rules
+from rsm.broker import AsyncClient, CallCancelled, Client, InvalidRequest, Settings, ShardedClient
+from rsm.broker.keys import Keys
+from rsm.broker.monitor import Monitor
+from rsm.broker.process_table import GlobalProcessTable, SessionManager
+from rsm.broker.programs import RUN_FLOOR_MS
+from rsm.broker.transitions import Claimed
+from rsm.simulation.rules import rules
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, hold, patient, routing
 from tests.world import World

@@ -88,7 +88,8 @@ def test_a_snippet_as_shown(up: dict[str, str], number: int) -> None:
 def test_the_policy_of_ones_own_as_shown(tmp_path: Path) -> None:
     (code,) = blocks("python", OPERATIONS)
     (tmp_path / "my_policy.py").write_text(code)
-    check = "from broker import Settings\nfrom router.policies import create_policy\nprint(create_policy(Settings()))"
+    lines = ("from rsm.broker import Settings", "from rsm.router.policies import create_policy")
+    check = "\n".join([*lines, "print(create_policy(Settings()))"])
     env = os.environ | {"RSM_POLICY": "my_policy:FewestCalls", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", check], env=env, capture_output=True, text=True, timeout=60)
     assert "FewestCalls" in done.stdout, done.stderr
@@ -101,7 +102,7 @@ def test_the_figures_are_those_of_a_run() -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    from broker import Settings
+    from rsm.broker import Settings
 
     for name in Settings.model_fields:
         assert f"RSM_{name.upper()}" in OPERATIONS, f"RSM_{name.upper()} is missing in docs/operations.md"

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import redis
 
-from broker import AsyncClient, Client, Settings
-from broker.connection import BLIPS, connect, connect_async, require_access
-from broker.embedded import EmbeddedRedis
-from broker.errors import AccessDenied
-from broker.ids import new_id
-from broker.line import Line
-from broker.link import Denied, Refused, refusal
-from router.router import Router
+from rsm.broker import AsyncClient, Client, Settings
+from rsm.broker.connection import BLIPS, connect, connect_async, require_access
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.errors import AccessDenied
+from rsm.broker.ids import new_id
+from rsm.broker.line import Line
+from rsm.broker.link import Denied, Refused, refusal
+from rsm.router.router import Router
 from tests.conftest import eventually
 
 _parse: Any = redis.connection.DefaultParser.parse_error  # what redis-py makes of an error reply

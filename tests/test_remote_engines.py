@@ -8,13 +8,13 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from broker import Client, RequestState, Settings
-from broker.monitor import Monitor
-from engine.fleet import Fleet
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker.monitor import Monitor
+from rsm.engine.fleet import Fleet
+from rsm.workers.config import EngineConfig
 from tests.conftest import eventually
 from tests.sim_http import sim_server
 from tests.sim_processes import said, state_of
-from workers.config import EngineConfig
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as hypothesis_given
 from hypothesis import strategies as st
 
-from broker import InvalidRequest, codec
-from broker.ids import RESERVED_ENDS, check_id, check_model, is_id, new_id, shorten
-from broker.keys import Keys
-from broker.models import KINDS, CallRequest
-from broker.request import build, check_request, estimate_tokens
-from broker.transitions import Admission, Rejection
-from router.intake import Arrival, read_entry
+from rsm.broker import InvalidRequest, codec
+from rsm.broker.ids import RESERVED_ENDS, check_id, check_model, is_id, new_id, shorten
+from rsm.broker.keys import Keys
+from rsm.broker.models import KINDS, CallRequest
+from rsm.broker.request import build, check_request, estimate_tokens
+from rsm.broker.transitions import Admission, Rejection
+from rsm.router.intake import Arrival, read_entry
 
 LIMIT = 4096
 

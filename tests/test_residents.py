@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from broker.messages import tier_of
-from simulation.rules import rules
+from rsm.broker.messages import tier_of
+from rsm.simulation.rules import rules
 
 LUA: Any = rules()
 HALF = 8000.0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from broker import codec
-from broker.connection import connect
-from broker.dead_letters import DeadLetters
-from broker.ids import new_id
-from broker.monitor import Monitor
-from broker.settings import Settings
-from broker.transitions import RETAIN_ENTRIES, Retained, Transitions
+from rsm.broker import codec
+from rsm.broker.connection import connect
+from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.ids import new_id
+from rsm.broker.monitor import Monitor
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import RETAIN_ENTRIES, Retained, Transitions
 from tests.waiting import eventually
 from tests.world import World
 

@@ -28,7 +28,7 @@ def imported_roots(path: Path, *, at_import: bool) -> set[str]:
         nodes = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     names += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
-    return {name.partition(".")[0] for name in names}
+    return {name.removeprefix("rsm.").partition(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -20,17 +20,17 @@ import msgpack
 import pytest
 import redis
 
-from broker import CallRecord, Client, RequestState, Settings, child, codec, scripts
-from broker.embedded import EmbeddedRedis
-from broker.ids import new_id
-from broker.keys import ROUTER_GROUP, Keys
-from broker.models import ErrorCode
-from broker.transitions import Claimed, EngineView, SessionView, Transitions
-from router import router as router_module
-from router.policies import CallView, Choice
-from router.policies.least_loaded import LeastLoaded
-from router.router import Router
-from router.upkeep import Upkeep
+from rsm.broker import CallRecord, Client, RequestState, Settings, child, codec, scripts
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.ids import new_id
+from rsm.broker.keys import ROUTER_GROUP, Keys
+from rsm.broker.models import ErrorCode
+from rsm.broker.transitions import Claimed, EngineView, SessionView, Transitions
+from rsm.router import router as router_module
+from rsm.router.policies import CallView, Choice
+from rsm.router.policies.least_loaded import LeastLoaded
+from rsm.router.router import Router
+from rsm.router.upkeep import Upkeep
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, echo, hold, patient, routing
 
@@ -436,8 +436,10 @@ def test_idle_consumers_are_buried_and_busy_ones_are_not(settings: Settings, pro
 
 @contextmanager
 def router_process(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m router`."""
-    process = child.spawn([sys.executable, "-m", "router"], env=_environment(settings), output=subprocess.DEVNULL)
+    """`python -m rsm.router`."""
+    process = child.spawn(
+        [sys.executable, "-P", "-m", "rsm.router"], env=_environment(settings), output=subprocess.DEVNULL
+    )
     try:
         yield process
     finally:

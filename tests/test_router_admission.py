@@ -12,12 +12,12 @@ import pytest
 import redis
 
 from bench.programs.real import Stack, drive, up
-from broker import Client, RequestState, Settings
-from broker.monitor import Monitor
-from simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker.monitor import Monitor
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.workers.config import EngineConfig
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, echo, patient, routing
-from workers.config import EngineConfig
 
 
 @pytest.fixture

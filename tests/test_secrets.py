@@ -16,28 +16,28 @@ import pytest
 import redis
 from pydantic import SecretStr, ValidationError
 
-from broker import CallFailed, Client, Settings, codec
-from broker.connection import connect
-from broker.dead_letters import DeadLetter, DeadLetters
-from broker.events import read_event
-from broker.keys import Keys
-from broker.models import CallRecord, RequestState
-from broker.monitor import Monitor
-from broker.request import build
-from broker.transitions import Admission, Claimed, Event, Fence, Finish, Release, Transitions
-from engine.doctor import examine
-from engine.process import LLMRequest
-from router.intake import read_entry
+from rsm.broker import CallFailed, Client, Settings, codec
+from rsm.broker.connection import connect
+from rsm.broker.dead_letters import DeadLetter, DeadLetters
+from rsm.broker.events import read_event
+from rsm.broker.keys import Keys
+from rsm.broker.models import CallRecord, RequestState
+from rsm.broker.monitor import Monitor
+from rsm.broker.request import build
+from rsm.broker.transitions import Admission, Claimed, Event, Fence, Finish, Release, Transitions
+from rsm.engine.doctor import examine
+from rsm.engine.process import LLMRequest
+from rsm.router.intake import read_entry
+from rsm.workers.backend import Backend, EngineFacts, EngineLoad, Job, Outcome, Piece, Resumed
+from rsm.workers.calls import Calls
+from rsm.workers.config import EngineConfig
+from rsm.workers.environment import API_KEY_VARIABLE, CONFIG_VARIABLE
+from rsm.workers.node import NodeClient
 from tests.conftest import eventually
 from tests.fake_openai import Server
 from tests.roles import Roles, secret
 from tests.rsm_command import RSM, clean_env
 from tests.sim_processes import sim, state_of
-from workers.backend import Backend, EngineFacts, EngineLoad, Job, Outcome, Piece, Resumed
-from workers.calls import Calls
-from workers.config import EngineConfig
-from workers.environment import API_KEY_VARIABLE, CONFIG_VARIABLE
-from workers.node import NodeClient
 
 PROMPT, OUTPUT, KEY = "marked-prompt-7f3a", "marked-output-7f3a", "marked-key-7f3a"
 MARKERS = (PROMPT, OUTPUT, KEY, *(secret(role) for role in ("router", "worker", "producer", "node", "operator")))
@@ -168,10 +168,14 @@ def _main_job(roles: Roles, settings: Settings, db: Any, folder: Path, remote: S
     python = sys.executable
     openai = EngineConfig(engine_id="o1", backend="openai", base_url=remote.url, served_model_name="remote")
     commands = {
-        "router": ([python, "-m", "router"], "router", {}),
-        "sim": ([python, "-m", "workers", "--supervised"], "worker", {CONFIG_VARIABLE: sim("s1").model_dump_json()}),
+        "router": ([python, "-P", "-m", "rsm.router"], "router", {}),
+        "sim": (
+            [python, "-P", "-m", "rsm.workers", "--supervised"],
+            "worker",
+            {CONFIG_VARIABLE: sim("s1").model_dump_json()},
+        ),
         "openai": (
-            [python, "-m", "workers"],
+            [python, "-P", "-m", "rsm.workers"],
             "worker",
             {CONFIG_VARIABLE: openai.model_dump_json(exclude={"api_key"}), API_KEY_VARIABLE: KEY},
         ),

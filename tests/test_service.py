@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import redis
 
-from broker import InvalidRequest, RequestState, Settings
-from broker.keys import Keys
+from rsm.broker import InvalidRequest, RequestState, Settings
+from rsm.broker.keys import Keys
+from rsm.workers.backend import Job, Outcome
+from rsm.workers.calls import Calls
+from rsm.workers.publisher import Ended, Item
+from rsm.workers.service import KvTokens, ServiceUnit, Time, Tokens, Used, Work, charge, create_unit
+from rsm.workers.sim_backend import SimBackend
 from tests.world import World
-from workers.backend import Job, Outcome
-from workers.calls import Calls
-from workers.publisher import Ended, Item
-from workers.service import KvTokens, ServiceUnit, Time, Tokens, Used, Work, charge, create_unit
-from workers.sim_backend import SimBackend
 
 
 def test_tokens_are_uncached_prompt_and_twice_the_answer() -> None:
@@ -68,7 +68,9 @@ def test_units_by_name(plugin: str) -> None:
     assert [type(create_unit(n)) for n in ("tokens", "time", "kv", f"{plugin}:Odd")] == [Tokens, Time, KvTokens, Odd]
 
 
-@pytest.mark.parametrize("name", ["", "joules", "no.such.module:Class", "workers.service", "workers.service:No", ":X"])
+@pytest.mark.parametrize(
+    "name", ["", "joules", "no.such.module:Class", "rsm.workers.service", "rsm.workers.service:No", ":X"]
+)
 def test_no_such_unit(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"There is no service unit .* Use one of tokens, work, time, kv, or"):
         create_unit(name)
@@ -76,7 +78,7 @@ def test_no_such_unit(name: str) -> None:
 
 @pytest.mark.parametrize("attribute", ["function", "Unfinished", "__name__"])
 def test_what_is_no_unit(plugin: str, attribute: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"is not a subclass of workers.service.ServiceUnit"):
+    with pytest.raises(InvalidRequest, match=r"is not a subclass of rsm.workers.service.ServiceUnit"):
         create_unit(f"{plugin}:{attribute}")
 
 

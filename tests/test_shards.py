@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from broker import (
+from rsm.broker import (
     AsyncShardedClient,
     CallCancelled,
     InvalidRequest,
@@ -18,8 +18,8 @@ from broker import (
     ShardedClient,
     namespace_of,
 )
-from broker.ids import new_id
-from broker.transitions import Claimed
+from rsm.broker.ids import new_id
+from rsm.broker.transitions import Claimed
 from tests.fake_worker import FakeWorker, echo, hold, routing
 from tests.topologies import Cluster
 

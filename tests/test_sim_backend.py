@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from rsm.workers.backend import CallRejected, Job, Outcome, Piece, Resumed
+from rsm.workers.sim_backend import SimBackend
+from rsm.workers.sim_engine import SimConfig, SimTimes
 from tests.pieces import Heard
-from workers.backend import CallRejected, Job, Outcome, Piece, Resumed
-from workers.sim_backend import SimBackend
-from workers.sim_engine import SimConfig, SimTimes
 
 FAST = SimConfig(times=SimTimes(step_s=0.002, prefill_token_s=0, decode_seq_s=0, context_token_s=0))
 CHAT = {"messages": [{"role": "user", "content": "Explain quantum computing"}], "max_tokens": 6}

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from simulation.paths import Paths
-from simulation.workload import Segment
-from workers.sim_cache import Hold, KVCache, path_of_ids, path_of_texts
+from rsm.simulation.paths import Paths
+from rsm.simulation.workload import Segment
+from rsm.workers.sim_cache import Hold, KVCache, path_of_ids, path_of_texts
 
 SIZE = 4
 

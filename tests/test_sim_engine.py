@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from workers.plas import PlasRules
-from workers.rate import RateMeter
-from workers.sim_call import Phase, SimCall, Step
-from workers.sim_engine import SimConfig, SimEngine, SimTimes
-from workers.sim_text import EOS, Answer, Prompt, answer, token_text, tokenize
+from rsm.workers.plas import PlasRules
+from rsm.workers.rate import RateMeter
+from rsm.workers.sim_call import Phase, SimCall, Step
+from rsm.workers.sim_engine import SimConfig, SimEngine, SimTimes
+from rsm.workers.sim_text import EOS, Answer, Prompt, answer, token_text, tokenize
 
 UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)
 

@@ -16,16 +16,16 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from broker.errors import InvalidRequest
+from rsm.broker.errors import InvalidRequest
+from rsm.workers.backend import EngineDied, Job
+from rsm.workers.openai_backend import OpenAIBackend
+from rsm.workers.sim_backend import SimBackend
+from rsm.workers.sim_server import listen, serve
 from tests.conftest import eventually
 from tests.pieces import Heard
 from tests.rsm_command import run as run_rsm
 from tests.sim_http import SimHttp, sim_server
 from tests.sim_processes import said
-from workers.backend import EngineDied, Job
-from workers.openai_backend import OpenAIBackend
-from workers.sim_backend import SimBackend
-from workers.sim_server import listen, serve
 
 LONG = "a prompt of more than one block of the cache, " * 8
 

@@ -11,15 +11,15 @@ from random import Random
 
 import pytest
 
-from broker.errors import InvalidRequest
-from broker.settings import Settings
-from simulation.conversations import conversations
-from simulation.fleet import FleetConfig, Hops, SimFleet
-from simulation.results import Results
-from simulation.workload import CallSpec, ProgramSpec, Segment
-from simulation.workload_file import read_workload, write_workload
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.settings import Settings
+from rsm.simulation.conversations import conversations
+from rsm.simulation.fleet import FleetConfig, Hops, SimFleet
+from rsm.simulation.results import Results
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.simulation.workload_file import read_workload, write_workload
+from rsm.workers.sim_config import SimConfig, SimTimes
 from tests.rsm_command import run
-from workers.sim_config import SimConfig, SimTimes
 
 UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)
 NO_HOPS = Hops(submit_s=0.0, claim_s=0.0, finish_s=0.0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.settings import Settings
-from simulation.fleet import FleetConfig, SimFleet
-from simulation.results import Results
-from simulation.workload import CallSpec, ProgramSpec, Segment
-from workers.sim_engine import SimConfig
+from rsm.broker.settings import Settings
+from rsm.simulation.fleet import FleetConfig, SimFleet
+from rsm.simulation.results import Results
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.workers.sim_engine import SimConfig
 
 ON = Settings(admission=True, policy="least_loaded")
 OFF = Settings(policy="least_loaded")

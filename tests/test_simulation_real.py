@@ -9,12 +9,12 @@ from statistics import fmean, median
 import pytest
 
 from bench.programs.real import Stack, run
-from broker.settings import Settings
-from simulation.fleet import FleetConfig, SimFleet
-from simulation.results import ProgramTimes
-from simulation.workload import CallSpec, ProgramSpec, Segment
-from workers.config import EngineConfig
-from workers.sim_config import SimConfig, SimTimes
+from rsm.broker.settings import Settings
+from rsm.simulation.fleet import FleetConfig, SimFleet
+from rsm.simulation.results import ProgramTimes
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.workers.config import EngineConfig
+from rsm.workers.sim_config import SimConfig, SimTimes
 
 # Long steps, so that the processes of a busy machine are in time for them.
 TIMES = {"step_s": 0.04, "prefill_token_s": 2e-4, "decode_seq_s": 0.005, "context_token_s": 1e-6, "prefill_pair_s": 0.0}

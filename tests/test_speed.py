@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from broker.messages import Speed
-from workers.backend import Job
-from workers.cache_meter import CacheMeter
-from workers.call_meter import CallMeter
-from workers.sim_backend import SimBackend
-from workers.sim_engine import SimConfig, SimTimes
-from workers.speed import PRIOR, Mean, SpeedMeter, StepWindow
-from workers.vllm_backend import Meter
+from rsm.broker.messages import Speed
+from rsm.workers.backend import Job
+from rsm.workers.cache_meter import CacheMeter
+from rsm.workers.call_meter import CallMeter
+from rsm.workers.sim_backend import SimBackend
+from rsm.workers.sim_engine import SimConfig, SimTimes
+from rsm.workers.speed import PRIOR, Mean, SpeedMeter, StepWindow
+from rsm.workers.vllm_backend import Meter
 
 FAST = Speed(0.006, 36e-6, 60e-6)
 SLOW = Speed(0.2, 5e-3, 0.02)
@@ -254,7 +254,7 @@ async def test_a_modelled_engine_learns_its_own_times() -> None:
 
 def test_vllms_steps_are_measured_from_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("workers.vllm_backend.time.perf_counter", lambda: now)
+    monkeypatch.setattr("rsm.workers.vllm_backend.time.perf_counter", lambda: now)
     meter, rng = Meter(), Random(8)
     for _ in range(400):
         now += 30.0  # idle

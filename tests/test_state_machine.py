@@ -25,18 +25,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from broker import RequestState, Settings, codec, scripts
-from broker.connection import connect
-from broker.family import TreeCancel
-from broker.ids import new_id
-from broker.keys import ROUTER_GROUP, Keys
-from broker.models import CallRequest
-from broker.request import build
-from broker.scripts import Command, T
-from broker.transitions import Claimed, Event, Fault, Finish, Placement, Rejection, Release, Transitions
-from broker.waiting import WaitingCall
 from chaos.leaks import LASTING
-from router.intake import Arrival, read_entry
+from rsm.broker import RequestState, Settings, codec, scripts
+from rsm.broker.connection import connect
+from rsm.broker.family import TreeCancel
+from rsm.broker.ids import new_id
+from rsm.broker.keys import ROUTER_GROUP, Keys
+from rsm.broker.models import CallRequest
+from rsm.broker.request import build
+from rsm.broker.scripts import Command, T
+from rsm.broker.transitions import Claimed, Event, Fault, Finish, Placement, Rejection, Release, Transitions
+from rsm.broker.waiting import WaitingCall
+from rsm.router.intake import Arrival, read_entry
 from tests.namespace_view import AGE, look, texts
 from tests.reference_model import Model
 from tests.reference_records import NEVER, Call, Entry

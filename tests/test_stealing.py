@@ -11,22 +11,22 @@ from typing import Any
 
 import pytest
 
-from broker import Client, RequestState, Settings, codec, scripts
-from broker.client import CallHandle
-from broker.messages import CacheUse, EngineView, SessionView, Speed
-from broker.waiting import WaitingCall
-from router.admission import Admission
-from router.costs import CostModel
-from router.policies import CallView
-from router.policies.cost import Cost
-from router.stealing import Stealing, idle_and_loaded
-from simulation.fleet import FleetConfig, SimFleet
-from simulation.results import Results
-from simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.broker import Client, RequestState, Settings, codec, scripts
+from rsm.broker.client import CallHandle
+from rsm.broker.messages import CacheUse, EngineView, SessionView, Speed
+from rsm.broker.waiting import WaitingCall
+from rsm.router.admission import Admission
+from rsm.router.costs import CostModel
+from rsm.router.policies import CallView
+from rsm.router.policies.cost import Cost
+from rsm.router.stealing import Stealing, idle_and_loaded
+from rsm.simulation.fleet import FleetConfig, SimFleet
+from rsm.simulation.results import Results
+from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.workers.sim_config import SimConfig
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, patient, routing
 from tests.sim_processes import Start, said
-from workers.sim_config import SimConfig
 
 SPEED = Speed(0.01, 1e-4, 1e-5)
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from broker import AsyncClient, BrokerUnavailable, Client, Settings
-from broker.connection import connect
-from broker.embedded import EmbeddedRedis
-from broker.line import Line
-from broker.monitor import Monitor
-from engine.doctor import examine
+from rsm.broker import AsyncClient, BrokerUnavailable, Client, Settings
+from rsm.broker.connection import connect
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.line import Line
+from rsm.broker.monitor import Monitor
+from rsm.engine.doctor import examine
+from rsm.workers.node import NodeClient
 from tests.conftest import eventually
 from tests.rsm_command import RSM, clean_env
 from tests.sim_processes import WorkerProcess, processes_of, sim, state_of
 from tests.tls import Certificates, TlsFront
-from workers.node import NodeClient
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 
@@ -49,7 +49,7 @@ async def test_every_part_works_over_tls(
     secure = over_tls(settings, front, certificates)
     env = clean_env() | secure.environment()
     with (tmp_path / "log").open("ab") as log:
-        router = subprocess.Popen([sys.executable, "-m", "router"], env=env, stdout=log, stderr=log)
+        router = subprocess.Popen([sys.executable, "-P", "-m", "rsm.router"], env=env, stdout=log, stderr=log)
         node = subprocess.Popen([RSM, "node", "--name", "host"], env=env, stdout=log, stderr=log)
     worker = WorkerProcess(sim(), secure, tmp_path / "worker")
     try:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from redis import AuthenticationError
 
-from broker import AsyncClient, BrokerUnavailable, Client, InvalidRequest, Settings
-from broker.connection import BLIPS, connect, connect_async, persist
-from broker.line import Line
-from broker.link import Refused
-from broker.topology import Address, place_of
-from engine.doctor import examine
+from rsm.broker import AsyncClient, BrokerUnavailable, Client, InvalidRequest, Settings
+from rsm.broker.connection import BLIPS, connect, connect_async, persist
+from rsm.broker.line import Line
+from rsm.broker.link import Refused
+from rsm.broker.topology import Address, place_of
+from rsm.engine.doctor import examine
+from rsm.workers.node import NodeClient, run_node
 from tests.topologies import Cluster, UnderSentinel, free_port
-from workers.node import NodeClient, run_node
 
 
 def test_a_plain_url_names_its_server() -> None:

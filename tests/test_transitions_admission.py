@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from broker.messages import SessionView, rank_of
-from broker.models import RequestState
+from rsm.broker.messages import SessionView, rank_of
+from rsm.broker.models import RequestState
 from tests.rooms import CAPACITY, HALF_S, Rooms
 from tests.world import LONG_AGO, World
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from broker import RequestState, codec
-from broker.transitions import (
-    Finish,
-)
+from rsm.broker import RequestState, codec
+from rsm.broker.transitions import Finish
 from tests.world import World
 
 # -- finish

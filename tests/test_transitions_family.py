@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from broker import InvalidRequest
+from rsm.broker import InvalidRequest
 from tests.world import World
 
 

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
-from broker import RequestState, codec, scripts
-from broker.keys import ROUTER_GROUP
-from broker.scripts import Command
-from broker.transitions import (
-    Submitted,
-)
+from rsm.broker import RequestState, codec, scripts
+from rsm.broker.keys import ROUTER_GROUP
+from rsm.broker.scripts import Command
+from rsm.broker.transitions import Submitted
 from tests.world import LONG_AGO, World
 
 # -- submit

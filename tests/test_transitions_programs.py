@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker import RequestState
+from rsm.broker import RequestState
 from tests.world import World
 
 # -- transition

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from broker import codec
-from broker.keys import ROUTER_GROUP
-from broker.transitions import (
-    Placed,
-    Transitions,
-)
+from rsm.broker import codec
+from rsm.broker.keys import ROUTER_GROUP
+from rsm.broker.transitions import Placed, Transitions
 from tests.world import LONG_AGO, World, now_ms
 
 # -- admit

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from broker import RequestState, codec
-from broker.transitions import Claimed, Transitions
+from rsm.broker import RequestState, codec
+from rsm.broker.transitions import Claimed, Transitions
 from tests.fake_worker import FakeWorker
 from tests.world import LONG_AGO, World, texts
 

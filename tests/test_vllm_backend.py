@@ -18,6 +18,9 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from rsm.workers.backend import EngineDied, Job, Piece
+from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.vllm_backend import VllmBackend
 from tests.conftest import eventually
 from tests.vllm_jobs import (
     BAD_GENERATE,
@@ -39,9 +42,6 @@ from tests.vllm_jobs import (
     said,
     streamed,
 )
-from workers.backend import EngineDied, Job, Piece
-from workers.config import EngineConfig, create_backend
-from workers.vllm_backend import VllmBackend
 
 pytest.importorskip("vllm")
 

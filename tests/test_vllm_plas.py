@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from rsm.workers.backend import Job, Outcome, Piece
+from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.vllm_backend import VllmBackend
 from tests.vllm_jobs import CITY, chat, generate, nothing, said, streamed
-from workers.backend import Job, Outcome, Piece
-from workers.config import EngineConfig, create_backend
-from workers.vllm_backend import VllmBackend
 
 pytest.importorskip("vllm")
 

@@ -11,11 +11,14 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from broker import Client, RequestState, Settings
-from broker.embedded import EmbeddedRedis
-from broker.keys import Keys
-from broker.monitor import Monitor
-from router.__main__ import _LEAVE_S
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.keys import Keys
+from rsm.broker.monitor import Monitor
+from rsm.router.__main__ import _LEAVE_S
+from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK
+from rsm.workers.watchdog import Stall
+from rsm.workers.worker import _FAREWELL_S, _LOADING_S
 from tests.fake_worker import routing
 from tests.rsm_command import clean_env
 from tests.sim_processes import (
@@ -30,9 +33,6 @@ from tests.sim_processes import (
     take_away,
 )
 from tests.waiting import eventually
-from workers.environment import EXIT_ENGINE_DIED, EXIT_OK
-from workers.watchdog import Stall
-from workers.worker import _FAREWELL_S, _LOADING_S
 
 _EXIT_BURNT = 1
 _BAD = "a bad prompt"
@@ -80,7 +80,7 @@ def test_a_stall_counts_only_time_in_which_this_process_was_awake(
     impatient: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("workers.watchdog.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rsm.workers.watchdog.time.monotonic", lambda: now[0])
 
     def after(seconds: float, progress: int | None) -> bool:
         now[0] += seconds
@@ -170,7 +170,7 @@ def test_a_router_stops_within_its_bound_while_redis_is_away(
 ) -> None:
     env = clean_env() | cut_off.environment()
     with redis.Redis(unix_socket_path=str(fragile.socket)) as db:
-        router = subprocess.Popen([sys.executable, "-m", "router"], env=env, stderr=subprocess.DEVNULL)
+        router = subprocess.Popen([sys.executable, "-P", "-m", "rsm.router"], env=env, stderr=subprocess.DEVNULL)
         try:
             eventually(lambda: db.exists(Keys(cut_off.namespace).routers))
             take_away(fragile, away)

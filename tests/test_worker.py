@@ -16,11 +16,18 @@ from typing import Any
 import pytest
 import redis
 
-from broker import AsyncClient, CallCancelled, Client, RequestState, Settings, scripts
-from broker.embedded import EmbeddedRedis
-from broker.keys import Keys
-from broker.monitor import Monitor
-from broker.transitions import Claimed, Fence, Release, Transitions
+from rsm.broker import AsyncClient, CallCancelled, Client, RequestState, Settings, scripts
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.keys import Keys
+from rsm.broker.monitor import Monitor
+from rsm.broker.transitions import Claimed, Fence, Release, Transitions
+from rsm.workers.backend import Job, Outcome, Piece
+from rsm.workers.calls import Calls
+from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK
+from rsm.workers.publisher import Ended, Item
+from rsm.workers.sim_backend import SimBackend
+from rsm.workers.sim_engine import SimConfig, SimTimes
+from rsm.workers.worker import _FAREWELL_S, Worker
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, routing
 from tests.sim_processes import (
@@ -34,13 +41,6 @@ from tests.sim_processes import (
     submit_streams,
     take_away,
 )
-from workers.backend import Job, Outcome, Piece
-from workers.calls import Calls
-from workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK
-from workers.publisher import Ended, Item
-from workers.sim_backend import SimBackend
-from workers.sim_engine import SimConfig, SimTimes
-from workers.worker import _FAREWELL_S, Worker
 
 # Steps of 10 ms.
 _STEPS = SimConfig(times=SimTimes(step_s=0.01))

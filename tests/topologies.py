@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import redis
 
-from broker import child
-from broker.embedded import EmbeddedRedis, find_server
-from broker.ids import new_id
-from broker.topology import place_of
+from rsm.broker import child
+from rsm.broker.embedded import EmbeddedRedis, find_server
+from rsm.broker.ids import new_id
+from rsm.broker.topology import place_of
 from tests.waiting import eventually
 
 SLOTS = 16384

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-from workers.backend import CallRejected, Job, Outcome, Piece, Resumed
-from workers.vllm_backend import VllmBackend
+from rsm.workers.backend import CallRejected, Job, Outcome, Piece, Resumed
+from rsm.workers.vllm_backend import VllmBackend
 
 PROMPT = "Explain quantum computing"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -42,7 +42,7 @@ CITY = {
 HOST = """
 import asyncio, json, sys
 import psutil
-from workers.config import EngineConfig, create_backend
+from rsm.workers.config import EngineConfig, create_backend
 async def main():
     backend = create_backend(EngineConfig(engine_id="host", max_num_seqs=4, engine_args=json.loads(sys.argv[1])))
     await backend.start()

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from rsm.workers import vllm_scheduler
+from rsm.workers.plas import PlasRules
+from rsm.workers.service import create_unit
+from rsm.workers.vllm_program import LEVELS
+from rsm.workers.vllm_scheduler import make_scheduler
 from tests import vllm_miniature as mini
 from tests.vllm_miniature import Call, Engine
-from workers import vllm_scheduler
-from workers.plas import PlasRules
-from workers.service import create_unit
-from workers.vllm_program import LEVELS
-from workers.vllm_scheduler import make_scheduler
 
 SEEDS = range(6)
 BOUNDS = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)  # of the settings

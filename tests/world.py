@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from broker import Settings, codec, scripts
-from broker.family import TreeCancel
-from broker.keys import ROUTER_GROUP, Keys
-from broker.models import CallRequest
-from broker.request import build
-from broker.scripts import Command, T
-from broker.transitions import (
-    Admission,
-    Placed,
-    Placement,
-    Rejection,
-    Submission,
-    Submitted,
-    Transitions,
-)
 from chaos.leaks import LASTING
+from rsm.broker import Settings, codec, scripts
+from rsm.broker.family import TreeCancel
+from rsm.broker.keys import ROUTER_GROUP, Keys
+from rsm.broker.models import CallRequest
+from rsm.broker.request import build
+from rsm.broker.scripts import Command, T
+from rsm.broker.transitions import Admission, Placed, Placement, Rejection, Submission, Submitted, Transitions
 from tests.fake_worker import FakeWorker
 
 LONG_AGO = 1

@@ -1,4 +1,4 @@
-"""The worker as a program: `python -m workers`, with its EngineConfig as JSON in RSM_ENGINE and settings in RSM_*.
+"""The worker as a program: `python -m rsm.workers`, with its EngineConfig as JSON in RSM_ENGINE and settings in RSM_*.
 
 `rsm worker` is the same with flags. The configuration comes by the environment because it may hold a key, and command
 lines are there for everybody to read. With --supervised this process is the worker's supervisor instead.
@@ -15,14 +15,14 @@ import signal
 import sys
 import threading
 
-from broker import logs
-from broker.errors import AccessDenied, EngineIdTaken, EvictingRedis, InvalidRequest
-from broker.settings import Settings
-from workers.config import EngineConfig, create_backend
-from workers.environment import CONFIG_VARIABLE, EXIT_ID_TAKEN, EXIT_INVALID, NODE_VARIABLE, SUPERVISED_FLAG
-from workers.launch import worker_process
-from workers.watchdog import Fuse
-from workers.worker import Worker
+from rsm.broker import logs
+from rsm.broker.errors import AccessDenied, EngineIdTaken, EvictingRedis, InvalidRequest
+from rsm.broker.settings import Settings
+from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.environment import CONFIG_VARIABLE, EXIT_ID_TAKEN, EXIT_INVALID, NODE_VARIABLE, SUPERVISED_FLAG
+from rsm.workers.launch import worker_process
+from rsm.workers.watchdog import Fuse
+from rsm.workers.worker import Worker
 
 log = logging.getLogger("rsm.worker")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from broker.messages import Speed
-from workers.speed import PRIOR, Mean, SpeedMeter
+from rsm.broker.messages import Speed
+from rsm.workers.speed import PRIOR, Mean, SpeedMeter
 
 
 class _Stretch(NamedTuple):

@@ -16,18 +16,18 @@ from typing import Any
 
 import redis
 
-from broker import codec
-from broker.codec import text
-from broker.errors import InvalidRequest
-from broker.keys import Keys
-from broker.messages import Claimed, Fault, Fence, Finish, Release
-from broker.models import ErrorCode, RequestState
-from workers.aside import ask
-from workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
-from workers.cache_meter import CacheMeter
-from workers.call_meter import Begun, CallMeter
-from workers.publisher import Ended, Item, Output, given_up
-from workers.service import ServiceUnit, Tokens, Used, charge
+from rsm.broker import codec
+from rsm.broker.codec import text
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.keys import Keys
+from rsm.broker.messages import Claimed, Fault, Fence, Finish, Release
+from rsm.broker.models import ErrorCode, RequestState
+from rsm.workers.aside import ask
+from rsm.workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from rsm.workers.cache_meter import CacheMeter
+from rsm.workers.call_meter import Begun, CallMeter
+from rsm.workers.publisher import Ended, Item, Output, given_up
+from rsm.workers.service import ServiceUnit, Tokens, Used, charge
 
 log = logging.getLogger("rsm.worker")
 

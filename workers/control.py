@@ -6,12 +6,12 @@ import logging
 import threading
 from collections.abc import Callable
 
-from broker.codec import number, text
-from broker.connection import BLIPS, Backoff
-from broker.keys import Keys
-from broker.line import Line
-from broker.messages import Fence
-from broker.settings import Settings
+from rsm.broker.codec import number, text
+from rsm.broker.connection import BLIPS, Backoff
+from rsm.broker.keys import Keys
+from rsm.broker.line import Line
+from rsm.broker.messages import Fence
+from rsm.broker.settings import Settings
 
 log = logging.getLogger("rsm.worker")
 

@@ -6,14 +6,14 @@ import logging
 import os
 import sys
 
-from broker import scripts
-from broker.codec import number, text
-from broker.connection import BLIPS, connect
-from broker.keys import Keys
-from broker.settings import Settings
-from broker.transitions import Transitions
-from workers.config import EngineConfig
-from workers.environment import (
+from rsm.broker import scripts
+from rsm.broker.codec import number, text
+from rsm.broker.connection import BLIPS, connect
+from rsm.broker.keys import Keys
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
+from rsm.workers.config import EngineConfig
+from rsm.workers.environment import (
     API_KEY_VARIABLE,
     CONFIG_VARIABLE,
     EXIT_ID_TAKEN,
@@ -21,7 +21,7 @@ from workers.environment import (
     NODE_VARIABLE,
     SUPERVISOR_VARIABLE,
 )
-from workers.supervisor import Supervised
+from rsm.workers.supervisor import Supervised
 
 log = logging.getLogger("rsm.supervisor")
 
@@ -36,7 +36,7 @@ def worker_process(
         env[API_KEY_VARIABLE] = config.api_key.get_secret_value()
     return Supervised(
         f"engine {config.engine_id}",
-        [sys.executable, "-m", "workers"],
+        [sys.executable, "-P", "-m", "rsm.workers"],
         env,
         give_up=[EXIT_ID_TAKEN, EXIT_INVALID],
         output=output,

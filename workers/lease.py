@@ -6,12 +6,12 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
-from broker import scripts
-from broker.connection import BLIPS, Backoff, connect
-from broker.models import EngineState
-from broker.scripts import Arg
-from broker.settings import Settings
-from broker.transitions import Transitions
+from rsm.broker import scripts
+from rsm.broker.connection import BLIPS, Backoff, connect
+from rsm.broker.models import EngineState
+from rsm.broker.scripts import Arg
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
 
 log = logging.getLogger("rsm.worker")
 

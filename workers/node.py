@@ -22,21 +22,21 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-from broker import scripts
-from broker.connection import connect, connect_patiently, persist
-from broker.dead_letters import DeadLetters
-from broker.errors import EngineFailed, InvalidRequest, UnknownCall
-from broker.eviction import require_noeviction_at
-from broker.ids import check_id
-from broker.keys import Keys
-from broker.models import EngineState
-from broker.monitor import Monitor
-from broker.settings import Settings
-from broker.topology import place_of
-from broker.transitions import Transitions
-from workers.config import EngineConfig
-from workers.environment import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
-from workers.launch import report_death
+from rsm.broker import scripts
+from rsm.broker.connection import connect, connect_patiently, persist
+from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.errors import EngineFailed, InvalidRequest, UnknownCall
+from rsm.broker.eviction import require_noeviction_at
+from rsm.broker.ids import check_id
+from rsm.broker.keys import Keys
+from rsm.broker.models import EngineState
+from rsm.broker.monitor import Monitor
+from rsm.broker.settings import Settings
+from rsm.broker.topology import place_of
+from rsm.broker.transitions import Transitions
+from rsm.workers.config import EngineConfig
+from rsm.workers.environment import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
+from rsm.workers.launch import report_death
 
 log = logging.getLogger("rsm.node")
 
@@ -185,7 +185,7 @@ def start_engine(config: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     if _state(settings, engine.engine_id) in (EngineState.STARTING, EngineState.READY, EngineState.DRAINING):
         raise EngineFailed(f"Engine id {engine.engine_id} is in use; stop that engine, or choose another id.")
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "workers", SUPERVISED_FLAG],
+        [sys.executable, "-P", "-m", "rsm.workers", SUPERVISED_FLAG],
         env=os.environ | {CONFIG_VARIABLE: engine.model_dump_json()},
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # RQ ends a job by killing its process group

@@ -14,12 +14,22 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
-from workers.backend import Backend, CallRejected, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
-from workers.environment import API_KEY_VARIABLE
-from workers.openai_calls import Exchange, exchange
-from workers.openai_resume import CANNOT_CONTINUE
-from workers.openai_wire import MAX_BYTES, SseParser, document, error, error_inside, readable
-from workers.rate import RateMeter
+from rsm.workers.backend import (
+    Backend,
+    CallRejected,
+    EngineDied,
+    EngineError,
+    EngineFacts,
+    EngineLoad,
+    Job,
+    Outcome,
+    Piece,
+)
+from rsm.workers.environment import API_KEY_VARIABLE
+from rsm.workers.openai_calls import Exchange, exchange
+from rsm.workers.openai_resume import CANNOT_CONTINUE
+from rsm.workers.openai_wire import MAX_BYTES, SseParser, document, error, error_inside, readable
+from rsm.workers.rate import RateMeter
 
 if TYPE_CHECKING:
     import httpx

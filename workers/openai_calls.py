@@ -6,10 +6,10 @@ import json
 import time
 from typing import Any
 
-from broker.models import MAX_PROMPT_TOKENS
-from workers.backend import CallRejected, Job, Outcome, Piece, Resumed
-from workers.openai_resume import CANNOT_CONTINUE, Said
-from workers.openai_wire import choice_text, document
+from rsm.broker.models import MAX_PROMPT_TOKENS
+from rsm.workers.backend import CallRejected, Job, Outcome, Piece, Resumed
+from rsm.workers.openai_resume import CANNOT_CONTINUE, Said
+from rsm.workers.openai_wire import choice_text, document
 
 _PATHS = {"chat.completions": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
 _DEFAULT_MAX_TOKENS = 16  # of the completions API, if the call does not say

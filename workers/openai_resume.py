@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from workers.backend import CallRejected
-from workers.openai_wire import Assembler
+from rsm.workers.backend import CallRejected
+from rsm.workers.openai_wire import Assembler
 
 CANNOT_CONTINUE = (
     "The remote server died in the middle of this stream and it cannot be continued; "

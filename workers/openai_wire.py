@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from workers.backend import CallRejected, EngineError
+from rsm.workers.backend import CallRejected, EngineError
 
 # A carriage return at the very end may be half of a CRLF: it waits for the next network chunk.
 _END_OF_LINE = re.compile(rb"\r\n|\n|\r(?=.)", re.DOTALL)

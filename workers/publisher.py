@@ -13,13 +13,13 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from broker import scripts
-from broker.connection import persist
-from broker.line import Line
-from broker.messages import Event, Fence, Finish, Release
-from broker.settings import Settings
-from broker.transitions import Transitions
-from workers.backend import Piece
+from rsm.broker import scripts
+from rsm.broker.connection import persist
+from rsm.broker.line import Line
+from rsm.broker.messages import Event, Fence, Finish, Release
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
+from rsm.workers.backend import Piece
 
 
 @dataclass(slots=True)

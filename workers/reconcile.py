@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import redis
 
-from broker import scripts
-from broker.messages import Fence, Release
-from broker.transitions import Transitions
-from workers.aside import aside
-from workers.calls import Calls
-from workers.publisher import Publisher
+from rsm.broker import scripts
+from rsm.broker.messages import Fence, Release
+from rsm.broker.transitions import Transitions
+from rsm.workers.aside import aside
+from rsm.workers.calls import Calls
+from rsm.workers.publisher import Publisher
 
 log = logging.getLogger("rsm.worker")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from inspect import isabstract
 
-from broker.errors import InvalidRequest
+from rsm.broker.errors import InvalidRequest
 
 log = logging.getLogger("rsm.worker")
 
@@ -112,5 +112,5 @@ def create_unit(name: str) -> ServiceUnit:
             f"There is no service unit {name!r} ({e}). Use one of {', '.join(UNITS)}, or package.module:Class."
         ) from e
     if not (isinstance(found, type) and issubclass(found, ServiceUnit)) or isabstract(found):
-        raise InvalidRequest(f"{name!r} is not a subclass of workers.service.ServiceUnit with a method `service`.")
+        raise InvalidRequest(f"{name!r} is not a subclass of rsm.workers.service.ServiceUnit with a method `service`.")
     return found()

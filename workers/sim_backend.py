@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.backend import Backend, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
-from workers.rate import RateMeter
-from workers.sim_call import Phase, SimCall
-from workers.sim_config import SimConfig
-from workers.sim_engine import SimEngine
-from workers.sim_request import Request, Shape, read, replay, usage
-from workers.speed import SpeedMeter
+from rsm.workers.backend import Backend, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
+from rsm.workers.rate import RateMeter
+from rsm.workers.sim_call import Phase, SimCall
+from rsm.workers.sim_config import SimConfig
+from rsm.workers.sim_engine import SimEngine
+from rsm.workers.sim_request import Request, Shape, read, replay, usage
+from rsm.workers.speed import SpeedMeter
 
 Emit = Callable[[Piece], None]
 # How far, in real seconds, the model may lag behind the clock and still catch up: a busy event loop must not slow the

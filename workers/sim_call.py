@@ -8,7 +8,7 @@ from enum import Enum
 from math import ceil, sqrt
 from typing import Any
 
-from workers.sim_cache import Hold, Path, path_of_ids, path_of_texts
+from rsm.workers.sim_cache import Hold, Path, path_of_ids, path_of_texts
 
 Order = tuple[int, int, float, int]  # class, level, arrival, number; the smallest is first
 

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from workers.plas import PlasRules
+from rsm.workers.plas import PlasRules
 
 SchedulerName = Literal["fcfs", "priority", "plas"]
 

@@ -20,12 +20,12 @@ from collections.abc import Callable
 from heapq import heappop, heappush, nsmallest
 from itertools import count
 
-from workers.plas import Rank
-from workers.sim_cache import KVCache
-from workers.sim_call import Order, Phase, SimCall, Step, Ticks
-from workers.sim_config import SimConfig as SimConfig
-from workers.sim_config import SimTimes as SimTimes
-from workers.sim_order import create_scheduler
+from rsm.workers.plas import Rank
+from rsm.workers.sim_cache import KVCache
+from rsm.workers.sim_call import Order, Phase, SimCall, Step, Ticks
+from rsm.workers.sim_config import SimConfig as SimConfig
+from rsm.workers.sim_config import SimTimes as SimTimes
+from rsm.workers.sim_order import create_scheduler
 
 
 class SimEngine:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil, inf
 
-from workers.plas import NOTHING_IS_BETTER, Plas, PlasCall, PlasRules, Rank
-from workers.service import ServiceUnit, Tokens, Used, Work, create_unit
-from workers.sim_call import Order, Phase, SimCall
-from workers.sim_config import SimConfig
+from rsm.workers.plas import NOTHING_IS_BETTER, Plas, PlasCall, PlasRules, Rank
+from rsm.workers.service import ServiceUnit, Tokens, Used, Work, create_unit
+from rsm.workers.sim_call import Order, Phase, SimCall
+from rsm.workers.sim_config import SimConfig
 
 # What a token of an answer costs in units that go by tokens alone.
 _OUTPUT = 2

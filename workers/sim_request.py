@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.backend import CallRejected, Job, Resumed
-from workers.sim_engine import SimConfig
-from workers.sim_text import Answer, Prompt, answer
+from rsm.workers.backend import CallRejected, Job, Resumed
+from rsm.workers.sim_engine import SimConfig
+from rsm.workers.sim_text import Answer, Prompt, answer
 
 DEFAULT_MAX_TOKENS = 16
 _NO_STOPS: tuple[str, ...] = ()

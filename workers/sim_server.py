@@ -17,11 +17,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import InvalidRequest
-from broker.ids import new_id
-from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
-from workers.sim_backend import SimBackend
-from workers.sim_request import read_prompt
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.ids import new_id
+from rsm.workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
+from rsm.workers.sim_backend import SimBackend
+from rsm.workers.sim_request import read_prompt
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

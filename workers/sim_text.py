@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 from zlib import crc32
 
-from workers.backend import CallRejected
+from rsm.workers.backend import CallRejected
 
 VOCABULARY = 32_000
 EOS = 2

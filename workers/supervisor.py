@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from broker import child
+from rsm.broker import child
 
 log = logging.getLogger("rsm.supervisor")
 

@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from workers.backend import EngineDied
-from workers.config import EngineConfig
-from workers.vllm_guard import FACTORY, PLAS, SCHEDULER_VARIABLE
+from rsm.workers.backend import EngineDied
+from rsm.workers.config import EngineConfig
+from rsm.workers.vllm_guard import FACTORY, PLAS, SCHEDULER_VARIABLE
 
 TINY_NAME = "tiny-llama"
 

@@ -15,18 +15,18 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from broker.settings import Settings
-from workers.backend import Backend, CallRejected, EngineDied, EngineFacts, EngineLoad, Job, Outcome, Piece
-from workers.config import EngineConfig
-from workers.rate import RateMeter
-from workers.service import create_unit
-from workers.speed import SpeedMeter, StepWindow
-from workers.tiny_model import ensure_tiny_model
-from workers.vllm_args import TINY_NAME, displaces, parse, prepare_environment
-from workers.vllm_engine import GONE, Engine
-from workers.vllm_generate import GenerateCall
-from workers.vllm_openai import PATHS, OpenAICall, ProxyEngineClient
-from workers.vllm_program import rules_of, worst_rank
+from rsm.broker.settings import Settings
+from rsm.workers.backend import Backend, CallRejected, EngineDied, EngineFacts, EngineLoad, Job, Outcome, Piece
+from rsm.workers.config import EngineConfig
+from rsm.workers.rate import RateMeter
+from rsm.workers.service import create_unit
+from rsm.workers.speed import SpeedMeter, StepWindow
+from rsm.workers.tiny_model import ensure_tiny_model
+from rsm.workers.vllm_args import TINY_NAME, displaces, parse, prepare_environment
+from rsm.workers.vllm_engine import GONE, Engine
+from rsm.workers.vllm_generate import GenerateCall
+from rsm.workers.vllm_openai import PATHS, OpenAICall, ProxyEngineClient
+from rsm.workers.vllm_program import rules_of, worst_rank
 
 log = logging.getLogger("rsm.worker")
 

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from workers.backend import CallRejected, EngineDied, EngineError, Job
-from workers.vllm_program import LEVELS, Program
+from rsm.workers.backend import CallRejected, EngineDied, EngineError, Job
+from rsm.workers.vllm_program import LEVELS, Program
 
 CANNOT_CONTINUE = (
     "The engine died in the middle of this stream and it cannot be continued; "

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
-from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
-from workers.service import Used
-from workers.vllm_engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args, refusals, sentence
-from workers.vllm_reply import running_ms
-from workers.vllm_resume import Outputs, Said, continued
+from rsm.workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from rsm.workers.service import Used
+from rsm.workers.vllm_engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args, refusals, sentence
+from rsm.workers.vllm_reply import running_ms
+from rsm.workers.vllm_resume import Outputs, Said, continued
 
 _PROMPT = frozenset({"prompt", "prompt_token_ids"})
 # Fields of SamplingParams that are vLLM's own business, or that a text and token ids cannot answer.

@@ -13,9 +13,9 @@ import os
 import signal
 from typing import Any
 
-FACTORY = "workers.vllm_guard.make_scheduler"
+FACTORY = "rsm.workers.vllm_guard.make_scheduler"
 
-PLAS = "workers.vllm_scheduler.make_scheduler"
+PLAS = "rsm.workers.vllm_scheduler.make_scheduler"
 
 # The scheduler class that is to be made, for the child to find: the user's, or PLAS; none: vLLM's own.
 SCHEDULER_VARIABLE = "RSM_VLLM_SCHEDULER_CLS"

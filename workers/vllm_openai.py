@@ -15,13 +15,13 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-from workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
-from workers.openai_wire import Assembler, SseParser, choice_text, document, error_inside, single_line
-from workers.service import Used
-from workers.vllm_asgi import post
-from workers.vllm_engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args
-from workers.vllm_reply import Counts, Replay, refusal, request
-from workers.vllm_resume import Outputs, continued
+from rsm.workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
+from rsm.workers.openai_wire import Assembler, SseParser, choice_text, document, error_inside, single_line
+from rsm.workers.service import Used
+from rsm.workers.vllm_asgi import post
+from rsm.workers.vllm_engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args
+from rsm.workers.vllm_reply import Counts, Replay, refusal, request
+from rsm.workers.vllm_resume import Outputs, continued
 
 PATHS = {
     "chat.completions": "/v1/chat/completions",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from broker.settings import Settings
-from workers.backend import Job
-from workers.plas import NOTHING_IS_BETTER, PlasCall, PlasRules, Rank
-from workers.service import ServiceUnit, Tokens, Used, charge
+from rsm.broker.settings import Settings
+from rsm.workers.backend import Job
+from rsm.workers.plas import NOTHING_IS_BETTER, PlasCall, PlasRules, Rank
+from rsm.workers.service import ServiceUnit, Tokens, Used, charge
 
 LEVELS = 16  # levels of the router's queues that fit between two of vLLM's priorities
 

@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.backend import CallRejected, EngineError, Job, Outcome
-from workers.service import Used
-from workers.vllm_engine import CANNOT_CONTINUE, sentence
-from workers.vllm_resume import Said
+from rsm.workers.backend import CallRejected, EngineError, Job, Outcome
+from rsm.workers.service import Used
+from rsm.workers.vllm_engine import CANNOT_CONTINUE, sentence
+from rsm.workers.vllm_resume import Said
 
 _LATER = frozenset({408, 429})  # not the call's fault
 _NOT_SERVED = 501

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from workers.backend import CallRejected
-from workers.vllm_engine import CANNOT_CONTINUE
+from rsm.workers.backend import CallRejected
+from rsm.workers.vllm_engine import CANNOT_CONTINUE
 
 Outputs = AsyncGenerator[Any, None]
 

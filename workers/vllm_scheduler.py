@@ -34,10 +34,10 @@ from operator import attrgetter
 from time import monotonic
 from typing import Any
 
-from broker.settings import Settings
-from workers.plas import Plas, PlasCall
-from workers.service import create_unit
-from workers.vllm_program import LEVELS, Program, Tracked, rules_of
+from rsm.broker.settings import Settings
+from rsm.workers.plas import Plas, PlasCall
+from rsm.workers.service import create_unit
+from rsm.workers.vllm_program import LEVELS, Program, Tracked, rules_of
 
 _MOST_LOOKED_AT = 64  # waiting calls, in one step
 _MOST_PROMPTS = 8  # waiting calls whose prompts are looked up in the cache, in one step

@@ -1,6 +1,6 @@
 """Writes down every step of a vLLM engine: what was planned, how long the planning took, when its tokens were there.
 
-A scheduler factory for vLLM's `scheduler_cls` ("workers.vllm_steps.make_scheduler"): it makes the scheduler that
+A scheduler factory for vLLM's `scheduler_cls` ("rsm.workers.vllm_steps.make_scheduler"): it makes the scheduler that
 RSM_STEPS_SCHEDULER names (a class or factory, as in `scheduler_cls`; none = vLLM's own) and times two of its methods.
 A thread writes the rows to the file RSM_STEPS, so that the engine's loop does not wait for a disk. Beside it stands
 what engine that is (`described`). Made for `rsm calibrate`.
@@ -17,10 +17,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from workers.vllm_guard import SCHEDULER_VARIABLE
-from workers.vllm_guard import make_scheduler as guarded
+from rsm.workers.vllm_guard import SCHEDULER_VARIABLE
+from rsm.workers.vllm_guard import make_scheduler as guarded
 
-FACTORY = "workers.vllm_steps.make_scheduler"
+FACTORY = "rsm.workers.vllm_steps.make_scheduler"
 SCHEDULER, FILE = "RSM_STEPS_SCHEDULER", "RSM_STEPS"
 EVERY_S = 0.5
 

@@ -6,7 +6,7 @@ import faulthandler
 import sys
 import time
 
-from broker.settings import Settings
+from rsm.broker.settings import Settings
 
 # How often the worker looks, in seconds; a quarter of the bound, if that is less.
 _ROUND_S = 1.0

@@ -22,29 +22,29 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
-from broker import scripts
-from broker.connection import BLIPS, connect
-from broker.errors import EngineIdTaken
-from broker.eviction import require_noeviction
-from broker.ids import check_id, new_id
-from broker.keys import Keys
-from broker.messages import Claimed
-from broker.models import EngineState
-from broker.scripts import Arg
-from broker.settings import Settings
-from broker.transitions import Transitions
-from workers.aside import aside, ask
-from workers.backend import Backend, EngineDied, EngineFacts
-from workers.cache_meter import CacheMeter
-from workers.calls import Calls
-from workers.claimer import Claimer, Room
-from workers.control import Control
-from workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
-from workers.lease import Lease
-from workers.publisher import Publisher, Ring
-from workers.reconcile import Reconciler
-from workers.service import create_unit
-from workers.watchdog import Fuse, Stall, round_s
+from rsm.broker import scripts
+from rsm.broker.connection import BLIPS, connect
+from rsm.broker.errors import EngineIdTaken
+from rsm.broker.eviction import require_noeviction
+from rsm.broker.ids import check_id, new_id
+from rsm.broker.keys import Keys
+from rsm.broker.messages import Claimed
+from rsm.broker.models import EngineState
+from rsm.broker.scripts import Arg
+from rsm.broker.settings import Settings
+from rsm.broker.transitions import Transitions
+from rsm.workers.aside import aside, ask
+from rsm.workers.backend import Backend, EngineDied, EngineFacts
+from rsm.workers.cache_meter import CacheMeter
+from rsm.workers.calls import Calls
+from rsm.workers.claimer import Claimer, Room
+from rsm.workers.control import Control
+from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
+from rsm.workers.lease import Lease
+from rsm.workers.publisher import Publisher, Ring
+from rsm.workers.reconcile import Reconciler
+from rsm.workers.service import create_unit
+from rsm.workers.watchdog import Fuse, Stall, round_s
 
 log = logging.getLogger("rsm.worker")
 

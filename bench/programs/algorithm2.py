@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.messages import EngineView, SessionView
-from broker.settings import Settings
-from router.policies import CallView, Choice, Policy
+from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.settings import Settings
+from rsm.router.policies import CallView, Choice, Policy
 
 
 class Algorithm2(Policy):

@@ -16,10 +16,10 @@ from bench.programs.metrics import Figures, ProgramRun
 from bench.programs.systems import SYSTEMS, System
 from bench.programs.traces import coding, prefix
 from bench.programs.workloads import KINDS, synthetic
-from broker.settings import Settings
-from simulation.fleet import FleetConfig, SimFleet
-from simulation.workload import ProgramSpec
-from workers.sim_config import SimConfig, SimTimes
+from rsm.broker.settings import Settings
+from rsm.simulation.fleet import FleetConfig, SimFleet
+from rsm.simulation.workload import ProgramSpec
+from rsm.workers.sim_config import SimConfig, SimTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".bench" / "programs"

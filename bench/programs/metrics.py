@@ -13,9 +13,9 @@ from math import ceil
 from statistics import fmean
 from typing import Any, Self
 
-from simulation.results import CallTimes, ProgramTimes
-from simulation.workload import CallSpec, ProgramSpec
-from workers.sim_engine import SimTimes
+from rsm.simulation.results import CallTimes, ProgramTimes
+from rsm.simulation.workload import CallSpec, ProgramSpec
+from rsm.workers.sim_engine import SimTimes
 
 # A program starved if it did not end in a run that was waited out, or if its calls together waited so many times as
 # long as they ran (at least 1 s): what the paper's rule against starvation bounds by beta, and this with room for those

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.programs.replay import Answer, Player
-from broker import AsyncClient, Settings
-from broker.embedded import EmbeddedRedis
-from broker.ids import new_id
-from broker.models import EngineState
-from broker.monitor import Monitor
-from simulation.results import ProgramTimes
-from simulation.workload import ProgramSpec
-from workers.config import EngineConfig
-from workers.environment import CONFIG_VARIABLE
+from rsm.broker import AsyncClient, Settings
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.ids import new_id
+from rsm.broker.models import EngineState
+from rsm.broker.monitor import Monitor
+from rsm.simulation.results import ProgramTimes
+from rsm.simulation.workload import ProgramSpec
+from rsm.workers.config import EngineConfig
+from rsm.workers.environment import CONFIG_VARIABLE
 
 _READY_S, _LEAVE_S = 240.0, 30.0
 # Ids that are words for the tiny model, and for any other.

@@ -13,8 +13,8 @@ from random import Random
 from time import perf_counter
 from typing import NamedTuple
 
-from simulation.results import CallTimes, ProgramTimes
-from simulation.workload import ProgramSpec, Segment
+from rsm.simulation.results import CallTimes, ProgramTimes
+from rsm.simulation.workload import ProgramSpec, Segment
 
 
 class Answer(NamedTuple):

@@ -19,11 +19,11 @@ from bench.programs.metrics import Figures, ProgramRun
 from bench.programs.real import Stack, run
 from bench.programs.systems import FCFS_LL, FCFS_RR, OURS, PAPER, System
 from bench.table import Spread, table_line
-from broker import Settings
-from simulation.results import ProgramTimes
-from simulation.workload import ProgramSpec
-from workers.config import EngineConfig
-from workers.sim_engine import SimTimes
+from rsm.broker import Settings
+from rsm.simulation.results import ProgramTimes
+from rsm.simulation.workload import ProgramSpec
+from rsm.workers.config import EngineConfig
+from rsm.workers.sim_engine import SimTimes
 
 SYSTEMS = (FCFS_RR, FCFS_LL, PAPER, OURS)
 _SLOTS, _LONGEST, _BLOCK, _BLOCKS = 4, 8192, 32, 1280

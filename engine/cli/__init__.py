@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.cli import acl, calibrate, calls, dead, demo, doctor, drain, parts, show, sim_server, simulate
-from engine.cli.app import app
+from rsm.engine.cli import acl, calibrate, calls, dead, demo, doctor, drain, parts, show, sim_server, simulate
+from rsm.engine.cli.app import app
 
 __all__ = [
     "acl",

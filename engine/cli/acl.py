@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from broker import InvalidRequest
-from broker.acl import ROLES, acl_file, password_hash
-from engine.cli.app import app, settings_of
+from rsm.broker import InvalidRequest
+from rsm.broker.acl import ROLES, acl_file, password_hash
+from rsm.engine.cli.app import app, settings_of
 
 
 @app.command()

@@ -14,13 +14,13 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings
-from broker.connection import BLIPS, connect, reason
-from broker.dead_letters import DeadLetters
-from broker.logs import LEVEL_VARIABLE
-from broker.monitor import Monitor
-from broker.topology import place_of
-from engine.cli.output import say_error, shown_url
+from rsm.broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings
+from rsm.broker.connection import BLIPS, connect, reason
+from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.logs import LEVEL_VARIABLE
+from rsm.broker.monitor import Monitor
+from rsm.broker.topology import place_of
+from rsm.engine.cli.output import say_error, shown_url
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 2
@@ -113,7 +113,7 @@ def _global_options(
     if log_level is not None:
         _check_level(log_level)
         os.environ[LEVEL_VARIABLE] = log_level.upper()  # for this process's children as well
-    # A program that serves says more: it calls `broker.logs.configure` with its own default.
+    # A program that serves says more: it calls `rsm.broker.logs.configure` with its own default.
     logging.getLogger().setLevel(os.environ.get(LEVEL_VARIABLE, "WARNING").upper())
     ctx.obj = Settings().with_redis(redis_url, namespace)
     _check_url(ctx.obj)

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from broker import InvalidRequest
-from engine.cli.app import app
-from engine.cli.output import console, note, say, table
-from engine.cli.parts import EngineArg, MaxNumSeqs, Model, TensorParallel, engine_config
+from rsm.broker import InvalidRequest
+from rsm.engine.cli.app import app
+from rsm.engine.cli.output import console, note, say, table
+from rsm.engine.cli.parts import EngineArg, MaxNumSeqs, Model, TensorParallel, engine_config
 
 
 @app.command()
@@ -29,7 +29,7 @@ def calibrate(
 
     The file is read by `rsm simulate --times-file FILE` and `rsm worker --backend sim --engine-arg times_file=FILE`.
     """
-    from simulation.calibrate import calibrate as measure
+    from rsm.simulation.calibrate import calibrate as measure
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     note("vLLM comes up, and is measured: this takes minutes.")

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from broker import CallEnded, CallHandle, Client, Delta, RsmError, scripts
-from broker.ids import check_id
-from broker.models import EngineState, OnEngineLoss
-from broker.monitor import Monitor
-from engine.cli.app import EXIT_FAILED, app, client_of
-from engine.cli.output import emit_json, note, record_json, say, say_error
+from rsm.broker import CallEnded, CallHandle, Client, Delta, RsmError, scripts
+from rsm.broker.ids import check_id
+from rsm.broker.models import EngineState, OnEngineLoss
+from rsm.broker.monitor import Monitor
+from rsm.engine.cli.app import EXIT_FAILED, app, client_of
+from rsm.engine.cli.output import emit_json, note, record_json, say, say_error
 
 # What the end of a call may take beyond its deadline: the router looks for passed ones on a timer.
 _MARGIN_S = 3.0

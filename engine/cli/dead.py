@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from broker import EngineFailed, Settings
-from broker.dead_letters import Replayed
-from engine.cli import tables
-from engine.cli.app import EXIT_FAILED, app, dead_letters_of, monitor_of, settings_of
-from engine.cli.output import console, emit_json, say, say_error, table
-from engine.cli.show import Json
+from rsm.broker import EngineFailed, Settings
+from rsm.broker.dead_letters import Replayed
+from rsm.engine.cli import tables
+from rsm.engine.cli.app import EXIT_FAILED, app, dead_letters_of, monitor_of, settings_of
+from rsm.engine.cli.output import console, emit_json, say, say_error, table
+from rsm.engine.cli.show import Json
 
 dead = typer.Typer(help="Dead letters: calls that used up their attempts.", no_args_is_help=True)
 app.add_typer(dead, name="dead")
@@ -67,7 +67,7 @@ def replay(
 
 
 def _by_a_node(settings: Settings, node: str | None, ref: str, timeout_s: float) -> dict[str, Any]:
-    from workers.node import NodeClient, listening
+    from rsm.workers.node import NodeClient, listening
 
     nodes = [node] if node else listening(settings)
     if not nodes:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from broker import InvalidRequest
-from engine.cli.app import EXIT_FAILED, app
-from engine.cli.parts import default_backend
+from rsm.broker import InvalidRequest
+from rsm.engine.cli.app import EXIT_FAILED, app
+from rsm.engine.cli.parts import default_backend
 
 
 @app.command()
@@ -21,7 +21,7 @@ def demo(
     """
     if backend not in ("", "vllm", "sim"):
         raise InvalidRequest(f"--backend must be vllm or sim; got {backend!r}.")
-    from engine.demo import run_demo
+    from rsm.engine.demo import run_demo
 
     if not run_demo(backend or default_backend(), chosen=bool(backend)):
         raise typer.Exit(EXIT_FAILED)

@@ -6,16 +6,16 @@ from dataclasses import asdict
 
 import typer
 
-from engine.cli import tables
-from engine.cli.app import EXIT_FAILED, app, settings_of
-from engine.cli.output import console, emit_json, shown_url
-from engine.cli.show import Json
+from rsm.engine.cli import tables
+from rsm.engine.cli.app import EXIT_FAILED, app, settings_of
+from rsm.engine.cli.output import console, emit_json, shown_url
+from rsm.engine.cli.show import Json
 
 
 @app.command()
 def doctor(ctx: typer.Context, json: Json = False) -> None:
     """Checks Redis, routers, engines and queues, and says what to do. Exit status 1 if there is a problem."""
-    from engine.doctor import examine
+    from rsm.engine.doctor import examine
 
     settings = settings_of(ctx)
     checks = [asdict(check) for check in examine(settings)]

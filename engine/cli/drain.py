@@ -7,13 +7,13 @@ from typing import Annotated
 import redis
 import typer
 
-from broker import EngineFailed, Settings, scripts
-from broker.ids import check_id
-from broker.keys import Keys
-from broker.monitor import Monitor
-from broker.transitions import Transitions
-from engine.cli.app import app, server_of, settings_of
-from engine.cli.output import say
+from rsm.broker import EngineFailed, Settings, scripts
+from rsm.broker.ids import check_id
+from rsm.broker.keys import Keys
+from rsm.broker.monitor import Monitor
+from rsm.broker.transitions import Transitions
+from rsm.engine.cli.app import app, server_of, settings_of
+from rsm.engine.cli.output import say
 
 
 @app.command()

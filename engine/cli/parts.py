@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from broker import EngineFailed, InvalidRequest, Settings, logs
-from broker.models import EngineState
-from engine.cli.app import app, monitor_of, require_redis, server_of, settings_of
-from engine.cli.drain import order_drain
-from engine.cli.output import say
+from rsm.broker import EngineFailed, InvalidRequest, Settings, logs
+from rsm.broker.models import EngineState
+from rsm.engine.cli.app import app, monitor_of, require_redis, server_of, settings_of
+from rsm.engine.cli.drain import order_drain
+from rsm.engine.cli.output import say
 
 Model = Annotated[str, typer.Option(help="Name or folder; none = for vllm a tiny random one, for openai any.")]
 Backend = Annotated[
@@ -52,7 +52,7 @@ def engine_config(
     scheduler: str | None = None,
 ) -> Any:
     """The EngineConfig of these options. A wrong one is a pydantic error, which the command tells in a sentence."""
-    from workers.config import EngineConfig
+    from rsm.workers.config import EngineConfig
 
     return EngineConfig(
         engine_id=engine_id,
@@ -96,7 +96,7 @@ def up(
     Ctrl-C lets running calls finish and gives the others back; a second one stops at once. Calls that are not finished
     stay in Redis and go on when engines are back.
     """
-    from engine.cli.up import run_up
+    from rsm.engine.cli.up import run_up
 
     configs = [
         engine_config(
@@ -118,7 +118,7 @@ def up(
 @app.command()
 def router(ctx: typer.Context) -> None:
     """One router, in the foreground. Any number may run."""
-    from router.__main__ import run_router
+    from rsm.router.__main__ import run_router
 
     logs.configure("router")
     raise typer.Exit(run_router(settings_of(ctx)))
@@ -139,8 +139,8 @@ def worker(
     supervised: Annotated[bool, typer.Option("--supervised", help="Start it again when it dies.")] = False,
 ) -> None:
     """One engine, in the foreground. SIGTERM drains it."""
-    from workers.__main__ import run_supervised, run_worker
-    from workers.environment import NODE_VARIABLE
+    from rsm.workers.__main__ import run_supervised, run_worker
+    from rsm.workers.environment import NODE_VARIABLE
 
     logs.configure(engine_id)
     config = engine_config(
@@ -157,7 +157,7 @@ def node(
     """Serves this host's RQ queue, so that `rsm start --node` can bring up engines here."""
     import socket
 
-    from workers.node import run_node
+    from rsm.workers.node import run_node
 
     logs.configure("node")
     require_redis(settings_of(ctx))
@@ -180,7 +180,7 @@ def start(
     timeout: Annotated[float, typer.Option(help="Seconds it may take to come up.")] = 900.0,
 ) -> None:
     """Starts an engine on another host and waits until it is READY."""
-    from workers.node import NodeClient
+    from rsm.workers.node import NodeClient
 
     config = engine_config(
         engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg, engine_scheduler
@@ -198,7 +198,7 @@ def stop(
 ) -> None:
     """Stops an engine: its waiting calls go to others, its running ones may finish within the grace."""
     if node is not None:
-        from workers.node import NodeClient
+        from rsm.workers.node import NodeClient
 
         require_redis(settings_of(ctx))
         NodeClient(node, settings_of(ctx)).stop_engine(engine_id)

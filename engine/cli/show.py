@@ -12,12 +12,12 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from broker import EngineFailed
-from broker.models import EngineState
-from broker.monitor import Monitor
-from engine.cli import tables
-from engine.cli.app import app, monitor_of
-from engine.cli.output import console, emit_json, record_json
+from rsm.broker import EngineFailed
+from rsm.broker.models import EngineState
+from rsm.broker.monitor import Monitor
+from rsm.engine.cli import tables
+from rsm.engine.cli.app import app, monitor_of
+from rsm.engine.cli.output import console, emit_json, record_json
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second, until Ctrl-C.")]

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from broker import logs
-from engine.cli.app import app, settings_of
-from engine.cli.output import say
-from engine.cli.parts import EngineArg, MaxNumSeqs, Model, engine_config
+from rsm.broker import logs
+from rsm.engine.cli.app import app, settings_of
+from rsm.engine.cli.output import say
+from rsm.engine.cli.parts import EngineArg, MaxNumSeqs, Model, engine_config
 
 
 @app.command("sim-server")
@@ -26,9 +26,9 @@ def sim_server(
 
     For trying out and measuring what speaks to such servers: `--backend openai`, and other products' routers.
     """
-    from workers.config import create_backend
-    from workers.sim_backend import SimBackend
-    from workers.sim_server import serve
+    from rsm.workers.config import create_backend
+    from rsm.workers.sim_backend import SimBackend
+    from rsm.workers.sim_server import serve
 
     logs.configure("sim-server")
     backend = create_backend(engine_config("sim-server", model, 0, "sim", max_num_seqs, 1, None, engine_arg))

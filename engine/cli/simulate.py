@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from broker import InvalidRequest
-from engine.cli.app import app, settings_of
-from engine.cli.output import console, emit_json, note, table
-from engine.cli.parts import EngineArg, MaxNumSeqs, pair
-from engine.cli.show import Json
+from rsm.broker import InvalidRequest
+from rsm.engine.cli.app import app, settings_of
+from rsm.engine.cli.output import console, emit_json, note, table
+from rsm.engine.cli.parts import EngineArg, MaxNumSeqs, pair
+from rsm.engine.cli.show import Json
 
 _HOUR_S = 3600.0
 
@@ -40,11 +40,11 @@ def simulate(
 ) -> None:
     """Runs a fleet in virtual time, with the router's own policies and the schedulers' own code, and says how programs
     fared. Needs no Redis and no engine; an hour of many engines takes about a minute."""
-    from simulation.conversations import conversations
-    from simulation.fleet import FleetConfig, SimFleet
-    from simulation.summary import summary
-    from simulation.workload_file import read_workload
-    from workers.sim_config import config_of
+    from rsm.simulation.conversations import conversations
+    from rsm.simulation.fleet import FleetConfig, SimFleet
+    from rsm.simulation.summary import summary
+    from rsm.simulation.workload_file import read_workload
+    from rsm.workers.sim_config import config_of
 
     args: dict[str, Any] = dict(map(pair, engine_arg or [])) | {"scheduler": engine_scheduler}
     if times_file is not None:

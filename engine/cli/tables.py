@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from broker.ids import shorten
-from broker.models import CallRecord
-from broker.monitor import ActiveCall
-from engine.cli.output import record_json, seconds, table
-from engine.doctor import usage_line
+from rsm.broker.ids import shorten
+from rsm.broker.models import CallRecord
+from rsm.broker.monitor import ActiveCall
+from rsm.engine.cli.output import record_json, seconds, table
+from rsm.engine.doctor import usage_line
 
 _TEXT_SHOWN = 400
 

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from broker import Settings, logs
-from broker.errors import RsmError
-from engine.cli.app import require_redis
-from engine.cli.output import console, shown_url
-from engine.fleet import Fleet
-from workers.config import EngineConfig
+from rsm.broker import Settings, logs
+from rsm.broker.errors import RsmError
+from rsm.engine.cli.app import require_redis
+from rsm.engine.cli.output import console, shown_url
+from rsm.engine.fleet import Fleet
+from rsm.workers.config import EngineConfig
 
 log = logging.getLogger("rsm.up")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from broker.messages import EngineView, SessionView
-from router.policies import CallView, Choice, Policy
+from rsm.broker.messages import EngineView, SessionView
+from rsm.router.policies import CallView, Choice, Policy
 
 # How much more than the mean an engine may hold, as a factor.
 BOUND = 1.25

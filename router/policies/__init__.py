@@ -5,14 +5,14 @@ from __future__ import annotations
 from importlib import import_module
 from inspect import isabstract
 
-from broker.errors import InvalidRequest
-from broker.settings import Settings
-from router.policies.autellix import Autellix
-from router.policies.base import CallView, Choice, Policy
-from router.policies.cost import Cost
-from router.policies.least_loaded import LeastLoaded
-from router.policies.round_robin import RoundRobin
-from router.policies.session_hash import SessionHash
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.settings import Settings
+from rsm.router.policies.autellix import Autellix
+from rsm.router.policies.base import CallView, Choice, Policy
+from rsm.router.policies.cost import Cost
+from rsm.router.policies.least_loaded import LeastLoaded
+from rsm.router.policies.round_robin import RoundRobin
+from rsm.router.policies.session_hash import SessionHash
 
 __all__ = ["POLICIES", "CallView", "Choice", "Policy", "create_policy"]
 
@@ -42,5 +42,5 @@ def create_policy(settings: Settings) -> Policy:
             f"There is no routing policy {name!r} ({e}). Use one of {', '.join(POLICIES)}, or package.module:Class."
         ) from e
     if not (isinstance(found, type) and issubclass(found, Policy)) or isabstract(found):
-        raise InvalidRequest(f"{name!r} is not a subclass of router.policies.Policy with a method `choose`.")
+        raise InvalidRequest(f"{name!r} is not a subclass of rsm.router.policies.Policy with a method `choose`.")
     return found(settings)

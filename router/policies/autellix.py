@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.messages import EngineView, SessionView
-from broker.settings import Settings
-from router.kv_coordinator import best_engine
-from router.policies.base import CallView, Choice, Policy, least_loaded
+from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.settings import Settings
+from rsm.router.kv_coordinator import best_engine
+from rsm.router.policies.base import CallView, Choice, Policy, least_loaded
 
 
 class Autellix(Policy):

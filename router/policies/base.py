@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from broker.messages import Ahead, EngineView, SessionView
-from broker.settings import Settings
+from rsm.broker.messages import Ahead, EngineView, SessionView
+from rsm.broker.settings import Settings
 
 if TYPE_CHECKING:
-    from router.costs import CostModel
+    from rsm.router.costs import CostModel
 
 
 @dataclass(frozen=True, slots=True)

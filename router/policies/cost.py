@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.messages import EngineView, SessionView
-from broker.settings import Settings
-from router.costs import CostModel, reusable
-from router.policies.base import CallView, Choice, Policy
+from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.settings import Settings
+from rsm.router.costs import CostModel, reusable
+from rsm.router.policies.base import CallView, Choice, Policy
 
 # Costs that differ by less than so many seconds, or such a share, are equal: then the engine that has most of the
 # prompt cached computes least, and of those the one that has served least is next.

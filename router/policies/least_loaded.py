@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.messages import EngineView, SessionView
-from router.policies.base import CallView, Choice, Policy, least_loaded
+from rsm.broker.messages import EngineView, SessionView
+from rsm.router.policies.base import CallView, Choice, Policy, least_loaded
 
 
 class LeastLoaded(Policy):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from broker.messages import EngineView, SessionView
-from broker.settings import Settings
-from router.policies.base import CallView, Choice, Policy
+from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.settings import Settings
+from rsm.router.policies.base import CallView, Choice, Policy
 
 
 class RoundRobin(Policy):

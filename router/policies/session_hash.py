@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from broker.messages import EngineView, SessionView
-from router.policies.base import CallView, Choice, Policy
+from rsm.broker.messages import EngineView, SessionView
+from rsm.router.policies.base import CallView, Choice, Policy
 
 
 class SessionHash(Policy):

@@ -14,26 +14,26 @@ from typing import Any
 import msgpack
 from pydantic import ValidationError
 
-from broker import BadRecord, InvalidRequest, Settings, codec
-from broker.connection import connect
-from broker.dead_letters import _letter
-from broker.events import End, end_record, is_end, read_event
-from broker.ids import check_id, check_model
-from broker.looks import engine_view, session_view
-from broker.messages import spoken_for
-from broker.models import CallRecord, Delta
-from broker.request import check_body
-from broker.transitions import Rejection, _claimed_call
-from router.intake import Arrival, read_entry
-from workers import node
-from workers.backend import CallRejected, EngineError, Job, Resumed
-from workers.config import EngineConfig
-from workers.control import Control
-from workers.openai_calls import exchange
-from workers.openai_wire import SseParser, document, error, error_inside, readable, single_line
-from workers.sim_engine import SimConfig
-from workers.sim_request import read as read_sim
-from workers.vllm_args import command_line
+from rsm.broker import BadRecord, InvalidRequest, Settings, codec
+from rsm.broker.connection import connect
+from rsm.broker.dead_letters import _letter
+from rsm.broker.events import End, end_record, is_end, read_event
+from rsm.broker.ids import check_id, check_model
+from rsm.broker.looks import engine_view, session_view
+from rsm.broker.messages import spoken_for
+from rsm.broker.models import CallRecord, Delta
+from rsm.broker.request import check_body
+from rsm.broker.transitions import Rejection, _claimed_call
+from rsm.router.intake import Arrival, read_entry
+from rsm.workers import node
+from rsm.workers.backend import CallRejected, EngineError, Job, Resumed
+from rsm.workers.config import EngineConfig
+from rsm.workers.control import Control
+from rsm.workers.openai_calls import exchange
+from rsm.workers.openai_wire import SseParser, document, error, error_inside, readable, single_line
+from rsm.workers.sim_engine import SimConfig
+from rsm.workers.sim_request import read as read_sim
+from rsm.workers.vllm_args import command_line
 
 LIMIT = 1 << 20
 # Between the parts of an input that a decoder takes several of.
@@ -116,7 +116,7 @@ def _node_job(data: bytes) -> None:
     doc = json.loads(data)
     if not isinstance(doc, list) or len(doc) != 2:
         raise ValueError
-    assert isinstance(doc[0], str) is False or (doc[0] in node._JOBS) <= doc[0].startswith("workers.node.")
+    assert isinstance(doc[0], str) is False or (doc[0] in node._JOBS) <= doc[0].startswith("rsm.workers.node.")
     if isinstance(doc[1], dict):
         EngineConfig(**doc[1])
     check_id(str(doc[1]), "engine")
@@ -267,7 +267,7 @@ DECODERS = [
         "node job",
         _node_job,
         (ValueError, TypeError, RecursionError),
-        [b'["workers.node.stop_engine","e1"]', b'["os.system",{"engine_id":"e1","backend":"sim"}]'],
+        [b'["rsm.workers.node.stop_engine","e1"]', b'["os.system",{"engine_id":"e1","backend":"sim"}]'],
     ),
     Decoder(
         "settings and URL",

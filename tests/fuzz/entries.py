@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from broker import CallHandle, Client, RequestState, Settings
-from broker.embedded import EmbeddedRedis
-from broker.monitor import Monitor
+from rsm.broker import CallHandle, Client, RequestState, Settings
+from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.monitor import Monitor
 from tests.conftest import eventually
 from tests.fuzz.decoders import CUT, DECODERS
 from tests.fuzz.mutate import mutants
@@ -55,7 +55,7 @@ def pass_through(entries: int, seed: int = 0) -> Passage:
         settings = Settings(result_ttl_s=60, session_ttl_s=60).with_redis(server.url)
         env = clean_env() | settings.environment()
         with (Path(name) / "router.log").open("ab") as log:
-            router = subprocess.Popen([sys.executable, "-m", "router"], env=env, stdout=log, stderr=log)
+            router = subprocess.Popen([sys.executable, "-P", "-m", "rsm.router"], env=env, stdout=log, stderr=log)
         worker = WorkerProcess(sim().model_copy(update={"engine_args": {"instant": True}}), settings, Path(name) / "w")
         try:
             return _push_all(settings, psutil.Process(router.pid), entries, seed)

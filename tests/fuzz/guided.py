@@ -10,7 +10,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["broker", "router", "workers"]):
+with atheris.instrument_imports(include=["rsm.broker", "rsm.router", "rsm.workers"]):
     from tests.fuzz.decoders import DECODERS
 
 # Git ignores it; what one run has found, the next one starts from.
