@@ -20,8 +20,8 @@ from bench import figures, page
 from bench.table import Run, server_name
 from bench.venvs import python_for
 from rsm.broker import Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
 
 HERE = Path(__file__).resolve().parent
 CALLS = {"rsm-engine": 20_000, "raw": 50_000, "saq": 4_000, "taskiq": 4_000, "rq": 1_500}

@@ -19,11 +19,12 @@ import redis
 
 from bench.ours import INSTANT, PROMPT, throughput
 from bench.parts import ABORTS, RoundTrips, fleet, read_count
-from rsm.broker import Client, Settings, scripts
-from rsm.broker.connection import connect
-from rsm.broker.ids import new_id
-from rsm.broker.keys import Keys
-from rsm.broker.transitions import Transitions
+from rsm.broker import Client, Settings
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.transitions import Transitions
 from rsm.router.router import Router
 
 MIB = 1 << 20

@@ -16,7 +16,7 @@ from typing import IO, Any
 import httpx
 
 from bench.venvs import python_for
-from rsm.broker import child
+from rsm.broker import child_process as child
 
 MODEL = "m"
 PATIENCE_S = 60.0

@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.parts import fleet
 from rsm.broker import CallHandle, Client, Settings
-from rsm.broker.ids import new_id
+from rsm.broker.protocol.ids import new_id
 
 PROMPT = "x" * 200
 WARM_UP = 500

@@ -21,7 +21,7 @@ import redis.connection
 from redis.asyncio.connection import AbstractConnection as AsyncConnection
 
 from rsm.broker import Settings
-from rsm.broker.monitor import Monitor
+from rsm.broker.views.monitor import Monitor
 
 COUNTS = "BENCH_COUNTS"
 ABORTS = "BENCH_ABORTS"

@@ -17,7 +17,7 @@ from bench.programs.replay import Answer, Serve
 from bench.programs.systems import OURS as OURS_FOR_PROGRAMS
 from bench.venvs import version_of
 from rsm.broker import AsyncClient, Settings
-from rsm.broker.ids import new_id
+from rsm.broker.protocol.ids import new_id
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
 from rsm.workers.sim_text import token_text, tokenize

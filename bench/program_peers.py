@@ -24,8 +24,8 @@ from bench.peer_systems import SYSTEMS, Running, Stage, System, over_http
 from bench.programs.systems import OURS
 from bench.table import server_name
 from rsm.broker import Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
 
 # Between two runs, so that what the first one left behind (ends of calls, evictions) is done.
 _REST_S = 0.5

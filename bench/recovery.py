@@ -23,8 +23,8 @@ from bench.recovery_ours import BUSY_CALLS_PER_S, SCENARIOS, Scenario, measure, 
 from bench.table import RESULTS, machine, server_name, table_line
 from bench.venvs import PEERS, python_for
 from rsm.broker import Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
 
 QUEUES = ("saq", "taskiq", "rq")
 PROFILES = ("default", "tuned")

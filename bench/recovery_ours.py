@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from subprocess import Popen
 from typing import IO, Any
 
-from rsm.broker import Client, RequestState, Settings, child
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker import child_process as child
 from rsm.broker.errors import UnknownCall
-from rsm.broker.ids import new_id
-from rsm.broker.models import CallRecord
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.models import CallRecord
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE

@@ -25,14 +25,15 @@ import redis
 from bench.page import Report, Target, here, publish, targets_table
 from bench.programs.systems import OURS, PAPER
 from bench.table import Spread, server_name, table_line
-from rsm.broker import Client, Settings, scripts
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.ids import new_id
-from rsm.broker.keys import Keys
-from rsm.broker.messages import Speed
-from rsm.broker.models import EngineState
-from rsm.broker.transitions import Transitions
+from rsm.broker import Client, Settings
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.messages import Speed
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.transitions import Transitions
 from rsm.router.router import Router
 
 FLEETS = (4, 64)

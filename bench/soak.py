@@ -31,11 +31,11 @@ import psutil
 from bench.parts import part, wait_ready
 from bench.table import machine, server_name
 from rsm.broker import CallHandle, Client, Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.ids import new_id
-from rsm.broker.keys import Keys
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.views.monitor import Monitor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 1 << 20

@@ -13,8 +13,8 @@ import httpx
 from bench.http_servers import MODEL, PATIENCE_S, router, sglang_router, sim_servers, vllm_router
 from bench.venvs import version_of
 from rsm.broker import AsyncClient, Settings
-from rsm.broker.ids import new_id
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
 from rsm.workers.openai_wire import SseParser

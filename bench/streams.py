@@ -21,8 +21,8 @@ from bench.stream_account import Account, Heard, Total
 from bench.stream_systems import ENGINES, SYSTEMS, TOKEN_S, Ask, Setup, System
 from bench.table import machine, server_name, table_line
 from rsm.broker import Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
 from rsm.workers.sim_text import Prompt, answer
 
 STREAMS, SESSIONS = 18, 6

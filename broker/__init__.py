@@ -3,8 +3,9 @@
 Example: `Client().submit("Explain quantum computing", max_tokens=64).result().text`
 """
 
-from rsm.broker.aio import AsyncCall, AsyncClient
-from rsm.broker.client import CallHandle, Client
+from rsm.broker.client.aio import AsyncCall, AsyncClient
+from rsm.broker.client.sharded import AsyncShardedClient, ShardedClient, namespace_of
+from rsm.broker.client.sync import CallHandle, Client
 from rsm.broker.errors import (
     AccessDenied,
     BadRecord,
@@ -24,9 +25,8 @@ from rsm.broker.errors import (
     RsmError,
     UnknownCall,
 )
-from rsm.broker.models import CallRecord, CallResult, Delta, ErrorCode, RequestState
+from rsm.broker.protocol.models import CallRecord, CallResult, Delta, ErrorCode, RequestState
 from rsm.broker.settings import Settings
-from rsm.broker.shards import AsyncShardedClient, ShardedClient, namespace_of
 
 __all__ = [
     "AccessDenied",

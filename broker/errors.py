@@ -25,9 +25,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rsm.broker.handle import CallHandle
-    from rsm.broker.models import CallRecord
-    from rsm.broker.transitions import Submission
+    from rsm.broker.client.handles import CallHandle
+    from rsm.broker.protocol.models import CallRecord
+    from rsm.broker.protocol.transitions import Submission
 
 
 class RsmError(Exception):

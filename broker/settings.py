@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from rsm.broker.ids import check_id
+from rsm.broker.protocol.ids import check_id
 
 # Token-seconds of KV cache are more than tokens or ms of the same calls: some thousand tokens are held for a second.
 _KV_BOUNDS = (10_000, 40_000, 160_000, 640_000, 2_560_000, 10_000_000)

@@ -10,11 +10,11 @@ from typing import Any
 import redis
 
 from chaos.leaks import leaked_keys
-from rsm.broker.codec import number, text
-from rsm.broker.keys import ROUTER_GROUP, Keys
-from rsm.broker.models import CallRecord
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol.codec import number, text
+from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
+from rsm.broker.protocol.models import CallRecord
 from rsm.broker.settings import Settings
+from rsm.broker.views.monitor import Monitor
 
 _TOTALS = ("submitted", "completed", "cancelled", "failed", "requeued", "dead_letters", "ever_held", "stolen")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from chaos.calls import Act, Plan
 from chaos.producers import LANES, PAUSE_S, Book
 from rsm.broker import AsyncClient, BrokerUnavailable, CallEnded, Delta, Settings, UnknownCall
-from rsm.broker.aio import AsyncCall
+from rsm.broker.client.aio import AsyncCall
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from chaos.calls import Act, Plan
 from chaos.lanes import Lane, run_lanes
 from chaos.producers import INBOX, Book
 from rsm.broker import BrokerUnavailable, Client, Settings
-from rsm.broker.connection import connect
+from rsm.broker.connection.factory import connect
 
 _POLL_S = 0.1
 _BLOCK_MS = 500

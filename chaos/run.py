@@ -20,7 +20,7 @@ from chaos.ledger import Story, read
 from chaos.stage import Part, Stage
 from chaos.verdict import Reference, Violation, Window, judge
 from rsm.broker import Client
-from rsm.broker.monitor import Monitor
+from rsm.broker.views.monitor import Monitor
 from rsm.workers.vllm_args import TINY_NAME
 
 log = logging.getLogger("chaos")

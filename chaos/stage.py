@@ -26,11 +26,11 @@ from chaos.calls import SIM_MODEL, Pool
 from chaos.producers import KINDS, heeds_signals
 from chaos.proxy import Lines, Proxy
 from rsm.broker import BrokerUnavailable, Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.ids import new_id
-from rsm.broker.models import EngineState
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.views.monitor import Monitor
 from rsm.workers.config import EngineConfig
 from rsm.workers.launch import worker_process
 from rsm.workers.supervisor import Supervised

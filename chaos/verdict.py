@@ -9,14 +9,14 @@ from chaos.calls import SIM_MODEL, Plan
 from chaos.kept import Kept, Snapshot
 from chaos.ledger import Story
 from chaos.producers import INBOX
-from rsm.broker.models import ErrorCode, RequestState
+from rsm.broker.protocol.models import ErrorCode, RequestState
 from rsm.workers.sim_text import Prompt, answer
 
 # How long an engine may go on with a call after its cancel was acknowledged, in seconds without a fault of its
 # worker or of Redis: the order has to get there (p99 is some milliseconds), and pieces on their way have to land.
 _STOPS_WITHIN_S = 2.0
 # How long a worker may need to find out that a fault of its line or of Redis is over: its longest pause between two
-# tries (broker/connection.py).
+# tries (broker/connection/factory.py).
 _RETRIES_WITHIN_S = 1.0
 
 

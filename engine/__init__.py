@@ -20,8 +20,8 @@ from rsm.broker import (
     Settings,
     UnknownCall,
 )
-from rsm.broker.lifecycle import RequestLifecycleManager, RequestMetadata
-from rsm.broker.process_table import GlobalProcessTable, SessionManager
+from rsm.broker.views.lifecycle import RequestLifecycleManager, RequestMetadata
+from rsm.broker.views.process_table import GlobalProcessTable, SessionManager
 from rsm.engine.manager import MultiEngineManager
 from rsm.engine.process import EngineProcess, LLMRequest
 from rsm.router.kv_coordinator import KVCacheCoordinator

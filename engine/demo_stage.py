@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rsm.broker import CallHandle, CallRecord, Client, Settings
+from rsm.broker.client.request import Prompt
 from rsm.broker.errors import RsmError
-from rsm.broker.monitor import Monitor
-from rsm.broker.request import Prompt
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
 

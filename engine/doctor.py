@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import redis
 
-from rsm.broker import scripts
-from rsm.broker.codec import text
-from rsm.broker.connection import connect
-from rsm.broker.dead_letters import DeadLetters
-from rsm.broker.eviction import SAFE
-from rsm.broker.keys import ROUTER_GROUP
-from rsm.broker.models import EngineState
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.eviction import SAFE
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.topology import place_of
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.codec import text
+from rsm.broker.protocol.keys import ROUTER_GROUP
+from rsm.broker.protocol.models import EngineState
 from rsm.broker.settings import Settings
-from rsm.broker.topology import place_of
+from rsm.broker.views.dead_letters import DeadLetters
+from rsm.broker.views.monitor import Monitor
 
 Status = Literal["ok", "warning", "problem"]
 

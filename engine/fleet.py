@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Sequence
 
-from rsm.broker.connection import BLIPS
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.eviction import require_noeviction_at
+from rsm.broker.connection.factory import BLIPS
 from rsm.broker.errors import EngineFailed, UnknownCall
-from rsm.broker.eviction import require_noeviction_at
-from rsm.broker.models import EngineState
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol.models import EngineState
 from rsm.broker.settings import Settings
+from rsm.broker.views.monitor import Monitor
 from rsm.workers.config import EngineConfig
 from rsm.workers.launch import report_death, worker_process
 from rsm.workers.supervisor import Supervised

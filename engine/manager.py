@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import Any
 
 from rsm.broker import AsyncCall, AsyncClient, Delta, Settings
+from rsm.broker.client.request import Prompt
 from rsm.broker.errors import RsmError
-from rsm.broker.models import CallResult
-from rsm.broker.monitor import Monitor
-from rsm.broker.request import Prompt
+from rsm.broker.protocol.models import CallResult
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import START_TIMEOUT_S, Fleet
 from rsm.workers.config import EngineConfig
 from rsm.workers.node import NodeClient
@@ -182,7 +182,7 @@ class MultiEngineManager:
     # -- looking
 
     def get_engine_status(self, engine_id: str) -> dict[str, Any]:
-        """State, running and queued calls, tokens/s, KV usage, and more; see `rsm.broker.monitor.Monitor.engine`."""
+        """State, running and queued calls, tokens/s, KV usage, and more; see `Monitor.engine`."""
         return Monitor(self.settings).engine(engine_id)
 
     def get_stats(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from rsm.broker import CallHandle, Client, RsmError, Settings
-from rsm.broker.models import CallResult
+from rsm.broker.protocol.models import CallResult
 from rsm.engine.fleet import START_TIMEOUT_S, Fleet
 from rsm.workers.config import EngineConfig
 

@@ -2,7 +2,7 @@
 
 Where the contexts of the programs in hand exceed an engine's cache, they evict each other: each next call computes its
 whole context anew, and while it does so, evicts another's. So calls of programs whose contexts are there go first, and
-others wait at the router until there is room. The rules, and whose contexts are there: lua/residents.lua.
+others wait at the router until there is room. The rules, and whose contexts are there: residents.lua.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rsm.broker.messages import LAST_TIER, NOT_THERE, EngineView, SessionView, Share, tier_of
+from rsm.broker.protocol.messages import LAST_TIER, NOT_THERE, EngineView, SessionView, Share, tier_of
 from rsm.router.policies.base import CallView
 
 HELD = "no engine has room for its context of {tokens} tokens"
@@ -31,7 +31,7 @@ class Admission:
         return [e for e in fitting if session.shares.get(e.id, NOT_THERE).home] or fitting
 
     def _fits(self, call: CallView, engine: EngineView, session: SessionView) -> bool:
-        """As `fits` in lua/residents.lua, which has the last word where two routers place calls at once."""
+        """As `fits` in residents.lua, which has the last word where two routers place calls at once."""
         capacity, context = engine.kv_tokens * self._factor, context_of(call, engine, session)
         if capacity <= 0 or (context > capacity and not engine.queued + engine.running):
             return True

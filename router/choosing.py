@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rsm.broker.messages import EngineView, SessionView, rank_of
-from rsm.broker.models import EngineState
+from rsm.broker.protocol.messages import EngineView, SessionView, rank_of
+from rsm.broker.protocol.models import EngineState
 from rsm.router.admission import HELD, Admission, context_of, new_of, with_context
 from rsm.router.policies.base import CallView, Choice, Policy, with_call
 

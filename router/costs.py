@@ -19,7 +19,7 @@ from heapq import nsmallest
 from math import inf
 from statistics import fmean
 
-from rsm.broker.messages import EngineView, SessionView, Speed, rank_of
+from rsm.broker.protocol.messages import EngineView, SessionView, Speed, rank_of
 from rsm.router.policies.base import CallView
 
 # An engine that has told nothing, in a fleet that has told nothing: an 8B model on a large GPU, by order of magnitude.
@@ -36,7 +36,7 @@ _RETURN_S = 60.0
 # Of how many engines, at most, besides the chosen one, and in how many bytes a call's record tells the costs.
 _COSTS_KEPT, _COSTS_BYTES = 8, 192
 # An engine's count of computed tokens jumps by so many when its process begins anew, with an empty cache
-# (lua/register.lua).
+# (register.lua).
 _COLD = 1 << 40
 # How long the fleet's means hold, in seconds.
 _MEAN_S = 1.0

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rsm.broker import codec
-from rsm.broker.codec import text
+from rsm.broker.client.request import check_body, check_request, check_size, estimate_tokens
 from rsm.broker.errors import InvalidRequest
-from rsm.broker.ids import check_id, check_model, is_id, shorten
-from rsm.broker.messages import LAST_TIER, Admission, Rejection
-from rsm.broker.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
-from rsm.broker.request import check_body, check_request, check_size, estimate_tokens
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.codec import text
+from rsm.broker.protocol.ids import check_id, check_model, is_id, shorten
+from rsm.broker.protocol.messages import LAST_TIER, Admission, Rejection
+from rsm.broker.protocol.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
 from rsm.router.policies.base import CallView
 
 Fields = Mapping[bytes, bytes]

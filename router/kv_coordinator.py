@@ -7,13 +7,13 @@ from typing import Any
 
 import redis
 
-from rsm.broker import codec, scripts
-from rsm.broker.connection import connect
-from rsm.broker.ids import check_id
-from rsm.broker.keys import Keys
-from rsm.broker.messages import SessionView
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.ids import check_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.messages import SessionView
+from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import Transitions
 
 
 def best_engine(session: SessionView, available: Sequence[str]) -> str | None:

@@ -17,17 +17,17 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from rsm.broker import scripts
-from rsm.broker.codec import text
-from rsm.broker.connection import BLIPS, Backoff, connect, require_access
-from rsm.broker.eviction import require_noeviction
-from rsm.broker.ids import new_id
-from rsm.broker.keys import ROUTER_GROUP, Keys
-from rsm.broker.line import Line
-from rsm.broker.messages import Placement, Rejection, SessionView
-from rsm.broker.models import ErrorCode
+from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.eviction import require_noeviction
+from rsm.broker.connection.factory import BLIPS, Backoff, connect, require_access
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.codec import text
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
+from rsm.broker.protocol.messages import Placement, Rejection, SessionView
+from rsm.broker.protocol.models import ErrorCode
+from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import Transitions
 from rsm.router.admission import Admission
 from rsm.router.choosing import PARKED, Chooser, Decision
 from rsm.router.costs import costs_text

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from rsm.broker.messages import Ahead, EngineView, SessionView, rank_of
-from rsm.broker.models import EngineState
-from rsm.broker.waiting import WaitingCall
+from rsm.broker.protocol.messages import Ahead, EngineView, SessionView, rank_of
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.admission import Admission, context_of
 from rsm.router.costs import CostModel, reusable
 from rsm.router.policies.base import CallView

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import redis
 
-from rsm.broker import scripts
-from rsm.broker.messages import EngineView, SessionView
-from rsm.broker.models import EngineState
-from rsm.broker.transitions import Transitions
-from rsm.broker.waiting import Waiting, WaitingCall
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.messages import EngineView, SessionView
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.transitions import Transitions
+from rsm.broker.protocol.waiting_calls import Waiting, WaitingCall
 from rsm.router.choosing import Chooser
 from rsm.router.stealing import Stealing, head, idle_and_loaded
 
@@ -20,7 +20,7 @@ log = logging.getLogger("rsm.router")
 
 
 class Thief:
-    """Any number of routers may have one at work: of two that take the same call, one does (lua/steal.lua)."""
+    """Any number of routers may have one at work: of two that take the same call, one does (steal.lua)."""
 
     def __init__(self, server: redis.Redis, transitions: Transitions, chooser: Chooser) -> None:
         self._redis = server

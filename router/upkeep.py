@@ -8,13 +8,13 @@ from typing import Any
 
 import redis
 
-from rsm.broker import scripts
-from rsm.broker.codec import text
-from rsm.broker.keys import ROUTER_GROUP, Keys
-from rsm.broker.messages import EngineView
-from rsm.broker.models import EngineState
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.codec import text
+from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
+from rsm.broker.protocol.messages import EngineView
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.transitions import RETAIN_ENTRIES, Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import RETAIN_ENTRIES, Transitions
 
 log = logging.getLogger("rsm.router")
 

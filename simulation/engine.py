@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from rsm.broker.messages import EngineView
-from rsm.broker.models import EngineState
+from rsm.broker.protocol.messages import EngineView
+from rsm.broker.protocol.models import EngineState
 from rsm.simulation.queue import Queue, Waiting
 from rsm.simulation.results import CallTimes, EngineTimes
 from rsm.simulation.table import ProcessTable

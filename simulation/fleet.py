@@ -1,6 +1,6 @@
 """A fleet in virtual time: programs, the router's policy, queues as in Redis, workers and modelled engines.
 
-What decides is the code of the real parts: the policies of `router/policies`, the rules of broker/lua/programs.lua,
+What decides is the code of the real parts: the policies of `router/policies`, the rules of programs.lua,
 and the engines of workers/sim_engine.py. What is modelled is time: hops through Redis, steps of engines, and a clock
 that jumps from one event to the next. Nothing is lost, cancelled or dies here.
 """
@@ -291,7 +291,7 @@ class _Run:
             self._start_ticking()
 
     def _move(self, engine: Engine, waiting: Waiting) -> None:
-        """Takes a call from an engine's queue, and gives it back to the router (lua/steal.lua)."""
+        """Takes a call from an engine's queue, and gives it back to the router (steal.lua)."""
         call: _Call = waiting.call
         session = self._table.session(call.times.session)
         engine.give_back(waiting)
@@ -325,7 +325,7 @@ class _Run:
         self._go_on(engine)
 
     def _sim_call(self, waiting: Waiting) -> SimCall:
-        """The call as its worker hands it to the engine (lua/claim.lua, `account_of`)."""
+        """The call as its worker hands it to the engine (claim.lua, `account_of`)."""
         call: _Call = waiting.call
         times, now, since = call.times, int(self._now * 1000), waiting.submitted_ms
         waited, ran = self._table.unpaid(waiting.had)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
-from rsm.broker.messages import EngineView, SessionView
-from rsm.broker.waiting import WaitingCall
+from rsm.broker.protocol.messages import EngineView, SessionView
+from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.admission import Admission
 from rsm.router.choosing import Chooser, Decision
 from rsm.router.policies import CallView, Choice, Policy

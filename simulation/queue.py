@@ -1,4 +1,4 @@
-"""A queue of an engine, or of the router, in virtual time, as lua/attempts.lua and lua/claim.lua keep it in Redis."""
+"""A queue of an engine, or of the router, in virtual time, as attempts.lua and claim.lua keep it in Redis."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from rsm.broker.messages import Ahead, rank_of
+from rsm.broker.protocol.messages import Ahead, rank_of
 from rsm.simulation.table import Account, ProcessTable
 from rsm.workers.plas import Rank
 
-# As in lua/claim.lua: so many starving calls are moved ahead with one claim.
+# As in claim.lua: so many starving calls are moved ahead with one claim.
 _PROMOTE_MANY = 64
 
 
@@ -50,7 +50,7 @@ class Queue:
         self._starving: list[tuple[float, str, int, Waiting]] = []
         self._numbers = count()  # a call may come again
         self._size = 0
-        self.ahead: dict[int, Ahead] = {}  # by rank, as lua/lib.lua counts them
+        self.ahead: dict[int, Ahead] = {}  # by rank, as lib.lua counts them
 
     def __len__(self) -> int:
         return self._size

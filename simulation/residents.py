@@ -1,11 +1,11 @@
-"""Whose contexts the engines of a fleet hold, and the calls that wait for room: as in Redis, by lua/residents.lua."""
+"""Whose contexts the engines of a fleet hold, and the calls that wait for room: as in Redis, by residents.lua."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from rsm.broker.messages import Share
+from rsm.broker.protocol.messages import Share
 from rsm.broker.settings import Settings
 from rsm.simulation.engine import Engine
 from rsm.simulation.queue import Queue, Waiting

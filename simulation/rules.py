@@ -1,12 +1,12 @@
-"""The broker's rules, lua/programs.lua and lua/residents.lua, run as they are in a Lua of this process."""
+"""The broker's rules, programs.lua and residents.lua, run as they are in a Lua of this process."""
 
 from __future__ import annotations
 
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from rsm.broker.errors import InvalidRequest
+from rsm.broker.protocol.scripts import source
 
 _FILES = ("programs", "residents")
 _NAMES = (
@@ -29,7 +29,7 @@ def rules() -> Any:
     except ImportError as e:
         raise InvalidRequest(MISSING) from e
     lua = LuaRuntime()
-    text = "\n".join((files("rsm.broker") / "lua" / f"{name}.lua").read_text(encoding="utf-8") for name in _FILES)
+    text = "\n".join(source(name) for name in _FILES)
     table: Any = lua.execute(f"{text}\nreturn {{{', '.join(f'{n} = {n}' for n in _NAMES)}}}")
     table.list = lua.table_from
     return table

@@ -1,15 +1,15 @@
-"""The process table in virtual time: what lua/assign.lua and lua/finish.lua keep of sessions, by the same rules."""
+"""The process table in virtual time: what assign.lua and finish.lua keep of sessions, by the same rules."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rsm.broker.messages import CacheUse, SessionView
+from rsm.broker.protocol.messages import CacheUse, SessionView
 
 
 class Account(NamedTuple):
-    """What a program has been charged. Times in ms, service in service units; `paid_…`: lua/family.lua, `totals`."""
+    """What a program has been charged. Times in ms, service in service units; `paid_…`: family.lua, `totals`."""
 
     service: float = 0.0
     waited_ms: float = 0
@@ -55,7 +55,7 @@ class Session:
 
 
 class ProcessTable:
-    """All entries. `rules`: those of broker/lua/programs.lua."""
+    """All entries. `rules`: those of programs.lua."""
 
     def __init__(self, rules: Any, level_bounds: tuple[int, ...], beta: float, rule: str = "path") -> None:
         self._rules = rules

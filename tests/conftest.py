@@ -14,12 +14,12 @@ import redis
 
 from chaos.leaks import leaked_keys
 from rsm.broker import Client, Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.ids import new_id
-from rsm.broker.keys import Keys
-from rsm.broker.monitor import Monitor
-from rsm.broker.transitions import Transitions
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.transitions import Transitions
+from rsm.broker.views.monitor import Monitor
 from tests.sim_processes import Start, WorkerProcess, sim, state_of
 from tests.topologies import TOPOLOGIES, Topology
 from tests.waiting import eventually as eventually

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rsm.broker import RequestState, Settings, codec, scripts
-from rsm.broker.connection import BLIPS, connect
-from rsm.broker.ids import new_id
-from rsm.broker.keys import Keys
-from rsm.broker.scripts import Arg
-from rsm.broker.transitions import Claimed, Event, Fault, Fence, Finish, Registered, Release, Transitions
+from rsm.broker import RequestState, Settings
+from rsm.broker.connection.factory import BLIPS, connect
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.scripts import Arg
+from rsm.broker.protocol.transitions import Claimed, Event, Fault, Fence, Finish, Registered, Release, Transitions
 from rsm.router.policies import Policy
 from rsm.router.router import Router
 from rsm.workers.service import Tokens, Used, charge

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rsm.broker import codec
-from rsm.broker.keys import Keys
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.keys import Keys
 
 AGE = 10**12  # ms: longer than anything waits in a test
 ENDS = ("completed", "cancelled", "failed")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rsm.broker import Settings
-from rsm.broker.transitions import Fence
+from rsm.broker.protocol.transitions import Fence
 from tests.reference_records import LIFE, LONG_AGO, NEVER, Call, Engine, Entry, Session, order
 
 

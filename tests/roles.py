@@ -1,4 +1,4 @@
-"""Users of the roles of `rsm.broker.acl` on the tests' server."""
+"""Users of the roles of `rsm.broker.protocol.acl` on the tests' server."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import redis
 
 from rsm.broker import Settings
-from rsm.broker.acl import ROLES, password_hash, user_name
-from rsm.broker.connection import connect
-from rsm.broker.keys import Keys
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol.acl import ROLES, password_hash, user_name
+from rsm.broker.protocol.keys import Keys
 
 
 class Roles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rsm.broker import codec
+from rsm.broker.protocol import codec
 from tests.fake_worker import FakeWorker
 from tests.world import World, texts
 

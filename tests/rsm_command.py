@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 
 from rsm.broker import Settings
-from rsm.broker.connection import BLIPS
+from rsm.broker.connection.factory import BLIPS
 from rsm.broker.errors import RsmError
-from rsm.broker.models import EngineState
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.views.monitor import Monitor
 from tests.waiting import eventually
 
 RSM = str(Path(sys.executable).parent / "rsm")

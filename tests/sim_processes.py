@@ -14,10 +14,10 @@ import psutil
 
 from chaos import leaks
 from rsm.broker import Client, RequestState, Settings
-from rsm.broker.client import CallHandle
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.client.sync import CallHandle
+from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.errors import UnknownCall
-from rsm.broker.monitor import Monitor
+from rsm.broker.views.monitor import Monitor
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE
 from rsm.workers.sim_text import Prompt, answer

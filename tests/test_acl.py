@@ -18,15 +18,16 @@ from typing import Any
 import pytest
 import redis
 
-from rsm.broker import AccessDenied, AsyncClient, CallCancelled, Client, RequestState, Settings, scripts
-from rsm.broker.acl import LOCKED, ROLES, acl_file, user_name
-from rsm.broker.dead_letters import DeadLetters
-from rsm.broker.embedded import find_server
-from rsm.broker.keys import Keys
-from rsm.broker.lifecycle import RequestLifecycleManager
-from rsm.broker.link import Denied
-from rsm.broker.monitor import Monitor
-from rsm.broker.process_table import GlobalProcessTable, SessionManager
+from rsm.broker import AccessDenied, AsyncClient, CallCancelled, Client, RequestState, Settings
+from rsm.broker.connection.embedded import find_server
+from rsm.broker.connection.failover import Denied
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.acl import LOCKED, ROLES, acl_file, user_name
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.views.dead_letters import DeadLetters
+from rsm.broker.views.lifecycle import RequestLifecycleManager
+from rsm.broker.views.monitor import Monitor
+from rsm.broker.views.process_table import GlobalProcessTable, SessionManager
 from rsm.engine.cli.drain import order_drain
 from rsm.engine.doctor import examine
 from rsm.router.kv_coordinator import KVCacheCoordinator
@@ -37,7 +38,7 @@ from tests.fake_worker import FakeWorker
 from tests.roles import Roles, secret
 from tests.rsm_command import RSM, clean_env, run
 from tests.sim_processes import WorkerProcess, processes_of, sim, state_of
-from tests.test_rooms import ROOT
+from tests.test_rooms import LUA, ROOT
 from tests.world import World
 
 
@@ -398,9 +399,9 @@ def test_a_line_that_names_no_role_is_refused() -> None:
 
 
 def test_every_command_of_the_scripts_is_somebodys_right() -> None:
-    """Whoever gives a script a new command must say in broker/acl.py who may use it, and on which keys."""
+    """Whoever gives a script a new command must say in broker/protocol/acl.py who may use it, and on which keys."""
     parts = ("producer", "router", "worker")
     granted = {c for name in parts for grant in ROLES[name].grants for c in grant.commands.split()}
-    for entry in (ROOT / "broker" / "lua").glob("*.lua"):
+    for entry in LUA.glob("*/*.lua"):
         used = {found.lower() for found in re.findall(r"(?:redis\.call|later)\('([A-Z]+)'", entry.read_text())}
         assert used - {"xgroup"} <= granted, f"{entry.name}: {used - granted}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rsm.broker import Settings
-from rsm.broker.messages import EngineView, SessionView, Share
+from rsm.broker.protocol.messages import EngineView, SessionView, Share
 from rsm.router.admission import Admission
 from rsm.router.choosing import Chooser, Decision
 from rsm.router.policies import CallView, create_policy

@@ -26,13 +26,12 @@ from rsm.broker import (
     RequestState,
     Settings,
     UnknownCall,
-    aio,
-    inbox,
 )
-from rsm.broker import live as live_stream
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.ids import new_id
-from rsm.broker.transitions import Claimed
+from rsm.broker.client import aio, inbox
+from rsm.broker.client import stream as live_stream
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.transitions import Claimed
 from tests.fake_worker import FakeWorker, echo, hold, patient, refuse, routing
 
 WAIT = 20.0

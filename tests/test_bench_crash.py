@@ -14,7 +14,7 @@ from bench.recovery_ours import SCENARIOS, measure
 from bench.stream_account import Account, Heard, Total
 from bench.stream_systems import SYSTEMS, StreamCut, read_event
 from bench.venvs import PEERS, peer_names
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
 from tests.sim_processes import said
 
 TEXT = " w1 w2 w3 w4"

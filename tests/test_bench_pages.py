@@ -15,7 +15,7 @@ from bench.programs.systems import FCFS_RR, OURS
 from bench.real import cpu
 from bench.routing_cost import Placing
 from rsm.broker import Settings
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
 
 ABOUT = {"Machine": "m", "CPU": "c"}
 

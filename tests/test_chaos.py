@@ -22,9 +22,9 @@ from chaos.proxy import Lines
 from chaos.run import Outcome, run
 from chaos.verdict import Violation, Window, judge, said
 from rsm.broker import Client, Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.keys import ROUTER_GROUP
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol.keys import ROUTER_GROUP
 from rsm.workers.vllm_args import TINY_NAME
 from tests.waiting import eventually
 

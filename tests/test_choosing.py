@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rsm.broker import Settings
-from rsm.broker.messages import Ahead, EngineView, SessionView, Speed, rank_of
+from rsm.broker.protocol.messages import Ahead, EngineView, SessionView, Speed, rank_of
 from rsm.router.choosing import PARKED, Chooser, Decision
 from rsm.router.policies import CallView, Choice, Policy, create_policy
 

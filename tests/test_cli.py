@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rsm.broker import Client, RequestState, Settings
-from rsm.broker.connection import connect
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.factory import connect
+from rsm.broker.views.monitor import Monitor
 from tests.conftest import eventually
 from tests.rsm_command import RSM, Deployment, clean_env, run
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from rsm.broker import CallRecord, CallResult, Client, RequestState, Settings
-from rsm.broker.monitor import ActiveCall
-from rsm.broker.transitions import Transitions
+from rsm.broker.protocol.transitions import Transitions
+from rsm.broker.views.monitor import ActiveCall
 from rsm.engine.cli import app, tables
 from rsm.engine.cli.app import hoist
 from rsm.engine.cli.output import seconds, shown_url

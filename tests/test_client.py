@@ -26,12 +26,12 @@ from rsm.broker import (
     RequestState,
     Settings,
     UnknownCall,
-    inbox,
 )
-from rsm.broker import client as client_module
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.ids import new_id
-from rsm.broker.transitions import Claimed
+from rsm.broker.client import inbox
+from rsm.broker.client import sync as client_module
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.transitions import Claimed
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, echo, hold, patient, refuse, routing
 

@@ -15,8 +15,8 @@ import typer
 import yaml
 
 from rsm.broker import Settings
-from rsm.broker.connection import BLIPS, connect
-from rsm.broker.embedded import find_server
+from rsm.broker.connection.embedded import find_server
+from rsm.broker.connection.factory import BLIPS, connect
 from rsm.engine.cli import app
 from tests.conftest import eventually
 from tests.rsm_command import clean_env

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from rsm.broker import AsyncClient, CallResult, Delta, Settings
-from rsm.broker.codec import text
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol.codec import text
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
 from tests.conftest import eventually
 from tests.rsm_command import clean_env

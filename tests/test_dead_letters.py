@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from rsm.broker import Client, Conflict, InvalidRequest, Settings, UnknownCall
-from rsm.broker.dead_letters import DeadLetters
-from rsm.broker.keys import Keys
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.views.dead_letters import DeadLetters
 from tests.fake_worker import FakeWorker, patient, routing
 from tests.waiting import eventually
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from rsm.broker import ErrorCode, Settings
-from rsm.broker.keys import Keys
 from rsm.broker.logs import LEVEL_VARIABLE
+from rsm.broker.protocol.keys import Keys
+from tests.test_rooms import LUA, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -103,7 +103,7 @@ def test_every_field_of_a_record_is_named() -> None:
     page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
     told = set(re.findall(r"\w+", page.partition("\n## The record\n")[2].partition("`.")[0]))
     written = set()
-    for path in (ROOT / "broker" / "lua").glob("*.lua"):
+    for path in LUA.glob("*/*.lua"):
         lua = path.read_text(encoding="utf-8")
         target = (
             r"call_key\(id\)" if "key = engine_key" in lua or "key = session_key" in lua else r"(?:call_key\(id\)|key)"

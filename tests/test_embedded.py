@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from rsm.broker import BrokerUnavailable
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
 
 NOBODY = 65534
 _CONNECT = """

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from rsm.broker import AsyncClient, CallFailed, Client, Delta, RequestState, Settings
-from rsm.broker.dead_letters import DeadLetters
-from rsm.broker.models import CallRecord, OnEngineLoss
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol.models import CallRecord, OnEngineLoss
+from rsm.broker.views.dead_letters import DeadLetters
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
 from tests.conftest import eventually

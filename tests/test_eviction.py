@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from rsm.broker import EvictingRedis, Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.eviction import eviction_policy, require_noeviction
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.eviction import eviction_policy, require_noeviction
+from rsm.broker.connection.factory import connect
 from rsm.engine.doctor import examine
 from rsm.engine.fleet import Fleet
 from rsm.engine.manager import MultiEngineManager

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rsm.broker import Client, Settings
-from rsm.broker.monitor import Monitor
+from rsm.broker.views.monitor import Monitor
 from tests.conftest import eventually
 from tests.rsm_command import clean_env
 from tests.sim_processes import WorkerProcess, sim, state_of

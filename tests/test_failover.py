@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rsm.broker import AsyncClient, BrokerUnavailable, CallLost, Client, NotReplicated, Settings
-from rsm.broker.connection import BLIPS, connect, persist
-from rsm.broker.keys import Keys
+from rsm.broker.connection.factory import BLIPS, connect, persist
+from rsm.broker.protocol.keys import Keys
 from rsm.engine.fleet import Fleet
 from tests.sim_processes import assert_undisturbed, said, sim
 from tests.topologies import Cluster, UnderSentinel

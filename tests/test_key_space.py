@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from chaos.leaks import LASTING
 from rsm.broker import InvalidRequest, Settings
-from rsm.broker.ids import MODEL_PATTERN, RESERVED_ENDS, is_id
-from rsm.broker.keys import Keys
-from rsm.broker.scripts import script
+from rsm.broker.protocol.ids import MODEL_PATTERN, RESERVED_ENDS, is_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.scripts import script
 from rsm.workers.node import queue_name
-from tests.test_rooms import ROOT
+from tests.test_rooms import LUA
 
 KINDS: dict[str, Callable[[Keys, str], str]] = {
     "call": Keys.call,
@@ -120,11 +120,7 @@ def test_lua_builds_the_same_names() -> None:
     )
     lua = {f"{head}x{tail}" for _, head, tail in made}
     assert lua == {make(Keys("n"), "x").removeprefix("{n}:") for make in KINDS.values()}
-    fixed = set(
-        re.findall(
-            r"P \.\. '([a-z:]+)'(?! \.\.)", "".join(p.read_text() for p in (ROOT / "broker" / "lua").glob("*.lua"))
-        )
-    )
+    fixed = set(re.findall(r"P \.\. '([a-z:]+)'(?! \.\.)", "".join(p.read_text() for p in LUA.glob("*/*.lua"))))
     assert fixed == {getattr(Keys("n"), name).removeprefix("{n}:") for name in FIXED}
 
 

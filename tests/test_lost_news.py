@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from rsm.broker import AsyncClient, CallLost, Client, Delta, NotReplicated, Settings, UnknownCall, inbox
-from rsm.broker import aio as aio_client
-from rsm.broker import client as sync_client
-from rsm.broker.events import End
-from rsm.broker.live import BEGIN, FORGET, live
+from rsm.broker import AsyncClient, CallLost, Client, Delta, NotReplicated, Settings, UnknownCall
+from rsm.broker.client import aio as aio_client
+from rsm.broker.client import inbox
+from rsm.broker.client import sync as sync_client
+from rsm.broker.client.stream import BEGIN, FORGET, live
+from rsm.broker.protocol.events import End
 from tests.fake_worker import FakeWorker, patient, routing
 
 _WAIT_S = 20.0

@@ -12,10 +12,10 @@ import pytest
 import redis
 
 from rsm.broker import Client, Settings
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.keys import Keys
-from rsm.broker.monitor import Monitor
-from rsm.broker.transitions import Claimed, Fence, Release, Transitions
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.transitions import Claimed, Fence, Release, Transitions
+from rsm.broker.views.monitor import Monitor
 from rsm.workers.calls import Calls
 from rsm.workers.publisher import Ended, Item
 from rsm.workers.reconcile import Reconciler

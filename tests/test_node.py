@@ -20,10 +20,10 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 
 from rsm.broker import Client, EngineFailed, InvalidRequest, Settings
-from rsm.broker.connection import connect
-from rsm.broker.dead_letters import DeadLetters
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
+from rsm.broker.views.dead_letters import DeadLetters
+from rsm.broker.views.monitor import Monitor
 from rsm.engine import EngineConfig, MultiEngineManager
 from rsm.workers.node import NodeClient, _alive, _await, listening, queue_name
 from tests.conftest import eventually

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rsm.broker.events import read_event
-from rsm.broker.models import Delta
+from rsm.broker.protocol.events import read_event
+from rsm.broker.protocol.models import Delta
 from tests.world import World
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from rsm.broker import Client, RequestState, Settings
-from rsm.broker.monitor import Monitor
+from rsm.broker.views.monitor import Monitor
 from rsm.workers.claimer import Room
 from tests.conftest import eventually
 from tests.fake_worker import routing

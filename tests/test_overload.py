@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from rsm.broker import RequestState, Settings, codec
-from rsm.broker.transitions import Submission, Submitted, Transitions
+from rsm.broker import RequestState, Settings
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.transitions import Submission, Submitted, Transitions
 from tests.world import World
 
 BODY = len(codec.encode({"prompt": "hi"}))

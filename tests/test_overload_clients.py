@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import redis
 
-from rsm.broker import AsyncClient, BrokerUnavailable, Client, Overloaded, Settings, codec
-from rsm.broker.keys import Keys
+from rsm.broker import AsyncClient, BrokerUnavailable, Client, Overloaded, Settings
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.keys import Keys
 from rsm.workers.config import EngineConfig
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, echo, patient, routing
@@ -264,7 +265,7 @@ async def test_the_manager_passes_the_choice_on(settings: Settings) -> None:
 def test_a_client_empties_its_inbox(
     settings: Settings, db: redis.Redis, keys: Keys, router: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rsm.broker.inbox._BLOCK_S", 0.02)
+    monkeypatch.setattr("rsm.broker.client.inbox._BLOCK_S", 0.02)
     roomy = settings.model_copy(update={"max_open_calls": 0})
     with Client(settings=roomy) as client, FakeWorker(roomy).serving(echo):
         for handle in client.submit_many([client.prepare("hi") for _ in range(300)]):
@@ -275,7 +276,7 @@ def test_a_client_empties_its_inbox(
 async def test_an_async_client_empties_its_inbox(
     settings: Settings, db: redis.Redis, keys: Keys, router: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rsm.broker.aio._BLOCK_S", 0.02)
+    monkeypatch.setattr("rsm.broker.client.aio._BLOCK_S", 0.02)
     roomy = settings.model_copy(update={"max_open_calls": 0})
     async with AsyncClient(settings=roomy) as client:
         with FakeWorker(roomy).serving(echo):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rsm.broker import codec
-from rsm.broker.models import CallRecord
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.models import CallRecord
 from tests.fake_worker import FakeWorker
 from tests.world import LONG_AGO, World
 

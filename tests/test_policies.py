@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import redis
 
-from rsm.broker import InvalidRequest, Settings, scripts
-from rsm.broker.client import Client
-from rsm.broker.keys import Keys
-from rsm.broker.transitions import EngineView, SessionView, Transitions
+from rsm.broker import InvalidRequest, Settings
+from rsm.broker.client.sync import Client
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.transitions import EngineView, SessionView, Transitions
 from rsm.router.kv_coordinator import KVCacheCoordinator, best_engine
 from rsm.router.policies import POLICIES, CallView, Choice, Policy, create_policy
 from rsm.router.policies.autellix import Autellix

@@ -22,7 +22,7 @@ from bench.programs.metrics import Figures, ProgramRun
 from bench.programs.replay import Answer, Player
 from bench.venvs import peer_names
 from rsm.broker import Settings
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
 from rsm.workers.sim_text import tokenize
 from tests.sim_http import SimHttp, sim_server

@@ -1,4 +1,4 @@
-"""The rules of program scheduling, lua/programs.lua, as the simulator runs them: without Redis."""
+"""The rules of program scheduling, programs.lua, as the simulator runs them: without Redis."""
 
 from __future__ import annotations
 

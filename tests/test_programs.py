@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import pytest
 
 from rsm.broker import AsyncClient, CallCancelled, Client, InvalidRequest, Settings, ShardedClient
-from rsm.broker.keys import Keys
-from rsm.broker.monitor import Monitor
-from rsm.broker.process_table import GlobalProcessTable, SessionManager
-from rsm.broker.programs import RUN_FLOOR_MS
-from rsm.broker.transitions import Claimed
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.transitions import Claimed
+from rsm.broker.views.monitor import Monitor
+from rsm.broker.views.process_table import GlobalProcessTable, SessionManager
+from rsm.broker.views.sessions import RUN_FLOOR_MS
 from rsm.simulation.rules import rules
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, hold, patient, routing

@@ -12,12 +12,12 @@ import pytest
 import redis
 
 from rsm.broker import AsyncClient, Client, Settings
-from rsm.broker.connection import BLIPS, connect, connect_async, require_access
-from rsm.broker.embedded import EmbeddedRedis
+from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import BLIPS, connect, connect_async, require_access
+from rsm.broker.connection.failover import Denied, Refused, refusal
 from rsm.broker.errors import AccessDenied
-from rsm.broker.ids import new_id
-from rsm.broker.line import Line
-from rsm.broker.link import Denied, Refused, refusal
+from rsm.broker.protocol.ids import new_id
 from rsm.router.router import Router
 from tests.conftest import eventually
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from rsm.broker import Client, RequestState, Settings
-from rsm.broker.monitor import Monitor
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
 from tests.conftest import eventually

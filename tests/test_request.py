@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import given as hypothesis_given
 from hypothesis import strategies as st
 
-from rsm.broker import InvalidRequest, codec
-from rsm.broker.ids import RESERVED_ENDS, check_id, check_model, is_id, new_id, shorten
-from rsm.broker.keys import Keys
-from rsm.broker.models import KINDS, CallRequest
-from rsm.broker.request import build, check_request, estimate_tokens
-from rsm.broker.transitions import Admission, Rejection
+from rsm.broker import InvalidRequest
+from rsm.broker.client.request import build, check_request, estimate_tokens
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.ids import RESERVED_ENDS, check_id, check_model, is_id, new_id, shorten
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.models import KINDS, CallRequest
+from rsm.broker.protocol.transitions import Admission, Rejection
 from rsm.router.intake import Arrival, read_entry
 
 LIMIT = 4096

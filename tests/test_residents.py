@@ -1,4 +1,4 @@
-"""Whose contexts an engine's KV cache holds, lua/residents.lua: the arithmetic, as the simulator runs it."""
+"""Whose contexts an engine's KV cache holds, residents.lua: the arithmetic, as the simulator runs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rsm.broker.messages import tier_of
+from rsm.broker.protocol.messages import tier_of
 from rsm.simulation.rules import rules
 
 LUA: Any = rules()

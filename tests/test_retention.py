@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rsm.broker import codec
-from rsm.broker.connection import connect
-from rsm.broker.dead_letters import DeadLetters
-from rsm.broker.ids import new_id
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.transitions import RETAIN_ENTRIES, Retained, Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import RETAIN_ENTRIES, Retained, Transitions
+from rsm.broker.views.dead_letters import DeadLetters
+from rsm.broker.views.monitor import Monitor
 from tests.waiting import eventually
 from tests.world import World
 

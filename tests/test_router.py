@@ -20,12 +20,14 @@ import msgpack
 import pytest
 import redis
 
-from rsm.broker import CallRecord, Client, RequestState, Settings, child, codec, scripts
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.ids import new_id
-from rsm.broker.keys import ROUTER_GROUP, Keys
-from rsm.broker.models import ErrorCode
-from rsm.broker.transitions import Claimed, EngineView, SessionView, Transitions
+from rsm.broker import CallRecord, Client, RequestState, Settings
+from rsm.broker import child_process as child
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
+from rsm.broker.protocol.models import ErrorCode
+from rsm.broker.protocol.transitions import Claimed, EngineView, SessionView, Transitions
 from rsm.router import router as router_module
 from rsm.router.policies import CallView, Choice
 from rsm.router.policies.least_loaded import LeastLoaded

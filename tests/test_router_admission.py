@@ -13,7 +13,7 @@ import redis
 
 from bench.programs.real import Stack, drive, up
 from rsm.broker import Client, RequestState, Settings
-from rsm.broker.monitor import Monitor
+from rsm.broker.views.monitor import Monitor
 from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
 from rsm.workers.config import EngineConfig
 from tests.conftest import eventually

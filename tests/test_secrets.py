@@ -16,15 +16,16 @@ import pytest
 import redis
 from pydantic import SecretStr, ValidationError
 
-from rsm.broker import CallFailed, Client, Settings, codec
-from rsm.broker.connection import connect
-from rsm.broker.dead_letters import DeadLetter, DeadLetters
-from rsm.broker.events import read_event
-from rsm.broker.keys import Keys
-from rsm.broker.models import CallRecord, RequestState
-from rsm.broker.monitor import Monitor
-from rsm.broker.request import build
-from rsm.broker.transitions import Admission, Claimed, Event, Fence, Finish, Release, Transitions
+from rsm.broker import CallFailed, Client, Settings
+from rsm.broker.client.request import build
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.events import read_event
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.models import CallRecord, RequestState
+from rsm.broker.protocol.transitions import Admission, Claimed, Event, Fence, Finish, Release, Transitions
+from rsm.broker.views.dead_letters import DeadLetter, DeadLetters
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.doctor import examine
 from rsm.engine.process import LLMRequest
 from rsm.router.intake import read_entry

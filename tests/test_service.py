@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from rsm.broker import InvalidRequest, RequestState, Settings
-from rsm.broker.keys import Keys
+from rsm.broker.protocol.keys import Keys
 from rsm.workers.backend import Job, Outcome
 from rsm.workers.calls import Calls
 from rsm.workers.publisher import Ended, Item

@@ -18,8 +18,8 @@ from rsm.broker import (
     ShardedClient,
     namespace_of,
 )
-from rsm.broker.ids import new_id
-from rsm.broker.transitions import Claimed
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.transitions import Claimed
 from tests.fake_worker import FakeWorker, echo, hold, routing
 from tests.topologies import Cluster
 

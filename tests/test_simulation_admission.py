@@ -1,4 +1,4 @@
-"""Admission in virtual time: the arithmetic of lua/residents.lua, under programs whose contexts exceed the cache."""
+"""Admission in virtual time: the arithmetic of residents.lua, under programs whose contexts exceed the cache."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rsm.broker.messages import Speed
+from rsm.broker.protocol.messages import Speed
 from rsm.workers.backend import Job
 from rsm.workers.cache_meter import CacheMeter
 from rsm.workers.call_meter import CallMeter

@@ -26,16 +26,17 @@ from hypothesis.stateful import (
 )
 
 from chaos.leaks import LASTING
-from rsm.broker import RequestState, Settings, codec, scripts
-from rsm.broker.connection import connect
-from rsm.broker.family import TreeCancel
-from rsm.broker.ids import new_id
-from rsm.broker.keys import ROUTER_GROUP, Keys
-from rsm.broker.models import CallRequest
-from rsm.broker.request import build
-from rsm.broker.scripts import Command, T
-from rsm.broker.transitions import Claimed, Event, Fault, Finish, Placement, Rejection, Release, Transitions
-from rsm.broker.waiting import WaitingCall
+from rsm.broker import RequestState, Settings
+from rsm.broker.client.request import build
+from rsm.broker.client.session_tree import TreeCancel
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
+from rsm.broker.protocol.models import CallRequest
+from rsm.broker.protocol.scripts import Command, T
+from rsm.broker.protocol.transitions import Claimed, Event, Fault, Finish, Placement, Rejection, Release, Transitions
+from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.intake import Arrival, read_entry
 from tests.namespace_view import AGE, look, texts
 from tests.reference_model import Model

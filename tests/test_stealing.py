@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from rsm.broker import Client, RequestState, Settings, codec, scripts
-from rsm.broker.client import CallHandle
-from rsm.broker.messages import CacheUse, EngineView, SessionView, Speed
-from rsm.broker.waiting import WaitingCall
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker.client.sync import CallHandle
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.messages import CacheUse, EngineView, SessionView, Speed
+from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.admission import Admission
 from rsm.router.costs import CostModel
 from rsm.router.policies import CallView

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from rsm.broker import AsyncClient, BrokerUnavailable, Client, Settings
-from rsm.broker.connection import connect
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.line import Line
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.connection.factory import connect
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.doctor import examine
 from rsm.workers.node import NodeClient
 from tests.conftest import eventually

@@ -10,10 +10,10 @@ import pytest
 from redis import AuthenticationError
 
 from rsm.broker import AsyncClient, BrokerUnavailable, Client, InvalidRequest, Settings
-from rsm.broker.connection import BLIPS, connect, connect_async, persist
-from rsm.broker.line import Line
-from rsm.broker.link import Refused
-from rsm.broker.topology import Address, place_of
+from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.factory import BLIPS, connect, connect_async, persist
+from rsm.broker.connection.failover import Refused
+from rsm.broker.connection.topology import Address, place_of
 from rsm.engine.doctor import examine
 from rsm.workers.node import NodeClient, run_node
 from tests.topologies import Cluster, UnderSentinel, free_port

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rsm.broker.messages import SessionView, rank_of
-from rsm.broker.models import RequestState
+from rsm.broker.protocol.messages import SessionView, rank_of
+from rsm.broker.protocol.models import RequestState
 from tests.rooms import CAPACITY, HALF_S, Rooms
 from tests.world import LONG_AGO, World
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rsm.broker import codec, scripts
-from rsm.broker.transitions import Claimed, Differences, Event
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.transitions import Claimed, Differences, Event
 from tests.fake_worker import FakeWorker
 from tests.world import LONG_AGO, World
 

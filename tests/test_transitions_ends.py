@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rsm.broker import RequestState, codec
-from rsm.broker.transitions import Finish
+from rsm.broker import RequestState
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.transitions import Finish
 from tests.world import World
 
 # -- finish

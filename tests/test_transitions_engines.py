@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rsm.broker.transitions import Transitions
+from rsm.broker.protocol.transitions import Transitions
 from tests.fake_worker import FakeWorker
 from tests.world import LONG_AGO, World, now_ms
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from rsm.broker.transitions import Claimed
+from rsm.broker.protocol.transitions import Claimed
 from tests.fake_worker import FakeWorker
 from tests.world import LONG_AGO, World, now_ms
 

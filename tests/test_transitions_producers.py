@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from rsm.broker import RequestState, codec, scripts
-from rsm.broker.keys import ROUTER_GROUP
-from rsm.broker.scripts import Command
-from rsm.broker.transitions import Submitted
+from rsm.broker import RequestState
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.keys import ROUTER_GROUP
+from rsm.broker.protocol.scripts import Command
+from rsm.broker.protocol.transitions import Submitted
 from tests.world import LONG_AGO, World
 
 # -- submit

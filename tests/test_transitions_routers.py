@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rsm.broker import codec
-from rsm.broker.keys import ROUTER_GROUP
-from rsm.broker.transitions import Placed, Transitions
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.keys import ROUTER_GROUP
+from rsm.broker.protocol.transitions import Placed, Transitions
 from tests.world import LONG_AGO, World, now_ms
 
 # -- admit

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rsm.broker.messages import Ahead, rank_of
-from rsm.broker.models import CallRecord
-from rsm.broker.transitions import EngineView, SessionView
+from rsm.broker.protocol.messages import Ahead, rank_of
+from rsm.broker.protocol.models import CallRecord
+from rsm.broker.protocol.transitions import EngineView, SessionView
 from tests.world import World
 
 COLD = 1 << 40

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rsm.broker.messages import rank_of
-from rsm.broker.models import CallRecord
-from rsm.broker.waiting import Waiting, WaitingCall
+from rsm.broker.protocol.messages import rank_of
+from rsm.broker.protocol.models import CallRecord
+from rsm.broker.protocol.waiting_calls import Waiting, WaitingCall
 from tests.test_poison import suspect
 from tests.world import World
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from rsm.broker import RequestState, codec
-from rsm.broker.transitions import Claimed, Transitions
+from rsm.broker import RequestState
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.transitions import Claimed, Transitions
 from tests.fake_worker import FakeWorker
 from tests.world import LONG_AGO, World, texts
 

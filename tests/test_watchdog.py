@@ -12,9 +12,9 @@ import pytest
 import redis
 
 from rsm.broker import Client, RequestState, Settings
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.keys import Keys
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.views.monitor import Monitor
 from rsm.router.__main__ import _LEAVE_S
 from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK
 from rsm.workers.watchdog import Stall

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import redis
 
-from rsm.broker import AsyncClient, CallCancelled, Client, RequestState, Settings, scripts
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.keys import Keys
-from rsm.broker.monitor import Monitor
-from rsm.broker.transitions import Claimed, Fence, Release, Transitions
+from rsm.broker import AsyncClient, CallCancelled, Client, RequestState, Settings
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.transitions import Claimed, Fence, Release, Transitions
+from rsm.broker.views.monitor import Monitor
 from rsm.workers.backend import Job, Outcome, Piece
 from rsm.workers.calls import Calls
 from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 import redis
 
-from rsm.broker import child
-from rsm.broker.embedded import EmbeddedRedis, find_server
-from rsm.broker.ids import new_id
-from rsm.broker.topology import place_of
+from rsm.broker import child_process as child
+from rsm.broker.connection.embedded import EmbeddedRedis, find_server
+from rsm.broker.connection.topology import place_of
+from rsm.broker.protocol.ids import new_id
 from tests.waiting import eventually
 
 SLOTS = 16384

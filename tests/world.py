@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from chaos.leaks import LASTING
-from rsm.broker import Settings, codec, scripts
-from rsm.broker.family import TreeCancel
-from rsm.broker.keys import ROUTER_GROUP, Keys
-from rsm.broker.models import CallRequest
-from rsm.broker.request import build
-from rsm.broker.scripts import Command, T
-from rsm.broker.transitions import Admission, Placed, Placement, Rejection, Submission, Submitted, Transitions
+from rsm.broker import Settings
+from rsm.broker.client.request import build
+from rsm.broker.client.session_tree import TreeCancel
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
+from rsm.broker.protocol.models import CallRequest
+from rsm.broker.protocol.scripts import Command, T
+from rsm.broker.protocol.transitions import Admission, Placed, Placement, Rejection, Submission, Submitted, Transitions
 from tests.fake_worker import FakeWorker
 
 LONG_AGO = 1

@@ -16,12 +16,12 @@ from typing import Any
 
 import redis
 
-from rsm.broker import codec
-from rsm.broker.codec import text
 from rsm.broker.errors import InvalidRequest
-from rsm.broker.keys import Keys
-from rsm.broker.messages import Claimed, Fault, Fence, Finish, Release
-from rsm.broker.models import ErrorCode, RequestState
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.codec import text
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.messages import Claimed, Fault, Fence, Finish, Release
+from rsm.broker.protocol.models import ErrorCode, RequestState
 from rsm.workers.aside import ask
 from rsm.workers.backend import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
 from rsm.workers.cache_meter import CacheMeter

@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from rsm.broker import scripts
-from rsm.broker.connection import persist
-from rsm.broker.keys import Keys
-from rsm.broker.line import Line
-from rsm.broker.messages import Claimed
+from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.factory import persist
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.messages import Claimed
+from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import Transitions
 
 # How long one sleep on the bell lasts; the bell makes it shorter, so this bounds only how soon a stop is noticed.
 _BELL_S = 1

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from rsm.broker.errors import InvalidRequest
-from rsm.broker.ids import check_id
+from rsm.broker.protocol.ids import check_id
 from rsm.broker.settings import EngineScheduler, Settings
 from rsm.workers.backend import Backend
 

@@ -6,11 +6,11 @@ import logging
 import threading
 from collections.abc import Callable
 
-from rsm.broker.codec import number, text
-from rsm.broker.connection import BLIPS, Backoff
-from rsm.broker.keys import Keys
-from rsm.broker.line import Line
-from rsm.broker.messages import Fence
+from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.factory import BLIPS, Backoff
+from rsm.broker.protocol.codec import number, text
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.messages import Fence
 from rsm.broker.settings import Settings
 
 log = logging.getLogger("rsm.worker")

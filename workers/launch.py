@@ -6,12 +6,12 @@ import logging
 import os
 import sys
 
-from rsm.broker import scripts
-from rsm.broker.codec import number, text
-from rsm.broker.connection import BLIPS, connect
-from rsm.broker.keys import Keys
+from rsm.broker.connection.factory import BLIPS, connect
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.codec import number, text
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import Transitions
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import (
     API_KEY_VARIABLE,

@@ -6,12 +6,12 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
-from rsm.broker import scripts
-from rsm.broker.connection import BLIPS, Backoff, connect
-from rsm.broker.models import EngineState
-from rsm.broker.scripts import Arg
+from rsm.broker.connection.factory import BLIPS, Backoff, connect
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.scripts import Arg
+from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import Transitions
 
 log = logging.getLogger("rsm.worker")
 

@@ -22,18 +22,18 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-from rsm.broker import scripts
-from rsm.broker.connection import connect, connect_patiently, persist
-from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.connection.eviction import require_noeviction_at
+from rsm.broker.connection.factory import connect, connect_patiently, persist
+from rsm.broker.connection.topology import place_of
 from rsm.broker.errors import EngineFailed, InvalidRequest, UnknownCall
-from rsm.broker.eviction import require_noeviction_at
-from rsm.broker.ids import check_id
-from rsm.broker.keys import Keys
-from rsm.broker.models import EngineState
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.ids import check_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.topology import place_of
-from rsm.broker.transitions import Transitions
+from rsm.broker.views.dead_letters import DeadLetters
+from rsm.broker.views.monitor import Monitor
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
 from rsm.workers.launch import report_death

@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from rsm.broker.models import MAX_PROMPT_TOKENS
+from rsm.broker.protocol.models import MAX_PROMPT_TOKENS
 from rsm.workers.backend import CallRejected, Job, Outcome, Piece, Resumed
 from rsm.workers.openai_resume import CANNOT_CONTINUE, Said
 from rsm.workers.openai_wire import choice_text, document

@@ -7,7 +7,7 @@ can take a running call's place away. A call begins in the level of its program'
 2. Each level has a budget of service, its quantum; a call that has used it falls by one level, also while it runs.
 3. A call whose program waited too long for how long it ran goes to the best level of its class: (program's wait +
    call's wait) / (program's run + call's run) >= beta. Its counters then begin anew. Beyond the paper, so do the
-   program's as far as this call is concerned, as in the broker's queues (`lua/programs.lua`): else who has starved once
+   program's as far as this call is concerned, as in the broker's queues (`programs.lua`): else who has starved once
    is promoted again and again until its running has caught up. The program's other calls keep theirs and follow soon.
 4. Order: the user's priority class, then the level, then who came first.
 5. A waiting call may take the place of a running one that is strictly worse, by class and level alone; so calls of

@@ -13,12 +13,12 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from rsm.broker import scripts
-from rsm.broker.connection import persist
-from rsm.broker.line import Line
-from rsm.broker.messages import Event, Fence, Finish, Release
+from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.factory import persist
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.messages import Event, Fence, Finish, Release
+from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import Transitions
 from rsm.workers.backend import Piece
 
 

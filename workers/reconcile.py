@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import redis
 
-from rsm.broker import scripts
-from rsm.broker.messages import Fence, Release
-from rsm.broker.transitions import Transitions
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.messages import Fence, Release
+from rsm.broker.protocol.transitions import Transitions
 from rsm.workers.aside import aside
 from rsm.workers.calls import Calls
 from rsm.workers.publisher import Publisher

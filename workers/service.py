@@ -1,4 +1,4 @@
-"""Service units: what a call has cost, as one number. Programs are put into levels by the sum of it (lua/programs.lua).
+"""Service units: what a call has cost, as one number. Programs are put into levels by the sum of it (programs.lua).
 
 All workers of a namespace must use the same unit, and RSM_LEVEL_BOUNDS must be in it. A unit that does not depend on
 how busy the engine is puts a program into the same levels on any engine; time does not, but the paper counts it.

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rsm.broker.errors import InvalidRequest
-from rsm.broker.ids import new_id
+from rsm.broker.protocol.ids import new_id
 from rsm.workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
 from rsm.workers.sim_backend import SimBackend
 from rsm.workers.sim_request import read_prompt

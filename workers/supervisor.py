@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from rsm.broker import child
+from rsm.broker import child_process as child
 
 log = logging.getLogger("rsm.supervisor")
 

@@ -22,17 +22,17 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
-from rsm.broker import scripts
-from rsm.broker.connection import BLIPS, connect
+from rsm.broker.connection.eviction import require_noeviction
+from rsm.broker.connection.factory import BLIPS, connect
 from rsm.broker.errors import EngineIdTaken
-from rsm.broker.eviction import require_noeviction
-from rsm.broker.ids import check_id, new_id
-from rsm.broker.keys import Keys
-from rsm.broker.messages import Claimed
-from rsm.broker.models import EngineState
-from rsm.broker.scripts import Arg
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.ids import check_id, new_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.messages import Claimed
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.scripts import Arg
+from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.broker.transitions import Transitions
 from rsm.workers.aside import aside, ask
 from rsm.workers.backend import Backend, EngineDied, EngineFacts
 from rsm.workers.cache_meter import CacheMeter

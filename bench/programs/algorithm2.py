@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.protocol.messages import EngineView, SessionView
 from rsm.broker.settings import Settings
 from rsm.router.policies import CallView, Choice, Policy
 

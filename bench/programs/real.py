@@ -20,10 +20,10 @@ from typing import Any
 
 from bench.programs.replay import Answer, Player
 from rsm.broker import AsyncClient, Settings
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.ids import new_id
-from rsm.broker.models import EngineState
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.views.monitor import Monitor
 from rsm.simulation.results import ProgramTimes
 from rsm.simulation.workload import ProgramSpec
 from rsm.workers.config import EngineConfig

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rsm.broker import InvalidRequest
-from rsm.broker.acl import ROLES, acl_file, password_hash
+from rsm.broker.protocol.acl import ROLES, acl_file, password_hash
 from rsm.engine.cli.app import app, settings_of
 
 

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from rsm.broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings
-from rsm.broker.connection import BLIPS, connect, reason
-from rsm.broker.dead_letters import DeadLetters
+from rsm.broker.connection.factory import BLIPS, connect, reason
+from rsm.broker.connection.topology import place_of
 from rsm.broker.logs import LEVEL_VARIABLE
-from rsm.broker.monitor import Monitor
-from rsm.broker.topology import place_of
+from rsm.broker.views.dead_letters import DeadLetters
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.cli.output import say_error, shown_url
 
 EXIT_FAILED = 1

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from rsm.broker import CallEnded, CallHandle, Client, Delta, RsmError, scripts
-from rsm.broker.ids import check_id
-from rsm.broker.models import EngineState, OnEngineLoss
-from rsm.broker.monitor import Monitor
+from rsm.broker import CallEnded, CallHandle, Client, Delta, RsmError
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.ids import check_id
+from rsm.broker.protocol.models import EngineState, OnEngineLoss
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.cli.app import EXIT_FAILED, app, client_of
 from rsm.engine.cli.output import emit_json, note, record_json, say, say_error
 

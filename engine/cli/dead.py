@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rsm.broker import EngineFailed, Settings
-from rsm.broker.dead_letters import Replayed
+from rsm.broker.views.dead_letters import Replayed
 from rsm.engine.cli import tables
 from rsm.engine.cli.app import EXIT_FAILED, app, dead_letters_of, monitor_of, settings_of
 from rsm.engine.cli.output import console, emit_json, say, say_error, table

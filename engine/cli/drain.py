@@ -7,11 +7,12 @@ from typing import Annotated
 import redis
 import typer
 
-from rsm.broker import EngineFailed, Settings, scripts
-from rsm.broker.ids import check_id
-from rsm.broker.keys import Keys
-from rsm.broker.monitor import Monitor
-from rsm.broker.transitions import Transitions
+from rsm.broker import EngineFailed, Settings
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.ids import check_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.transitions import Transitions
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.cli.app import app, server_of, settings_of
 from rsm.engine.cli.output import say
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rsm.broker.models import CallRecord
+from rsm.broker.protocol.models import CallRecord
 
 # Wide enough for every table: output that goes to a file or a pipe is not cut to 80 columns.
 _WIDE = 200

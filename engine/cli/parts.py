@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rsm.broker import EngineFailed, InvalidRequest, Settings, logs
-from rsm.broker.models import EngineState
+from rsm.broker.protocol.models import EngineState
 from rsm.engine.cli.app import app, monitor_of, require_redis, server_of, settings_of
 from rsm.engine.cli.drain import order_drain
 from rsm.engine.cli.output import say

@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from rsm.broker import EngineFailed
-from rsm.broker.models import EngineState
-from rsm.broker.monitor import Monitor
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.views.monitor import Monitor
 from rsm.engine.cli import tables
 from rsm.engine.cli.app import app, monitor_of
 from rsm.engine.cli.output import console, emit_json, record_json

@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from rsm.broker.ids import shorten
-from rsm.broker.models import CallRecord
-from rsm.broker.monitor import ActiveCall
+from rsm.broker.protocol.ids import shorten
+from rsm.broker.protocol.models import CallRecord
+from rsm.broker.views.monitor import ActiveCall
 from rsm.engine.cli.output import record_json, seconds, table
 from rsm.engine.doctor import usage_line
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.protocol.messages import EngineView, SessionView
 from rsm.router.policies import CallView, Choice, Policy
 
 # How much more than the mean an engine may hold, as a factor.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rsm.broker.messages import Ahead, EngineView, SessionView
+from rsm.broker.protocol.messages import Ahead, EngineView, SessionView
 from rsm.broker.settings import Settings
 
 if TYPE_CHECKING:

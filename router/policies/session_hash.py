@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from rsm.broker.messages import EngineView, SessionView
+from rsm.broker.protocol.messages import EngineView, SessionView
 from rsm.router.policies.base import CallView, Choice, Policy
 
 

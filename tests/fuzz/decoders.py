@@ -14,16 +14,17 @@ from typing import Any
 import msgpack
 from pydantic import ValidationError
 
-from rsm.broker import BadRecord, InvalidRequest, Settings, codec
-from rsm.broker.connection import connect
-from rsm.broker.dead_letters import _letter
-from rsm.broker.events import End, end_record, is_end, read_event
-from rsm.broker.ids import check_id, check_model
-from rsm.broker.looks import engine_view, session_view
-from rsm.broker.messages import spoken_for
-from rsm.broker.models import CallRecord, Delta
-from rsm.broker.request import check_body
-from rsm.broker.transitions import Rejection, _claimed_call
+from rsm.broker import BadRecord, InvalidRequest, Settings
+from rsm.broker.client.request import check_body
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.events import End, end_record, is_end, read_event
+from rsm.broker.protocol.ids import check_id, check_model
+from rsm.broker.protocol.messages import spoken_for
+from rsm.broker.protocol.models import CallRecord, Delta
+from rsm.broker.protocol.snapshot import engine_view, session_view
+from rsm.broker.protocol.transitions import Rejection, _claimed_call
+from rsm.broker.views.dead_letters import _letter
 from rsm.router.intake import Arrival, read_entry
 from rsm.workers import node
 from rsm.workers.backend import CallRejected, EngineError, Job, Resumed

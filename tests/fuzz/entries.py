@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 from rsm.broker import CallHandle, Client, RequestState, Settings
-from rsm.broker.embedded import EmbeddedRedis
-from rsm.broker.monitor import Monitor
+from rsm.broker.connection.embedded import EmbeddedRedis
+from rsm.broker.views.monitor import Monitor
 from tests.conftest import eventually
 from tests.fuzz.decoders import CUT, DECODERS
 from tests.fuzz.mutate import mutants

@@ -1,0 +1,397 @@
+"""The asyncio client of a producer. The same calls, scripts and guarantees as the synchronous client, without threads.
+
+1. Submissions of concurrent tasks are gathered while one is on its way, and travel together.
+2. One task reads this client's inbox: pieces and ends of all its calls, by one blocking read.
+3. A stream that misses a piece (a trimmed inbox, a Redis restart) reads it from the call's durable log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rsm.broker.client import inbox
+from rsm.broker.client.backpressure import OnOverload, Patience
+from rsm.broker.client.handles import AsyncCall as AsyncCall
+from rsm.broker.client.request import Prompt, build
+from rsm.broker.client.session_tree import TreeCancel
+from rsm.broker.client.stream import BEGIN, FORGET, LogReader, live
+from rsm.broker.connection.factory import BLIPS, Backoff, connect_async, no_answer, require_access
+from rsm.broker.errors import (
+    BrokerUnavailable,
+    CallLost,
+    Conflict,
+    InvalidRequest,
+    NotReplicated,
+    Overloaded,
+    UnknownCall,
+)
+from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol.events import End, end_record, is_end, read_event
+from rsm.broker.protocol.ids import check_id, new_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.messages import Submission, Submitted
+from rsm.broker.protocol.models import CallRecord, Delta, OnEngineLoss
+from rsm.broker.protocol.transitions import Transitions
+from rsm.broker.settings import Settings
+
+_BLOCK_S = 2.0
+_CLOSED = "The client is closed; the calls it pushed go on."
+
+
+class AsyncClient:
+    """Pushes calls and awaits them. Belongs to one event loop; arguments as `rsm.broker.Client`."""
+
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        *,
+        namespace: str | None = None,
+        settings: Settings | None = None,
+        timeout_s: float = 30.0,
+        on_overload: OnOverload = "raise",
+        overload_timeout_s: float | None = None,
+    ) -> None:
+        self.settings = (settings or Settings()).with_redis(redis_url, namespace)
+        self.keys = Keys(self.settings.namespace)
+        self.transitions = Transitions(self.keys, self.settings)
+        self.redis = connect_async(self.settings)
+        self._timeout_s = timeout_s
+        self._on_overload, self._overload_timeout_s = on_overload, overload_timeout_s
+        self._inbox = new_id()
+        self._open: dict[str, AsyncCall] = {}
+        self._outbox: list[tuple[Submission, asyncio.Future[None]]] = []
+        self._pusher: asyncio.Task[None] | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._closed = False
+        self._closing = asyncio.Event()
+
+    # -- submitting
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        *,
+        session: str | None = None,
+        kind: str = "generate",
+        id: str | None = None,  # noqa: A002
+        model: str = "",
+        priority: int = 0,
+        deadline_ms: int | None = None,
+        stream: bool = False,
+        prompt_tokens: int | None = None,
+        traceparent: str = "",
+        on_engine_loss: OnEngineLoss = "continue",
+        parent_session: str | None = None,
+        on_overload: OnOverload | None = None,
+        **params: Any,
+    ) -> AsyncCall:
+        """Pushes one call; returns once Redis has it. Arguments and errors as `rsm.broker.Client.submit`."""
+        call = build(
+            prompt,
+            max_body_bytes=self.settings.max_body_bytes,
+            inbox=self._inbox,
+            id=id,
+            session=session,
+            kind=kind,
+            model=model,
+            priority=priority,
+            deadline_ms=deadline_ms,
+            stream=stream,
+            prompt_tokens=prompt_tokens,
+            traceparent=traceparent,
+            on_engine_loss=on_engine_loss,
+            parent_session=parent_session,
+            params=params,
+        )
+        patience = Patience(on_overload or self._on_overload, self._overload_timeout_s)
+        while True:
+            try:
+                return await self._push(call)
+            except Overloaded as refusal:
+                pause = patience.pause(refusal)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._closing.wait()
+
+    async def _push(self, call: Submission) -> AsyncCall:
+        if self._closed:
+            raise BrokerUnavailable(_CLOSED)
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._read_inbox(), name="rsm-inbox")
+        r = call.request
+        handle = self._open.setdefault(r.id, AsyncCall(self, r.id, r.session, r.stream))
+        pushed = asyncio.get_running_loop().create_future()
+        self._outbox.append((call, pushed))
+        if self._pusher is None or self._pusher.done():
+            self._pusher = asyncio.create_task(self._push_all(), name="rsm-push")
+        try:
+            await pushed
+        except NotReplicated:
+            handle._pushed = True
+            raise
+        except Exception:
+            if not handle._pushed:  # else an earlier push of this very id is still awaited
+                self._open.pop(r.id, None)
+            raise
+        handle._pushed = True
+        return handle
+
+    async def _push_all(self) -> None:
+        while self._outbox:
+            some, self._outbox = self._outbox[: self.settings.batch], self._outbox[self.settings.batch :]
+            try:
+                replies, acks = await self._submit([call for call, _ in some])
+            except asyncio.CancelledError:
+                self._outbox = some + self._outbox  # `close` tells all of them
+                raise
+            except Exception as e:
+                _refuse(some, e)
+                continue
+            for (call, pushed), reply in zip(some, replies, strict=True):
+                if not pushed.done():
+                    await self._acknowledge(call, pushed, reply, acks)
+
+    async def _submit(self, calls: Sequence[Submission]) -> tuple[list[Submitted], int]:
+        """The replies, and how many replicas have what they say; that is not asked unless it was set."""
+        command, wait = self.transitions.submit(calls), self.settings.wait_command()
+        if wait is None:
+            return await self._run(command), 0
+        result: tuple[list[Submitted], int] = await self._retry(
+            lambda: scripts.arun_replicated(self.redis, command, wait)
+        )
+        return result
+
+    async def _acknowledge(self, call: Submission, pushed: asyncio.Future[None], reply: Submitted, acks: int) -> None:
+        call_id = call.request.id
+        if reply.code == "overloaded":
+            pushed.set_exception(Overloaded(reply.bound, reply.retry_ms / 1000, refused=[call]))
+            return
+        if reply.code == "conflict":
+            pushed.set_exception(
+                Conflict(f"The id {call_id} belongs to another call with another body; choose a new id.")
+            )
+            return
+        if reply.code == "invalid":
+            pushed.set_exception(InvalidRequest(reply.error))
+            return
+        wanted = self.settings.wait_replicas
+        if acks < wanted:
+            pushed.set_exception(NotReplicated([call_id], acks, wanted))
+        else:
+            pushed.set_result(None)
+        if reply.ended:
+            with contextlib.suppress(BrokerUnavailable):  # the reconciler will find it
+                self._settle(call_id, await self._hash(call_id))
+
+    # -- everything else a producer does
+
+    async def record(self, call_id: str) -> CallRecord:
+        """The record of a call as it stands now.
+
+        Raises:
+            UnknownCall: there is none, or it has expired.
+        """
+        found = await self._hash(check_id(call_id, "id"))
+        if b"state" not in found:
+            raise UnknownCall(f"There is no call {call_id}; records expire after {self.settings.result_ttl_s} s.")
+        return CallRecord.from_hash(call_id, found)
+
+    async def stream(self, call_id: str, last_event_id: str = BEGIN) -> AsyncIterator[Delta]:
+        """The pieces of any streamed call from behind `last_event_id` on, to its end.
+
+        Reads the call's durable log; see `rsm.broker.Client.stream`, also for the errors.
+        """
+        if not (await self.record(call_id)).stream:
+            raise UnknownCall(f"Call {call_id} was submitted without stream=True, so it keeps no pieces.")
+        reader = connect_async(self.settings, _BLOCK_S)
+        try:
+            key = self.keys.events(call_id)
+            at = last_event_id
+            if at != BEGIN and not await self._retry(lambda: self.redis.xrange(key, at, at)):
+                yield FORGET  # the piece that was read last is not in the log any more
+                at = BEGIN
+            async for delta in self._read_log(reader, call_id, at):
+                yield delta
+        finally:
+            await reader.aclose()
+        (await self.record(call_id)).outcome()
+
+    async def _read_log(self, reader: Any, call_id: str, last: str) -> AsyncIterator[Delta]:
+        key, backoff, ended = self.keys.events(call_id), Backoff("stream"), False
+        log_reader = LogReader(call_id, last)
+        while not (log_reader.over or self._closed):
+            try:
+                reply = await reader.xread({key: log_reader.last}, count=inbox.READ_MANY, block=int(_BLOCK_S * 1000))
+            except BLIPS as e:
+                await asyncio.sleep(backoff.pause(e))
+                continue
+            backoff.recovered()
+            if not reply and ended:
+                return  # its log has expired
+            # Only a read that began after the end proves that nothing follows.
+            ended = not reply and (await self.record(call_id)).state.terminal
+            for delta in log_reader.take(reply[0][1] if reply else ()):
+                yield delta
+
+    async def _live(self, call: AsyncCall) -> AsyncIterator[Delta]:
+        """Pieces from the inbox; those it lacks, from the log."""
+        assert call._pieces is not None  # noqa: S101
+        async for delta in live(call._pieces, lambda last: self._log(call.id, last), lambda: call.done):
+            yield delta
+        (await call.wait()).outcome()
+
+    async def _log(self, call_id: str, last: str) -> list[Delta]:
+        entries = await self._retry(lambda: self.redis.xrange(self.keys.events(call_id), min=f"({last}"))
+        events = [read_event(call_id, fields, codec.text(eid)) for eid, fields in entries]
+        return [event for event in events if isinstance(event, Delta)]
+
+    async def deadline_in(self, seconds: float) -> int:
+        """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
+        now, micros = await self._retry(self.redis.time)
+        return int(now * 1000 + micros // 1000 + seconds * 1000)
+
+    async def cancel(self, call_id: str, reason: str = "") -> bool:
+        """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
+        done = await self._run(self.transitions.cancel(check_id(call_id, "id"), reason))
+        return done in ("cancelled", "cancelling", "noted")
+
+    async def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
+        """Cancels all calls of a session and its descendants on all engines; returns how many. See `rsm.Client`."""
+        tree = TreeCancel(self.transitions, session, reason, descendants)
+        while command := tree.command():
+            tree.take(await self._run(command))
+        return tree.ended
+
+    async def close(self) -> None:
+        """Ends the client's tasks. Calls go on without it."""
+        self._closed = True
+        self._closing.set()
+        for task in (self._reader, self._pusher):
+            if task is not None:
+                await _end(task)
+        _refuse(self._outbox, BrokerUnavailable(_CLOSED))
+        error = BrokerUnavailable("The client was closed while the call was awaited; the call goes on.")
+        for call in self._open.values():
+            if not call._ended.done():
+                call._ended.set_exception(error)
+                call._ended.exception()  # nobody need await it
+            if call._pieces is not None:
+                call._pieces.put_nowait(End(0, None))
+        await self.redis.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -- the inbox
+
+    async def _read_inbox(self) -> None:
+        reader = connect_async(self.settings, _BLOCK_S)
+        key, last, backoff = self.keys.inbox(self._inbox), "0-0", Backoff("inbox")
+        reconciled, read = time.monotonic(), 0
+        try:
+            while True:
+                try:
+                    if read >= inbox.TRIM_MANY:
+                        await reader.xtrim(key, minid=last, approximate=False)
+                        read = 0
+                    reply: Any = await reader.xread({key: last}, count=inbox.READ_MANY, block=int(_BLOCK_S * 1000))
+                    if backoff.recovered() or time.monotonic() - reconciled > inbox.RECONCILE_S:
+                        reconciled = time.monotonic()
+                        await self._reconcile(reader)
+                except BLIPS as e:
+                    await asyncio.sleep(backoff.pause(e))
+                    continue
+                if reply:
+                    last, read = codec.text(reply[0][1][-1][0]), read + len(reply[0][1])
+                    self._deliver(reply[0][1])
+        finally:
+            await reader.aclose()
+
+    def _deliver(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> None:
+        for _, fields in entries:
+            call_id = codec.text(fields.get(b"call"))
+            call = self._open.get(call_id)
+            if call is None:
+                continue
+            if is_end(fields):
+                self._settle(call_id, fields)
+            elif call._pieces is not None:
+                event = read_event(call_id, fields, codec.text(fields.get(b"eid")))
+                if isinstance(event, Delta):
+                    call._pieces.put_nowait(event)
+
+    def _settle(self, call_id: str, found: Mapping[bytes, bytes]) -> None:
+        call = self._open.pop(call_id, None)
+        if call is None or call._ended.done():
+            return
+        call._ended.set_result(found)
+        if call._pieces is not None:
+            call._pieces.put_nowait(End(codec.number(found.get(b"n") or found.get(b"events")), None))
+
+    async def _reconcile(self, reader: Any) -> None:
+        """Asks the records of all open calls: news may have been trimmed, or lost with a Redis that restarted."""
+        ids = [call.id for call in self._open.values() if call._pushed]
+        if ids:
+            await reader.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
+        for at in range(0, len(ids), self.settings.batch):
+            some = ids[at : at + self.settings.batch]
+            pipe = reader.pipeline(transaction=False)
+            for call_id in some:
+                pipe.hget(self.keys.call(call_id), "state")
+            for call_id, state in zip(some, await pipe.execute(), strict=True):
+                if state not in (b"PENDING", b"RUNNING"):
+                    self._settle(call_id, await reader.hgetall(self.keys.call(call_id)))
+
+    async def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
+        if not news:  # the reconciler found no record
+            raise CallLost(call_id)
+        return end_record(call_id, news) or await self.record(call_id)
+
+    # -- Redis
+
+    async def _hash(self, call_id: str) -> Mapping[bytes, bytes]:
+        found: Mapping[bytes, bytes] = await self._retry(lambda: self.redis.hgetall(self.keys.call(call_id)))
+        return found
+
+    async def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
+        result: scripts.T = await self._retry(lambda: scripts.arun(self.redis, command))
+        return result
+
+    async def _retry(self, action: Callable[[], Awaitable[Any]]) -> Any:
+        backoff, until = Backoff("client"), time.monotonic() + self._timeout_s
+        while not self._closed:
+            try:
+                result = await action()
+            except BLIPS as e:
+                require_access(e)
+                if time.monotonic() > until:
+                    raise no_answer(self._timeout_s, e) from None
+                await asyncio.sleep(backoff.pause(e))
+            else:
+                backoff.recovered()
+                return result
+        raise BrokerUnavailable(_CLOSED)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancels a task until it has ended: redis-py sends by wait_for, which before Python 3.12 can swallow a cancel."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _refuse(calls: Sequence[tuple[Submission, asyncio.Future[None]]], error: Exception) -> None:
+    for _, pushed in calls:
+        if not pushed.done():
+            pushed.set_exception(error)

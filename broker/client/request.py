@@ -1,0 +1,156 @@
+"""From what a caller says to what travels: one checked, encoded call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from rsm.broker.errors import InvalidRequest
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.messages import Submission
+from rsm.broker.protocol.models import CallRequest
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+# Characters a token of prose has on average; good enough to weigh a prompt before its engine counts it.
+_CHARACTERS_PER_TOKEN = 4
+# Levels of lists and maps in a body. Schemas of tools have a dozen.
+_DEEPEST = 100
+
+
+def build(
+    prompt: Prompt,
+    *,
+    max_body_bytes: int,
+    id: str | None = None,  # noqa: A002
+    session: str | None = None,
+    kind: str = "generate",
+    model: str = "",
+    priority: int = 0,
+    deadline_ms: int | None = None,
+    stream: bool = False,
+    inbox: str = "",
+    prompt_tokens: int | None = None,
+    traceparent: str = "",
+    on_engine_loss: str = "continue",
+    parent_session: str | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> Submission:
+    """A call, checked and encoded.
+
+    Args:
+        prompt: text or token ids for `generate`; for OpenAI kinds the request body.
+        params: further fields of the body, such as `max_tokens`.
+
+    Raises:
+        InvalidRequest: with one sentence for each thing that is wrong.
+    """
+    body = _body(prompt, params or {})
+    check_body(kind, body)
+    data = codec.encode(body)
+    check_size(len(data), max_body_bytes)
+    call_id = new_id() if id is None else id
+    request = check_request(
+        id=call_id,
+        session=call_id if session is None else session,
+        kind=kind,
+        model=model,
+        priority=priority,
+        deadline_ms=deadline_ms,
+        stream=stream,
+        inbox=inbox,
+        prompt_tokens=estimate_tokens(body, len(data)) if prompt_tokens is None else prompt_tokens,
+        traceparent=traceparent,
+        on_engine_loss=on_engine_loss,
+        parent_session=parent_session or "",
+    )
+    return Submission(request, codec.digest(request.kind, request.model, data), data)
+
+
+def check_request(**fields: Any) -> CallRequest:
+    """The routing fields, checked.
+
+    Raises:
+        InvalidRequest: with one sentence for each field that is wrong.
+    """
+    try:
+        return CallRequest(**fields)
+    except ValidationError as e:
+        raise InvalidRequest(" ".join(_sentence(error) for error in e.errors(include_url=False))) from None
+
+
+def _sentence(error: Any) -> str:
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidRequest):
+        return str(cause)
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}."
+
+
+def _body(prompt: Prompt, params: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(prompt, Mapping):
+        return {**prompt, **params}
+    if isinstance(prompt, str):
+        return {"prompt": prompt, **params}
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview)):
+        return {"prompt_token_ids": list(prompt), **params}
+    raise InvalidRequest(f"A prompt is text, token ids or a request body; got {type(prompt).__name__}.")
+
+
+def check_size(size: int, limit: int) -> None:
+    """Raises InvalidRequest for a body over the limit, both in bytes."""
+    if size > limit:
+        raise InvalidRequest(f"The body has {size} bytes, more than the limit of {limit} (RSM_MAX_BODY_BYTES).")
+
+
+def check_body(kind: str, body: Mapping[str, Any]) -> None:
+    """Checks that the body has what its kind needs; everything else is the engine's to judge.
+
+    Raises:
+        InvalidRequest: it has not. The message never quotes the body.
+    """
+    _check_values(body)
+    if kind == "generate":
+        _check_generate(body)
+    elif kind == "chat.completions" and not isinstance(body.get("messages"), list):
+        raise InvalidRequest('chat.completions needs "messages", a list.')
+    elif kind == "completions" and "prompt" not in body:
+        raise InvalidRequest('completions needs a "prompt".')
+    elif kind == "embeddings" and "input" not in body:
+        raise InvalidRequest('embeddings needs an "input".')
+
+
+def _check_values(body: Mapping[str, Any]) -> None:
+    """No number that is none, and no depth that would end somebody's stack: both have brought engines down."""
+    level: list[Any] = list(body.values())
+    for _ in range(_DEEPEST):
+        if any(isinstance(v, float) and not math.isfinite(v) for v in level):
+            raise InvalidRequest("The body holds a number that is infinite, or none (NaN); use finite ones.")
+        maps = [v.values() for v in level if isinstance(v, dict)]
+        level = [item for inner in (*maps, *(v for v in level if isinstance(v, list | tuple))) for item in inner]
+        if not level:
+            return
+    raise InvalidRequest(f"The body is nested more than {_DEEPEST} levels deep.")
+
+
+def _check_generate(body: Mapping[str, Any]) -> None:
+    text, ids = body.get("prompt"), body.get("prompt_token_ids")
+    if (text is None) == (ids is None):
+        raise InvalidRequest('generate needs either a "prompt" (text) or "prompt_token_ids".')
+    if text is not None and not (isinstance(text, str) and text):
+        raise InvalidRequest('"prompt" must be text and not empty.')
+    if ids is not None and not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
+        raise InvalidRequest('"prompt_token_ids" must be a list of whole numbers from 0 up, and not empty.')
+
+
+def estimate_tokens(body: Mapping[str, Any], size: int) -> int:
+    """Tokens of the prompt before any tokenizer has seen it; corrected by the engine's count at the end."""
+    ids = body.get("prompt_token_ids")
+    if isinstance(ids, list):
+        return len(ids)
+    text = body.get("prompt")
+    characters = len(text) if isinstance(text, str) else size
+    return max(1, characters // _CHARACTERS_PER_TOKEN)

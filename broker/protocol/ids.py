@@ -1,0 +1,71 @@
+"""Ids: what may be one, and how new ones are made."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import time
+
+from rsm.broker.errors import InvalidRequest
+
+# Ids become parts of Redis keys, so they can hold nothing that leaves their key space: no braces, no
+# white space, no glob characters.
+ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# The ends of the key names that hang on a call, a session or an engine (keys.py): a call "c:events" would
+# share its key with the log of call "c".
+RESERVED_ENDS = (
+    ":events", ":calls", ":recent", ":children", ":queue", ":work", ":starving", ":running", ":bell", ":control",
+    ":residents",
+)  # fmt: skip
+MODEL_PATTERN = re.compile(r"[A-Za-z0-9._:/@+=-]{1,256}")
+
+_process = os.urandom(5).hex()
+_counter = itertools.count()
+
+
+def _after_fork() -> None:
+    global _process
+    _process = os.urandom(5).hex()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def new_id() -> str:
+    """A new call, session or client id. Ids of one process sort by age, so equal arrivals keep their order."""
+    return f"{int(time.time() * 1000):012x}-{next(_counter) & 0xFFFFFF:06x}-{_process}"
+
+
+def check_id(value: str, what: str) -> str:
+    """Returns `value` if it may be an id.
+
+    Raises:
+        InvalidRequest: it may not; `what` names the field in the message.
+    """
+    if not ID_PATTERN.fullmatch(value):
+        raise InvalidRequest(f"{what} must be 1 to 128 characters out of A-Z a-z 0-9 . _ : - ; got {shorten(value)!r}.")
+    if value.endswith(RESERVED_ENDS):
+        raise InvalidRequest(f"{what} must not end in {', '.join(RESERVED_ENDS)}; got {shorten(value)!r}.")
+    return value
+
+
+def is_id(value: str) -> bool:
+    """Whether `check_id` would take it."""
+    return bool(ID_PATTERN.fullmatch(value)) and not value.endswith(RESERVED_ENDS)
+
+
+def check_model(value: str) -> str:
+    """Returns `value` if it may be a model's name.
+
+    Raises:
+        InvalidRequest: it may not.
+    """
+    if not MODEL_PATTERN.fullmatch(value):
+        raise InvalidRequest(f"model must be 1 to 256 characters of a model name or path; got {shorten(value)!r}.")
+    return value
+
+
+def shorten(value: str, limit: int = 40) -> str:
+    """A value for an error message, cut to `limit` characters."""
+    return value if len(value) <= limit else value[: limit - 1] + "…"

@@ -1,0 +1,45 @@
+-- create_call: the one place where a call's record is born.
+--
+-- push: gives the id of the call's entry on the router stream; it doubles as the generation of the call, so that a
+-- re-used call id is never hit by a cancel or a publish meant for its predecessor (rule 3).
+-- format: "json" (text) or "body" (msgpack); the name of the record's field, and how the result will be encoded.
+--
+-- room: whether there is any for a new call (overload.lua), none = it is not asked.
+--
+-- Returns "new", "duplicate" (same id, same content: the retry of a push) or "conflict", and the state;
+--         or "overloaded", and which bound is in the way, or "invalid", and a sentence why its session cannot be a child
+--         of c.parent_session: then nothing has changed.
+local function create_call(c, push, format, body, room)
+  local key = call_key(c.id)
+  local seen = redis.call('HMGET', key, 'state', 'digest', 'cancel_before', 'error_code')
+  -- A push that was refused for want of room may be repeated under its id; it is a call of its own.
+  local refused = seen[4] == 'overloaded' and seen[2] == c.digest
+  if seen[1] and not refused then
+    if seen[2] ~= c.digest then return 'conflict', seen[1] end
+    -- The producer came back, perhaps as a new process: it wants the news where it listens now.
+    if c.inbox ~= '' then redis.call('HSET', key, 'inbox', c.inbox) end
+    return 'duplicate', seen[1]
+  end
+  local full = room and room(c.session, #body)
+  if full then return 'overloaded', full end
+  local refusal = (c.parent_session or '') ~= '' and adopt(c.session, c.parent_session)
+  if refusal then return 'invalid', refusal end
+  if refused then redis.call('DEL', key, log_key(c.id)) end
+  set_fields(key, {'state', 'PENDING', 'session', c.session, 'kind', c.kind, 'model', c.model,
+    'priority', c.priority, 'prompt_tokens', c.prompt_tokens, 'deadline_ms', c.deadline_ms,
+    'stream', c.stream, 'inbox', c.inbox, 'traceparent', c.traceparent,
+    'on_engine_loss', c.on_engine_loss or '', 'digest', c.digest,
+    'gen', push(), 'attempt', 1, 'submitted_ms', NOW_TEXT, 'bytes', #body, 'format', format, format, body})
+  if seen[3] then redis.call('PERSIST', key) end
+  if c.deadline_ms ~= '' then redis.call('ZADD', DEADLINES, c.deadline_ms, c.id) end
+  local session = session_key(c.session)
+  set_later(session, 'last_arrival_ms', NOW_TEXT)
+  count(session, 'arrivals', 1)
+  touch(session, SESSION_TTL)
+  later('SADD', session_calls_key(c.session), c.id)
+  count_total('submitted')
+  count(USAGE, 'open_calls', 1)
+  count(USAGE, 'open_bytes', #body)
+  count(SESSION_BYTES, c.session, #body)
+  return 'new', 'PENDING'
+end

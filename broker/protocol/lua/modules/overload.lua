@@ -1,0 +1,73 @@
+-- room: whether a new call may come in, by the bounds of ARGV[3]. Usage is counted where calls are created and ended
+-- (create_call, end_call), inside the scripts, so that any number of producers together never exceed a bound.
+--
+-- Names of bounds: "open_calls", "open_bytes", "session_calls", "session_bytes"; bytes are those of bodies.
+
+-- Once a call of a batch was refused, later ones of the same reach are, too: order is kept, and a large call is not
+-- overtaken by small ones for ever. Reach: the session, or everything ('').
+local refused = {}
+
+local usage
+local function used(name)
+  if not usage then
+    local v = redis.call('HMGET', USAGE, 'open_calls', 'open_bytes', 'refused', 'turnaround_ms')
+    usage = {open_calls = tonumber(v[1]) or 0, open_bytes = tonumber(v[2]) or 0, refused = tonumber(v[3]) or 0,
+      turnaround_ms = tonumber(v[4]) or 0}
+  end
+  return usage[name] + pending(USAGE, name)
+end
+
+local session_usage = {}
+local function used_by(s, name)
+  local known = session_usage[s]
+  if not known then
+    known = {session_calls = redis.call('SCARD', session_calls_key(s)),
+      session_bytes = tonumber(redis.call('HGET', SESSION_BYTES, s)) or 0}
+    session_usage[s] = known
+  end
+  if name == 'session_calls' then return known.session_calls + pending_members(session_calls_key(s)) end
+  return known.session_bytes + pending(SESSION_BYTES, s)
+end
+
+local function exceeds(name, used_now, more) return BOUND[name] > 0 and used_now + more > BOUND[name] end
+
+-- The bound that a new call of this session, with a body of so many bytes, would exceed; nil = there is room.
+local function room(s, bytes)
+  local bound = refused[''] or refused[s]
+  if bound then return bound end
+  if exceeds('open_calls', used('open_calls'), 1) then
+    refused[''] = 'open_calls'
+  elseif exceeds('open_bytes', used('open_bytes'), bytes) then
+    refused[''] = 'open_bytes'
+  elseif BOUND.session_calls > 0 and exceeds('session_calls', used_by(s, 'session_calls'), 1) then
+    refused[s] = 'session_calls'
+  elseif BOUND.session_bytes > 0 and exceeds('session_bytes', used_by(s, 'session_bytes'), bytes) then
+    refused[s] = 'session_bytes'
+  end
+  return refused[''] or refused[s]
+end
+
+-- When to try again, in ms; 0 = never, its deadline has passed. Of n calls that stay for a time T each, n / T end in a
+-- second (Little's law; retain.lua measures T). A plain count of ends would not do: while those who were refused
+-- stay away it falls, and keeps them away for longer. Others that were refused of late wait for the same room, so the
+-- n-th of them is sent away for n ends.
+local RETRY_MIN, RETRY_MAX, RETRY_UNKNOWN = 50, 30000, 1000
+local function retry_after(c, bound, bytes)
+  local ends = 1 + used('refused')
+  count(USAGE, 'refused', 1)
+  local calls, open_bytes, room_bytes = used('open_calls'), used('open_bytes'), BOUND.open_bytes
+  if string.find(bound, 'session', 1, true) then
+    calls, open_bytes = used_by(c.session, 'session_calls'), used_by(c.session, 'session_bytes')
+    room_bytes = BOUND.session_bytes
+  end
+  calls = math.max(1, calls)
+  if string.find(bound, 'bytes', 1, true) then
+    ends = ends + (open_bytes + bytes - room_bytes) / math.max(1, open_bytes / calls)
+  end
+  local wait = RETRY_UNKNOWN
+  if used('turnaround_ms') > 0 then
+    wait = math.max(RETRY_MIN, math.min(RETRY_MAX, ends * used('turnaround_ms') / calls))
+  end
+  if c.deadline_ms ~= '' then wait = math.min(wait, math.max(0, tonumber(c.deadline_ms) - NOW) / 2) end
+  return int(math.ceil(wait))
+end

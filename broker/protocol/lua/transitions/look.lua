@@ -1,0 +1,70 @@
+--- @include lib programs residents residence
+-- What a router needs to choose engines for a batch: the fleet, where the sessions' caches are, and what their programs
+-- have had. Read only.
+--
+-- ARGV     bounds beta: as in assign.lua
+--          fleet ("1" = the engines, too; "" = the sessions alone) half (as in let_in.lua), then sessions
+-- Returns  {engines, sessions, now_ms}
+--          engines: per engine {id, heartbeat_ms, queued, running, work, prefill_ms, and the fields below, spoken_for}
+--          work: what waits there, by rank: "RANK CALLS RANK:tokens TOKENS …", "" = nothing
+--          prefill_ms: how long it will be computing the prompts that it has taken
+--          spoken_for: under admission, tokens of its cache by tier
+--          sessions: per session {bound engine, flat affinity hash, program, service, level of a call that came now,
+--          completed calls, tokens of their answers, shares}
+--          shares: under admission, what it has of caches: engine, "TOKENS HOME CALLS TIER", …
+local bounds = {}
+for b in string.gmatch(ARGV[4], '%S+') do bounds[#bounds + 1] = tonumber(b) end
+local beta, half = tonumber(ARGV[5]), tonumber(ARGV[7])
+
+local engine_fields = {'state', 'model', 'queued_tokens', 'running_tokens', 'served', 'max_num_seqs', 'tokens_per_s',
+  'kv_tokens', 'kv_usage', 'speed', 'computed', 'completion_tokens', 'cache_age_s', 'reuse_found', 'prefill_until'}
+local function engine_row(e, beat)
+  local v = redis.call('HMGET', engine_key(e), unpack(engine_fields))
+  local queued, work = redis.call('ZCARD', queue_key(e)), ''
+  if queued > 0 then work = table.concat(redis.call('HGETALL', work_key(e)), ' ') end
+  local prefill = math.max(0, (tonumber(v[#engine_fields]) or 0) - NOW)
+  local row = {e, beat, queued, redis.call('ZCARD', running_key(e)), work, int(prefill)}
+  for i = 1, #engine_fields - 1 do row[#row + 1] = v[i] or '' end
+  row[#row + 1] = half and account_of(e) and in_words(spoken_for(account_of(e), NOW, half), '%.0f') or ''
+  return row
+end
+
+-- Its program is the session at the root of its tree; trees are at most so deep (family.lua).
+local MOST_DEEP = 32
+local totals = {'service', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms'}
+local function program_of(s)
+  for _ = 1, MOST_DEEP do
+    local v = redis.call('HMGET', session_key(s), 'parent', unpack(totals))
+    if not v[1] then return s, v end
+    s = v[1]
+  end
+  return s, {}
+end
+
+local function shares_of(s)
+  local list = {}
+  for e in pairs(half and homes_of(s) or {}) do
+    local share = share_on(s, e, half)
+    list[#list + 1] = e
+    list[#list + 1] = string.format('%.0f %d %d %d', share.tokens, share.home and 1 or 0, share.calls, share.tier)
+  end
+  return list
+end
+
+local function session_row(s)
+  local v = redis.call('HMGET', session_key(s), 'engine', 'completed', 'completion_tokens')
+  local program, used = program_of(s)
+  local n = {}
+  for i = 1, #totals do n[i] = tonumber(used[1 + i]) or 0 end
+  local level = place(n[1], unpaid(n[2], n[4]), unpaid(n[3], n[5]), NOW, NOW, bounds, beta)
+  return {v[1] or '', redis.call('HGETALL', affinity_key(s)), program, int(n[1]), level, v[2] or '', v[3] or '',
+    shares_of(s)}
+end
+
+local engines, sessions = {}, {}
+if ARGV[6] == '1' then
+  local beats = redis.call('ZRANGE', ENGINES, 0, -1, 'WITHSCORES')
+  for i = 1, #beats, 2 do engines[#engines + 1] = engine_row(beats[i], beats[i + 1]) end
+end
+for i = 8, #ARGV do sessions[#sessions + 1] = session_row(ARGV[i]) end
+return {engines, sessions, NOW_TEXT}

@@ -1,0 +1,44 @@
+"""A call that waits in an engine's queue, as a router sees it that may give it to another engine (waiting.lua)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rsm.broker.protocol.codec import number, text
+
+
+class WaitingCall(NamedTuple):
+    """`reuse`: tokens of its prompt that it should find in its engine's cache, as reckoned when it was assigned.
+    `moves`: how often it was taken from an engine before."""
+
+    id: str
+    gen: str
+    engine: str
+    session: str
+    model: str
+    priority: int
+    level: int
+    prompt_tokens: int
+    reuse: int = 0
+    moves: int = 0
+
+
+class Waiting(NamedTuple):
+    """`kept`: idle engines that can start nothing, being kept for a suspect. `calls`: of a queue in its order."""
+
+    kept: frozenset[str]
+    calls: list[WaitingCall]
+
+
+def read_waiting(reply: Sequence[Any]) -> Waiting:
+    """Of the script's reply."""
+    kept, rows = reply
+    return Waiting(frozenset(map(text, kept)), [_call(row) for row in rows])
+
+
+def _call(row: Sequence[bytes]) -> WaitingCall:
+    call_id, gen, engine, session, model = map(text, row[:5])
+    priority, level, prompt_tokens, reuse = map(number, row[5:9])
+    moves = len(row[9].split())
+    return WaitingCall(call_id, gen, engine, session, model, priority, level, prompt_tokens, reuse, moves)
