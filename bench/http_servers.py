@@ -20,7 +20,7 @@ from rsm.broker import child_process as child
 
 MODEL = "m"
 PATIENCE_S = 60.0
-RSM = [sys.executable, "-c", "from rsm.engine.cli import main; main()"]
+RSM = [sys.executable, "-c", "from rsm.cli import main; main()"]
 
 
 @dataclass(frozen=True, slots=True)

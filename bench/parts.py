@@ -89,7 +89,7 @@ def read_count(path: Path) -> int:
 
 def stamp_aborts(path: Path) -> None:
     """Notes when each abort is called in this worker: "CALL seconds" lines, on the machine's monotonic clock."""
-    from rsm.workers.sim_backend import SimBackend
+    from rsm.workers.backends.sim.backend import SimBackend
 
     abort: Any = SimBackend.abort
     stamps = path.open("a", buffering=1)

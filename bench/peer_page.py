@@ -13,7 +13,7 @@ from bench.peer_samples import ENGINES, HIGH, KV_TOKENS, LOW, SLOTS, WORKLOADS
 from bench.peer_systems import System
 from bench.programs.systems import OURS
 from bench.table import table_line
-from rsm.simulation.workload import ProgramSpec
+from rsm.simulation.workload.programs import ProgramSpec
 
 # The workload of the runs at low load: all kinds side by side. Few programs come, so they have more time to.
 ALL, LOW_WINDOWS = "all", 4

@@ -16,7 +16,7 @@ from bench.peer_samples import TIMES
 from bench.peer_systems import Running
 from bench.programs.metrics import Figures, ProgramRun
 from bench.programs.replay import Answer, Player, Serve
-from rsm.simulation.workload import ProgramSpec
+from rsm.simulation.workload.programs import ProgramSpec
 
 # Ids that texts are made of: all that a modelled engine prints as words.
 VOCABULARY = range(3, 32_000)

@@ -15,8 +15,8 @@ from typing import Any
 from bench.programs.replay import scaled
 from bench.programs.traces import coding
 from bench.programs.workloads import synthetic
-from rsm.simulation.workload import CallSpec, ProgramSpec
-from rsm.workers.sim_engine import SimTimes
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec
+from rsm.workers.backends.sim.engine import SimTimes
 
 ENGINES, SLOTS = 4, 4
 TIMES = SimTimes()

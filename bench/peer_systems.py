@@ -19,8 +19,8 @@ from bench.venvs import version_of
 from rsm.broker import AsyncClient, Settings
 from rsm.broker.protocol.ids import new_id
 from rsm.engine.fleet import Fleet
+from rsm.workers.backends.sim.text import token_text, tokenize
 from rsm.workers.config import EngineConfig
-from rsm.workers.sim_text import token_text, tokenize
 
 # Longer than any run, so that an answer is late but never missing.
 _TIMEOUT_S = 120.0

@@ -27,8 +27,8 @@ from typing import Any
 
 from bench.page import Report, Target, here, publish, targets_table
 from bench.table import RESULTS, table_line
-from rsm.workers.vllm_program import LEVELS
-from rsm.workers.vllm_scheduler import make_scheduler
+from rsm.workers.scheduling.program import LEVELS
+from rsm.workers.scheduling.vllm_plugin import make_scheduler
 from tests import vllm_miniature as mini
 from tests.vllm_miniature import Call, Engine
 

@@ -16,8 +16,8 @@ from rsm.broker import AsyncClient, Settings
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
+from rsm.workers.backends.openai.wire import SseParser
 from rsm.workers.config import EngineConfig
-from rsm.workers.openai_wire import SseParser
 
 ENGINES = 3
 TOKEN_S = 0.02

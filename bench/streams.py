@@ -23,7 +23,7 @@ from bench.table import machine, server_name, table_line
 from rsm.broker import Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.factory import connect
-from rsm.workers.sim_text import Prompt, answer
+from rsm.workers.backends.sim.text import Prompt, answer
 
 STREAMS, SESSIONS = 18, 6
 TOKENS = 600

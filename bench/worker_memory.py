@@ -36,7 +36,7 @@ def serve_calls() -> None:
     from rsm.broker import Settings
     from rsm.workers.__main__ import share_heaps
     from rsm.workers.config import EngineConfig, create_backend
-    from rsm.workers.worker import Worker
+    from rsm.workers.runtime.worker import Worker
 
     share_heaps()
     config = EngineConfig(engine_id="e0", model="noop", backend="sim", engine_args={"instant": True})

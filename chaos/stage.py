@@ -32,8 +32,8 @@ from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.views.monitor import Monitor
 from rsm.workers.config import EngineConfig
-from rsm.workers.launch import worker_process
-from rsm.workers.supervisor import Supervised
+from rsm.workers.supervision.launch import worker_process
+from rsm.workers.supervision.supervisor import Supervised
 
 ROUTERS = 2
 SIM_WORKERS = 3

@@ -10,7 +10,7 @@ from chaos.kept import Kept, Snapshot
 from chaos.ledger import Story
 from chaos.producers import INBOX
 from rsm.broker.protocol.models import ErrorCode, RequestState
-from rsm.workers.sim_text import Prompt, answer
+from rsm.workers.backends.sim.text import Prompt, answer
 
 # How long an engine may go on with a call after its cancel was acknowledged, in seconds without a fault of its
 # worker or of Redis: the order has to get there (p99 is some milliseconds), and pieces on their way have to land.

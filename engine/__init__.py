@@ -20,11 +20,11 @@ from rsm.broker import (
     Settings,
     UnknownCall,
 )
-from rsm.broker.views.lifecycle import RequestLifecycleManager, RequestMetadata
-from rsm.broker.views.process_table import GlobalProcessTable, SessionManager
 from rsm.engine.manager import MultiEngineManager
 from rsm.engine.process import EngineProcess, LLMRequest
-from rsm.router.kv_coordinator import KVCacheCoordinator
+from rsm.engine.seed_api.lifecycle import RequestLifecycleManager, RequestMetadata
+from rsm.engine.seed_api.process_table import GlobalProcessTable, SessionManager
+from rsm.router.affinity import KVCacheCoordinator
 from rsm.workers.config import EngineConfig
 
 __all__ = [

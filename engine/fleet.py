@@ -20,8 +20,8 @@ from rsm.broker.protocol.models import EngineState
 from rsm.broker.settings import Settings
 from rsm.broker.views.monitor import Monitor
 from rsm.workers.config import EngineConfig
-from rsm.workers.launch import report_death, worker_process
-from rsm.workers.supervisor import Supervised
+from rsm.workers.supervision.launch import report_death, worker_process
+from rsm.workers.supervision.supervisor import Supervised
 
 log = logging.getLogger("rsm.fleet")
 

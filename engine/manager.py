@@ -15,7 +15,7 @@ from rsm.broker.protocol.models import CallResult
 from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import START_TIMEOUT_S, Fleet
 from rsm.workers.config import EngineConfig
-from rsm.workers.node import NodeClient
+from rsm.workers.supervision.node import NodeClient
 
 Future = asyncio.Future[CallResult]
 _CLOSE_S = 5.0

@@ -29,12 +29,12 @@ from rsm.broker.protocol.models import ErrorCode
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 from rsm.router.admission import Admission
-from rsm.router.choosing import PARKED, Chooser, Decision
-from rsm.router.costs import costs_text
+from rsm.router.cost_model import costs_text
 from rsm.router.intake import Arrival, Fields, read_entry, reject
+from rsm.router.maintenance import Upkeep
+from rsm.router.placement import PARKED, Chooser, Decision
 from rsm.router.policies import Policy, create_policy
-from rsm.router.thief import Thief
-from rsm.router.upkeep import Upkeep
+from rsm.router.work_stealing.loop import Thief
 
 log = logging.getLogger("rsm.router")
 

@@ -7,16 +7,16 @@ from typing import Any
 
 from rsm.broker.protocol.messages import EngineView
 from rsm.broker.protocol.models import EngineState
-from rsm.simulation.queue import Queue, Waiting
+from rsm.simulation.engine_queue import Queue, Waiting
+from rsm.simulation.process_table import ProcessTable
 from rsm.simulation.results import CallTimes, EngineTimes
-from rsm.simulation.table import ProcessTable
-from rsm.workers.cache_meter import CacheMeter
-from rsm.workers.claimer import CLAIM_MANY
-from rsm.workers.rate import RateMeter
-from rsm.workers.sim_call import SimCall, Step
-from rsm.workers.sim_config import SimConfig
-from rsm.workers.sim_engine import SimEngine
-from rsm.workers.speed import Mean, SpeedMeter
+from rsm.workers.backends.sim.call import SimCall, Step
+from rsm.workers.backends.sim.config import SimConfig
+from rsm.workers.backends.sim.engine import SimEngine
+from rsm.workers.meters.kv_cache import CacheMeter
+from rsm.workers.meters.rate import RateMeter
+from rsm.workers.meters.speed import Mean, SpeedMeter
+from rsm.workers.runtime.claimer import CLAIM_MANY
 
 _MOST_STEPS = 1 << 30
 

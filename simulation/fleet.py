@@ -1,7 +1,7 @@
 """A fleet in virtual time: programs, the router's policy, queues as in Redis, workers and modelled engines.
 
 What decides is the code of the real parts: the policies of `router/policies`, the rules of programs.lua,
-and the engines of workers/sim_engine.py. What is modelled is time: hops through Redis, steps of engines, and a clock
+and the engines of `workers/backends/sim`. What is modelled is time: hops through Redis, steps of engines, and a clock
 that jumps from one event to the next. Nothing is lost, cancelled or dies here.
 """
 
@@ -20,18 +20,18 @@ from random import Random
 from rsm.broker.settings import Settings
 from rsm.router.policies import CallView, Policy, create_policy
 from rsm.simulation.engine import Engine
-from rsm.simulation.front import Front
-from rsm.simulation.paths import Paths
-from rsm.simulation.queue import Waiting
-from rsm.simulation.residents import Residents
+from rsm.simulation.engine_queue import Waiting
+from rsm.simulation.kv_admission import Residents
+from rsm.simulation.lua_rules import rules
+from rsm.simulation.prefix_paths import Paths
+from rsm.simulation.process_table import NOTHING, ProcessTable
 from rsm.simulation.results import CallTimes, ProgramTimes, Results
-from rsm.simulation.rules import rules
-from rsm.simulation.table import NOTHING, ProcessTable
-from rsm.simulation.workload import ProgramSpec, Segment, Workload
-from rsm.workers.service import Used, charge, create_unit
-from rsm.workers.sim_cache import Path
-from rsm.workers.sim_call import SimCall, Step
-from rsm.workers.sim_config import SimConfig
+from rsm.simulation.router import Front
+from rsm.simulation.workload.programs import ProgramSpec, Segment, Workload
+from rsm.workers.backends.sim.cache import Path
+from rsm.workers.backends.sim.call import SimCall, Step
+from rsm.workers.backends.sim.config import SimConfig
+from rsm.workers.scheduling.service import Used, charge, create_unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

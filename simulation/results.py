@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rsm.simulation.workload import ProgramSpec
+from rsm.simulation.workload.programs import ProgramSpec
 
 
 @dataclass(slots=True)

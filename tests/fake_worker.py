@@ -16,7 +16,7 @@ from rsm.broker.protocol.scripts import Arg
 from rsm.broker.protocol.transitions import Claimed, Event, Fault, Fence, Finish, Registered, Release, Transitions
 from rsm.router.policies import Policy
 from rsm.router.router import Router
-from rsm.workers.service import Tokens, Used, charge
+from rsm.workers.scheduling.service import Tokens, Used, charge
 from tests.conftest import eventually
 
 Answer = Callable[["FakeWorker", Claimed], None]

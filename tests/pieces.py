@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from rsm.workers.backend import Piece, Resumed
+from rsm.workers.backends.base import Piece, Resumed
 
 
 class Heard(list[Piece]):

@@ -18,9 +18,9 @@ from rsm.broker.client.sync import CallHandle
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.errors import UnknownCall
 from rsm.broker.views.monitor import Monitor
+from rsm.workers.backends.sim.text import Prompt, answer
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE
-from rsm.workers.sim_text import Prompt, answer
 from tests.rsm_command import clean_env
 
 _WAIT_S = 60

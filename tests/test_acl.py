@@ -25,14 +25,14 @@ from rsm.broker.protocol import scripts
 from rsm.broker.protocol.acl import LOCKED, ROLES, acl_file, user_name
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.views.dead_letters import DeadLetters
-from rsm.broker.views.lifecycle import RequestLifecycleManager
 from rsm.broker.views.monitor import Monitor
-from rsm.broker.views.process_table import GlobalProcessTable, SessionManager
-from rsm.engine.cli.drain import order_drain
-from rsm.engine.doctor import examine
-from rsm.router.kv_coordinator import KVCacheCoordinator
+from rsm.cli.checks import examine
+from rsm.cli.commands.drain import order_drain
+from rsm.engine.seed_api.lifecycle import RequestLifecycleManager
+from rsm.engine.seed_api.process_table import GlobalProcessTable, SessionManager
+from rsm.router.affinity import KVCacheCoordinator
 from rsm.router.router import Router
-from rsm.workers.node import NodeClient
+from rsm.workers.supervision.node import NodeClient
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker
 from tests.roles import Roles, secret

@@ -7,7 +7,7 @@ from typing import Any
 from rsm.broker import Settings
 from rsm.broker.protocol.messages import EngineView, SessionView, Share
 from rsm.router.admission import Admission
-from rsm.router.choosing import Chooser, Decision
+from rsm.router.placement import Chooser, Decision
 from rsm.router.policies import CallView, create_policy
 
 LEAST_LOADED = Settings(policy="least_loaded")

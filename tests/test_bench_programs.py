@@ -15,9 +15,9 @@ from bench.programs.replay import scaled
 from bench.programs.search import Curve, rate_of, rate_point
 from bench.programs.workloads import KINDS, SHAPES, synthetic
 from rsm.simulation.results import CallTimes, ProgramTimes
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
+from rsm.workers.backends.sim.engine import SimTimes
 from rsm.workers.config import EngineConfig
-from rsm.workers.sim_engine import SimTimes
 
 # The paper's table: calls per program, new prompt tokens and output tokens per call.
 PAPER = {"chat": (6.66, 256, 277), "react": (10.75, 735, 34), "tree": (159.7, 467, 73)}

@@ -10,9 +10,9 @@ import pytest
 
 from bench.real import steps, waits
 from bench.real.engine import Call, Phase
-from rsm.simulation.step_costs import COSTS, Timed, durations, error, fit
-from rsm.workers import vllm_steps as log
-from rsm.workers.vllm_steps import Step
+from rsm.simulation.calibration.step_costs import COSTS, Timed, durations, error, fit
+from rsm.workers.backends.vllm import steps as log
+from rsm.workers.backends.vllm.steps import Step
 
 COST = {"step_s": 5e-3, "prefill_token_s": 22e-6, "decode_seq_s": 14e-6, "context_token_s": 30e-9}
 NAMES = tuple(COST)

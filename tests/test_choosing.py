@@ -10,7 +10,7 @@ import pytest
 
 from rsm.broker import Settings
 from rsm.broker.protocol.messages import Ahead, EngineView, SessionView, Speed, rank_of
-from rsm.router.choosing import PARKED, Chooser, Decision
+from rsm.router.placement import PARKED, Chooser, Decision
 from rsm.router.policies import CallView, Choice, Policy, create_policy
 
 DEFAULTS = Settings()

@@ -14,12 +14,12 @@ from typer.testing import CliRunner, Result
 from rsm.broker import CallRecord, CallResult, Client, RequestState, Settings
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.views.monitor import ActiveCall
-from rsm.engine.cli import app, tables
-from rsm.engine.cli.app import hoist
-from rsm.engine.cli.output import seconds, shown_url
-from rsm.engine.cli.parts import pair
-from rsm.engine.cli.up import next_lines, redis_cli
-from rsm.engine.doctor import Check, examine
+from rsm.cli import app, tables
+from rsm.cli.app import hoist
+from rsm.cli.checks import Check, examine
+from rsm.cli.commands.processes import pair
+from rsm.cli.output import seconds, shown_url
+from rsm.cli.up import next_lines, redis_cli
 from tests.fake_worker import FakeWorker
 
 

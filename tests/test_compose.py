@@ -17,7 +17,7 @@ import yaml
 from rsm.broker import Settings
 from rsm.broker.connection.embedded import find_server
 from rsm.broker.connection.factory import BLIPS, connect
-from rsm.engine.cli import app
+from rsm.cli import app
 from tests.conftest import eventually
 from tests.rsm_command import clean_env
 from tests.sim_processes import processes_of

@@ -9,7 +9,7 @@ import pytest
 
 from rsm.broker import Settings
 from rsm.broker.protocol.messages import Ahead, CacheUse, EngineView, SessionView, Speed, rank_of
-from rsm.router.costs import CostModel, Weights, costs_text, reusable
+from rsm.router.cost_model import CostModel, Weights, costs_text, reusable
 from rsm.router.policies import CallView
 from rsm.router.policies.cost import Cost
 

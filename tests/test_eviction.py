@@ -16,13 +16,13 @@ from rsm.broker import EvictingRedis, Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.eviction import eviction_policy, require_noeviction
 from rsm.broker.connection.factory import connect
-from rsm.engine.doctor import examine
+from rsm.cli.checks import examine
 from rsm.engine.fleet import Fleet
 from rsm.engine.manager import MultiEngineManager
 from rsm.router.router import Router
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE
-from rsm.workers.node import run_node
+from rsm.workers.supervision.node import run_node
 from tests.rsm_command import RSM, clean_env
 
 SIM = EngineConfig(engine_id="e1", backend="sim")

@@ -15,7 +15,7 @@ from rsm.broker import InvalidRequest, Settings
 from rsm.broker.protocol.ids import MODEL_PATTERN, RESERVED_ENDS, is_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.scripts import script
-from rsm.workers.node import queue_name
+from rsm.workers.supervision.node import queue_name
 from tests.test_rooms import LUA
 
 KINDS: dict[str, Callable[[Keys, str], str]] = {

@@ -16,11 +16,11 @@ from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Claimed, Fence, Release, Transitions
 from rsm.broker.views.monitor import Monitor
-from rsm.workers.calls import Calls
-from rsm.workers.publisher import Ended, Item
-from rsm.workers.reconcile import Reconciler
-from rsm.workers.sim_backend import SimBackend
-from rsm.workers.sim_engine import SimConfig, SimTimes
+from rsm.workers.backends.sim.backend import SimBackend
+from rsm.workers.backends.sim.engine import SimConfig, SimTimes
+from rsm.workers.runtime.calls import Calls
+from rsm.workers.runtime.publisher import Ended, Item
+from rsm.workers.runtime.reconciler import Reconciler
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, routing
 from tests.sim_processes import Start, all_speak, assert_undisturbed, pieces, said, submit_streams

@@ -25,7 +25,7 @@ from rsm.broker.connection.factory import connect
 from rsm.broker.views.dead_letters import DeadLetters
 from rsm.broker.views.monitor import Monitor
 from rsm.engine import EngineConfig, MultiEngineManager
-from rsm.workers.node import NodeClient, _alive, _await, listening, queue_name
+from rsm.workers.supervision.node import NodeClient, _alive, _await, listening, queue_name
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, patient, routing
 from tests.rsm_command import RSM, clean_env
@@ -191,7 +191,7 @@ def test_drain_and_what_cannot_be_done(
     with pytest.raises(EngineFailed, match="no live engine n1"):
         host.stop_engine("n1")
 
-    monkeypatch.setattr("rsm.workers.node._MARGIN_S", 1)
+    monkeypatch.setattr("rsm.workers.supervision.node._MARGIN_S", 1)
     nobody = NodeClient("nobody", settings.model_copy(update={"drain_grace_s": 0}))
     with pytest.raises(EngineFailed, match="Is `rsm node --name nobody` running"):
         nobody.drain_engine("n1")
@@ -205,7 +205,7 @@ def test_jobs_are_json_with_a_time_limit_and_hold_no_secret(settings: Settings, 
     assert len(found) == 2
     for job in found:
         function, _, args, kwargs = json.loads(zlib.decompress(job[b"data"]))
-        assert function in ("rsm.workers.node.start_engine", "rsm.workers.node.stop_engine")
+        assert function in ("rsm.workers.supervision.node.start_engine", "rsm.workers.supervision.node.stop_engine")
         assert args[0] == "n1" or "api_key" not in args[0]
         assert kwargs == {}
         assert int(job[b"timeout"]) > 0

@@ -14,9 +14,9 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
-from rsm.workers.backend import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
-from rsm.workers.openai_backend import OpenAIBackend
-from rsm.workers.openai_resume import Said
+from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
+from rsm.workers.backends.openai.backend import OpenAIBackend
+from rsm.workers.backends.openai.resume import Said
 from tests.fake_openai import WORDS, Server
 from tests.pieces import Heard
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rsm.workers.backend import EngineError
-from rsm.workers.openai_wire import Assembler, SseParser, document, error
+from rsm.workers.backends.base import EngineError
+from rsm.workers.backends.openai.wire import Assembler, SseParser, document, error
 
 
 def test_sse_as_the_standard_says() -> None:

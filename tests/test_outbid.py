@@ -8,7 +8,7 @@ import pytest
 
 from rsm.broker import Client, RequestState, Settings
 from rsm.broker.views.monitor import Monitor
-from rsm.workers.claimer import Room
+from rsm.workers.runtime.claimer import Room
 from tests.conftest import eventually
 from tests.fake_worker import routing
 from tests.sim_processes import Start, said

@@ -8,7 +8,7 @@ from math import inf
 
 import pytest
 
-from rsm.workers.plas import Order, Plas, PlasCall, PlasRules
+from rsm.workers.scheduling.plas import Order, Plas, PlasCall, PlasRules
 
 RULES = PlasRules(bounds=(10, 30, 100), beta=4.0, floor_s=1.0)
 

@@ -18,7 +18,7 @@ from rsm.broker.client.sync import Client
 from rsm.broker.protocol import scripts
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import EngineView, SessionView, Transitions
-from rsm.router.kv_coordinator import KVCacheCoordinator, best_engine
+from rsm.router.affinity import KVCacheCoordinator, best_engine
 from rsm.router.policies import POLICIES, CallView, Choice, Policy, create_policy
 from rsm.router.policies.autellix import Autellix
 from rsm.router.policies.base import least_loaded, with_call

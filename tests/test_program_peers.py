@@ -23,8 +23,8 @@ from bench.programs.replay import Answer, Player
 from bench.venvs import peer_names
 from rsm.broker import Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
-from rsm.workers.sim_text import tokenize
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
+from rsm.workers.backends.sim.text import tokenize
 from tests.sim_http import SimHttp, sim_server
 
 BLOCK = 16

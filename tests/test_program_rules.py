@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rsm.simulation.rules import rules
+from rsm.simulation.lua_rules import rules
 
 LUA: Any = rules()
 BOUNDS = (10, 40, 160)

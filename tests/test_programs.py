@@ -14,9 +14,9 @@ from rsm.broker import AsyncClient, CallCancelled, Client, InvalidRequest, Setti
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Claimed
 from rsm.broker.views.monitor import Monitor
-from rsm.broker.views.process_table import GlobalProcessTable, SessionManager
 from rsm.broker.views.sessions import RUN_FLOOR_MS
-from rsm.simulation.rules import rules
+from rsm.engine.seed_api.process_table import GlobalProcessTable, SessionManager
+from rsm.simulation.lua_rules import rules
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, hold, patient, routing
 from tests.world import World

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rsm.broker.protocol.messages import tier_of
-from rsm.simulation.rules import rules
+from rsm.simulation.lua_rules import rules
 
 LUA: Any = rules()
 HALF = 8000.0

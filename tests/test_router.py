@@ -29,10 +29,10 @@ from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
 from rsm.broker.protocol.models import ErrorCode
 from rsm.broker.protocol.transitions import Claimed, EngineView, SessionView, Transitions
 from rsm.router import router as router_module
+from rsm.router.maintenance import Upkeep
 from rsm.router.policies import CallView, Choice
 from rsm.router.policies.least_loaded import LeastLoaded
 from rsm.router.router import Router
-from rsm.router.upkeep import Upkeep
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, echo, hold, patient, routing
 

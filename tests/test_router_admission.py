@@ -14,7 +14,7 @@ import redis
 from bench.programs.real import Stack, drive, up
 from rsm.broker import Client, RequestState, Settings
 from rsm.broker.views.monitor import Monitor
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 from rsm.workers.config import EngineConfig
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, echo, patient, routing

@@ -26,14 +26,14 @@ from rsm.broker.protocol.models import CallRecord, RequestState
 from rsm.broker.protocol.transitions import Admission, Claimed, Event, Fence, Finish, Release, Transitions
 from rsm.broker.views.dead_letters import DeadLetter, DeadLetters
 from rsm.broker.views.monitor import Monitor
-from rsm.engine.doctor import examine
+from rsm.cli.checks import examine
 from rsm.engine.process import LLMRequest
 from rsm.router.intake import read_entry
-from rsm.workers.backend import Backend, EngineFacts, EngineLoad, Job, Outcome, Piece, Resumed
-from rsm.workers.calls import Calls
+from rsm.workers.backends.base import Backend, EngineFacts, EngineLoad, Job, Outcome, Piece, Resumed
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import API_KEY_VARIABLE, CONFIG_VARIABLE
-from rsm.workers.node import NodeClient
+from rsm.workers.runtime.calls import Calls
+from rsm.workers.supervision.node import NodeClient
 from tests.conftest import eventually
 from tests.fake_openai import Server
 from tests.roles import Roles, secret

@@ -11,11 +11,11 @@ import redis
 
 from rsm.broker import InvalidRequest, RequestState, Settings
 from rsm.broker.protocol.keys import Keys
-from rsm.workers.backend import Job, Outcome
-from rsm.workers.calls import Calls
-from rsm.workers.publisher import Ended, Item
-from rsm.workers.service import KvTokens, ServiceUnit, Time, Tokens, Used, Work, charge, create_unit
-from rsm.workers.sim_backend import SimBackend
+from rsm.workers.backends.base import Job, Outcome
+from rsm.workers.backends.sim.backend import SimBackend
+from rsm.workers.runtime.calls import Calls
+from rsm.workers.runtime.publisher import Ended, Item
+from rsm.workers.scheduling.service import KvTokens, ServiceUnit, Time, Tokens, Used, Work, charge, create_unit
 from tests.world import World
 
 
@@ -69,7 +69,8 @@ def test_units_by_name(plugin: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "joules", "no.such.module:Class", "rsm.workers.service", "rsm.workers.service:No", ":X"]
+    "name",
+    ["", "joules", "no.such.module:Class", "rsm.workers.scheduling.service", "rsm.workers.scheduling.service:No", ":X"],
 )
 def test_no_such_unit(name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"There is no service unit .* Use one of tokens, work, time, kv, or"):
@@ -78,7 +79,7 @@ def test_no_such_unit(name: str) -> None:
 
 @pytest.mark.parametrize("attribute", ["function", "Unfinished", "__name__"])
 def test_what_is_no_unit(plugin: str, attribute: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"is not a subclass of rsm.workers.service.ServiceUnit"):
+    with pytest.raises(InvalidRequest, match=r"is not a subclass of rsm.workers.scheduling.service.ServiceUnit"):
         create_unit(f"{plugin}:{attribute}")
 
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from rsm.simulation.paths import Paths
-from rsm.simulation.workload import Segment
-from rsm.workers.sim_cache import Hold, KVCache, path_of_ids, path_of_texts
+from rsm.simulation.prefix_paths import Paths
+from rsm.simulation.workload.programs import Segment
+from rsm.workers.backends.sim.cache import Hold, KVCache, path_of_ids, path_of_texts
 
 SIZE = 4
 

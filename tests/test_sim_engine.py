@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from rsm.workers.plas import PlasRules
-from rsm.workers.rate import RateMeter
-from rsm.workers.sim_call import Phase, SimCall, Step
-from rsm.workers.sim_engine import SimConfig, SimEngine, SimTimes
-from rsm.workers.sim_text import EOS, Answer, Prompt, answer, token_text, tokenize
+from rsm.workers.backends.sim.call import Phase, SimCall, Step
+from rsm.workers.backends.sim.engine import SimConfig, SimEngine, SimTimes
+from rsm.workers.backends.sim.text import EOS, Answer, Prompt, answer, token_text, tokenize
+from rsm.workers.meters.rate import RateMeter
+from rsm.workers.scheduling.plas import PlasRules
 
 UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from rsm.workers.backend import EngineDied, EngineError, Job, Outcome, Piece
-from rsm.workers.sim_backend import SimBackend
-from rsm.workers.sim_engine import SimConfig, SimTimes
+from rsm.workers.backends.base import EngineDied, EngineError, Job, Outcome, Piece
+from rsm.workers.backends.sim.backend import SimBackend
+from rsm.workers.backends.sim.engine import SimConfig, SimTimes
 from tests.pieces import Heard
 
 FAST = SimConfig(times=SimTimes(step_s=0.002, prefill_token_s=0, decode_seq_s=0, context_token_s=0))

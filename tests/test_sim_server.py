@@ -17,10 +17,10 @@ import pytest
 import pytest_asyncio
 
 from rsm.broker.errors import InvalidRequest
-from rsm.workers.backend import EngineDied, Job
-from rsm.workers.openai_backend import OpenAIBackend
-from rsm.workers.sim_backend import SimBackend
-from rsm.workers.sim_server import listen, serve
+from rsm.workers.backends.base import EngineDied, Job
+from rsm.workers.backends.openai.backend import OpenAIBackend
+from rsm.workers.backends.sim.backend import SimBackend
+from rsm.workers.backends.sim.server import listen, serve
 from tests.conftest import eventually
 from tests.pieces import Heard
 from tests.rsm_command import run as run_rsm

@@ -13,12 +13,12 @@ import pytest
 
 from rsm.broker.errors import InvalidRequest
 from rsm.broker.settings import Settings
-from rsm.simulation.conversations import conversations
 from rsm.simulation.fleet import FleetConfig, Hops, SimFleet
 from rsm.simulation.results import Results
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
-from rsm.simulation.workload_file import read_workload, write_workload
-from rsm.workers.sim_config import SimConfig, SimTimes
+from rsm.simulation.workload.conversations import conversations
+from rsm.simulation.workload.files import read_workload, write_workload
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
+from rsm.workers.backends.sim.config import SimConfig, SimTimes
 from tests.rsm_command import run
 
 UNIT = SimTimes(step_s=1.0, prefill_token_s=0.0, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rsm.broker.settings import Settings
 from rsm.simulation.fleet import FleetConfig, SimFleet
 from rsm.simulation.results import Results
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
-from rsm.workers.sim_engine import SimConfig
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
+from rsm.workers.backends.sim.engine import SimConfig
 
 ON = Settings(admission=True, policy="least_loaded")
 OFF = Settings(policy="least_loaded")

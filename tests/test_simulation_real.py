@@ -12,9 +12,9 @@ from bench.programs.real import Stack, run
 from rsm.broker.settings import Settings
 from rsm.simulation.fleet import FleetConfig, SimFleet
 from rsm.simulation.results import ProgramTimes
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
+from rsm.workers.backends.sim.config import SimConfig, SimTimes
 from rsm.workers.config import EngineConfig
-from rsm.workers.sim_config import SimConfig, SimTimes
 
 # Long steps, so that the processes of a busy machine are in time for them.
 TIMES = {"step_s": 0.04, "prefill_token_s": 2e-4, "decode_seq_s": 0.005, "context_token_s": 1e-6, "prefill_pair_s": 0.0}

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from rsm.broker.protocol.messages import Speed
-from rsm.workers.backend import Job
-from rsm.workers.cache_meter import CacheMeter
-from rsm.workers.call_meter import CallMeter
-from rsm.workers.sim_backend import SimBackend
-from rsm.workers.sim_engine import SimConfig, SimTimes
-from rsm.workers.speed import PRIOR, Mean, SpeedMeter, StepWindow
-from rsm.workers.vllm_backend import Meter
+from rsm.workers.backends.base import Job
+from rsm.workers.backends.sim.backend import SimBackend
+from rsm.workers.backends.sim.engine import SimConfig, SimTimes
+from rsm.workers.backends.vllm.backend import Meter
+from rsm.workers.meters.calls import CallMeter
+from rsm.workers.meters.kv_cache import CacheMeter
+from rsm.workers.meters.speed import PRIOR, Mean, SpeedMeter, StepWindow
 
 FAST = Speed(0.006, 36e-6, 60e-6)
 SLOW = Speed(0.2, 5e-3, 0.02)
@@ -254,7 +254,7 @@ async def test_a_modelled_engine_learns_its_own_times() -> None:
 
 def test_vllms_steps_are_measured_from_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("rsm.workers.vllm_backend.time.perf_counter", lambda: now)
+    monkeypatch.setattr("rsm.workers.backends.vllm.backend.time.perf_counter", lambda: now)
     meter, rng = Meter(), Random(8)
     for _ in range(400):
         now += 30.0  # idle

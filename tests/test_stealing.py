@@ -17,14 +17,14 @@ from rsm.broker.protocol import codec, scripts
 from rsm.broker.protocol.messages import CacheUse, EngineView, SessionView, Speed
 from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.admission import Admission
-from rsm.router.costs import CostModel
+from rsm.router.cost_model import CostModel
 from rsm.router.policies import CallView
 from rsm.router.policies.cost import Cost
-from rsm.router.stealing import Stealing, idle_and_loaded
+from rsm.router.work_stealing.decision import Stealing, idle_and_loaded
 from rsm.simulation.fleet import FleetConfig, SimFleet
 from rsm.simulation.results import Results
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
-from rsm.workers.sim_config import SimConfig
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
+from rsm.workers.backends.sim.config import SimConfig
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, patient, routing
 from tests.sim_processes import Start, said

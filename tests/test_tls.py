@@ -15,8 +15,8 @@ from rsm.broker.connection.dedicated import Line
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.factory import connect
 from rsm.broker.views.monitor import Monitor
-from rsm.engine.doctor import examine
-from rsm.workers.node import NodeClient
+from rsm.cli.checks import examine
+from rsm.workers.supervision.node import NodeClient
 from tests.conftest import eventually
 from tests.rsm_command import RSM, clean_env
 from tests.sim_processes import WorkerProcess, processes_of, sim, state_of

@@ -14,8 +14,8 @@ from rsm.broker.connection.dedicated import Line
 from rsm.broker.connection.factory import BLIPS, connect, connect_async, persist
 from rsm.broker.connection.failover import Refused
 from rsm.broker.connection.topology import Address, place_of
-from rsm.engine.doctor import examine
-from rsm.workers.node import NodeClient, run_node
+from rsm.cli.checks import examine
+from rsm.workers.supervision.node import NodeClient, run_node
 from tests.topologies import Cluster, UnderSentinel, free_port
 
 

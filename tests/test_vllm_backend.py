@@ -18,9 +18,9 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from rsm.workers.backend import EngineDied, Job, Piece
+from rsm.workers.backends.base import EngineDied, Job, Piece
+from rsm.workers.backends.vllm.backend import VllmBackend
 from rsm.workers.config import EngineConfig, create_backend
-from rsm.workers.vllm_backend import VllmBackend
 from tests.conftest import eventually
 from tests.vllm_jobs import (
     BAD_GENERATE,

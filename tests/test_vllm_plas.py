@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from rsm.workers.backend import Job, Outcome, Piece
+from rsm.workers.backends.base import Job, Outcome, Piece
+from rsm.workers.backends.vllm.backend import VllmBackend
 from rsm.workers.config import EngineConfig, create_backend
-from rsm.workers.vllm_backend import VllmBackend
 from tests.vllm_jobs import CITY, chat, generate, nothing, said, streamed
 
 pytest.importorskip("vllm")

@@ -17,8 +17,8 @@ from rsm.broker.protocol.keys import Keys
 from rsm.broker.views.monitor import Monitor
 from rsm.router.__main__ import _LEAVE_S
 from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK
-from rsm.workers.watchdog import Stall
-from rsm.workers.worker import _FAREWELL_S, _LOADING_S
+from rsm.workers.runtime.watchdog import Stall
+from rsm.workers.runtime.worker import _FAREWELL_S, _LOADING_S
 from tests.fake_worker import routing
 from tests.rsm_command import clean_env
 from tests.sim_processes import (
@@ -80,7 +80,7 @@ def test_a_stall_counts_only_time_in_which_this_process_was_awake(
     impatient: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("rsm.workers.watchdog.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rsm.workers.runtime.watchdog.time.monotonic", lambda: now[0])
 
     def after(seconds: float, progress: int | None) -> bool:
         now[0] += seconds

@@ -22,13 +22,13 @@ from rsm.broker.protocol import scripts
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Claimed, Fence, Release, Transitions
 from rsm.broker.views.monitor import Monitor
-from rsm.workers.backend import Job, Outcome, Piece
-from rsm.workers.calls import Calls
+from rsm.workers.backends.base import Job, Outcome, Piece
+from rsm.workers.backends.sim.backend import SimBackend
+from rsm.workers.backends.sim.engine import SimConfig, SimTimes
 from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK
-from rsm.workers.publisher import Ended, Item
-from rsm.workers.sim_backend import SimBackend
-from rsm.workers.sim_engine import SimConfig, SimTimes
-from rsm.workers.worker import _FAREWELL_S, Worker
+from rsm.workers.runtime.calls import Calls
+from rsm.workers.runtime.publisher import Ended, Item
+from rsm.workers.runtime.worker import _FAREWELL_S, Worker
 from tests.conftest import eventually
 from tests.fake_worker import FakeWorker, routing
 from tests.sim_processes import (

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-from rsm.workers.backend import CallRejected, Job, Outcome, Piece, Resumed
-from rsm.workers.vllm_backend import VllmBackend
+from rsm.workers.backends.base import CallRejected, Job, Outcome, Piece, Resumed
+from rsm.workers.backends.vllm.backend import VllmBackend
 
 PROMPT = "Explain quantum computing"
 MESSAGES = [{"role": "user", "content": PROMPT}]

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from rsm.workers import vllm_scheduler
-from rsm.workers.plas import PlasRules
-from rsm.workers.service import create_unit
-from rsm.workers.vllm_program import LEVELS
-from rsm.workers.vllm_scheduler import make_scheduler
+from rsm.workers.scheduling import vllm_plugin as vllm_scheduler
+from rsm.workers.scheduling.plas import PlasRules
+from rsm.workers.scheduling.program import LEVELS
+from rsm.workers.scheduling.service import create_unit
+from rsm.workers.scheduling.vllm_plugin import make_scheduler
 from tests import vllm_miniature as mini
 from tests.vllm_miniature import Call, Engine
 

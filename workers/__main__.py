@@ -20,9 +20,9 @@ from rsm.broker.errors import AccessDenied, EngineIdTaken, EvictingRedis, Invali
 from rsm.broker.settings import Settings
 from rsm.workers.config import EngineConfig, create_backend
 from rsm.workers.environment import CONFIG_VARIABLE, EXIT_ID_TAKEN, EXIT_INVALID, NODE_VARIABLE, SUPERVISED_FLAG
-from rsm.workers.launch import worker_process
-from rsm.workers.watchdog import Fuse
-from rsm.workers.worker import Worker
+from rsm.workers.runtime.watchdog import Fuse
+from rsm.workers.runtime.worker import Worker
+from rsm.workers.supervision.launch import worker_process
 
 log = logging.getLogger("rsm.worker")
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from rsm.broker.errors import InvalidRequest
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.settings import EngineScheduler, Settings
-from rsm.workers.backend import Backend
+from rsm.workers.backends.base import Backend
 
 BackendName = Literal["vllm", "openai", "sim"]
 
@@ -97,13 +97,13 @@ def create_backend(config: EngineConfig) -> Backend:
 
 
 def _vllm(config: EngineConfig) -> Backend:
-    from rsm.workers.vllm_backend import VllmBackend
+    from rsm.workers.backends.vllm.backend import VllmBackend
 
     return VllmBackend.from_config(config)
 
 
 def _openai(config: EngineConfig) -> Backend:
-    from rsm.workers.openai_backend import OpenAIBackend
+    from rsm.workers.backends.openai.backend import OpenAIBackend
 
     return OpenAIBackend(
         config.base_url or "",
@@ -116,9 +116,9 @@ def _openai(config: EngineConfig) -> Backend:
 
 def _sim(config: EngineConfig) -> Backend:
     """engine_args: see `sim_config.config_of`."""
-    from rsm.workers.sim_backend import SimBackend
-    from rsm.workers.sim_config import config_of
-    from rsm.workers.vllm_program import rules_of
+    from rsm.workers.backends.sim.backend import SimBackend
+    from rsm.workers.backends.sim.config import config_of
+    from rsm.workers.scheduling.program import rules_of
 
     args = {"max_num_seqs": config.max_num_seqs, "scheduler": config.scheduler, **config.engine_args}
     if config.max_model_len is not None:

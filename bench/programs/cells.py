@@ -18,8 +18,8 @@ from bench.programs.traces import coding, prefix
 from bench.programs.workloads import KINDS, synthetic
 from rsm.broker.settings import Settings
 from rsm.simulation.fleet import FleetConfig, SimFleet
-from rsm.simulation.workload import ProgramSpec
-from rsm.workers.sim_config import SimConfig, SimTimes
+from rsm.simulation.workload.programs import ProgramSpec
+from rsm.workers.backends.sim.config import SimConfig, SimTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".bench" / "programs"

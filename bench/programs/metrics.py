@@ -14,8 +14,8 @@ from statistics import fmean
 from typing import Any, Self
 
 from rsm.simulation.results import CallTimes, ProgramTimes
-from rsm.simulation.workload import CallSpec, ProgramSpec
-from rsm.workers.sim_engine import SimTimes
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec
+from rsm.workers.backends.sim.engine import SimTimes
 
 # A program starved if it did not end in a run that was waited out, or if its calls together waited so many times as
 # long as they ran (at least 1 s): what the paper's rule against starvation bounds by beta, and this with room for those

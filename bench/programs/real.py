@@ -25,7 +25,7 @@ from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.views.monitor import Monitor
 from rsm.simulation.results import ProgramTimes
-from rsm.simulation.workload import ProgramSpec
+from rsm.simulation.workload.programs import ProgramSpec
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE
 

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 from rsm.simulation.results import CallTimes, ProgramTimes
-from rsm.simulation.workload import ProgramSpec, Segment
+from rsm.simulation.workload.programs import ProgramSpec, Segment
 
 
 class Answer(NamedTuple):

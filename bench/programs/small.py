@@ -21,9 +21,9 @@ from bench.programs.systems import FCFS_LL, FCFS_RR, OURS, PAPER, System
 from bench.table import Spread, table_line
 from rsm.broker import Settings
 from rsm.simulation.results import ProgramTimes
-from rsm.simulation.workload import ProgramSpec
+from rsm.simulation.workload.programs import ProgramSpec
+from rsm.workers.backends.sim.engine import SimTimes
 from rsm.workers.config import EngineConfig
-from rsm.workers.sim_engine import SimTimes
 
 SYSTEMS = (FCFS_RR, FCFS_LL, PAPER, OURS)
 _SLOTS, _LONGEST, _BLOCK, _BLOCKS = 4, 8192, 32, 1280

@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 from bench.programs.workloads import poisson
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 
 FOLDER = Path(__file__).resolve().parent / "traces"
 # The sessions were made with contexts of up to 880,000 tokens. Half of every length puts all but the longest into a

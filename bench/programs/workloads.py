@@ -22,7 +22,7 @@ from math import log, sqrt
 from random import Random
 
 from bench.programs.lengths import Lengths
-from rsm.simulation.workload import CallSpec, ProgramSpec, Segment
+from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 
 # Texts below this number are common to programs (system prompts); a program's own start at its number times this.
 _OWN_TEXTS = 1_000_000

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rsm.simulation.step_costs import Timed, durations
-from rsm.workers import vllm_steps as log
+from rsm.simulation.calibration.step_costs import Timed, durations
+from rsm.workers.backends.vllm import steps as log
+from rsm.workers.backends.vllm.args import prepare_environment
 from rsm.workers.config import EngineConfig
-from rsm.workers.vllm_args import prepare_environment
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,7 +42,7 @@ LLAMA_8B = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
-SCHEDULERS = {"plas": "rsm.workers.vllm_scheduler.make_scheduler", "priority": "", "fcfs": ""}
+SCHEDULERS = {"plas": "rsm.workers.scheduling.vllm_plugin.make_scheduler", "priority": "", "fcfs": ""}
 _DEFAULTS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "max_num_seqs": 256,

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from bench.real.engine import Engine, Phase, started
-from rsm.simulation.step_costs import COSTS, Error, Timed, error, fit
+from rsm.simulation.calibration.step_costs import COSTS, Error, Timed, error, fit
 
 _DECODE_STEPS = 48
 # Calls that decode at once, by the context of each.

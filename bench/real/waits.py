@@ -28,7 +28,7 @@ from statistics import median
 from typing import Any
 
 from bench.real.engine import Call, Engine, Phase, started
-from rsm.simulation.step_costs import Timed
+from rsm.simulation.calibration.step_costs import Timed
 
 _LONG_SERVICE, _LONG_LEVEL = 300_000, 5
 _SHORT_PROMPT, _SHORT_OUTPUT, _SHORTS = 200, 32, 30

@@ -240,7 +240,7 @@ class CallRecord:
 
 
 def _costs(words: str) -> dict[str, float]:
-    """Of `ENGINE=MS ENGINE=MS …` (router/costs.py)."""
+    """Of `ENGINE=MS ENGINE=MS …` (router/cost_model.py)."""
     pairs = (word.partition("=") for word in words.split())
     return {engine: int(ms) / 1000 for engine, _, ms in pairs}
 

@@ -22,7 +22,7 @@ from rsm.broker.protocol.messages import (
 
 class Looks:
     """Reads looks. Of an engine of which nothing has changed since the last one it gives the very same view, so that
-    what was made of that (router/costs.py) holds, too: in a large fleet most are, for a look is 20 ms after another."""
+    what was made of that (cost_model.py) holds, too: in a large fleet most are, for a look is 20 ms after another."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, tuple[Sequence[bytes], EngineView]] = {}

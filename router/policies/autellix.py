@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rsm.broker.protocol.messages import EngineView, SessionView
 from rsm.broker.settings import Settings
-from rsm.router.kv_coordinator import best_engine
+from rsm.router.affinity import best_engine
 from rsm.router.policies.base import CallView, Choice, Policy, least_loaded
 
 

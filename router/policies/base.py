@@ -11,7 +11,7 @@ from rsm.broker.protocol.messages import Ahead, EngineView, SessionView
 from rsm.broker.settings import Settings
 
 if TYPE_CHECKING:
-    from rsm.router.costs import CostModel
+    from rsm.router.cost_model import CostModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rsm.broker.protocol.messages import EngineView, SessionView
 from rsm.broker.settings import Settings
-from rsm.router.costs import CostModel, reusable
+from rsm.router.cost_model import CostModel, reusable
 from rsm.router.policies.base import CallView, Choice, Policy
 
 # Costs that differ by less than so many seconds, or such a share, are equal: then the engine that has most of the
@@ -15,7 +15,7 @@ _SAME_S, _SAME = 0.001, 0.02
 
 
 class Cost(Policy):
-    """Expected time on each engine: see `router/costs.py`."""
+    """Expected time on each engine: see `router/cost_model.py`."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

@@ -26,15 +26,15 @@ from rsm.broker.protocol.snapshot import engine_view, session_view
 from rsm.broker.protocol.transitions import Rejection, _claimed_call
 from rsm.broker.views.dead_letters import _letter
 from rsm.router.intake import Arrival, read_entry
-from rsm.workers import node
-from rsm.workers.backend import CallRejected, EngineError, Job, Resumed
+from rsm.workers.backends.base import CallRejected, EngineError, Job, Resumed
+from rsm.workers.backends.openai.calls import exchange
+from rsm.workers.backends.openai.wire import SseParser, document, error, error_inside, readable, single_line
+from rsm.workers.backends.sim.engine import SimConfig
+from rsm.workers.backends.sim.request import read as read_sim
+from rsm.workers.backends.vllm.args import command_line
 from rsm.workers.config import EngineConfig
-from rsm.workers.control import Control
-from rsm.workers.openai_calls import exchange
-from rsm.workers.openai_wire import SseParser, document, error, error_inside, readable, single_line
-from rsm.workers.sim_engine import SimConfig
-from rsm.workers.sim_request import read as read_sim
-from rsm.workers.vllm_args import command_line
+from rsm.workers.runtime.control import Control
+from rsm.workers.supervision import node
 
 LIMIT = 1 << 20
 # Between the parts of an input that a decoder takes several of.
@@ -117,7 +117,9 @@ def _node_job(data: bytes) -> None:
     doc = json.loads(data)
     if not isinstance(doc, list) or len(doc) != 2:
         raise ValueError
-    assert isinstance(doc[0], str) is False or (doc[0] in node._JOBS) <= doc[0].startswith("rsm.workers.node.")
+    assert isinstance(doc[0], str) is False or (doc[0] in node._JOBS) <= doc[0].startswith(
+        "rsm.workers.supervision.node."
+    )
     if isinstance(doc[1], dict):
         EngineConfig(**doc[1])
     check_id(str(doc[1]), "engine")
@@ -268,7 +270,7 @@ DECODERS = [
         "node job",
         _node_job,
         (ValueError, TypeError, RecursionError),
-        [b'["rsm.workers.node.stop_engine","e1"]', b'["os.system",{"engine_id":"e1","backend":"sim"}]'],
+        [b'["rsm.workers.supervision.node.stop_engine","e1"]', b'["os.system",{"engine_id":"e1","backend":"sim"}]'],
     ),
     Decoder(
         "settings and URL",

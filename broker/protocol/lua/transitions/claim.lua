@@ -124,7 +124,7 @@ for _, id in ipairs(candidates()) do
   if suspect then break end
 end
 -- When the engine will have computed the prompts that it has taken, by its own speed: its second number is seconds a
--- token (workers/speed.py).
+-- token (workers/meters/speed.py).
 local function prefill_until()
   local token_s = number(string.match(owner[6] or '', '^%S+ (%S+)'))
   return int(math.max(NOW, number(owner[7])) + work * token_s * 1000)

@@ -19,7 +19,7 @@ end
 if survived ~= '' then solve({survived}) end
 if old[1] ~= incarnation then
   local fault = old[1] == survived and '' or 'death'
-  -- Its cache went with it: as if it had turned over since, whatever its size (router/costs.py).
+  -- Its cache went with it: as if it had turned over since, whatever its size (router/cost_model.py).
   if old[1] and fault == 'death' then count(key, 'computed', 2 ^ 40) end
   if fault == 'death' then begin_epoch(e, incarnation) end
   for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do

@@ -1,6 +1,6 @@
 --- @include lib poison
 -- What stands at the heads of loaded engines' queues, for a router that may give some of it to idle ones
--- (router/stealing.py). Read only.
+-- (router/work_stealing/decision.py). Read only.
 --
 -- ARGV     max_deaths most (calls of each queue) idle (how many idle engines follow), these, then the loaded ones
 -- Returns  {kept, calls}

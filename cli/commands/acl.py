@@ -1,0 +1,36 @@
+"""`rsm acl`: Redis users for the parts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsm.broker import InvalidRequest
+from rsm.broker.protocol.acl import ROLES, acl_file, password_hash
+from rsm.cli.app import app, settings_of
+
+
+@app.command()
+def acl(
+    ctx: typer.Context,
+    passwords: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Lines `role password`, - = stdin; users without one are locked."),
+    ] = "",
+) -> None:
+    """Prints an ACL file for this namespace: one user per role, passwords as hashes. See docs/operations.md."""
+    given = "" if not passwords else sys.stdin.read() if passwords == "-" else Path(passwords).read_text()
+    sys.stdout.write(acl_file(settings_of(ctx).namespace, _hashes(given)))
+
+
+def _hashes(lines: str) -> dict[str, str]:
+    hashes = {}
+    for line in filter(str.strip, lines.splitlines()):
+        role, _, password = line.strip().partition(" ")
+        if role not in (*ROLES, "default") or not password.strip():
+            raise InvalidRequest(f"A line holds a role (default, {', '.join(ROLES)}) and its password.")
+        hashes[role] = password_hash(password.strip())
+    return hashes

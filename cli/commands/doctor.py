@@ -1,0 +1,33 @@
+"""`rsm doctor`: what is wrong, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import typer
+
+from rsm.cli import tables
+from rsm.cli.app import EXIT_FAILED, app, settings_of
+from rsm.cli.commands.views import Json
+from rsm.cli.output import console, emit_json, shown_url
+
+
+@app.command()
+def doctor(ctx: typer.Context, json: Json = False) -> None:
+    """Checks Redis, routers, engines and queues, and says what to do. Exit status 1 if there is a problem."""
+    from rsm.cli.checks import examine
+
+    settings = settings_of(ctx)
+    checks = [asdict(check) for check in examine(settings)]
+    if json:
+        where = {"redis": shown_url(settings.url()), "namespace": settings.namespace}
+        emit_json({**where, "healthy": not _problems(checks), "checks": checks})
+    else:
+        console().print(f"Redis {shown_url(settings.url())}, namespace {settings.namespace}")
+        console().print(tables.checks_table(checks))
+    if _problems(checks):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _problems(checks: list[dict[str, str]]) -> bool:
+    return any(check["status"] == "problem" for check in checks)

@@ -1,0 +1,41 @@
+"""`rsm sim-server`: a modelled engine behind OpenAI's HTTP API. It needs no Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from rsm.broker import logs
+from rsm.cli.app import app, settings_of
+from rsm.cli.commands.processes import EngineArg, MaxNumSeqs, Model, engine_config
+from rsm.cli.output import say
+
+
+@app.command("sim-server")
+def sim_server(
+    ctx: typer.Context,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one; the first line printed names it.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    model: Model = "",
+    max_num_seqs: MaxNumSeqs = 256,
+    engine_arg: EngineArg = None,
+) -> None:
+    """A simulated engine as an OpenAI-compatible HTTP server, in the foreground: what `vllm serve` is for a real one.
+
+    For trying out and measuring what speaks to such servers: `--backend openai`, and other products' routers.
+    """
+    from rsm.workers.backends.sim.backend import SimBackend
+    from rsm.workers.backends.sim.server import serve
+    from rsm.workers.config import create_backend
+
+    logs.configure("sim-server")
+    backend = create_backend(engine_config("sim-server", model, 0, "sim", max_num_seqs, 1, None, engine_arg))
+    assert isinstance(backend, SimBackend)  # noqa: S101
+    name = backend.config.model
+
+    def announce(at: int) -> None:
+        say(f"Listening on http://{host}:{at}/v1 with model {name}.")
+
+    asyncio.run(serve(backend, host, port, settings_of(ctx).drain_grace_s, announce))

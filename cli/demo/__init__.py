@@ -1,0 +1,3 @@
+"""The story of `rsm demo`."""
+
+__all__: list[str] = []

@@ -1,0 +1,226 @@
+"""The acts of `rsm demo`. Each does something, shows what came of it, and checks what was promised."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from rsm.broker import CallHandle, CallRecord, Delta, RequestState
+from rsm.cli.demo.stage import PATIENCE_S, Stage
+from rsm.cli.output import seconds, table
+
+# Token ids that both the tiny model and the simulator know as words.
+_FIRST_WORD, _WORDS = 300, 250
+_AGENT_STEPS = 3
+_LONG_CALLS = 6
+_LONG_TOKENS = 6000
+_CROWD = 16
+# A call counts as being in mid-flight once it has published so many pieces.
+_UNDER_WAY = 8
+# A cancelled call must have ended by then; it is milliseconds where the machine is not overloaded.
+_CANCEL_BOUND_S = 5.0
+
+
+def stream_one(stage: Stage) -> float:
+    """Act 1. Returns the pace of one call alone, in tokens per second."""
+    stage.act("1. A call, streamed", "Each piece goes from the engine through Redis to here as it comes.")
+    began = time.monotonic()
+    handle = stage.submit("Explain quantum computing to a curious child.", "reader", 64, stream=True)
+    numbers, text, first = [], "", 0.0
+    for delta in handle.stream():
+        first = first or time.monotonic()
+        numbers.append(delta.n)
+        text += delta.text
+        stage.out.file.write(delta.text)
+        stage.out.file.flush()
+    stage.out.file.write("\n")
+    result = handle.result(PATIENCE_S)
+    took = time.monotonic() - first
+    pace = result.completion_tokens / took
+    stage.out.print(
+        f"{len(numbers)} pieces, {result.completion_tokens} tokens on {result.engine_id}; first piece after "
+        f"{seconds((first - began) * 1000)}, then {pace:.0f} tokens/s"
+    )
+    stage.promise(numbers == list(range(len(numbers))), "its pieces are numbered without gap or repetition")
+    stage.promise(text == result.text, "the pieces together are the result's text")
+    return pace
+
+
+def follow_an_agent(stage: Stage) -> None:
+    """Act 2."""
+    threshold = stage.monitor.settings.cache_token_threshold
+    stage.act(
+        "2. A program of three steps, kept where its KV cache is",
+        f"Each prompt is longer than {threshold} tokens and holds the step before. Look at ENGINE, WHY and CACHED.",
+    )
+    ids = _words(0, threshold + 400)
+    records: list[CallRecord] = []
+    for step in range(_AGENT_STEPS):
+        handle = stage.submit(ids, "agent", 32)
+        handle.wait(PATIENCE_S)
+        record = handle.record()  # the end's news leave out why the engine was chosen
+        records.append(record)
+        ids = ids + (record.result.token_ids if record.result else []) + _words(step + 1, 150)
+    stage.show(table("", ["STEP", "ENGINE", "PROMPT", "CACHED", "FIRST TOKEN", "WHY"], _agent_rows(records)))
+    results = [r.result for r in records if r.result is not None]
+    stage.promise(len(results) == _AGENT_STEPS, "all steps have completed")
+    stage.promise(len({r.engine for r in records}) == 1, f"all steps ran on {records[0].engine}")
+    # The engine caches whole blocks, and computes at least the last token anew.
+    held = all(b.cached_tokens > a.prompt_tokens * 0.9 for a, b in pairwise(results))
+    stage.promise(held, "from the second step on, the step before was found in the KV cache")
+
+
+def _agent_rows(records: Sequence[CallRecord]) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for step, r in enumerate(records, 1):
+        cached, ttft = (r.result.cached_tokens, r.result.ttft or 0.0) if r.result else (0, 0.0)
+        rows.append([step, r.engine, r.prompt_tokens, cached, seconds(ttft * 1000), r.why])
+    return rows
+
+
+def cancel_a_session(stage: Stage) -> None:
+    """Act 3."""
+    stage.act(
+        "3. A session cancelled in mid-flight, on both engines, with one command",
+        f"{_LONG_CALLS} calls of {_LONG_TOKENS} tokens each. Look at ENDED AFTER, and at the text that was kept.",
+    )
+    handles = [
+        stage.submit(f"Write chapter {i} of a long novel.", "novel", _LONG_TOKENS, stream=True)
+        for i in range(_LONG_CALLS)
+    ]
+    stage.until(lambda: all(stage.pieces(h) >= _UNDER_WAY for h in handles), "all long calls under way")
+    began = time.monotonic()
+    cancelled = stage.client.cancel_session("novel", "the reader has gone")
+    ended: dict[str, float] = {}
+    for handle in handles:
+        handle.add_done_callback(lambda h: ended.update({h.id: time.monotonic() - began}))
+    records = stage.records(handles)
+    rows = [
+        [
+            i,
+            r.engine,
+            r.state.value,
+            seconds(ended[r.id] * 1000),
+            f"{r.result.completion_tokens} tokens, {len(r.result.text)} characters" if r.result else "none",
+        ]
+        for i, r in enumerate(records, 1)
+    ]
+    stage.show(table("", ["CALL", "ENGINE", "STATE", "ENDED AFTER", "TEXT KEPT"], rows))
+    stage.promise(cancelled == _LONG_CALLS, f"one command reached {cancelled} calls")
+    stage.promise(all(r.state is RequestState.CANCELLED for r in records), "all of them are CANCELLED")
+    stage.promise({r.engine for r in records} == set(stage.engine_ids), "they were running on both engines")
+    stage.promise(all(r.result and r.result.text for r in records), "what they had said until then was kept")
+    stage.promise(
+        max(ended.values()) < _CANCEL_BOUND_S, f"the last one ended after {seconds(max(ended.values()) * 1000)}"
+    )
+
+
+@dataclass
+class Crowd:
+    """Calls that an engine's death interrupts."""
+
+    handles: list[CallHandle]
+    expected: list[str] = field(repr=False)
+    before: list[CallRecord] = field(default_factory=list)
+    after: list[CallRecord] = field(default_factory=list)
+    streams: list[list[Delta]] = field(default_factory=list)
+    victim: str = ""
+    killed_ms: int = 0
+
+
+def kill_an_engine(stage: Stage, pace: float) -> None:
+    """Act 4."""
+    stage.act(
+        "4. kill -9 of an engine with calls running",
+        f"{_CROWD} streamed calls, greedy; the same prompts have run undisturbed before. "
+        "Look at ENDED ON, ATTEMPTS and SAME TEXT.",
+    )
+    prompts = [f"Agent {i} reports on what it has seen today." for i in range(_CROWD)]
+    # Some seconds long, so that the kill finds all of them running.
+    tokens = int(min(800, max(120, 3 * pace)))
+    calm = stage.records([stage.submit(p, f"calm-{i}", tokens) for i, p in enumerate(prompts)])
+    crowd = Crowd(
+        [stage.submit(p, f"crowd-{i}", tokens, stream=True) for i, p in enumerate(prompts)],
+        [r.result.text if r.result else "" for r in calm],
+    )
+    with ThreadPoolExecutor(_CROWD) as readers:
+        reading = [readers.submit(_read, handle) for handle in crowd.handles]
+        stage.until(lambda: all(stage.pieces(h) >= _UNDER_WAY for h in crowd.handles), "all calls under way")
+        _kill_the_busier(stage, crowd)
+        crowd.streams = [future.result(PATIENCE_S) for future in reading]
+    crowd.after = stage.records(crowd.handles)
+    _tell_of_the_kill(stage, crowd)
+
+
+def _read(handle: CallHandle) -> list[Delta]:
+    return list(handle.stream())
+
+
+def _kill_the_busier(stage: Stage, crowd: Crowd) -> None:
+    crowd.before = [handle.record() for handle in crowd.handles]
+    busy = Counter(r.engine for r in crowd.before if r.state is RequestState.RUNNING)
+    crowd.victim = busy.most_common(1)[0][0]
+    pid = stage.monitor.engine(crowd.victim)["pid"]
+    crowd.killed_ms = stage.monitor.now_ms()
+    os.kill(pid, signal.SIGKILL)
+    stage.out.print(f"kill -9 {pid}: {crowd.victim} is gone, with {busy[crowd.victim]} calls running on it")
+
+
+def _tell_of_the_kill(stage: Stage, crowd: Crowd) -> None:
+    told = list(zip(crowd.before, crowd.after, crowd.streams, crowd.expected, strict=True))
+    rows = [
+        [i, b.engine, a.engine, a.attempt, len(pieces), _yes(_gapless(pieces)), _yes(_said(pieces) == text)]
+        for i, (b, a, pieces, text) in enumerate(told, 1)
+    ]
+    columns = ["CALL", "RAN ON", "ENDED ON", "ATTEMPTS", "PIECES", "NUMBERED RIGHT", "SAME TEXT"]
+    stage.show(table("", columns, rows))
+    hit = [a for b, a, _, _ in told if b.engine == crowd.victim and b.state is RequestState.RUNNING]
+    pauses = [a.started_ms - crowd.killed_ms for a in hit if a.started_ms is not None]
+    heirs = ", ".join(sorted({a.engine for a in hit}))
+    stage.out.print(f"{len(hit)} calls went on on {heirs}, the last of them {seconds(max(pauses))} after the kill")
+    stage.promise(all(a.state is RequestState.COMPLETED for a in crowd.after), f"all {_CROWD} calls have completed")
+    stage.promise(bool(hit) and all(a.attempt > 1 for a in hit), "each call of the dead engine took a second attempt")
+    stage.promise(all(_gapless(s) for s in crowd.streams), "every stream is numbered without gap or repetition")
+    same = all(_said(pieces) == text for _, _, pieces, text in told)
+    stage.promise(same, "every stream says what the undisturbed call said")
+
+
+def _gapless(pieces: Sequence[Delta]) -> bool:
+    return [d.n for d in pieces] == list(range(len(pieces)))
+
+
+def _said(pieces: Sequence[Delta]) -> str:
+    return "".join(d.text for d in pieces)
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "NO"
+
+
+def close_the_books(stage: Stage) -> None:
+    """Act 5."""
+    stage.act("5. The books", "Two ledgers: the counters in Redis, and the ids that this demo has sent.")
+    stage.until(lambda: not _moving(stage), "nothing waiting or running")
+    stats, own = stage.monitor.stats(), stage.states_of_ledger()
+    states = [s.value for s in RequestState]
+    rows = [[state, stats[state.lower()], own[state]] for state in states]
+    stage.show(table("", ["CALLS", "IN REDIS", "SENT BY US"], [*rows, ["all", stats["submitted"], len(stage.ledger)]]))
+    lost = len(stage.ledger) - sum(own[s.value] for s in RequestState if s.terminal)
+    stage.promise(all(stats[s.lower()] == own[s] for s in states), "both ledgers agree")
+    stage.promise(lost == 0 and stats["unaccounted"] == 0, f"lost: {lost + stats['unaccounted']}")
+
+
+def _moving(stage: Stage) -> bool:
+    stats = stage.monitor.stats()
+    return bool(stats["pending"] or stats["running"] or stats["unaccounted"])
+
+
+def _words(seed: int, count: int) -> list[int]:
+    """Different, repeatable word ids."""
+    return [_FIRST_WORD + (seed * 7919 + i * 31 + i * i % 97) % _WORDS for i in range(count)]

@@ -1,0 +1,3 @@
+"""Classes of the project's first interface, as views of what Redis holds."""
+
+__all__: list[str] = []

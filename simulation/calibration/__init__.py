@@ -1,0 +1,3 @@
+"""The steps of a real engine, measured and fitted."""
+
+__all__: list[str] = []

@@ -1,0 +1,136 @@
+"""A queue of an engine, or of the router, in virtual time, as attempts.lua and claim.lua keep it in Redis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import count
+from math import inf
+from typing import Any
+
+from rsm.broker.protocol.messages import Ahead, rank_of
+from rsm.simulation.process_table import Account, ProcessTable
+from rsm.workers.scheduling.plas import Rank
+
+# As in claim.lua: so many starving calls are moved ahead with one claim.
+_PROMOTE_MANY = 64
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A call in a queue. Times in ms.
+
+    Attributes:
+        had: what its program had been charged when it was assigned.
+        score: its place; of equal ones the id decides, as in Redis.
+        starves_ms: when it will have waited for too long; inf = never.
+        promoted_ms: when it was moved ahead for that; -1 = it was not.
+        work: tokens of its prompt that the engine is expected to compute.
+    """
+
+    id: str
+    call: Any
+    tokens: int
+    submitted_ms: int
+    had: Account
+    level: int
+    starves_ms: float
+    promoted_ms: int
+    score: float = 0.0
+    work: int = 0
+    here: bool = False
+
+
+class Queue:
+    """Calls that wait for one engine, or for room in any."""
+
+    def __init__(self, table: ProcessTable) -> None:
+        self._table = table
+        self._order: list[tuple[float, str, int, Waiting]] = []  # heaps; entries may be out of date
+        self._starving: list[tuple[float, str, int, Waiting]] = []
+        self._numbers = count()  # a call may come again
+        self._size = 0
+        self.ahead: dict[int, Ahead] = {}  # by rank, as lib.lua counts them
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, waiting: Waiting) -> None:
+        waiting.here = True
+        self._size += 1
+        self._count(waiting, 1)
+        self._put(waiting)
+        if waiting.starves_ms < 1 << 62:
+            heappush(self._starving, (waiting.starves_ms, waiting.id, next(self._numbers), waiting))
+
+    def remove(self, waiting: Waiting) -> None:
+        """Takes a call out, wherever it stands."""
+        waiting.here = False
+        self._size -= 1
+        self._count(waiting, -1)
+
+    def _count(self, waiting: Waiting, sign: int) -> None:
+        rank = rank_of(0, waiting.level)
+        calls, tokens = self.ahead.pop(rank, (0, 0))
+        if calls + sign:
+            self.ahead[rank] = Ahead(calls + sign, tokens + sign * waiting.work)
+
+    def claim(self, most: int, now_ms: int, ahead: int = 0, bar: Rank | None = None) -> list[Waiting]:
+        """Moves those that starve ahead, then takes the first calls: `most`, or up to `ahead` better than the bar."""
+        self._promote(now_ms)
+        taken: list[Waiting] = []
+        while self._size and (len(taken) < most or (len(taken) < ahead and self._best() < self._score(bar))):
+            self._best()
+            waiting = heappop(self._order)[3]
+            self.remove(waiting)
+            taken.append(waiting)
+        return taken
+
+    def has_better(self, bar: Rank | None, now_ms: int) -> bool:
+        """A call here is of a better class, or level, than the bar."""
+        self._promote(now_ms)
+        return self._size > 0 and self._best() < self._score(bar)
+
+    def _best(self) -> float:
+        """The score of the first call, which stands at the top of the heap then."""
+        while not (self._order[0][3].here and self._order[0][3].score == self._order[0][0]):
+            heappop(self._order)
+        return self._order[0][0]
+
+    def _score(self, bar: Rank | None) -> float:
+        return -inf if bar is None else self._table.score(*bar, 0)
+
+    def first(self, most: int, now_ms: int) -> list[Waiting]:
+        """Those that `claim` would take."""
+        found = self.claim(most, now_ms)
+        for waiting in found:
+            waiting.here = True
+            self._size += 1
+            self._count(waiting, 1)
+            heappush(self._order, (waiting.score, waiting.id, next(self._numbers), waiting))
+        return found
+
+    def head(self, most: int) -> list[Waiting]:
+        """The first calls as they stand; nothing changes by it."""
+        entries = []
+        for _ in range(min(most, self._size)):
+            self._best()
+            entries.append(heappop(self._order))
+        for entry in entries:
+            heappush(self._order, entry)
+        return [entry[3] for entry in entries]
+
+    def _promote(self, now_ms: int) -> None:
+        for _ in range(_PROMOTE_MANY):
+            if not self._starving or self._starving[0][0] > now_ms:
+                return
+            waiting = heappop(self._starving)[3]
+            if waiting.here:
+                self._count(waiting, -1)
+                waiting.level, waiting.promoted_ms = 0, now_ms
+                waiting.score = self._table.score(0, 0, waiting.submitted_ms)
+                self._count(waiting, 1)
+                self._put(waiting)
+
+    def _put(self, waiting: Waiting) -> None:
+        heappush(self._order, (waiting.score, waiting.id, next(self._numbers), waiting))

@@ -1,0 +1,47 @@
+"""The paths of a program's prompts. Most go on behind an earlier one, so a path is made of the longest one known."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rsm.simulation.workload.programs import Segment
+from rsm.workers.backends.sim.cache import Path, PathBuilder
+
+# How far behind the end of a prompt a known beginning is looked for, in texts.
+_NEW_TEXTS = 4
+
+
+class _Known(NamedTuple):
+    texts: tuple[Segment, ...]
+    builder: PathBuilder
+
+
+class Paths:
+    """Of one program. Agrees with `path_of_texts` of the whole prompt and its answer."""
+
+    def __init__(self, block_size: int) -> None:
+        self._size = block_size
+        self._known: dict[tuple[int, Segment], _Known] = {}  # by the number of texts and the last of them
+
+    def path(self, prompt: tuple[Segment, ...], answer: Segment) -> tuple[Path, int]:
+        """The path of a prompt with its answer, and how many tokens the prompt has."""
+        builder = self._longest(prompt)
+        tokens = builder.tokens
+        self._keep(prompt, builder.copy())
+        builder.add((answer,))
+        self._keep((*prompt, answer), builder)
+        return builder.path, tokens
+
+    def _longest(self, prompt: tuple[Segment, ...]) -> PathBuilder:
+        for n in range(len(prompt), max(0, len(prompt) - _NEW_TEXTS), -1):
+            known = self._known.get((n, prompt[n - 1]))
+            if known is not None and known.texts == prompt[:n]:
+                builder = known.builder.copy()
+                builder.add(prompt[n:])
+                return builder
+        builder = PathBuilder(self._size)
+        builder.add(prompt)
+        return builder
+
+    def _keep(self, texts: tuple[Segment, ...], builder: PathBuilder) -> None:
+        self._known[len(texts), texts[-1]] = _Known(texts, builder)

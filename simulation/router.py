@@ -1,0 +1,103 @@
+"""The router of a simulated fleet: the real choice (`router/placement.py`), and a view as old as a real router's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf
+
+from rsm.broker.protocol.messages import EngineView, SessionView
+from rsm.broker.protocol.waiting_calls import WaitingCall
+from rsm.router.admission import Admission
+from rsm.router.placement import Chooser, Decision
+from rsm.router.policies import CallView, Choice, Policy
+from rsm.router.work_stealing.decision import Stealing, head, idle_and_loaded
+from rsm.simulation.engine import Engine
+from rsm.simulation.engine_queue import Waiting
+from rsm.simulation.kv_admission import Residents
+from rsm.simulation.process_table import Session
+
+# As in router/router.py.
+_LOOK_AGAIN_S = 0.02
+
+
+class Front:
+    """Chooses engines. Between two looks it knows of changes only what it assigned itself, like `router.Router`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        engines: Sequence[Engine],
+        residents: Residents | None = None,
+        factor: float = 1.0,
+        stealing: bool = True,
+    ) -> None:
+        self._chooser = Chooser(policy, Admission(factor) if residents else None)
+        model = policy.cost_model() if stealing else None
+        self._stealing = Stealing(model, self._chooser.admission) if model else None
+        self._residents = residents
+        self._engines = {e.id: e for e in engines}
+        self._changed = dict.fromkeys(engines)
+        self._looked = -inf
+
+    def changed(self, engine: Engine) -> None:
+        """What Redis knows of the engine is not what the router saw."""
+        self._changed[engine] = None
+
+    def choose(self, now: float, call: CallView, entry: Session, service: float, level: int) -> tuple[Choice, Decision]:
+        """The engine for a call of a program that has had so much, and why; or that it is to wait."""
+        wanted = self._chooser.needs_session(call)
+        if now - self._looked > _LOOK_AGAIN_S:
+            self._look(now)
+        sessions = {call.session: self._seen(call.session, entry.view(now, service, level), now)} if wanted else {}
+        decision = self._chooser.place([call], sessions, now)[0]
+        choice = decision.choice
+        if choice is None:
+            raise ValueError("no engine takes calls")
+        if not choice.hold:
+            self._changed[self._engines[choice.engine]] = None
+        return choice, decision
+
+    @property
+    def steals(self) -> bool:
+        return self._stealing is not None
+
+    def to_move(self, now: float, session: Callable[[str], Session]) -> list[tuple[Engine, Waiting]]:
+        """Waiting calls that idle engines should have: a round as router/work_stealing/loop.py makes it.
+
+        The router's own view of the fleet, by which it chooses, is left as old as it is.
+        """
+        engines = self._engines.values()
+        if self._stealing is None or not (any(e.free for e in engines) and any(e.queued for e in engines)):
+            return []
+        idle, loaded = idle_and_loaded(self._view(e, now) for e in engines if e.free or e.queued)
+        if not idle:
+            return []
+        full = [self._engines[e.id] for e in loaded]
+        found = {w.id: (engine, w) for engine in full for w in engine.head(head(len(full)))}
+        calls = [_waiting_call(engine, w) for engine, w in found.values()]
+        views = {c.session: self._seen(c.session, session(c.session).view(now, 0, 0), now) for c in calls}
+        return [found[c.id] for c in self._stealing.moves(idle, loaded, calls, views)]
+
+    def _seen(self, session: str, view: SessionView, now: float) -> SessionView:
+        return replace(view, shares=self._residents.shares(session, now)) if self._residents else view
+
+    def _view(self, engine: Engine, now: float) -> EngineView:
+        view = engine.view(now)
+        return replace(view, spoken_for=self._residents.spoken_for(engine.id, now)) if self._residents else view
+
+    def _look(self, now: float) -> None:
+        if self._looked == -inf:
+            self._chooser.see(self._view(engine, now) for engine in self._engines.values())
+        else:
+            # What thinks on an engine becomes less by itself.
+            for engine in self._engines.values() if self._residents else self._changed:
+                self._chooser.update(self._view(engine, now))
+        self._changed.clear()
+        self._looked = now
+
+
+def _waiting_call(engine: Engine, waiting: Waiting) -> WaitingCall:
+    times, tokens = waiting.call.times, waiting.tokens
+    reuse = tokens - waiting.work
+    return WaitingCall(waiting.id, "", engine.id, times.session, "", 0, waiting.level, tokens, reuse, times.moves)

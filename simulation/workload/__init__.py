@@ -1,0 +1,3 @@
+"""What programs look like, and where they come from."""
+
+__all__: list[str] = []

@@ -1,0 +1,365 @@
+"""Any remote server that speaks OpenAI's HTTP API, as an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from rsm.workers.backends.base import (
+    Backend,
+    CallRejected,
+    EngineDied,
+    EngineError,
+    EngineFacts,
+    EngineLoad,
+    Job,
+    Outcome,
+    Piece,
+)
+from rsm.workers.backends.openai.calls import Exchange, exchange
+from rsm.workers.backends.openai.resume import CANNOT_CONTINUE
+from rsm.workers.backends.openai.wire import MAX_BYTES, SseParser, document, error, error_inside, readable
+from rsm.workers.environment import API_KEY_VARIABLE
+from rsm.workers.meters.rate import RateMeter
+
+if TYPE_CHECKING:
+    import httpx
+
+
+_DONE = "[DONE]"
+_CLOSE_S = 5.0  # for the connections of calls that were ended
+# Servers that go on with a begun message of the assistant: vLLM, and our model of one.
+_CONTINUE_CHATS = frozenset({"vllm", "rsm-engine"})
+_ASK_AGAIN_S = 0.2  # while a server is waited for
+
+log = logging.getLogger("rsm.worker")
+
+
+def _answers(status: int) -> bool:
+    """Whether a server with this answer to a health check is there; a 5xx may come from a proxy before it."""
+    return 0 < status < 500
+
+
+@dataclass(slots=True)
+class _Run:
+    """A call that is out."""
+
+    # Never a timeout: a scope that `end` closes from outside, and whose end can be told from a cancelled caller.
+    scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
+    aborted: bool = False
+
+    def end(self, aborted: bool) -> None:
+        """Closes the connection at once; the first reason counts."""
+        if not self.ended:
+            self.ended, self.aborted = True, aborted
+            self.scope.reschedule(0)
+
+
+class OpenAIBackend(Backend):
+    """One remote server.
+
+    Args:
+        base_url: with the version, such as `https://host/v1`.
+        model: set in bodies that name none; "" = the first one that the server lists.
+        api_key: sent as a bearer token; by default that of RSM_OPENAI_API_KEY.
+        max_num_seqs: calls that the server is given at once.
+        kv_tokens: capacity of its KV cache, if known.
+        timeout_s: how long it may be silent in the middle of a call.
+        connect_s: how long `start` waits for a server that does not answer yet, or not any more.
+        health_s: time between two health checks, and how long each may take.
+        health_misses: so many in a row that fail, and the server counts as dead.
+
+    Raises:
+        ValueError: the URL is none, or holds a password, which would end up in logs.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str = "",
+        *,
+        api_key: SecretStr | None = None,
+        max_num_seqs: int = 64,
+        kv_tokens: int = 0,
+        timeout_s: float = 600.0,
+        connect_s: float = 60.0,
+        health_s: float = 5.0,
+        health_misses: int = 3,
+    ) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError("base_url must be a URL such as http://host:8000/v1.")
+        if parts.username or parts.password:
+            raise ValueError(f"Give the key in {API_KEY_VARIABLE}, not in the URL: URLs end up in logs.")
+        self._base_url = base_url.rstrip("/")
+        self._where = parts.netloc or base_url
+        self._model = model
+        self._key = api_key or SecretStr(os.environ.get(API_KEY_VARIABLE, ""))
+        self._max_num_seqs = max_num_seqs
+        self._kv_tokens = kv_tokens
+        self._timeout_s = timeout_s
+        self._connect_s = connect_s
+        self._health_s = health_s
+        self._health_misses = health_misses
+        self._misses = 0
+        self._is_vllm = False
+        self._continues_chats = False
+        self._client: httpx.AsyncClient | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._doubt: asyncio.Task[bool] | None = None
+        self._runs: dict[str, _Run] = {}
+        self._rate = RateMeter()
+        self._death = asyncio.Event()
+        self._gone = "The engine was not started."  # why no call can run, "" while it can
+
+    async def start(self) -> EngineFacts:
+        """Connects, and asks the server for its models. A server that is still coming up is waited for.
+
+        Raises:
+            EngineDied: httpx is missing, nobody answers within `connect_s`, the key is refused, or no model is known.
+        """
+        self._client = self._connect()
+        try:
+            await self._greet(self._client)
+        except BaseException:
+            await self._client.aclose()
+            raise
+        self._gone, self._misses = "", 0
+        self._death.clear()
+        self._watcher = asyncio.create_task(self._watch(), name="openai-health")
+        return EngineFacts(self._model, self._max_num_seqs, self._kv_tokens, "vllm" if self._is_vllm else "openai")
+
+    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+        """Runs one call on the server; `ttft_ms` runs from here to the first text of a stream."""
+        if self._gone:
+            raise EngineDied(self._gone)
+        ex = exchange(job, self._model, self._is_vllm, self._continues_chats)
+        if ex.complete:
+            return ex.outcome()
+        run = _Run()
+        try:
+            async with run.scope:
+                self._runs[job.key] = run
+                await self._converse(ex, job, emit)
+        except TimeoutError:
+            if not run.aborted:
+                raise EngineDied(self._gone) from None
+        finally:
+            run.done.set()
+            self._runs.pop(job.key, None)
+        with readable():
+            return ex.outcome(run.aborted)
+
+    def abort(self, key: str) -> None:
+        """Closes the call's connection at once; that is how a server learns of it."""
+        if (run := self._runs.get(key)) is not None:
+            run.end(aborted=True)
+
+    def load(self) -> EngineLoad:
+        """Output tokens per second through this connection; of the server's cache nothing is known."""
+        return EngineLoad(0.0, self._rate.per_s(time.perf_counter()))
+
+    async def died(self) -> str:
+        """Waits until the server has failed `health_misses` health checks in a row, or one right after a call broke."""
+        await self._death.wait()
+        return self._gone
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more calls, gives those that are out `grace_s` seconds, then ends the rest with EngineDied."""
+        self._gone = self._gone or "The engine was stopped."
+        await self._settle(grace_s)
+        self._lose(self._gone)
+        await self._settle(_CLOSE_S)
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.wait([self._watcher])
+        if self._client is not None:
+            await self._client.aclose()
+        self._watcher = self._client = None
+
+    async def _settle(self, timeout_s: float) -> None:
+        """Waits until no call is out, at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for run in list(self._runs.values()):
+                    await run.done.wait()
+
+    def _die(self, reason: str) -> None:
+        self._lose(self._gone or reason)
+        self._death.set()
+
+    def _lose(self, reason: str) -> None:
+        self._gone = reason
+        for run in self._runs.values():
+            run.end(aborted=False)
+
+    # -- the server
+
+    def _connect(self) -> httpx.AsyncClient:
+        try:
+            import httpx
+        except ImportError as e:
+            raise EngineDied("A remote server needs httpx: pip install rsm-engine[openai]") from e
+        key = self._key.get_secret_value()
+        return httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(self._timeout_s, connect=10.0, pool=None),
+            # The worker bounds the calls; a full pool would make the health check wait, and a live server look dead.
+            limits=httpx.Limits(max_connections=None),
+        )
+
+    async def _greet(self, client: httpx.AsyncClient) -> None:
+        status, models = await self._first_answer(client)
+        if status in (401, 403):
+            raise EngineDied(f"{self._where} refuses the API key; set {API_KEY_VARIABLE}.")
+        if not _answers(status):
+            raise EngineDied(f"No OpenAI-compatible server answers at {self._where}.")
+        owners = {m.get("owned_by") for m in models if isinstance(m.get("owned_by"), str)}
+        self._is_vllm = "vllm" in owners
+        self._continues_chats = bool(owners & _CONTINUE_CHATS)
+        self._model = self._model or next((str(m["id"]) for m in models if m.get("id")), "")
+        if not self._model:
+            raise EngineDied(f"{self._where} lists no models; name the one to use.")
+
+    async def _first_answer(self, client: httpx.AsyncClient) -> tuple[int, list[dict[str, Any]]]:
+        """As `_models`, but asked until the server is there, at most `connect_s` seconds."""
+        until, told = time.monotonic() + self._connect_s, False
+        while True:
+            found = await self._models(client)
+            if _answers(found[0]) or time.monotonic() > until:
+                return found
+            if not told:
+                log.warning("waiting for a server at %s, at most %.0f s", self._where, self._connect_s)
+                told = True
+            await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def _models(self, client: httpx.AsyncClient) -> tuple[int, list[dict[str, Any]]]:
+        """The status of GET /models, 0 if nobody answers, and the models listed."""
+        import httpx
+
+        try:
+            reply = await client.get(f"{self._base_url}/models", timeout=self._health_s)
+        except (httpx.HTTPError, httpx.InvalidURL):
+            return 0, []
+        try:
+            listed = document(reply.content).get("data") if reply.is_success else None
+        except EngineError:  # reachable it is, whatever it says
+            listed = None
+        return reply.status_code, [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
+
+    async def _watch(self) -> None:
+        while self._client is not None:
+            await asyncio.sleep(self._health_s)
+            status, _ = await self._models(self._client)
+            self._misses = 0 if _answers(status) else self._misses + 1
+            if self._misses >= self._health_misses:
+                self._die(f"{self._where} has not answered {self._misses} health checks in a row.")
+                return
+
+    async def _is_there(self) -> bool:
+        """Whether the server answers now. Asked once for all calls that broke at the same time."""
+        if self._doubt is None or self._doubt.done():
+            self._doubt = asyncio.create_task(self._ask(), name="openai-doubt")
+        return await asyncio.shield(self._doubt)
+
+    async def _ask(self) -> bool:
+        if self._client is None:
+            return False
+        return _answers((await self._models(self._client))[0])
+
+    # -- one call
+
+    async def _converse(self, ex: Exchange, job: Job, emit: Callable[[Piece], None]) -> None:
+        import httpx
+
+        try:
+            await self._exchange(ex, job, emit)
+        except httpx.HTTPError as e:
+            # The answer was whole; only its last words are missing.
+            if not ex.finished:
+                raise await self._lost(ex, job, f"The connection to {self._where} failed: {type(e).__name__}.") from e
+        except EngineError as e:
+            raise await self._lost(ex, job, str(e)) from e
+        if not ex.streams:
+            self._rate.add(ex.tokens(), time.perf_counter())
+
+    async def _lost(self, ex: Exchange, job: Job, why: str) -> CallRejected | EngineError | EngineDied:
+        """What a broken call means: its server is gone, with all it ran; or this one attempt failed."""
+        died = not await self._is_there()
+        if died:
+            self._die(f"{self._where} does not answer any more.")
+        # A call that says itself what a loss means to it need not be continuable.
+        if ex.continuable or job.on_engine_loss == "restart" or (died and job.on_engine_loss == "fail"):
+            return EngineDied(self._gone) if died else EngineError(why)
+        return CallRejected(CANNOT_CONTINUE)
+
+    async def _exchange(self, ex: Exchange, job: Job, emit: Callable[[Piece], None]) -> None:
+        if self._client is None:
+            raise EngineDied(self._gone)
+        headers = {"Content-Type": "application/json"}
+        if job.traceparent:
+            headers["traceparent"] = job.traceparent
+        url, content = self._base_url + ex.path, ex.content()
+        async with self._client.stream("POST", url, content=content, headers=headers) as reply:
+            if reply.status_code != 200:
+                raise error(reply.status_code, await _whole(reply), self._key.get_secret_value())
+            if ex.streams:
+                await self._read_stream(ex, reply, emit)
+            else:
+                data = await _whole(reply)
+                with readable():
+                    ex.whole(data)
+
+    async def _read_stream(self, ex: Exchange, reply: httpx.Response, emit: Callable[[Piece], None]) -> None:
+        parser = SseParser()
+        chunks_of_bytes = cast("AsyncGenerator[bytes, None]", reply.aiter_bytes())
+        async with aclosing(chunks_of_bytes) as chunks:
+            async for data in chunks:
+                self._misses = 0  # a server that is busy answering is not dead, even if its health check is late
+                if self._take(ex, parser.feed(data), emit):
+                    return
+        if not self._take(ex, parser.close(), emit) and not ex.finished:
+            raise EngineError(f"{self._where} ended its stream before the answer was whole.")
+
+    def _take(self, ex: Exchange, events: list[str], emit: Callable[[Piece], None]) -> bool:
+        """Publishes events; True behind the last one."""
+        for data in events:
+            if data == _DONE:
+                return True
+            doc = document(data)
+            if (wrong := error_inside(doc, self._key.get_secret_value())) is not None:
+                raise wrong
+            before = ex.tokens()
+            with readable():
+                piece = ex.chunk(doc, data)
+            self._rate.add(max(0, ex.tokens() - before), time.perf_counter())
+            if piece is not None:
+                emit(piece)
+        return False
+
+
+async def _whole(reply: httpx.Response) -> bytes:
+    """A reply's body.
+
+    Raises:
+        EngineError: it is larger than any sound one.
+    """
+    parts: list[bytes] = []
+    size = 0
+    async for part in reply.aiter_bytes():
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BYTES:
+            raise EngineError("The server sent a body that does not end.")
+    return b"".join(parts)

@@ -1,0 +1,288 @@
+"""Calls to an OpenAI-compatible server: what is sent for a job, and what is made of the reply."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from rsm.broker.protocol.models import MAX_PROMPT_TOKENS
+from rsm.workers.backends.base import CallRejected, Job, Outcome, Piece, Resumed
+from rsm.workers.backends.openai.resume import CANNOT_CONTINUE, Said
+from rsm.workers.backends.openai.wire import choice_text, document
+
+_PATHS = {"chat.completions": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+_DEFAULT_MAX_TOKENS = 16  # of the completions API, if the call does not say
+_CHARS_A_TOKEN = 4  # the usual estimate, where the server's own count cannot be had
+
+
+class Exchange:
+    """One request and its reply; a class for each kind of call.
+
+    Attributes:
+        streams: the server is asked for an event stream.
+        complete: nothing is left to ask for; an earlier attempt had everything.
+        finished: the answer is whole, even if the connection breaks now.
+    """
+
+    complete = False
+
+    def __init__(self, job: Job, path: str, body: dict[str, Any], streams: bool) -> None:
+        self.path = path
+        self.streams = streams
+        self.began = time.perf_counter()
+        self._size = prompt_size(job.body)
+        self._first: float | None = None
+        self._usage: dict[str, Any] = {}
+        self._body = {**body, "stream": streams} if path != "/embeddings" else body
+        if streams:
+            self._body["stream_options"] = {**stream_options(body), "include_usage": True}
+        else:
+            self._body.pop("stream_options", None)
+
+    @property
+    def finished(self) -> bool:
+        return False
+
+    @property
+    def continuable(self) -> bool:
+        """Another attempt could still give this call what it promised."""
+        return True
+
+    def content(self) -> bytes:
+        """The request's body.
+
+        Raises:
+            CallRejected: it holds something that JSON cannot express.
+        """
+        try:
+            return json.dumps(self._body, allow_nan=False, separators=(",", ":")).encode()
+        except (TypeError, ValueError, RecursionError) as e:
+            raise CallRejected("The body holds something that JSON cannot express; use text, numbers and lists.") from e
+
+    def chunk(self, doc: dict[str, Any], data: str) -> Piece | None:
+        """Takes one event of the stream; returns what to publish of it."""
+        raise NotImplementedError
+
+    def whole(self, data: bytes) -> None:
+        """Takes the body of a reply that is no stream."""
+        raise NotImplementedError
+
+    def outcome(self, aborted: bool = False) -> Outcome:
+        """What came of it."""
+        raise NotImplementedError
+
+    def tokens(self) -> int:
+        """Output tokens of this attempt, as far as they are known."""
+        return _number(self._usage.get("completion_tokens"))
+
+    def _note(self, doc: dict[str, Any]) -> None:
+        self._usage = doc.get("usage") or self._usage
+
+    def _note_first(self) -> None:
+        if self._first is None:
+            self._first = time.perf_counter()
+
+    def _counts(self, before: int = 0, produced: int = 0) -> tuple[int, int, int]:
+        """Tokens of prompt and output, and how many of the prompt were cached.
+
+        `before` output tokens were sent along as part of the prompt; `produced` were counted here.
+        """
+        prompt = max(0, _number(self._usage.get("prompt_tokens")) - before) if self._usage else self._size
+        output = before + (_number(self._usage.get("completion_tokens")) if self._usage else produced)
+        cached = _number((self._usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+        return prompt, output, min(cached, prompt)
+
+    def _ttft_ms(self) -> float | None:
+        return None if self._first is None else (self._first - self.began) * 1000
+
+
+class GenerateExchange(Exchange):
+    """`generate`, over /completions. It always streams: only so does an abort have a partial output.
+
+    An earlier attempt is continued by sending what it said behind the prompt. A stop string that began in there and
+    ends in here is not seen.
+    """
+
+    def __init__(self, job: Job, model: str, return_token_ids: bool) -> None:
+        prompt = _prompt(job.body)
+        params = {k: v for k, v in job.body.items() if k not in ("prompt", "prompt_token_ids") and v is not None}
+        if params.get("n", 1) != 1:
+            raise CallRejected("n must be 1.")
+        limit = params.get("max_tokens", _DEFAULT_MAX_TOKENS)
+        if not isinstance(limit, int) or limit < 1:
+            raise CallRejected("max_tokens must be a whole number from 1.")
+        before = job.resumed or Resumed("", [], [], 0)
+        self._before, self._reason = _said(before)
+        self._text = [before.text]
+        self._ids = list(before.token_ids)
+        self._chunks = 0
+        self.complete = bool(self._reason) or self._before >= limit
+        if self._before:
+            prompt = _continued(prompt, before, self._before)
+        body = {**params, "model": params.get("model") or model, "prompt": prompt, "max_tokens": limit - self._before}
+        if return_token_ids:
+            body["return_token_ids"] = True
+        super().__init__(job, "/completions", body, streams=True)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._reason)
+
+    def chunk(self, doc: dict[str, Any], data: str) -> Piece | None:
+        self._note(doc)
+        choice: dict[str, Any] = next(iter(doc.get("choices") or ()), {})
+        text, ids, reason = choice.get("text") or "", choice.get("token_ids") or [], choice.get("finish_reason") or ""
+        if not (text or ids or reason):
+            return None
+        if not (isinstance(text, str) and isinstance(reason, str) and all(type(i) is int for i in ids)):
+            raise TypeError("a field of a choice is of another type")
+        self._note_first()
+        self._reason = reason or self._reason
+        self._chunks += bool(text or ids)
+        self._text.append(text)
+        self._ids += ids
+        return Piece(text, ids, replay=f"{self._produced()} {reason}".rstrip())
+
+    def outcome(self, aborted: bool = False) -> Outcome:
+        reason = self._reason or ("abort" if aborted else "length")
+        counts = self._counts(self._before, self._produced() - self._before)
+        return Outcome(reason, "".join(self._text), self._ids, *counts, self._ttft_ms())
+
+    def tokens(self) -> int:
+        return super().tokens() or self._produced() - self._before
+
+    def _produced(self) -> int:
+        """Output tokens so far; without ids a chunk counts as one, which it nearly always is."""
+        return max(len(self._ids), self._before + self._chunks)
+
+
+class OpenAIExchange(Exchange):
+    """An OpenAI kind, passed on as it is."""
+
+    def __init__(self, job: Job, model: str, chats: bool) -> None:
+        body = {**job.body, "model": job.body.get("model") or model}
+        self._kind, self._asked, self._chats = job.kind, body, chats
+        self._said = Said(job.resumed.published if job.resumed is not None else ())
+        self._before = self._said.tokens
+        self._asked_usage = bool(stream_options(job.body).get("include_usage"))
+        self._response: dict[str, Any] | None = None
+        self.complete = self._said.assembler.finished
+        if self._said.chunks and not self.complete:
+            body = self._said.continued(job.kind, body, chats)
+        super().__init__(job, _PATHS[job.kind], body, streams=job.stream and job.kind != "embeddings")
+
+    @property
+    def finished(self) -> bool:
+        return self._said.assembler.finished
+
+    @property
+    def continuable(self) -> bool:
+        return self._said.continuable(self._kind, self._asked, self._chats)
+
+    def chunk(self, doc: dict[str, Any], data: str) -> Piece | None:
+        self._note(doc)
+        adapted = self._said.adapt(doc)
+        if adapted is None:
+            return None
+        if self._said.take(adapted):
+            self._note_first()
+        if not doc.get("choices") and doc.get("usage"):
+            if not self._asked_usage:
+                return None
+            adapted["usage"] = self._whole_usage()
+        return Piece(chunk=data if adapted is doc and _is_line(data) else json.dumps(adapted, separators=(",", ":")))
+
+    def whole(self, data: bytes) -> None:
+        self._response = document(data)
+        self._note(self._response)
+
+    def outcome(self, aborted: bool = False) -> Outcome:
+        if self.streams:
+            assembler = self._said.assembler
+            reason = "abort" if aborted and not self.finished else assembler.finish_reason
+            response = assembler.response(self._whole_usage(), reason)
+            counts = self._counts(self._before, self._said.tokens - self._before)
+            return Outcome(reason, assembler.text, [], *counts, self._ttft_ms(), response)
+        if self._response is None:
+            return Outcome("abort", prompt_tokens=self._size)
+        choice: dict[str, Any] = next(iter(self._response.get("choices") or ()), {})
+        reason = str(choice.get("finish_reason") or "stop")
+        return Outcome(reason, choice_text(choice), [], *self._counts(), response=self._response)
+
+    def tokens(self) -> int:
+        return super().tokens() or self._said.tokens - self._before
+
+    def _whole_usage(self) -> dict[str, Any] | None:
+        """The server's usage, as if what earlier attempts said had been output here."""
+        if not self._usage or not self._before:
+            return self._usage or None
+        prompt, output, _ = self._counts(self._before)
+        return {**self._usage, "prompt_tokens": prompt, "completion_tokens": output}
+
+
+def exchange(job: Job, model: str, return_token_ids: bool, chats: bool = False) -> Exchange:
+    """The exchange for a job. `chats`: the server can go on with a message of the assistant that was begun.
+
+    Raises:
+        CallRejected: the job cannot run on a remote server, or cannot go on there.
+    """
+    if job.kind == "generate":
+        return GenerateExchange(job, model, return_token_ids)
+    if job.kind in _PATHS:
+        return OpenAIExchange(job, model, chats)
+    raise CallRejected(f"A remote server does not serve {job.kind}.")
+
+
+def stream_options(body: dict[str, Any]) -> dict[str, Any]:
+    """The caller's stream options, as far as they are any."""
+    options = body.get("stream_options")
+    return options if isinstance(options, dict) else {}
+
+
+def prompt_size(body: dict[str, Any]) -> int:
+    """Estimate of a prompt's tokens, for calls that end before the server has counted them."""
+    ids = body.get("prompt_token_ids")
+    return len(ids) if isinstance(ids, list) else -(-_characters(body) // _CHARS_A_TOKEN)
+
+
+def _characters(body: dict[str, Any]) -> int:
+    messages = body.get("messages")
+    texts = [body.get("prompt"), body.get("input")]
+    texts += [m.get("content") for m in (messages if isinstance(messages, list) else ()) if isinstance(m, dict)]
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _prompt(body: dict[str, Any]) -> str | list[int]:
+    text, ids = body.get("prompt"), body.get("prompt_token_ids")
+    if (text is None) == (ids is None):
+        raise CallRejected("Give either prompt or prompt_token_ids.")
+    if text is not None and not isinstance(text, str):
+        raise CallRejected("The prompt must be a text; token ids belong into prompt_token_ids.")
+    if ids is not None and not isinstance(ids, list):
+        raise CallRejected("prompt_token_ids must be a list of whole numbers.")
+    return ids if isinstance(ids, list) else str(text)
+
+
+def _said(before: Resumed) -> tuple[int, str]:
+    """How many tokens an earlier attempt has published, and why it ended if it had come to its end."""
+    count, _, reason = (before.replays[-1] if before.replays else "").partition(" ")
+    known = max(len(before.token_ids), int(count) if count.isdecimal() else 0)
+    return known or -(-len(before.text) // _CHARS_A_TOKEN), reason if count.isdecimal() else ""
+
+
+def _continued(prompt: str | list[int], before: Resumed, count: int) -> str | list[int]:
+    if isinstance(prompt, str):
+        return prompt + before.text
+    if len(before.token_ids) < count:  # the server gave text only, and text cannot follow ids in one prompt
+        raise CallRejected(CANNOT_CONTINUE)
+    return prompt + before.token_ids
+
+
+def _is_line(data: str) -> bool:
+    return "\n" not in data and "\r" not in data
+
+
+def _number(value: Any) -> int:
+    """A count of tokens; what can be none is taken for no count."""
+    return value if isinstance(value, int) and 0 <= value <= MAX_PROMPT_TOKENS else 0

@@ -1,0 +1,3 @@
+"""A simulated engine."""
+
+__all__: list[str] = []

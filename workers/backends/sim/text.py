@@ -1,0 +1,188 @@
+"""What a simulated engine reads and says: tokens without a tokenizer, and answers that are a function of the prompt."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import Any
+from zlib import crc32
+
+from rsm.workers.backends.base import CallRejected
+
+VOCABULARY = 32_000
+EOS = 2
+_FIRST_WORD = 3  # ids below are special, as in most vocabularies
+_CYCLE = 1 << 15
+
+# About 4 characters a token; no piece spans a space, so that an answer read back in a later prompt gives its own ids.
+_PIECE = re.compile(r" w[0-9]{1,5}(?![0-9])|\s?\S{1,4}|\s+(?=\s\S)|\s+")
+# A text of nothing but the words that ids are printed as; benchmarks send these, and they are read ten times faster.
+_IDS = re.compile(r"(?: w(?:[1-9][0-9]{1,4}|[013-9]))++")
+
+
+def tokenize(text: str) -> list[int]:
+    """Token ids of a text: a longer text keeps all ids of its beginning but the last."""
+    if _IDS.fullmatch(text):
+        return [int(word) % VOCABULARY for word in text[2:].split(" w")]
+    return [_token(piece) for piece in _PIECE.findall(text)]
+
+
+def token_text(token: int) -> str:
+    """The printable form of an id."""
+    return "" if token == EOS else f" w{token}"
+
+
+@lru_cache(maxsize=1 << 16)
+def _token(piece: str) -> int:
+    if piece.startswith(" w") and piece[2:].isdecimal() and token_text(int(piece[2:])) == piece:
+        return int(piece[2:]) % VOCABULARY
+    return _FIRST_WORD + crc32(piece.encode("utf-8", "surrogatepass")) % (VOCABULARY - _FIRST_WORD)
+
+
+class _Words:
+    """One long cycle of words, twice over. An answer is a slice of it, so its length costs no loop."""
+
+    def __init__(self) -> None:
+        words = [crc32(n.to_bytes(4, "little")) % (VOCABULARY - _FIRST_WORD) + _FIRST_WORD for n in range(_CYCLE)]
+        self.ids = words * 2
+        self.text = "".join(map(token_text, self.ids))
+        self.ends = [0, *accumulate(len(token_text(token)) for token in self.ids)]
+
+    def chars(self, start: int, count: int) -> int:
+        rounds, rest = divmod(count, _CYCLE)
+        return rounds * self.ends[_CYCLE] + self.ends[start + rest] - self.ends[start]
+
+    def slice(self, start: int, count: int) -> tuple[list[int], str]:
+        rounds = -(-count // _CYCLE)
+        ids = self.ids[start : start + min(count, _CYCLE)]
+        text = self.text[self.ends[start] : self.ends[start + min(count, _CYCLE)]]
+        if rounds > 1:
+            ids, text = (ids * rounds)[:count], (text * rounds)[: self.chars(start, count)]
+        return ids, text
+
+
+@cache
+def _words() -> _Words:
+    return _Words()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Everything that the engine will say to one prompt.
+
+    Attributes:
+        held: characters kept back while it streams, because a stop string may have begun in them.
+    """
+
+    ids: list[int] = field(repr=False)
+    text: str = field(repr=False)
+    finish_reason: str
+    start: int
+    held: int = 0
+
+    def chars(self, tokens: int) -> int:
+        """Characters of text that this many tokens give."""
+        return min(_words().chars(self.start, tokens), len(self.text))
+
+    def released(self, tokens: int) -> int:
+        """Characters that may be published after this many tokens."""
+        if tokens >= len(self.ids):
+            return len(self.text)
+        return max(0, min(_words().chars(self.start, tokens) - self.held, len(self.text)))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt, and what makes its answer. Either `text` or `ids` was given."""
+
+    text: str = field(default="", repr=False)
+    ids: list[int] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def of(cls, value: Any) -> Prompt:
+        """Reads a prompt out of a body.
+
+        Raises:
+            CallRejected: it is neither text nor token ids, or empty.
+        """
+        if isinstance(value, str) and value:
+            return cls(text=value)
+        if isinstance(value, list) and value:
+            return cls(ids=value)
+        raise CallRejected("The prompt must be a text or a list of token ids, and not empty.")
+
+    def size(self) -> int:
+        """How many tokens it has."""
+        if self.ids:
+            return len(self.ids)
+        return self.text.count(" w") if _IDS.fullmatch(self.text) else len(_PIECE.findall(self.text))
+
+    def tokens(self) -> list[int]:
+        """Its token ids."""
+        return self.ids or tokenize(self.text)
+
+    def origin(self) -> tuple[int, int]:
+        """The seed of the answer, and how many words of that very answer the prompt ends with already.
+
+        A greedy model that reads the beginning of its own answer goes on where it ends; that is how an attempt goes on
+        on another server. Known by text alone; a prompt that ends in words of the same form by itself is not seen.
+        """
+        words = [] if _IDS.fullmatch(self.text) else _trailing_words(self.text)
+        if words:
+            head = Prompt(self.text.removesuffix("".join(words)))
+            if head.text and _words().slice(head.seed() % _CYCLE, len(words))[1] == "".join(words):
+                return head.seed(), len(words)
+        return self.seed(), 0
+
+    def seed(self) -> int:
+        """A number that stands for the prompt, the same in every process.
+
+        Raises:
+            CallRejected: its ids are not whole numbers from 0.
+        """
+        if self.text:
+            return crc32(self.text.encode("utf-8", "surrogatepass"))
+        try:
+            return crc32(array("Q", self.ids).tobytes())
+        except (TypeError, OverflowError) as e:
+            raise CallRejected("Token ids must be whole numbers from 0.") from e
+
+
+def _trailing_words(text: str) -> list[str]:
+    """The words, as answers have them, that a text ends with."""
+    words, end = [], len(text)
+    while (at := text.rfind(" w", 0, end)) >= 0 and text[at + 2 : end].isdecimal():
+        words.append(text[at:end])
+        end = at
+    return words[::-1]
+
+
+def answer(seed: int, limit: int, stops: tuple[str, ...] = (), eos_mean: int = 0, said: int = 0) -> Answer:
+    """The answer to a prompt with this seed: at most `limit` tokens, less where it ends by itself or at a stop string.
+
+    `eos_mean` 0: it never ends by itself. Its first `said` tokens are out already. Like vLLM, the text ends before a
+    stop string, the ids behind it.
+    """
+    start = (seed + said) % _CYCLE
+    length, reason = limit, "length"
+    if eos_mean and (own := max(1, 1 + crc32(seed.to_bytes(4, "little")) % (2 * eos_mean) - said)) < limit:
+        length, reason = own, "stop"
+    ids, text = _words().slice(start, length)
+    if reason == "stop":
+        ids.append(EOS)
+    found = Answer(ids, text, reason, start, max(map(len, stops), default=1) - 1)
+    return _stopped(found, stops) if stops else found
+
+
+def _stopped(whole: Answer, stops: tuple[str, ...]) -> Answer:
+    """The answer up to the stop string that is complete first."""
+    hits = [(at + len(stop), at) for stop in stops if (at := whole.text.find(stop)) >= 0]
+    if not hits:
+        return whole
+    end, at = min(hits)
+    tokens = bisect_left(range(len(whole.ids)), end, key=whole.chars)
+    return Answer(whole.ids[:tokens], whole.text[:at], "stop", whole.start, whole.held)

@@ -1,0 +1,3 @@
+"""vLLM in this process."""
+
+__all__: list[str] = []

@@ -1,0 +1,179 @@
+"""From an EngineConfig to vLLM's own arguments and environment."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rsm.workers.backends.base import EngineDied
+from rsm.workers.backends.vllm.guard import FACTORY, PLAS, SCHEDULER_VARIABLE
+from rsm.workers.config import EngineConfig
+
+TINY_NAME = "tiny-llama"
+
+# vLLM moves this module about: 0.20, 0.32, 0.33.
+_PARSER_MODULES = ("common", "launchers", "openai")
+_CPU_KV_BYTES = 256 << 20
+_CPU_BATCHED_TOKENS = 2048
+_CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # more threads than cores make every token wait for the slowest
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs inside EngineCore: one process less
+    "TORCH_COMPILE_DISABLE": "1",
+}
+_visible_at_first: str | None = None
+
+
+def on_gpu() -> bool:
+    """There is an NVIDIA GPU, and vLLM is not built for CPUs. Asks without loading CUDA."""
+    has_device = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    return has_device and not _is_cpu_build()
+
+
+def prepare_environment(config: EngineConfig) -> None:
+    """Sets what must stand in the environment before torch or vLLM is imported.
+
+    Raises:
+        EngineDied: the machine has fewer GPUs than the engine wants.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if on_gpu():
+        # A fork would take this process's Redis connections along, and locks that its threads hold.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ["CUDA_VISIBLE_DEVICES"] = _devices(config.gpu_id, config.tensor_parallel_size)
+        return
+    for name, value in _CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _devices(first: int, count: int) -> str:
+    """GPUs are counted among those that this process may see, as a job scheduler has set them."""
+    global _visible_at_first
+    if _visible_at_first is None:
+        _visible_at_first = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not _visible_at_first:
+        return ",".join(str(i) for i in range(first, first + count))
+    visible = _visible_at_first.split(",")[first : first + count]
+    if len(visible) < count:
+        raise EngineDied(f"GPUs {first} to {first + count - 1} are not among those visible ({_visible_at_first}).")
+    return ",".join(visible)
+
+
+def _is_cpu_build() -> bool:
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return name == "vllm-cpu" or "cpu" in version
+    return False
+
+
+def parse(config: EngineConfig, model: str) -> Any:
+    """vLLM's namespace of engine and server arguments.
+
+    Raises:
+        EngineDied: vLLM does not take an argument; the message names it.
+    """
+    parser, check = _parser()
+    asked = {name.lstrip("-").replace("-", "_"): value for name, value in config.engine_args.items()}
+    unknown = [name for name in asked if f"--{name.replace('_', '-')}" not in parser._option_string_actions]
+    if unknown:
+        raise EngineDied(f"This vLLM knows no argument {', '.join(unknown)}.")
+    by_default = defaults(config, model, parser._option_string_actions)
+    line = command_line({**by_default, **_scheduler(config, asked), **asked})
+
+    def refuse(message: str) -> None:
+        raise EngineDied(f"vLLM does not take its arguments: {message}")
+
+    parser.error = refuse  # argparse would end the process
+    args = parser.parse_args(line)
+    try:
+        check(args)
+    except (TypeError, ValueError) as e:
+        refuse(str(e))
+    return args
+
+
+def _parser() -> tuple[Any, Any]:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    for where in _PARSER_MODULES:
+        try:
+            module = importlib.import_module(f"vllm.entrypoints.{where}.cli_args")
+        except ModuleNotFoundError:
+            continue
+        check = getattr(module, "validate_parsed_serve_args", lambda _: None)
+        return module.make_arg_parser(FlexibleArgumentParser()), check
+    raise EngineDied("This version of vLLM is not supported: its command line arguments are not where they were.")
+
+
+def displaces(config: EngineConfig) -> bool:
+    """The engine runs with our scheduler, which lets a better call take a running one's place."""
+    asked = {name.lstrip("-").replace("-", "_") for name in config.engine_args}
+    return config.scheduler == "plas" and not asked & {"scheduler_cls", "scheduling_policy"}
+
+
+def _scheduler(config: EngineConfig, asked: dict[str, Any]) -> dict[str, Any]:
+    """Arguments about the scheduler. Whichever it is, our factory makes it, so that the engine dies with its worker."""
+    own = asked.pop("scheduler_cls", None) or ""
+    named = own if isinstance(own, str) else f"{own.__module__}.{own.__qualname__}"
+    os.environ[SCHEDULER_VARIABLE] = PLAS if displaces(config) else named
+    policy = "fcfs" if config.scheduler == "fcfs" and not named else "priority"
+    return {"scheduling_policy": policy, "scheduler_cls": FACTORY}
+
+
+def defaults(config: EngineConfig, model: str, known: Any) -> dict[str, Any]:
+    """Arguments unless the user says otherwise; those that this vLLM does not know are left out."""
+    tiny = not config.model
+    found: dict[str, Any] = {
+        "model": model,
+        "served_model_name": [config.served_name or TINY_NAME],
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "trust_remote_code": config.trust_remote_code or None,
+        "dtype": config.dtype,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,  # the logger would print what the monitor shows; the numbers come all the same
+    }
+    if tiny:
+        tools = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "tool_strict_level": "parameter"}
+        found |= {name: value for name, value in tools.items() if f"--{name.replace('_', '-')}" in known}
+    if not on_gpu():
+        found |= _cpu_defaults(config, tiny)
+    return found
+
+
+def _cpu_defaults(config: EngineConfig, tiny: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "enforce_eager": True,
+        "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, config.max_num_seqs),
+    }
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        found["kv_cache_memory_bytes"] = _CPU_KV_BYTES
+    if tiny and config.dtype == "auto":
+        found["dtype"] = "float32"
+    return found
+
+
+def command_line(arguments: dict[str, Any]) -> list[str]:
+    """As one would type them: flags for truths, JSON for objects, nothing for None."""
+    line: list[str] = []
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            line.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, (list, tuple)):
+            line += [flag, *(_text(item) for item in value)]
+        elif value is not None:
+            line.append(f"{flag}={_text(value)}")
+    return line
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)

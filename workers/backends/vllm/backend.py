@@ -1,0 +1,291 @@
+"""vLLM in this process: an AsyncLLM, and vLLM's own HTTP application without a socket.
+
+vLLM is imported by `start` alone: whoever only names this backend needs none of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from rsm.broker.settings import Settings
+from rsm.workers.backends.base import Backend, CallRejected, EngineDied, EngineFacts, EngineLoad, Job, Outcome, Piece
+from rsm.workers.backends.vllm.args import TINY_NAME, displaces, parse, prepare_environment
+from rsm.workers.backends.vllm.engine import GONE, Engine
+from rsm.workers.backends.vllm.generate import GenerateCall
+from rsm.workers.backends.vllm.openai import PATHS, OpenAICall, ProxyEngineClient
+from rsm.workers.backends.vllm.tiny_model import ensure_tiny_model
+from rsm.workers.config import EngineConfig
+from rsm.workers.meters.rate import RateMeter
+from rsm.workers.meters.speed import SpeedMeter, StepWindow
+from rsm.workers.scheduling.program import rules_of, worst_rank
+from rsm.workers.scheduling.service import create_unit
+
+log = logging.getLogger("rsm.worker")
+
+_NOT_STARTED = "The engine is not running."
+_POLL_S = 0.2
+_READY_S = 120.0  # for the first answer of an engine process that says it is up
+_SETTLE_S = 5.0
+
+
+@dataclass(slots=True)
+class _Run:
+    job: Job
+    call: GenerateCall | OpenAICall
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Meter:
+    """What vLLM calls a stat logger: it hears of every step of the engine."""
+
+    def __init__(self) -> None:
+        self.kv_usage = 0.0
+        self.rate = RateMeter()
+        self.speed = SpeedMeter()
+        self.steps = 0
+        self._window = StepWindow(self.speed)
+        self._busy_since: float | None = None  # the end of the step before, if calls were left then
+
+    def begin(self) -> None:
+        """A call is handed over: if the engine was idle, its next step begins now."""
+        if self._busy_since is None:
+            self._busy_since = time.perf_counter()
+
+    def idle(self) -> None:
+        """No call is left: what passes from now on is no work."""
+        self._busy_since = None
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        self.steps += 1
+        now = time.perf_counter()
+        if iteration_stats is not None:
+            self.rate.add(iteration_stats.num_generation_tokens, now)
+        if self._busy_since is not None:
+            self._window.add(now - self._busy_since, _computed(iteration_stats), _generated(iteration_stats))
+        self._busy_since = None
+        if scheduler_stats is not None:
+            self.kv_usage = scheduler_stats.kv_cache_usage
+            if scheduler_stats.num_running_reqs or scheduler_stats.num_waiting_reqs:
+                self._busy_since = now
+            else:
+                self._window.flush()
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
+
+    def log(self) -> None:
+        """Nothing to say."""
+
+    def record_sleep_state(self, *_: Any, **__: Any) -> None:
+        """Nothing to say."""
+
+
+def _generated(stats: Any) -> int:
+    return stats.num_generation_tokens if stats is not None else 0
+
+
+def _computed(stats: Any) -> int:
+    """Tokens of the prompts whose last part this step computed, without those that were cached."""
+    tokens = getattr(stats, "prompt_token_stats", None)
+    if tokens is not None:
+        return int(tokens.computed)
+    return int(getattr(stats, "num_prompt_tokens", 0))  # a vLLM that does not tell them apart
+
+
+class VllmBackend(Backend):
+    """One vLLM engine.
+
+    `start` builds it in the thread that calls it, which must live as long as the engine: the engine's process is told
+    to end when that thread does.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._engine: Engine | None = None
+        self._meter = Meter()
+        self._runs: dict[str, _Run] = {}
+        settings = Settings()
+        self._unit = create_unit(settings.service_unit) if displaces(config) else None
+        self._rules = rules_of(settings)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> VllmBackend:
+        return cls(config)
+
+    async def start(self) -> EngineFacts:
+        """Loads vLLM and the model; takes seconds to minutes, during most of which the event loop stands still.
+
+        Raises:
+            EngineDied: vLLM is missing, or does not come up with this configuration.
+        """
+        prepare_environment(self._config)
+        try:
+            vllm = await asyncio.to_thread(_import)
+            args, config = await asyncio.to_thread(self._configure, vllm)
+            llm = vllm.AsyncLLM.from_vllm_config(
+                vllm_config=config,
+                usage_context=vllm.usage,
+                stat_loggers=[lambda *_, **__: self._meter],
+                enable_log_requests=args.enable_log_requests,
+                disable_log_stats=args.disable_log_stats,
+            )
+        except EngineDied:
+            raise
+        except Exception as e:
+            raise EngineDied(f"vLLM could not start: {type(e).__name__}: {e}") from e
+        try:
+            self._engine = await self._open(vllm, llm, args)
+        except BaseException as e:
+            await asyncio.shield(asyncio.to_thread(llm.shutdown))
+            if isinstance(e, Exception) and not isinstance(e, EngineDied):
+                raise EngineDied(f"vLLM came up and failed at once: {type(e).__name__}: {e}") from e
+            raise
+        return self._facts(vllm.version, config)
+
+    def _configure(self, vllm: Any) -> tuple[Any, Any]:
+        """vLLM's arguments, and the configuration that it makes of them. Reads the model's files."""
+        model = self._config.model or str(ensure_tiny_model())
+        args = parse(self._config, model)
+        return args, vllm.AsyncEngineArgs.from_cli_args(args).create_engine_config(vllm.usage)
+
+    async def _open(self, vllm: Any, llm: Any, args: Any) -> Engine:
+        tasks = await asyncio.wait_for(llm.get_supported_tasks(), _READY_S)
+        engine = Engine.of(llm, self._config.served_name or TINY_NAME)
+        engine.app = vllm.build_app(args, tasks, llm.model_config)
+        await vllm.init_app_state(ProxyEngineClient(llm), engine.app.state, args, tasks)
+        # Its exception handler tells the server to exit when the engine is dead; here there is none.
+        engine.app.state.server = SimpleNamespace(should_exit=False)
+        return engine
+
+    def _facts(self, version: str, config: Any) -> EngineFacts:
+        cache = config.cache_config
+        return EngineFacts(
+            model=self._config.served_name or TINY_NAME,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            kv_tokens=(cache.num_gpu_blocks or 0) * (cache.block_size or 0),
+            version=version,
+        )
+
+    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+        """Runs one call. `ttft_ms` counts from here; a call that does not stream has it from vLLM's own clock."""
+        engine = self._engine
+        if engine is None:
+            raise EngineDied(_NOT_STARTED)
+        if engine.dead:
+            raise EngineDied(GONE)
+        if engine.ending:
+            await asyncio.sleep(_POLL_S)  # not at once: the call may well be given to us again until we are gone
+            return Outcome("abort")
+        call: GenerateCall | OpenAICall
+        if job.kind == "generate":
+            call = GenerateCall(engine, job, emit)
+        elif job.kind in PATHS:
+            call = OpenAICall(engine, job, emit)
+        else:
+            raise CallRejected(f"vLLM does not serve {job.kind}.")
+        run = self._runs[job.key] = _Run(job, call)
+        self._meter.begin()
+        try:
+            return await call.run()
+        finally:
+            run.done.set()
+            del self._runs[job.key]
+            if not self._runs:
+                self._meter.idle()
+
+    def abort(self, key: str) -> None:
+        if (run := self._runs.get(key)) is not None:
+            run.call.abort()
+
+    def load(self) -> EngineLoad:
+        """From vLLM's own statistics. It sends none while it idles, when nothing of the cache is in use."""
+        kv_usage = self._meter.kv_usage if self._runs else 0.0
+        speed = self._meter.speed
+        tokens_per_s = self._meter.rate.per_s(time.perf_counter())
+        return EngineLoad(kv_usage, tokens_per_s, speed.speed if speed.measured else None)
+
+    def bar(self) -> tuple[int, int] | None:
+        if self._unit is None:
+            return None
+        used = [(run.job, run.call.used()) for run in list(self._runs.values())]
+        return worst_rank(used, self._config.max_num_seqs, self._unit, self._rules)
+
+    def progress(self) -> int:
+        """Steps of the engine, also those that only prefill a part of a prompt."""
+        return self._meter.steps
+
+    async def died(self) -> str:
+        while True:  # vLLM has no event for it that outlives its own tasks
+            if self._engine is not None and (self._engine.dead or self._engine.ending):
+                return GONE
+            await asyncio.sleep(_POLL_S)
+
+    async def stop(self, grace_s: float) -> None:
+        """Gives running calls `grace_s` seconds, aborts the rest, and ends vLLM's processes."""
+        engine = self._engine
+        if engine is None:
+            return
+        await self._settle(grace_s if not engine.dead else 0.0)
+        for run in list(self._runs.values()):
+            run.call.abort()
+        await self._settle(_SETTLE_S)
+        self._engine = None  # from here on its death is no news
+        engine.close()
+        if (listener := getattr(engine.llm, "output_handler", None)) is not None:
+            listener.cancel()  # it would take the end of the engine for an accident, and say so in the log
+        await asyncio.to_thread(partial(_shut_down, engine.llm))
+        await asyncio.sleep(0)  # its sockets are closed in the event loop
+        with suppress(Exception):  # nothing hangs on it but a warning
+            _forget(engine.llm)
+
+    async def _settle(self, timeout_s: float) -> None:
+        """Waits until no call is running, at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for run in list(self._runs.values()):
+                    await run.done.wait()
+
+
+def _import() -> Any:
+    """Everything that is needed of vLLM; takes seconds."""
+    try:
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.openai.api_server import build_app, init_app_state
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ModuleNotFoundError as e:
+        if e.name != "vllm":
+            raise
+        raise EngineDied("vLLM is not installed: pip install rsm-engine[vllm]") from e
+    return SimpleNamespace(
+        version=vllm.__version__,
+        AsyncEngineArgs=AsyncEngineArgs,
+        AsyncLLM=AsyncLLM,
+        build_app=build_app,
+        init_app_state=init_app_state,
+        usage=UsageContext.OPENAI_API_SERVER,
+    )
+
+
+def _forget(llm: Any) -> None:
+    """Ends what vLLM leaves open of ZeroMQ: the context that its sockets were made from, by way of an asyncio one."""
+    core = llm.engine_core
+    for left in list(getattr(core.ctx, "_sockets", ())):  # it would wait for these for ever
+        left.close(linger=0)
+    core.resources.ctx.destroy(linger=0)
+
+
+def _shut_down(llm: Any) -> None:
+    try:
+        llm.shutdown()
+    except Exception as e:  # its processes are gone all the same
+        log.debug("vLLM's shutdown said %s", type(e).__name__)

@@ -1,0 +1,54 @@
+"""What runs inside vLLM's EngineCore process: a scheduler factory that ties that process's life to the worker's.
+
+vLLM's EngineCore outlives a worker that is killed (SIGKILL, out of memory), and holds the GPU's memory for ever. It
+asks for its scheduler in its main thread: that is the place to ask the kernel for a signal on the parent's death.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import signal
+from typing import Any
+
+FACTORY = "rsm.workers.backends.vllm.guard.make_scheduler"
+
+PLAS = "rsm.workers.scheduling.vllm_plugin.make_scheduler"
+
+# The scheduler class that is to be made, for the child to find: the user's, or PLAS; none: vLLM's own.
+SCHEDULER_VARIABLE = "RSM_VLLM_SCHEDULER_CLS"
+
+_PR_SET_PDEATHSIG = 1
+
+
+def make_scheduler(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for the scheduler class: takes what vLLM gives, returns the scheduler that would have been used."""
+    die_with_parent()
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    return _scheduler_class(config)(*args, **kwargs)
+
+
+def die_with_parent() -> None:
+    """Has the kernel send SIGTERM to this process when the thread that started it is gone; vLLM then ends by itself."""
+    parent = multiprocessing.parent_process()
+    if parent is None:  # started by something else than multiprocessing (Ray), which looks after it
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent.pid:  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _scheduler_class(config: Any) -> Any:
+    named = os.environ.get(SCHEDULER_VARIABLE, "")
+    if named:
+        module, _, name = named.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+    if config.scheduler_config.async_scheduling:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        return AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return Scheduler

@@ -1,0 +1,202 @@
+"""The thread that writes what an engine produces: pieces, ends and give-backs, many calls a round trip.
+
+It takes whatever has gathered while the last round trip was on its way, so a busy engine makes larger batches, not
+longer queues. Pieces of one call that gathered meanwhile become one event.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.factory import persist
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.messages import Event, Fence, Finish, Release
+from rsm.broker.protocol.transitions import Transitions
+from rsm.broker.settings import Settings
+from rsm.workers.backends.base import Piece
+
+
+@dataclass(slots=True)
+class Output:
+    """A piece of a streamed call on its way out. `numbers` counts the call's events across attempts."""
+
+    fence: Fence
+    numbers: list[int]
+    piece: Piece
+
+
+@dataclass(slots=True)
+class Ended:
+    """A call's end on its way out, behind all of its pieces."""
+
+    finish: Finish
+    numbers: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """A ring of the engine's own bell, behind whatever was put before: there is room for more calls."""
+
+
+@dataclass(slots=True)
+class _Gathered:
+    pieces: dict[Fence, Event] = field(default_factory=dict)
+    finishes: list[Finish] = field(default_factory=list)
+    releases: list[Release] = field(default_factory=list)
+    ring: bool = False
+
+    def leaving(self) -> list[Fence]:
+        return [*(f.fence for f in self.finishes), *(r.fence for r in self.releases)]
+
+
+Item = Output | Ended | Release | Ring
+_GAP = "Redis lost a part of what the call had published."
+_CLOSE = None
+
+
+class Publisher(threading.Thread):
+    """Publishes for one engine.
+
+    Args:
+        stale: called from this thread with the fences of calls that are no longer this worker's.
+        gap: called from this thread with the fences of calls of which Redis has lost events.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        settings: Settings,
+        transitions: Transitions,
+        stale: Callable[[list[Fence]], None],
+        gap: Callable[[list[Fence]], None],
+    ) -> None:
+        super().__init__(name="rsm-publish", daemon=True)
+        self._engine = engine
+        self._batch = settings.batch
+        self._wait = settings.wait_command()
+        self._transitions = transitions
+        self._stale = stale
+        self._gap = gap
+        self._leaving: dict[Fence, None] = {}
+        self._line = Line(settings)
+        self._queue: SimpleQueue[Item | None] = SimpleQueue()
+        self._abandoned = threading.Event()
+
+    def put(self, item: Item) -> None:
+        """Hands over one item; never blocks. Items of one call keep their order."""
+        if isinstance(item, Ended):
+            self._leaving[item.finish.fence] = None
+        elif isinstance(item, Release):
+            self._leaving[item.fence] = None
+        self._queue.put(item)
+
+    def leaving(self) -> list[Fence]:
+        """Calls whose end, or whose return to the router, is not in Redis yet."""
+        return list(self._leaving)
+
+    def close(self, timeout_s: float) -> None:
+        """Writes what is queued, at most `timeout_s` seconds long, and ends the thread."""
+        self._queue.put(_CLOSE)
+        self.join(timeout_s)
+        self._abandoned.set()
+        self._line.close()
+
+    def run(self) -> None:
+        open_ = True
+        while open_:
+            items, open_ = self._take()
+            gathered = _gather(items)
+            commands = self._commands(gathered)
+            if commands:
+                self._report(gathered, self._send(commands, self._wait if gathered.finishes else None))
+            for fence in gathered.leaving():
+                self._leaving.pop(fence, None)
+
+    def _send(
+        self, commands: Sequence[scripts.Command[Any]], wait: Sequence[scripts.Arg] | None = None
+    ) -> list[list[str]]:
+        """With `wait`, also until replicas have it: a master that dies before leaves us the batch to write again."""
+        action = partial(scripts.run_all, self._line, commands, wait)
+        return persist(action, "publisher", self._abandoned.is_set) or []
+
+    def _take(self) -> tuple[list[Item], bool]:
+        item = self._queue.get()
+        items: list[Item] = []
+        while item is not _CLOSE:
+            items.append(item)
+            if len(items) >= self._batch:
+                return items, True
+            try:
+                item = self._queue.get_nowait()
+            except Empty:
+                return items, True
+        return items, False
+
+    def _commands(self, g: _Gathered) -> list[scripts.Command[Any]]:
+        commands: list[scripts.Command[Any]] = []
+        if g.pieces:
+            commands.append(self._transitions.publish(self._engine, list(g.pieces.values())))
+        if g.finishes:
+            commands.append(self._transitions.finish(self._engine, g.finishes))
+        if g.releases:
+            commands.append(self._transitions.release(self._engine, g.releases))
+        if g.ring:
+            commands.append(self._transitions.ring(self._engine))
+        return commands
+
+    def _report(self, g: _Gathered, replies: Sequence[list[str]]) -> None:
+        rows = iter(replies)
+        if g.pieces and replies:
+            pieces = list(zip(g.pieces, next(rows), strict=True))
+            if stale := [fence for fence, reply in pieces if reply == "stale"]:
+                self._stale(stale)
+            if gaps := [fence for fence, reply in pieces if reply == "gap"]:
+                self._gap(gaps)
+        if g.finishes and replies:
+            ends = zip(g.finishes, next(rows), strict=True)
+            if gaps := [end.fence for end, reply in ends if reply == "gap"]:
+                self._send([self._transitions.release(self._engine, [given_up(fence) for fence in gaps])])
+
+
+def given_up(fence: Fence) -> Release:
+    """The end of an attempt of whose events Redis has lost some. Nobody's fault: the next goes on behind the log."""
+    return Release(fence, "", "", _GAP)
+
+
+def _gather(items: Sequence[Item]) -> _Gathered:
+    g = _Gathered()
+    for item in items:
+        if isinstance(item, Ended):
+            g.finishes.append(item.finish._replace(events=item.numbers[0]))
+        elif isinstance(item, Release):
+            g.releases.append(item)
+        elif isinstance(item, Ring):
+            g.ring = True
+        else:
+            _append(g.pieces, item)
+    return g
+
+
+def _append(pieces: dict[Fence, Event], out: Output) -> None:
+    p = out.piece
+    known = pieces.get(out.fence)
+    if known is None:
+        n, out.numbers[0] = out.numbers[0], out.numbers[0] + 1
+        pieces[out.fence] = Event(out.fence, n, p.text, p.token_ids, p.chunk, p.replay)
+        return
+    pieces[out.fence] = known._replace(
+        text=known.text + p.text,
+        token_ids=[*known.token_ids, *p.token_ids],
+        chunk=_lines(known.chunk, p.chunk),
+        replay=_lines(known.replay, p.replay),
+    )
+
+
+def _lines(before: str, after: str) -> str:
+    return f"{before}\n{after}" if before and after else before or after

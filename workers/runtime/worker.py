@@ -1,0 +1,437 @@
+"""The worker: one process, one engine.
+
+1. Takes its engine id (or refuses to start, if another live worker has it) and holds the lease.
+2. Brings the engine up, then claims what it can start, runs it and publishes pieces and results.
+3. Obeys cancel flags, drain and stop.
+4. Leaves no call behind: on stop it lets them finish within the grace and gives the rest back; when its engine dies
+   it gives all of them back and exits, to be started anew by its supervisor.
+
+It is worse to lose a call than to run it twice: a call leaves Redis's running set only with a result, or for a queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any
+
+from rsm.broker.connection.eviction import require_noeviction
+from rsm.broker.connection.factory import BLIPS, connect
+from rsm.broker.errors import EngineIdTaken
+from rsm.broker.protocol import scripts
+from rsm.broker.protocol.ids import check_id, new_id
+from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.messages import Claimed
+from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.scripts import Arg
+from rsm.broker.protocol.transitions import Transitions
+from rsm.broker.settings import Settings
+from rsm.workers.backends.base import Backend, EngineDied, EngineFacts
+from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
+from rsm.workers.meters.kv_cache import CacheMeter
+from rsm.workers.runtime.blocking import aside, ask
+from rsm.workers.runtime.calls import Calls
+from rsm.workers.runtime.claimer import Claimer, Room
+from rsm.workers.runtime.control import Control
+from rsm.workers.runtime.lease import Lease
+from rsm.workers.runtime.publisher import Publisher, Ring
+from rsm.workers.runtime.reconciler import Reconciler
+from rsm.workers.runtime.watchdog import Fuse, Stall, round_s
+from rsm.workers.scheduling.service import create_unit
+
+log = logging.getLogger("rsm.worker")
+
+# A farewell, step by step: aborted calls may end, a word to Redis (which may hang) may arrive, the engine may go down.
+_ABORT_S = 2.0
+_WORD_S = 1.5
+_ENGINE_S = 5.0
+# All of that, and the bound on a process in which one of these steps hangs.
+_FAREWELL_S = 15.0
+# The bound while the engine is still loading: there is nothing to say farewell to.
+_LOADING_S = 5.0
+# How long a worker whose engine died waits for a Redis that is away, to say so.
+_FLUSH_S = 10.0
+# Heartbeats between two looks at Redis's account of the calls.
+_BEATS_PER_LOOK = 4
+
+
+class Worker:
+    """Runs one engine for one namespace. `serve` returns the exit status of the process.
+
+    Args:
+        model: the name calls ask for; none = what the engine says of itself.
+        prefetch: calls claimed beyond the engine's slots, so that a slot never waits for a round trip.
+        fuse: ends this process if it stands still; none = nothing does.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        backend: Backend,
+        settings: Settings | None = None,
+        *,
+        model: str = "",
+        node: str = "",
+        prefetch: int = 2,
+        fuse: Fuse | None = None,
+    ) -> None:
+        self.engine = check_id(engine, "engine")
+        self.settings = settings or Settings()
+        self._backend = backend
+        self._model = model
+        self._node = node or socket.gethostname()
+        self._prefetch = prefetch
+        self._fuse = fuse or Fuse(self.settings)
+        self._keys = Keys(self.settings.namespace)
+        self._transitions = Transitions(self._keys, self.settings)
+        self._redis = connect(self.settings)
+        self._publisher = Publisher(
+            self.engine,
+            self.settings,
+            self._transitions,
+            stale=lambda fences: self._call(self._calls.drop, fences),
+            gap=lambda fences: self._call(self._calls.give_up, fences),
+        )
+        self._calls = Calls(
+            backend,
+            self._redis,
+            self._keys,
+            put=self._publisher.put,
+            left=self._make_room,
+            died=self._engine_died,
+            unit=create_unit(self.settings.service_unit),
+        )
+        self._reconciler = Reconciler(self.engine, self._redis, self._transitions, self._calls, self._publisher)
+        self._facts = EngineFacts(model=model, max_num_seqs=0)
+        self._room = Room(0)
+        self._incarnation = ""
+        self._lease: Lease | None = None
+        self._claimer: Claimer | None = None
+        self._control: Control | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told_to_stop = asyncio.Event()
+        self._serving = False
+        # ("drain" | "stop" | "died" | "renew", detail): the reason of a death, the incarnation whose lease was lost
+        self._wishes: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+
+    async def serve(self, handle_signals: bool = True) -> int:
+        """Runs until it is told to stop or its engine dies.
+
+        Raises:
+            EngineIdTaken: another live worker has this engine id.
+            AccessDenied: Redis refuses this worker's user.
+            EvictingRedis: Redis would delete calls when its memory is full.
+        """
+        self._loop = asyncio.get_running_loop()
+        if handle_signals:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                # Not the loop's way to do it: the loop stands still while an engine is loaded.
+                signal.signal(number, lambda *_: self._signalled())
+        self._fuse.starting()
+        try:
+            await self._unless_stopped(ask(lambda: require_noeviction(self._redis), denial_is_final=True))
+            control_from = await self._register()
+            self._facts = await self._start_engine()
+            self._calls.cache = CacheMeter(self._facts.kv_tokens)
+            self._publisher.start()
+            await self._announce()
+            await self._open_for_work(control_from)
+        except EngineDied as e:
+            stopped = self._told_to_stop.is_set()
+            log.log(logging.INFO if stopped else logging.ERROR, "engine %s did not start: %s", self.engine, e)
+            await self._leave(0)
+            return EXIT_OK if stopped else EXIT_ENGINE_DIED
+        self._serving = True
+        duties = (self._watch_engine(), self._watch_progress(), self._keep_accounts())
+        watches = [asyncio.create_task(duty) for duty in duties]
+        try:
+            return await self._grant_wishes()
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    def request_stop(self) -> None:
+        """Asks `serve` to drain and return; may be called from any thread."""
+        self._call(self._want, "stop")
+
+    def fail(self, reason: str) -> None:
+        """Says that a part of the worker is gone, from any thread: `serve` gives all calls back and returns."""
+        self._call(self._engine_died, reason)
+
+    def _signalled(self) -> None:
+        self._fuse.leaving(self.settings.drain_grace_s + _FAREWELL_S if self._serving else _LOADING_S)
+        self._call(self._want, "stop")
+
+    # -- wishes: whatever is to happen happens here, one thing after the other
+
+    def _want(self, wish: str, detail: str = "") -> None:
+        if wish == "stop":
+            self._told_to_stop.set()
+        self._wishes.put_nowait((wish, detail))
+
+    async def _grant_wishes(self) -> int:
+        while True:
+            wish, detail = await self._wishes.get()
+            if wish == "renew" and detail == self._incarnation:
+                with contextlib.suppress(EngineDied):  # told to stop: that wish comes next
+                    await self._renew()
+            elif wish == "drain":
+                await self._drain()
+            elif wish == "stop":
+                await self._stop()
+                return EXIT_OK
+            elif wish == "died":
+                await self._bury_engine(detail)
+                return EXIT_ENGINE_DIED
+
+    async def _renew(self) -> None:
+        """The lease was lost (this process stood still, or Redis says so): everything it ran is others' now."""
+        self._calls.drop_all()
+        await self._close_ears()
+        await self._calls.settle(_ABORT_S)
+        control_from = await self._register()
+        await self._announce()
+        await self._open_for_work(control_from)
+
+    async def _drain(self) -> None:
+        """Out of service: no new calls, running ones finish. The process stays until it is told to stop."""
+        try:
+            async with asyncio.timeout(_WORD_S):
+                await self._beat(EngineState.DRAINING)  # first of all: from here on the router sends nothing
+                if self._claimer is not None:
+                    await aside(self._claimer.close)
+                drain = self._transitions.drain(self.engine, incarnation=self._incarnation)
+                while await self._run(drain) >= self.settings.batch:
+                    pass
+        except TimeoutError:
+            log.warning("engine %s drains while Redis is away; its lease will give its calls to others", self.engine)
+        log.info("engine %s drains: %d calls running", self.engine, len(self._calls))
+
+    async def _stop(self) -> None:
+        """Lets calls finish within the grace, and their results be written; gives the rest back."""
+        until = time.monotonic() + self.settings.drain_grace_s
+        self._fuse.leaving(self.settings.drain_grace_s + _FAREWELL_S)
+        await self._drain()
+        self._calls.refuse("The engine was stopped.")
+        await self._calls.settle(until - time.monotonic())
+        self._calls.give_back()
+        await self._calls.settle(_ABORT_S)
+        self._calls.abandon("", "The engine was stopped.")
+        await self._leave(max(_WORD_S, until - time.monotonic()))
+        log.info("engine %s has stopped", self.engine)
+
+    async def _bury_engine(self, reason: str) -> None:
+        log.error("engine %s died (%s); its calls go to others", self.engine, reason)
+        self._fuse.leaving(_FLUSH_S + _FAREWELL_S)
+        await self._drain()
+        await self._calls.settle(_ABORT_S)
+        self._calls.abandon("death", f"The engine died while the call was running: {reason}")
+        await self._leave(_FLUSH_S)
+
+    async def _leave(self, flush_s: float) -> None:
+        """Writes what is left to write, gives the id free, and takes the engine down."""
+        if self._publisher.is_alive():
+            await aside(partial(self._publisher.close, flush_s))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_WORD_S):
+                await self._close_ears()
+                await self._beat(EngineState.STOPPED)
+        try:
+            async with asyncio.timeout(_ENGINE_S):
+                await self._backend.stop(0)
+        except TimeoutError:
+            log.warning("engine %s did not go down in time; it is left to the end of this process", self.engine)
+        self._redis.close()
+
+    async def _watch_engine(self) -> None:
+        self._engine_died(await self._backend.died())
+
+    async def _watch_progress(self) -> None:
+        """The engine's, and by its very running that of the event loop."""
+        stall = Stall(self.settings)
+        while True:
+            self._fuse.alive()
+            await asyncio.sleep(round_s(self.settings))
+            if stall.look(self._backend.progress() if self._calls.engaged else None):
+                self._engine_died(
+                    f"it held {self._calls.engaged} calls and made no progress for {self.settings.stall_s:g} s"
+                )
+                return
+
+    async def _keep_accounts(self) -> None:
+        """Also without a blip that was seen: a fail-over between two commands shows nowhere."""
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_ms * _BEATS_PER_LOOK / 1000)
+            try:
+                await self._reconciler.look(self._incarnation, lambda: self._incarnation)
+            except BLIPS:
+                log.debug("engine %s: Redis is away; its account of the calls is looked at later", self.engine)
+
+    def _engine_died(self, reason: str) -> None:
+        self._calls.refuse("The engine had died before.")
+        self._want("died", reason)
+
+    async def _start_engine(self) -> EngineFacts:
+        """Brings the engine up, unless a signal comes first.
+
+        Raises:
+            EngineDied: it did not come up, or was not to.
+        """
+        starting = asyncio.create_task(self._backend.start())
+        while not starting.done():
+            wish = asyncio.create_task(self._wishes.get())
+            await asyncio.wait([starting, wish], return_when=asyncio.FIRST_COMPLETED)
+            if wish.done() and wish.result()[0] == "stop":
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                raise EngineDied("told to stop while it was starting")
+            wish.cancel()
+        return starting.result()
+
+    # -- registration and ears
+
+    async def _register(self) -> str:
+        """Takes the engine id. A dead predecessor's lease is waited out; a live one's is not.
+
+        Returns the entry of the control stream behind which orders are for us.
+        """
+        survived, self._incarnation, seen = self._incarnation, new_id(), 0
+        while True:
+            command = self._transitions.register(self.engine, self._incarnation, self._registration(), survived)
+            reply = await self._unless_stopped(self._run(command))
+            if reply.ok:
+                self._lease = self._new_lease()
+                return reply.control_from
+            if seen and reply.heartbeat_ms > seen:
+                raise EngineIdTaken(
+                    f"Engine id {self.engine} is taken by a live worker (pid {reply.pid} on {reply.node}). "
+                    "Stop that one, or start this one under another id."
+                )
+            seen = reply.heartbeat_ms
+            await asyncio.sleep(self.settings.heartbeat_ms * 1.5 / 1000)
+
+    def _registration(self) -> dict[str, Arg]:
+        return {
+            "node": self._node,
+            "pid": os.getpid(),
+            "supervisor": os.environ.get(SUPERVISOR_VARIABLE, ""),
+            "model": self._model or self._facts.model,
+            "max_num_seqs": self._facts.max_num_seqs,
+            "kv_tokens": self._facts.kv_tokens,
+            "version": self._facts.version,
+            "service_unit": self.settings.service_unit,
+        }
+
+    async def _announce(self) -> None:
+        """Writes down what the engine turned out to be."""
+        key = self._keys.engine(self.engine)
+        fields: Any = self._registration()
+        await self._unless_stopped(ask(lambda: self._redis.hset(key, mapping=fields)))
+
+    def _new_lease(self) -> Lease:
+        incarnation = self._incarnation
+        lost = partial(self._call, self._want, "renew", incarnation)
+        lease = Lease(self.engine, incarnation, self.settings, self._transitions, self._load, lost)
+        lease.start()
+        return lease
+
+    def _load(self) -> Mapping[str, Arg]:
+        load, calls, cache = self._backend.load(), self._calls.meter, self._calls.cache
+        speed = load.speed or (calls.meter.speed if calls.meter.measured else None)
+        return {
+            "running": len(self._calls),
+            "kv_usage": f"{load.kv_usage:.4f}",
+            "tokens_per_s": f"{load.tokens_per_s:.1f}",
+            "completion_tokens": f"{calls.completion_tokens:.1f}",
+            "cache_age_s": f"{cache.age_s(time.perf_counter()):.1f}",
+            "reuse_found": f"{cache.reuse_found:.3f}",
+            # Until it is measured, what an earlier process of this engine found out holds.
+            **({"speed": str(speed)} if speed else {}),
+        }
+
+    async def _open_for_work(self, control_from: str) -> None:
+        # The ear for cancels is open before the first claim: a cancel sent in between would be lost otherwise.
+        self._control = Control(
+            self.engine,
+            control_from,
+            self.settings,
+            lambda fence: self._call(self._calls.cancel, fence),
+            lambda op: self._call(self._want, op),
+        )
+        self._control.start()
+        if not await self._beat(EngineState.READY):
+            self._want("renew", self._incarnation)
+            return
+        self._room = Room(self._facts.max_num_seqs + self._prefetch)
+        self._claimer = Claimer(
+            self.engine,
+            self._incarnation,
+            self.settings,
+            self._transitions,
+            self._room,
+            partial(self._call, self._take, self._incarnation),
+            self._backend.bar,
+        )
+        self._claimer.start()
+        log.info("engine %s is ready: %s, %d slots", self.engine, self._facts.model, self._facts.max_num_seqs)
+
+    def _make_room(self) -> None:
+        """A call has left the engine."""
+        if self._room.give():
+            self._publisher.put(Ring())
+
+    def _take(self, incarnation: str, claimed: list[Claimed] | None) -> None:
+        if claimed is None:
+            self._want("renew", incarnation)
+        else:
+            self._calls.start(claimed)
+
+    async def _close_ears(self) -> None:
+        if self._control is not None:
+            self._control.close()
+        if self._claimer is not None:
+            await aside(self._claimer.close)
+        if self._lease is not None:
+            await aside(self._lease.close)
+
+    # -- Redis
+
+    async def _beat(self, state: EngineState) -> bool:
+        """Reports a state at once; False if the lease is not ours any more, or Redis is away."""
+        if self._lease is None:
+            return False
+        try:
+            return await aside(partial(self._lease.beat, state))
+        except BLIPS:
+            log.warning("engine %s could not report %s: Redis is away", self.engine, state)
+            return state is EngineState.READY  # the lease thread will report it
+
+    async def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
+        return await ask(lambda: scripts.run(self._redis, command), denial_is_final=self._lease is None)
+
+    async def _unless_stopped(self, asking: Coroutine[Any, Any, scripts.T]) -> scripts.T:
+        """What Redis answers, however long that takes.
+
+        Raises:
+            EngineDied: the worker was told to stop before.
+            AccessDenied: it has not begun its work yet, and Redis refuses its user.
+        """
+        answer, stop = asyncio.create_task(asking), asyncio.create_task(self._told_to_stop.wait())
+        await asyncio.wait([answer, stop], return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if answer.done():
+            return answer.result()
+        answer.cancel()
+        raise EngineDied("told to stop while Redis was away")
+
+    def _call(self, action: Callable[..., None], *args: object) -> None:
+        """Runs something in the event loop, from another thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(action, *args)

@@ -1,0 +1,425 @@
+"""Program-aware scheduling inside vLLM: a scheduler for 0.20.2 to 0.33, with and without asynchronous scheduling.
+
+Imported by vLLM's own engine process (`vllm_guard.py`). What should happen is decided by `plas.py`; here it is done:
+
+1. A call's program, class and service so far travel in `SamplingParams.extra_args` (`vllm_program.py`).
+2. Service is charged as tokens come. A running call is looked at again in the first step in which it can have come to
+   the end of its level; so a step costs nothing for calls that stay where they are.
+3. A call's class and level are vLLM's own `priority`, so that its waiting queue and its choice of victims when the KV
+   cache is full follow them. Arrival times are made distinct, or vLLM's order would not be total.
+4. Running calls are put in order where it matters: if one has more of its prompt to compute, which may take the whole
+   step, behind those that decode; and by rank if the KV cache is nearly full, for until 0.33 a call that gives way
+   to itself ends the step for all behind it.
+5. Before each step strictly worse running calls make way for waiting ones: for a slot, for KV blocks, or for the tokens
+   of a step that a long prompt takes. vLLM itself never does that. Their blocks stay in the prefix cache until needed.
+6. A step in which a better call runs computes no more of a worse one's prompt than a piece.
+
+vLLM says that this interface is not public. What differs between versions, or is a trap in one of them:
+
+- A victim is kept out of vLLM's queue during the very step that takes its place, and in 0.20 until its token in flight
+  has come: otherwise that step could start it again beside the token, and the token would be lost or doubled.
+- A call for which somebody made way in vain (its adapter does not fit, its KV cache is still on its way) is not tried
+  again at once: after n failures 2^n steps later.
+- 0.20 collects the ids of new blocks and never drops them, so its memory grows; they are taken from it here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from heapq import merge
+from itertools import chain, islice
+from math import inf
+from operator import attrgetter
+from time import monotonic
+from typing import Any
+
+from rsm.broker.settings import Settings
+from rsm.workers.scheduling.plas import Plas, PlasCall
+from rsm.workers.scheduling.program import LEVELS, Program, Tracked, rules_of
+from rsm.workers.scheduling.service import create_unit
+
+_MOST_LOOKED_AT = 64  # waiting calls, in one step
+_MOST_PROMPTS = 8  # waiting calls whose prompts are looked up in the cache, in one step
+_MOST_PATIENCE = 7  # at most 2^7 steps until a call for which somebody made way in vain is tried again
+
+
+def make_scheduler(*args: Any, **kwargs: Any) -> Any:
+    """Stands in for the scheduler class: takes what vLLM gives it."""
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    return scheduler_class(bool(config.scheduler_config.async_scheduling))(*args, **kwargs)
+
+
+def scheduler_class(asynchronous: bool) -> type:
+    """The scheduler of the installed vLLM, with the rules of programs on top."""
+    if asynchronous:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
+    else:
+        from vllm.v1.core.sched.scheduler import Scheduler as Base
+    return type("PlasScheduler", (ProgramAware, Base), {})
+
+
+class ProgramAware:
+    """What is laid over vLLM's Scheduler or AsyncScheduler."""
+
+    running: list[Any]
+    requests: dict[str, Any]
+    waiting: Any
+    policy: Any
+    pause_state: Any
+    block_size: int
+    kv_cache_config: Any
+    kv_cache_manager: Any
+    max_num_running_reqs: int
+    max_num_scheduled_tokens: int
+    num_waiting_for_streaming_input: int
+    prev_step_scheduled_req_ids: set[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        base: Any = super()
+        base.__init__(*args, **kwargs)
+        if self.policy.value != "priority":
+            raise ValueError("The engine scheduler plas needs vLLM's scheduling policy priority.")
+        settings = Settings()
+        self.plas = Plas(rules_of(settings))
+        self._unit = create_unit(settings.service_unit)
+        self._tracked: dict[str, Tracked] = {}
+        self._ranks: Counter[int] = Counter()  # of running calls, by vLLM's priority
+        self._prefilling: set[str] = set()
+        self._parked: list[Tracked] = []  # victims that vLLM must not see yet
+        self._made_way: set[str] = set()  # victims of this step
+        self._scheduled: dict[str, int] = {}  # tokens of the last step, by request
+        self._steps = 0
+        self._had_slots = False  # free ones, before the last step
+        self._step_tokens = self.max_num_scheduled_tokens  # of this step, or of the last one
+        self._last_arrival = 0.0
+        self._to_look_at: dict[int, list[Tracked]] = {}  # by step
+        self._decode_tokens = 1 + int(getattr(self, "num_spec_tokens", 0))
+        self._guards_in_flight = True  # a version that looks after the tokens in flight of a preempted request
+        others = (getattr(self, name, None) for name in ("skipped_waiting", "kv_holding_waiting"))
+        self._queues: list[Any] = [self.waiting, *(queue for queue in others if queue is not None)]
+
+    # -- what vLLM calls
+
+    def add_request(self, request: Any) -> None:
+        if request.request_id not in self.requests:
+            self._track(request)
+        base: Any = super()
+        base.add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        now = monotonic()
+        self._steps += 1
+        self._return_parked()
+        self._charge_due(now)
+        self._promote(now)
+        hopefuls = self._make_way(now)
+        self._put_in_order()
+        output = self._plan(*args, **kwargs)
+        self._learn(output, now)
+        for tracked in hopefuls:
+            if not tracked.call.running:
+                tracked.failures += 1
+                tracked.not_before = self._steps + (1 << min(tracked.failures, _MOST_PATIENCE))
+        return output
+
+    def _plan(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own plan of a step, with the tokens that this step may have."""
+        most = self.max_num_scheduled_tokens
+        self._step_tokens = self.max_num_scheduled_tokens = self._tokens_of_step(most)
+        base: Any = super()
+        try:
+            return base.schedule(*args, **kwargs)
+        finally:
+            self.max_num_scheduled_tokens = most
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        """Also called by vLLM itself, when the KV cache is full."""
+        if (tracked := self._tracked.get(request.request_id)) is not None:
+            now = monotonic()
+            self._charge(tracked, now)  # while vLLM knows how much it has computed
+            self._leaves_slot(tracked)
+            self.plas.stop(tracked.call, now)
+            tracked.stops(now)
+            tracked.seen = self._steps + 1
+        base: Any = super()
+        base._preempt_request(request, *args, **kwargs)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None:
+            self._leaves_slot(tracked)
+            self.plas.end(tracked.call)
+            if tracked in self._parked:
+                self._parked.remove(tracked)
+        base: Any = super()
+        return base._free_request(request, *args, **kwargs)
+
+    def _build_kv_connector_meta(self, connector: Any, output: Any) -> Any:
+        output.preempted_req_ids = (output.preempted_req_ids or set()) | self._made_way
+        base: Any = super()
+        return base._build_kv_connector_meta(connector, output)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        base: Any = super()
+        running, waiting = base.get_request_counts()
+        return running, waiting + len(self._parked)
+
+    def get_num_unfinished_requests(self) -> int:
+        base: Any = super()
+        found: int = base.get_num_unfinished_requests()
+        return found + len(self._parked) if self._admits() else found
+
+    # -- coming, starting, leaving
+
+    def _track(self, request: Any) -> None:
+        program = Program.of_request(request)
+        request.arrival_time = self._last_arrival = max(request.arrival_time, self._last_arrival + 1e-6)
+        priority, level = divmod(request.priority, LEVELS)
+        call = self.plas.add(
+            program.program_id,
+            arrival=monotonic(),
+            priority=priority,
+            inherited=program.program_service,
+            level=level,
+            waited_s=program.program_waited_ms / 1000,
+            ran_s=program.program_ran_ms / 1000,
+        )
+        self._tracked[request.request_id] = Tracked(request, call, self._steps + 1)
+        _set_priority(request, call)
+
+    def _learn(self, output: Any, now: float) -> None:
+        """Takes in what vLLM has done in this step."""
+        for new in output.scheduled_new_reqs:
+            self._takes_slot(new.req_id, new.num_computed_tokens, now)
+        for request_id in output.scheduled_cached_reqs.resumed_req_ids:
+            self._takes_slot(request_id, 0, now)
+        self._scheduled = output.num_scheduled_tokens
+        if self._made_way:
+            # Newer versions have put them there themselves.
+            output.preempted_req_ids = (output.preempted_req_ids or set()) | self._made_way
+            self._made_way = set()
+        if not getattr(self, "needs_kv_cache_zeroing", True):
+            self.kv_cache_manager.take_new_block_ids()
+
+    def _takes_slot(self, request_id: str, cached: int, now: float) -> None:
+        tracked = self._tracked.get(request_id)
+        if tracked is None or tracked.call.running:
+            return
+        self.plas.start(tracked.call, now)
+        tracked.starts(cached, now)
+        self._look_later(tracked)
+        self._ranks[tracked.request.priority] += 1
+        self._prefilling.add(request_id)
+
+    def _leaves_slot(self, tracked: Tracked) -> None:
+        if tracked.call.running:
+            tracked.look_at = 0
+            self._ranks[tracked.request.priority] -= 1
+            self._prefilling.discard(tracked.request.request_id)
+
+    # -- levels
+
+    def _charge_due(self, now: float) -> None:
+        """Charges the running calls that may have come to the end of their level."""
+        for tracked in self._to_look_at.pop(self._steps, ()):
+            if tracked.look_at == self._steps:
+                self._charge(tracked, now)
+                self._look_later(tracked)
+
+    def _look_later(self, tracked: Tracked) -> None:
+        left = self.plas.until_demotion(tracked.call)
+        if left == inf:
+            tracked.look_at = 0
+            return
+        steps = tracked.steps_until(self._unit, left, self.max_num_scheduled_tokens, self._decode_tokens)
+        tracked.look_at = self._steps + steps
+        self._to_look_at.setdefault(tracked.look_at, []).append(tracked)
+
+    def _charge(self, tracked: Tracked, now: float) -> None:
+        request = tracked.request
+        if self.plas.charge(tracked.call, tracked.new_service(self._unit, now)):
+            self._ranks[request.priority] -= 1
+            _set_priority(request, tracked.call)
+            self._ranks[request.priority] += 1
+
+    def _promote(self, now: float) -> None:
+        """Gives starving calls their new places in vLLM's queues."""
+        if self.plas.next_promotion() > now:
+            return
+        promoted = set(map(id, self.plas.promote(now)))
+        moved = [t for t in self._tracked.values() if id(t.call) in promoted]
+        requests = {t.request for t in moved}
+        for queue in self._queues:
+            if found := [r for r in queue if r in requests]:
+                queue.remove_requests(found)
+                for request in found:
+                    _set_priority(request, self._tracked[request.request_id].call)
+                    queue.add_request(request)
+        for tracked in moved:
+            _set_priority(tracked.request, tracked.call)  # a parked one stands in no queue
+
+    def _put_in_order(self) -> None:
+        requests = self.requests
+        if self._prefilling:
+            self._prefilling = {i for i in self._prefilling if i in requests and requests[i].is_prefill_chunk}
+        if self._prefilling or self._blocks_are_scarce():
+            self.running.sort(key=_place)
+
+    def _blocks_are_scarce(self) -> bool:
+        """This step may use up all free blocks."""
+        needed = len(self.running) + self.max_num_scheduled_tokens // self.block_size
+        return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() < needed)
+
+    def _tokens_of_step(self, most: int) -> int:
+        """The tokens of the next step: vLLM's own bound, or less, so that worse calls' prompts come in pieces.
+
+        vLLM has one budget for all, spent on decoding calls, then on prompts in the calls' order. So it is what decodes
+        and the prompts of the calls that nobody is better than, and at least a piece.
+        """
+        piece, free = self.plas.rules.prompt_piece, self._free_slots()
+        if not piece or not (self._prefilling or (free > 0 and any(self._queues))):
+            return most
+        prompts = [self.requests[i] for i in self._prefilling]
+        coming = list(islice(merge(*self._queues), min(free, _MOST_PROMPTS))) if free > 0 else []
+        best = min(chain((rank for rank, calls in self._ranks.items() if calls > 0), (r.priority for r in coming[:1])))
+        if all(r.priority <= best for r in chain(prompts, coming)):
+            return most
+        decoding = len(self.running) - len(prompts)
+        left = most - decoding * self._decode_tokens
+        tokens: int = sum(r.num_tokens - r.num_computed_tokens for r in prompts if r.priority <= best)
+        tokens += sum(r.num_tokens - self._cached(r) for r in coming if r.priority <= best)
+        return most - left + min(left, max(piece, tokens))
+
+    def _cached(self, request: Any) -> int:
+        """Tokens of a waiting request that it would find in the cache. vLLM's statistics do not count the question."""
+        manager = self.kv_cache_manager
+        logs, manager.log_stats = manager.log_stats, False
+        try:
+            return int(manager.get_computed_blocks(request)[1])
+        finally:
+            manager.log_stats = logs
+
+    # -- making way
+
+    def _make_way(self, now: float) -> list[Tracked]:
+        """Preempts running calls for better waiting ones; returns those for whose sake that was."""
+        had_slots, self._had_slots = self._had_slots, self._free_slots() > 0
+        if self._had_slots and not had_slots:
+            return []  # whoever is first gets a slot in this step
+        worst = self._worst()
+        if worst is None or not self._admits() or not self._better_waits(worst):
+            return []
+        hopefuls = list(islice(self._hopefuls(worst), self.plas.rules.most_victims))
+        if not hopefuls:
+            return []
+        running = sorted((self._tracked[r.request_id].call for r in self.running), key=attrgetter("order"))
+        if self._had_slots:
+            victims = self._in_the_way(hopefuls[0], running)
+            more = len(victims) == self.plas.rules.most_victims  # to make way in the next step
+            hopefuls = [] if more else hopefuls[:1]
+        else:
+            hopefuls = list(self._within_a_step(hopefuls))
+            victims = self.plas.victims([t.call for t in hopefuls], running, 0)
+        chosen = {id(call) for call in victims}
+        for request in [r for r in self.running if id(self._tracked[r.request_id].call) in chosen]:
+            self._displace(request, now)
+        return hopefuls[: len(victims)]
+
+    def _worst(self) -> int | None:
+        return max((rank for rank, calls in self._ranks.items() if calls > 0), default=None)
+
+    def _better_waits(self, worst: int) -> bool:
+        return any(queue and queue.peek_request().priority < worst for queue in self._queues)
+
+    def _hopefuls(self, worst: int) -> Iterator[Tracked]:
+        """Waiting calls that could start now and are better than a running one, the best first."""
+        for request in islice(merge(*self._queues), _MOST_LOOKED_AT):
+            if request.priority >= worst:
+                return
+            tracked = self._tracked.get(request.request_id)
+            if tracked is not None and tracked.not_before <= self._steps and _is_ready(request):
+                yield tracked
+
+    def _within_a_step(self, hopefuls: Iterable[Tracked]) -> Iterator[Tracked]:
+        """As many as one step can begin with."""
+        budget = self._tokens_of_step(self.max_num_scheduled_tokens)
+        for tracked in hopefuls:
+            if budget <= 0:
+                return
+            budget -= tracked.request.num_tokens - tracked.request.num_computed_tokens
+            yield tracked
+
+    def _in_the_way(self, hopeful: Tracked, running: list[PlasCall]) -> list[PlasCall]:
+        """Who keeps a call out though slots are free: holders of KV blocks, or long prompts that take whole steps."""
+        if hopeful.seen >= self._steps:  # the last step did not have it before it
+            return []
+        held = {id(t.call): t.request for r in self.running if (t := self._tracked[r.request_id])}
+        if sum(self._scheduled.values()) >= self._step_tokens:
+
+            def chunk(call: PlasCall) -> float:
+                request = held[id(call)]
+                return self._scheduled.get(request.request_id, 0) if request.is_prefill_chunk else 0
+
+            return self.plas.victims_for_room(hopeful.call, running, 1, chunk)
+
+        def blocks(call: PlasCall) -> float:
+            groups = self.kv_cache_manager.get_blocks(held[id(call)].request_id).blocks
+            return sum(1 for group in groups for block in group if block.ref_cnt == 1)
+
+        return self.plas.victims_for_room(hopeful.call, running, self._missing_blocks(hopeful.request), blocks)
+
+    def _missing_blocks(self, request: Any) -> int:
+        """How many KV blocks more than are free a request needs for all tokens that it has, by and large."""
+        manager, groups = self.kv_cache_manager, len(self.kv_cache_config.kv_cache_groups)
+        size = self.block_size
+        need: int = groups * -(-(request.num_tokens + 1) // size) + getattr(manager, "watermark_blocks", 0)
+        need -= manager.block_pool.get_num_free_blocks()
+        if need > 0:  # blocks that others use cost nothing
+            cached = manager.get_computed_blocks(request)[0]
+            need -= sum(block.ref_cnt > 0 for group in cached.blocks for block in group)
+        return need
+
+    def _displace(self, request: Any, now: float) -> None:
+        self.running.remove(request)
+        self._preempt_request(request, now)
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
+        self.waiting.remove_request(request)
+        self._parked.append(self._tracked[request.request_id])
+        self._made_way.add(request.request_id)
+        self._guards_in_flight = hasattr(request, "num_stale_output_tokens")
+
+    def _return_parked(self) -> None:
+        """Gives vLLM back the victims of earlier steps."""
+        still = []
+        for tracked in self._parked:
+            if self._guards_in_flight or not tracked.request.num_output_placeholders:
+                self.waiting.add_request(tracked.request)
+            else:
+                still.append(tracked)
+        self._parked = still
+
+    # -- small things that versions call by different names
+
+    def _free_slots(self) -> int:
+        slots: int = getattr(self, "max_num_active_reqs", 0) or self.max_num_running_reqs
+        return slots - len(self.running) - self.num_waiting_for_streaming_input
+
+    def _admits(self) -> bool:
+        return bool(self.pause_state.name == "UNPAUSED")
+
+
+def _place(request: Any) -> tuple[bool, int, float]:
+    return request.is_prefill_chunk, request.priority, request.arrival_time
+
+
+def _set_priority(request: Any, call: PlasCall) -> None:
+    request.priority = call.priority * LEVELS + call.level
+
+
+def _is_ready(request: Any) -> bool:
+    """It could start if there was a place: vLLM looks at that only when there is one."""
+    status = request.status.name
+    if status == "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR":
+        return bool(request.structured_output_request.grammar)
+    return status in ("WAITING", "PREEMPTED")
