@@ -33,24 +33,24 @@ check: $(BASE_STAMP)
 	$(VENV)/bin/mypy
 
 bench: $(BASE_STAMP)
-	$(PY) -m bench
+	$(PY) -m bench.queue
 
 bench-crash: $(BASE_STAMP)
 	$(PY) -m bench.recovery
-	$(PY) -m bench.streams
+	$(PY) -m bench.recovery.streams
 
 # The same programs through public routers and through ours: five to seven minutes a round.
 ROUNDS ?= 2
 bench-peers: $(BASE_STAMP)
-	$(PY) -m bench.program_peers --rounds $(ROUNDS)
+	$(PY) -m bench.programs.peers --rounds $(ROUNDS)
 
 # In real time, with real vLLM: programs behind the broker, short calls on a full engine, the scheduler's share of a step;
 # and what choosing an engine costs. About 15 minutes on 2 cores.
 bench-real: $(VLLM_STAMP)
 	$(PY) -m bench.programs real
-	$(PY) -m bench.real cpu
-	$(PY) -m bench.scheduler_share
-	$(PY) -m bench.routing_cost
+	$(PY) -m bench.vllm cpu
+	$(PY) -m bench.vllm.scheduler_share
+	$(PY) -m bench.queue.routing_cost
 
 # Programs on fleets in virtual time: the tables and plots of docs/scheduling.md, in about an hour; quick: some, in minutes.
 bench-programs: $(BENCH_STAMP)

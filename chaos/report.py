@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.table import RESULTS, machine
+from bench.report.machine import machine
+from bench.report.page import RESULTS
 from chaos.faults import KINDS
 from chaos.ledger import Story
 from chaos.producers import KINDS as PRODUCERS

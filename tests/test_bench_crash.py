@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import recovery, streams
-from bench.recovery import Ours, Peer
-from bench.recovery_ours import SCENARIOS, measure
-from bench.stream_account import Account, Heard, Total
-from bench.stream_systems import SYSTEMS, StreamCut, read_event
+from bench.recovery import __main__ as recovery
+from bench.recovery import streams
+from bench.recovery.__main__ import Ours, Peer
+from bench.recovery.ours import SCENARIOS, measure
+from bench.recovery.stream_account import Account, Heard, Total
+from bench.recovery.stream_systems import SYSTEMS, StreamCut, read_event
+from bench.report.page import write
 from bench.venvs import PEERS, peer_names
 from rsm.broker.connection.embedded import EmbeddedRedis
 from tests.sim_processes import said
@@ -95,7 +97,7 @@ def test_the_page_says_what_was_missed(tmp_path: Path, capsys: pytest.CaptureFix
     assert "0.50 s (worst of 3: 0.60 s)" in text
     assert len(re.findall(r"\| busy \|.* \*\*no\*\* \|", text)) == len(SCENARIOS)
     assert len(re.findall(r"\| idle \|.* yes \|", text)) == len(SCENARIOS)
-    recovery.write("r", text, {"peers": 2}, tmp_path)
+    write("r", text, {"peers": 2}, tmp_path)
     assert (tmp_path / "r.md").read_text() == text
     assert json.loads((tmp_path / "r.json").read_text()) == {"peers": 2}
     assert "none within" in capsys.readouterr().out

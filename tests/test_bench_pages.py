@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from bench import routing_cost, scheduler_share
-from bench.page import Report, into_docs, publish
-from bench.programs import small
+from bench.programs.live import small
 from bench.programs.systems import FCFS_RR, OURS
-from bench.real import cpu
-from bench.routing_cost import Placing
+from bench.queue import routing_cost
+from bench.queue.routing_cost import Placing
+from bench.report.page import Report, into_docs, publish
+from bench.vllm import cpu, scheduler_share
 from rsm.broker import Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
 

@@ -8,12 +8,13 @@ from statistics import fmean, median
 
 import pytest
 
-from bench.programs import real, traces
-from bench.programs.lengths import Lengths
+from bench.programs.live import stack as real
+from bench.programs.live.replay import scaled
 from bench.programs.metrics import Figures, ProgramRun, ideal_s, jain, quantile
-from bench.programs.replay import scaled
 from bench.programs.search import Curve, rate_of, rate_point
-from bench.programs.workloads import KINDS, SHAPES, synthetic
+from bench.programs.workloads import traces
+from bench.programs.workloads.lengths import Lengths
+from bench.programs.workloads.synthetic import KINDS, SHAPES, synthetic
 from rsm.simulation.results import CallTimes, ProgramTimes
 from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 from rsm.workers.backends.sim.engine import SimTimes

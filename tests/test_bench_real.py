@@ -8,8 +8,8 @@ from random import Random
 
 import pytest
 
-from bench.real import steps, waits
-from bench.real.engine import Call, Phase
+from bench.vllm import steps, waits
+from bench.vllm.engine import Call, Phase
 from rsm.simulation.calibration.step_costs import COSTS, Timed, durations, error, fit
 from rsm.workers.backends.vllm import steps as log
 from rsm.workers.backends.vllm.steps import Step

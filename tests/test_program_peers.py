@@ -12,14 +12,15 @@ from time import perf_counter
 
 import pytest
 
-from bench import peer_page, peer_run
 from bench.http_servers import MODEL, HttpServer
-from bench.page import publish
-from bench.peer_run import VOCABULARY, Cost, Run
-from bench.peer_samples import ENGINES, HIGH, KV_TOKENS, TIMES, WORKLOADS, sample, work_s
-from bench.peer_systems import SYSTEMS, Running, Stage, ours_before_servers, over_http, settings, text_of
+from bench.programs.live.replay import Answer, Player
+from bench.programs.live.samples import ENGINES, HIGH, KV_TOKENS, TIMES, WORKLOADS, sample, work_s
 from bench.programs.metrics import Figures, ProgramRun
-from bench.programs.replay import Answer, Player
+from bench.programs.peers import page as peer_page
+from bench.programs.peers import run as peer_run
+from bench.programs.peers.run import VOCABULARY, Cost, Run
+from bench.programs.peers.systems import SYSTEMS, Running, Stage, ours_before_servers, over_http, settings, text_of
+from bench.report.page import publish
 from bench.venvs import peer_names
 from rsm.broker import Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
@@ -140,7 +141,7 @@ def test_each_peer_has_its_environment() -> None:
 
 def found(monkeypatch: pytest.MonkeyPatch) -> peer_page.Found:
     """Ours takes 1, 2, 3 … s on average by system; the first peer has lost a call."""
-    monkeypatch.setattr("bench.peer_systems.version_of", lambda package, venv: "1.0")
+    monkeypatch.setattr("bench.programs.peers.systems.version_of", lambda package, venv: "1.0")
     made = peer_page.Found(rounds=2, window_s=4.0, direct_ms=[5.0, 7.0], chains=[3.0, 3.0])
     for n, system in enumerate(SYSTEMS):
         made.round_trips_ms[system.label] = [7.0 + n, 9.0 + n]

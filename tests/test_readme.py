@@ -96,7 +96,7 @@ def test_the_policy_of_ones_own_as_shown(tmp_path: Path) -> None:
 
 
 def test_the_figures_are_those_of_a_run() -> None:
-    from bench.page import excerpt
+    from bench.queue.page import excerpt
 
     assert excerpt(ROOT / "bench" / "results" / "broker.md") in README
 

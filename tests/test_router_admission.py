@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from bench.programs.real import Stack, drive, up
+from bench.programs.live.stack import Stack, drive, up
 from rsm.broker import Client, RequestState, Settings
 from rsm.broker.views.monitor import Monitor
 from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment

@@ -8,7 +8,7 @@ from statistics import fmean, median
 
 import pytest
 
-from bench.programs.real import Stack, run
+from bench.programs.live.stack import Stack, run
 from rsm.broker.settings import Settings
 from rsm.simulation.fleet import FleetConfig, SimFleet
 from rsm.simulation.results import ProgramTimes

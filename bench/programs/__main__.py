@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench.programs import explore, page, plots, small
+from bench.programs import explore, page, plots
 from bench.programs import run as runner
+from bench.programs.live import small
 from bench.programs.plan import FULL, QUICK
 
 

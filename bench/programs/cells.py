@@ -14,8 +14,8 @@ from typing import Any
 
 from bench.programs.metrics import Figures, ProgramRun
 from bench.programs.systems import SYSTEMS, System
-from bench.programs.traces import coding, prefix
-from bench.programs.workloads import KINDS, synthetic
+from bench.programs.workloads.synthetic import KINDS, synthetic
+from bench.programs.workloads.traces import coding, prefix
 from rsm.broker.settings import Settings
 from rsm.simulation.fleet import FleetConfig, SimFleet
 from rsm.simulation.workload.programs import ProgramSpec
@@ -25,14 +25,17 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".bench" / "programs"
 # What a figure depends on; a change to any of these files makes it anew.
 _SOURCES = (
-    "simulation/*.py",
-    "router/[!ru]*.py",
+    "simulation/**/*.py",
+    "router/[!mr]*.py",
     "router/policies/*.py",
-    "workers/[ps]*.py",
-    "programs.lua",
-    "residents.lua",
+    "router/work_stealing/decision.py",
+    "workers/backends/sim/*.py",
+    "workers/meters/*.py",
+    "workers/scheduling/[ps]*.py",
+    "broker/protocol/lua/modules/programs.lua",
+    "broker/protocol/lua/modules/residents.lua",
     "bench/programs/[!ps_]*.py",
-    "bench/programs/algorithm2.py",
+    "bench/programs/workloads/*.py",
     "bench/results/h200-steps.json",
 )
 # Seconds in which programs arrive; the run goes on until the last one has ended. Longer where programs take longer.
@@ -41,7 +44,7 @@ WINDOW_S = {"uneven": 60.0, "chat": 60.0, "react": 60.0, "tree": 60.0, "mixed": 
 WORKLOADS = tuple(WINDOW_S)
 SLOWNESS = {"uneven": (1.0, 1.0, 1.0, 2.0)}
 POOL = 2
-# What the steps of vLLM cost with an 8B model on an H200, and its room: measured and fitted by `python -m bench.real`.
+# What the steps of vLLM cost with an 8B model on an H200, and its room: measured and fitted by `python -m bench.vllm`.
 _STEPS = ROOT / "bench" / "results" / "h200-steps.json"
 
 

@@ -8,11 +8,10 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from bench.page import Target
-from bench.table import RESULTS, table_line
+from bench.report.page import DOCS, RESULTS, Target
+from bench.report.table import table_line
 
 BEGIN, END = "<!-- programs -->", "<!-- /programs -->"
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "scheduling.md"
 Found = Mapping[str, Any]
 BASE, PAPER, OURS = "fcfs_rr", "paper", "ours"
 _FLEET = 4  # engines of the sweeps that have all workloads

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.table import RESULTS
+from bench.report.page import RESULTS
 
 # Colours that people with any colour vision tell apart (Okabe and Ito, 2008), and a mark for each.
 _STYLES = {

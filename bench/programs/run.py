@@ -14,7 +14,8 @@ from bench.programs.cells import POOL, Cell, Outcome, outcome
 from bench.programs.plan import Ablation, Plan, Sweep
 from bench.programs.search import Curve, rate_of, rate_point
 from bench.programs.systems import FCFS_RR, System
-from bench.table import RESULTS, machine
+from bench.report.machine import machine
+from bench.report.page import RESULTS
 
 
 def run(plan: Plan, jobs: int = POOL) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.table import machine
+from bench.report.machine import machine
 from tests.fuzz.decoders import DECODERS
 from tests.fuzz.entries import Passage, pass_through
 from tests.fuzz.run import Tally, fuzz

@@ -1,0 +1,1 @@
+"""Programs in real time, on real engines or modelled ones behind the real broker."""

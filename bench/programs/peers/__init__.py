@@ -1,0 +1,1 @@
+"""The same programs through public routers and through ours."""

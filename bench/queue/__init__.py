@@ -1,0 +1,1 @@
+"""No-op calls through rsm-engine and through its peers; what the broker itself costs."""

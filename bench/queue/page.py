@@ -1,0 +1,172 @@
+"""The page of `make bench`: what was aimed at, what came out, and beside whom."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bench.report.machine import machine
+from bench.report.page import RESULTS, Target, targets_table
+from bench.report.table import Spread, table_line
+
+OURS = "rsm-engine"
+
+
+CEILING = "raw streams"
+
+
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+
+
+def targets(rows: list[Row], ours: Mapping[str, Any]) -> list[Target]:
+    """The issue's targets, each beside its measurement from this very run."""
+    us = next(r for r in rows if r.name == OURS)
+    peers = [r for r in rows if r.name not in (OURS, CEILING)]
+    best = max(peers, key=lambda r: r.calls_per_s.median)
+    p50, p99 = min(r.rtt_p50_ms.median for r in peers), min(r.rtt_p99_ms.median for r in peers)
+    ratio = us.calls_per_s.median / best.calls_per_s.median
+    trips = {k.removeprefix("trips_"): v for k, v in ours.items() if k.startswith("trips_")}
+    return [
+        Target("calls/s, 100 in flight", f"≥ 4 times {best.name}", f"{ratio:.1f} times", ratio >= 4),
+        Target("round trip at low load, p50", "≤ 1 ms", f"{us.rtt_p50_ms.median:.2f} ms", us.rtt_p50_ms.median <= 1),
+        Target(
+            "… p50 below every peer's", f"< {p50:.2f} ms", f"{us.rtt_p50_ms.median:.2f} ms", us.rtt_p50_ms.median < p50
+        ),
+        Target(
+            "… p99 below every peer's", f"< {p99:.2f} ms", f"{us.rtt_p99_ms.median:.2f} ms", us.rtt_p99_ms.median < p99
+        ),
+        _at_least("router alone, assignments/s a process", ours["assignments_per_s"], 20_000),
+        _below("a call's time in the router, p99, ms", ours["call_p99_ms"], 1),
+        _below("cancel: flag set → abort in the worker, p50, ms", ours["cancel_p50_ms"], 2),
+        _below("… p99, ms", ours["cancel_p99_ms"], 10),
+        _below("router's memory, MiB", ours["router_mib"], 64),
+        _below(f"our part of a worker, MiB, over {ours['library']}", ours["worker_mib"], 10),
+        *(_below(f"round trips to Redis a call, {name}", value, 1) for name, value in trips.items()),
+    ]
+
+
+def limits(ours: Mapping[str, Any]) -> str:
+    """What bounds the throughput, from the processor time that was measured in the same run."""
+    parts = {k.removeprefix("cpu_"): v for k, v in ours.items() if k.startswith("cpu_")}
+    spent = ", ".join(f"{part} {value:.0f}" for part, value in parts.items())
+    total, cores = sum(parts.values()), os.cpu_count() or 1
+    return (
+        f"What limits it: a call takes {total:.0f} µs of processor time in all ({spent}), so {cores} cores can do "
+        f"{cores * 1e6 / total:,.0f} calls/s if nothing else runs and no core waits; Redis runs scripts on one core, "
+        f"which bounds it at {1e6 / parts['server']:,.0f}. At low load a round trip is six wake-ups of four processes."
+    )
+
+
+def _below(what: str, value: float, limit: float) -> Target:
+    return Target(what, f"≤ {limit:g}", f"{value:.2f}", value <= limit)
+
+
+def _at_least(what: str, value: float, limit: float) -> Target:
+    return Target(what, f"≥ {limit:,.0f}", f"{value:,.0f}", value >= limit)
+
+
+def into_readme(page: Path, readme: Path) -> None:
+    """Puts the tables of a page between the README's two bench marks, so that its figures are those of a run."""
+    head, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    tail = rest.split(END)[1]
+    readme.write_text(head + excerpt(page) + tail, encoding="utf-8")
+
+
+def excerpt(page: Path) -> str:
+    """What the README shows of a page: everything below its title, one level deeper."""
+    body = page.read_text(encoding="utf-8").split("\n", 1)[1].strip().replace("## ", "### ")
+    return f"{BEGIN}\n{body}\n{END}"
+
+
+def write(name: str, runs: Iterable[Run], ours: Mapping[str, Any], server: str, folder: Path = RESULTS) -> Path:
+    """Writes NAME.md and NAME.json; returns the path of the former."""
+    runs = list(runs)
+    about = machine(f"{os.cpu_count()} cores, shared with others", server)
+    rows = summarise(runs)
+    lines = ["", "## Targets", "", *targets_table(targets(rows, ours))]
+    lines += ["", limits(ours), "", "Made by `make bench`.", ""]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.md"
+    path.write_text(render(about, rows) + "\n".join(lines), encoding="utf-8")
+    data = {"machine": about, "runs": [{f: getattr(r, f) for f in Run.__slots__} for r in runs], "ours": dict(ours)}
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+COLUMNS = ("System", "Version", "redis-py", "Runs", "Calls/s", "Round trip p50, ms", "p99, ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of one system."""
+
+    name: str
+    version: str
+    redis_py: str
+    calls_per_s: float
+    rtt_p50_ms: float
+    rtt_p99_ms: float
+    note: str
+
+    @classmethod
+    def parse(cls, line: str) -> Run:
+        """Read a run from the line that a system printed; fields unknown here are left out."""
+        record = json.loads(line)
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system's line in the table."""
+
+    name: str
+    version: str
+    redis_py: str
+    runs: int
+    calls_per_s: Spread
+    rtt_p50_ms: Spread
+    rtt_p99_ms: Spread
+    note: str
+
+    @classmethod
+    def of(cls, runs: list[Run]) -> Row:
+        first = runs[0]
+        if any((run.version, run.redis_py) != (first.version, first.redis_py) for run in runs):
+            raise ValueError(f"runs of {first.name} differ in their versions")
+        return cls(
+            name=first.name,
+            version=first.version,
+            redis_py=first.redis_py,
+            runs=len(runs),
+            calls_per_s=Spread.of(run.calls_per_s for run in runs),
+            rtt_p50_ms=Spread.of(run.rtt_p50_ms for run in runs),
+            rtt_p99_ms=Spread.of(run.rtt_p99_ms for run in runs),
+            note=first.note,
+        )
+
+    def cells(self) -> tuple[str, ...]:
+        figures = (self.calls_per_s.text(0), self.rtt_p50_ms.text(2), self.rtt_p99_ms.text(2))
+        return (self.name, self.version, self.redis_py, str(self.runs), *figures)
+
+
+def summarise(runs: Iterable[Run]) -> list[Row]:
+    """Return one row a system, the highest throughput first."""
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        by_name.setdefault(run.name, []).append(run)
+    return sorted((Row.of(group) for group in by_name.values()), key=lambda row: -row.calls_per_s.median)
+
+
+def render(about: Mapping[str, str], rows: list[Row]) -> str:
+    """Return the whole page."""
+    lines = [f"# Benchmark: {about['Machine']}", ""]
+    lines += [f"- {key}: {value}" for key, value in about.items() if key != "Machine"]
+    lines += ["", "Medians of the runs, with least and greatest in brackets.", ""]
+    lines += [table_line(COLUMNS), table_line(["---"] * 3 + ["---:"] * 4)]
+    lines += [table_line(row.cells()) for row in rows]
+    lines += ["", *(f"- {row.name}: {row.note}." for row in rows)]
+    return "\n".join(lines) + "\n"

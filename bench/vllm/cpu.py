@@ -1,0 +1,162 @@
+"""A short call on an engine full of long programs' calls: vLLM's own schedulers and ours, on the CPU, in one table.
+
+    python -m bench.vllm cpu [--rounds 3] [--name waits]
+
+Each run is `bench.vllm waits --cases slots` with the tiny model, in a process of its own; the schedulers take turns.
+Many long calls more than there are slots come at once, then short ones, one by one. Those that come while long ones
+still wait for a slot count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.report.machine import here
+from bench.report.page import Report, Target, publish, targets_table
+from bench.report.table import Spread, table_line
+from bench.vllm.waits import differing
+
+BASE, OURS = "priority", "plas"
+# The first is the one whose tokens the others' are compared with.
+LABELS = {BASE: "vLLM, priority", "fcfs": "vLLM, fcfs", OURS: "with our plug-in (plas)"}
+_PHASE, _SLOTS, _LONGS = "slots", 8, 3.0
+# Sizes of the run: seconds on the CPU, and contexts that all fit, so that slots alone are scarce.
+_WAITS = ("--long", "500", "3000", "--longs", str(_LONGS), "--wait-s", "1.5", "--cases", _PHASE)
+_ENGINE = {
+    "max_num_seqs": _SLOTS,
+    "max_model_len": 4096,
+    "max_num_batched_tokens": 2048,
+    "kv_cache_memory_bytes": 128 << 20,
+    "enforce_eager": True,
+}
+# One thread a process: more of them than cores stand in each other's way.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_RUN_S = 240
+_AIM = 3.0
+Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--name", default="waits", help="of the result files in bench/results")
+
+
+def measure(rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Runs by scheduler, one a round, and what was measured on."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in LABELS}
+    engine: dict[str, Any] = {}
+    for turn in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="rsm-waits-") as folder:
+            for name in LABELS:
+                report = _run(name, Path(folder) / name)
+                engine = report["engine"]
+                phase = next(p for p in report["phases"] if p["phase"] == _PHASE)
+                run = figures(phase, _SLOTS) | told(Path(folder) / BASE, Path(folder) / name)
+                runs[name].append(run)
+                print(f"round {turn + 1} of {rounds}, {name}: {_said(run)}", flush=True)
+    return runs, engine
+
+
+def _run(scheduler: str, out: Path) -> dict[str, Any]:
+    from rsm.workers.backends.vllm.tiny_model import ensure_tiny_model
+
+    out.mkdir()
+    options = [f"--engine-arg={name}={json.dumps(value)}" for name, value in _ENGINE.items()]
+    command = [sys.executable, "-m", "bench.vllm", "waits", "--scheduler", scheduler, "--out", str(out)]
+    command += ["--model", str(ensure_tiny_model()), *_WAITS, *options]
+    with (out / "log").open("wb") as log:
+        done = subprocess.run(command, env=os.environ | _ENVIRONMENT, stdout=log, stderr=log, timeout=_RUN_S)
+    if done.returncode:
+        raise RuntimeError(f"vLLM with {scheduler} failed:\n{(out / 'log').read_text(errors='replace')[-3000:]}")
+    report: dict[str, Any] = json.loads((out / "waits.json").read_text(encoding="utf-8"))
+    return report
+
+
+def figures(phase: Mapping[str, Any], slots: int) -> dict[str, Any]:
+    """A run in figures, in ms: medians and worst of the short calls that came while long ones waited for slots."""
+    ends = phase["long_ended_s"]
+    full_until = ends[-slots - 1] if len(ends) > slots else 0.0
+    counted = [n for n, came in enumerate(phase["short_came_s"]) if came < full_until]
+    if not counted:
+        raise ValueError("No short call came while all slots were taken and long calls waited.")
+    found: dict[str, Any] = {"shorts": len(counted), "preempted": phase["preempted"], "long_s": ends[-1]}
+    for name, key in (("first", "short_first_ms"), ("end", "short_ms")):
+        values = [phase[key][n] for n in counted]
+        found |= {f"{name}_ms": median(values), f"{name}_worst_ms": max(values)}
+    return found | {"step_ms": phase["decode"]["ms"]}
+
+
+def told(one: Path, other: Path) -> dict[str, int]:
+    """How many calls two runs have in common, and in how many of them the tokens differ."""
+    compared, differ = differing(one, other)
+    return {"compared": compared, "differ": len(differ)}
+
+
+def _said(run: Mapping[str, Any]) -> str:
+    return f"first token {run['first_ms']:.0f} ms, end {run['end_ms']:.0f} ms, {run['preempted']} preempted"
+
+
+# -- the table
+
+
+def section(runs: Runs, engine: Mapping[str, Any]) -> list[str]:
+    rounds = len(runs[OURS])
+    head = (
+        "Scheduler",
+        "short call: first token, ms",
+        "end, ms",
+        "worst end, ms",
+        "long calls done after, s",
+        "preempted",
+    )
+    return [
+        f"vLLM {engine['vllm']} ({engine['device']}) with the tiny model, {engine['slots']} slots, and {_LONGS:g} "
+        "times as many long calls at once; short calls of new programs come one by one, and count while long ones wait "
+        f"for slots. Medians of {rounds} interleaved rounds, with least and greatest.",
+        "",
+        table_line((*head, "tokens as with vLLM, priority")),
+        table_line(["---", *["---:"] * len(head)]),
+        *(_line(name, list(of)) for name, of in runs.items()),
+        "",
+        *targets_table(targets(runs)),
+    ]
+
+
+def _line(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    def cell(key: str, digits: int = 0) -> str:
+        return Spread.of(run[key] for run in runs).text(digits)
+
+    compared, differ = (sum(run[key] for run in runs) for key in ("compared", "differ"))
+    same = f"{compared - differ} of {compared} calls"
+    times = (cell("first_ms"), cell("end_ms"), cell("end_worst_ms"), cell("long_s", 1))
+    return table_line((LABELS[name], *times, cell("preempted"), same))
+
+
+def targets(runs: Runs) -> list[Target]:
+    found = []
+    for key, what in (("first_ms", "first token"), ("end_ms", "end")):
+        ratios = [base[key] / ours[key] for base, ours in zip(runs[BASE], runs[OURS], strict=True)]
+        got = f"{Spread.of(ratios).text(1)} times"
+        what = f"a short call's {what}, ours before vLLM's priority"
+        found.append(Target(what, f"≥ {_AIM:g} times sooner", got, median(ratios) >= _AIM))
+    differ, compared = (sum(run[key] for run in runs[OURS]) for key in ("differ", "compared"))
+    got = f"{compared - differ} of {compared} calls"
+    return [*found, Target("the same tokens as with vLLM's priority", "all", got, compared > 0 and not differ)]
+
+
+async def run(args: argparse.Namespace) -> None:
+    runs, engine = measure(args.rounds)
+    versions = {"vLLM": f"{engine['vllm']}, torch {engine['torch']}, {engine['dtype']}"}
+    data = {"engine": engine, "runs": runs}
+    command = "python -m bench.vllm cpu"
+    title = "A short call on a full engine"
+    publish(Report(title, here(**versions), section(runs, engine), data, command), args.name)
