@@ -19,8 +19,9 @@ MACHINE ?= unnamed
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
 
-# The contract with Redis, checked also on a master under Sentinel and on a Cluster; tests/topologies.py starts them.
-BROKER_TESTS := $(wildcard tests/test_transitions_*.py) $(patsubst %,tests/test_%.py,client aio request dead_letters policies router lost_news)
+# The contract with Redis, checked also on a master under Sentinel and on a Cluster; tests/support/topologies.py starts them.
+BROKER_TESTS := tests/protocol/transitions $(patsubst %,tests/broker/test_%.py,client aio request dead_letters lost_events) \
+  tests/router/test_policies.py tests/router/test_router.py
 
 test: $(VLLM_STAMP) check
 	$(PY) -m pytest -n 2 --dist loadgroup
@@ -62,7 +63,7 @@ bench-programs-quick: $(BENCH_STAMP)
 # `make model EXAMPLES=5000` walks new ways each time; the tests walk the same few.
 EXAMPLES ?= 1000
 model: $(BASE_STAMP)
-	RSM_MODEL_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/test_state_machine.py -k server
+	RSM_MODEL_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/protocol/test_state_machine.py -k server
 
 # `make chaos MINUTES=30 SEED=2 VLLM=1` is a long one, with a worker of real vLLM; its figures go into docs/conformance.md.
 MINUTES ?= 2
@@ -77,7 +78,7 @@ fuzz: $(BASE_STAMP)
 
 # Other versions of vLLM, for the tests that drive their scheduler classes: `make vllm-versions test`.
 vllm-versions: $(VLLM_STAMP)
-	$(PY) -m tests.vllm_versions
+	$(PY) -m tests.support.vllm_versions
 
 $(BASE_STAMP): requirements/base.txt requirements/dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("rsm-engine needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -1,4 +1,4 @@
-/* The life of a call, checked by spin (tests/test_spec.py, docs/verification.md).
+/* The life of a call, checked by spin (tests/protocol/test_spec.py, docs/verification.md).
  *
  * Modelled: producers that push again after a lost reply, and use an id anew once its record has expired; two routers
  * that read, place and die; two engines, the first with two worker processes (a zombie and its heir, under one id);
@@ -7,12 +7,12 @@
  *
  * Each atomic or d_step block is one run of one Lua script (its name stands beside it), for Redis runs one at a time.
  *
- * Left out: Redis itself never forgets (tests/test_lost_writes.py); batches, order in queues, priorities, sessions,
+ * Left out: Redis itself never forgets (tests/workers/test_lost_writes.py); batches, order in queues, priorities, sessions,
  * parking, drains, deadlines (a deadline is a cancel of another colour), poison and error counts, overload, time: a
- * lease may end at any moment. Whatever is left out is held by tests/test_state_machine.py.
+ * lease may end at any moment. Whatever is left out is held by tests/protocol/test_state_machine.py.
  *
  * Faults are bounded, so every run is finite (-DNP: there is no cycle), and where nobody can do anything any more all
- * calls have ended (the last line): so every accepted call ends, whatever the schedule. Each -D in capitals of tests/test_spec.py takes one safeguard away.
+ * calls have ended (the last line): so every accepted call ends, whatever the schedule. Each -D in capitals of tests/protocol/test_spec.py takes one safeguard away.
  */
 #ifndef CRASHES
 #define CRASHES 1   /* of workers */

@@ -20,10 +20,10 @@ from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.views.monitor import Monitor
-from tests.sim_processes import Start, WorkerProcess, sim, state_of
-from tests.topologies import TOPOLOGIES, Topology
-from tests.waiting import eventually as eventually
-from tests.world import World
+from tests.support.sim_processes import Start, WorkerProcess, sim, state_of
+from tests.support.topologies import TOPOLOGIES, Topology
+from tests.support.waiting import eventually as eventually
+from tests.support.world import World
 
 # Started in a shell's background, SIGINT is ignored here and in every child; the tests of Ctrl-C need it to arrive.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

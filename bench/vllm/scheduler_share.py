@@ -30,8 +30,8 @@ from bench.report.page import RESULTS, Report, Target, publish, targets_table
 from bench.report.table import table_line
 from rsm.workers.scheduling.program import LEVELS
 from rsm.workers.scheduling.vllm_plugin import make_scheduler
-from tests import vllm_miniature as mini
-from tests.vllm_miniature import Call, Engine
+from tests.support import vllm_miniature as mini
+from tests.support.vllm_miniature import Call, Engine
 
 _TURN = 20
 _STEPS = RESULTS / "h200-steps.json"

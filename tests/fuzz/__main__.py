@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.report.machine import machine
+from bench.report.page import RESULTS
 from tests.fuzz.decoders import DECODERS
 from tests.fuzz.entries import Passage, pass_through
 from tests.fuzz.run import Tally, fuzz
 
-RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 # What a router may grow by between the first tenth of a run and its end.
 _GROWTH_MIB = 32.0
 

@@ -20,8 +20,8 @@ from rsm.broker.views.monitor import Monitor
 from tests.conftest import eventually
 from tests.fuzz.decoders import CUT, DECODERS
 from tests.fuzz.mutate import mutants
-from tests.rsm_command import clean_env
-from tests.sim_processes import WorkerProcess, sim, state_of
+from tests.support.rsm_command import clean_env
+from tests.support.sim_processes import WorkerProcess, sim, state_of
 
 _AT_ONCE = 500
 _PATIENCE_S = 600.0

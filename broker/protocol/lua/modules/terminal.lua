@@ -28,7 +28,7 @@ local function tell_inbox(client, id, state, code, message, result, ...)
 end
 
 -- What a finished call's record takes in Redis beside its body, result and log, its share of the index and of the
--- process table included. Measured by tests/test_retention.py.
+-- process table included. Measured by tests/protocol/test_retention.py.
 local RECORD_BYTES = 768
 
 -- On the router stream, parked, or held.

@@ -1,0 +1,1 @@
+"""What tests share: worlds, workers, servers, models."""

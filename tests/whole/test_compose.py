@@ -1,0 +1,190 @@
+"""docker-compose.yml: what it promises, and its very commands as processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from rsm.broker import Settings
+from rsm.broker.connection.embedded import find_server
+from rsm.broker.connection.factory import BLIPS, connect
+from rsm.cli import app
+from tests.conftest import eventually
+from tests.support.paths import ROOT
+from tests.support.rsm_command import clean_env
+from tests.support.sim_processes import processes_of
+
+_FILE = ROOT / "docker-compose.yml"
+_BIN = Path(sys.executable).parent
+_URL = "redis://redis:6379/0"
+# In the order of depends_on, and stopped in the opposite one.
+_STARTED = ("redis", "router", "worker-cpu", "node")
+
+Service = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Service]:
+    found: dict[str, Service] = yaml.safe_load(_FILE.read_text())["services"]
+    return found
+
+
+# -- what it promises
+
+
+def test_redis_is_durable_and_never_evicts(services: dict[str, Service]) -> None:
+    command = services["redis"]["command"]
+    options = dict(zip(command[1::2], command[2::2], strict=True))
+    assert options["--appendonly"] == "yes"
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert services["redis"]["volumes"] == ["redis-data:/data"], "the data survive the container"
+    assert all(port.startswith("127.0.0.1:") for port in services["redis"]["ports"])
+
+
+def test_every_service_is_checked_waits_for_redis_and_starts_again(services: dict[str, Service]) -> None:
+    assert set(services) == {*_STARTED, "worker-gpu"}
+    for name, service in services.items():
+        assert service["healthcheck"]["test"][0] == "CMD", name
+        assert service["restart"] == "unless-stopped", name
+        if name != "redis":
+            assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}, name
+            assert service["environment"]["RSM_REDIS_URL"] == _URL
+            assert float(service["stop_grace_period"].removesuffix("s")) > Settings().drain_grace_s
+
+
+def test_profiles(services: dict[str, Service]) -> None:
+    profiles = {name: service["profiles"] for name, service in services.items() if "profiles" in service}
+    assert profiles == {"worker-gpu": ["gpu"], "worker-cpu": ["cpu"]}
+    (device,) = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+
+
+@pytest.mark.parametrize("part", ["command", "healthcheck"])
+def test_command_lines_are_understood(services: dict[str, Service], part: str) -> None:
+    """Parsed by the CLI, not run: that of the worker on a GPU as well."""
+    lines = [s["command"] if part == "command" else s["healthcheck"]["test"][1:] for s in services.values()]
+    ours = [line for line in lines if line[0] == "rsm"]
+    assert len(ours) >= 3
+    for line in ours:
+        parse(line[1:])
+
+
+def test_the_worker_on_a_gpu_and_its_check_name_one_engine(services: dict[str, Service]) -> None:
+    gpu = services["worker-gpu"]
+    params = parse(gpu["command"][1:])
+    assert (params["backend"], params["engine_id"], params["gpu"]) == ("vllm", "gpu0", 0)
+    assert parse(gpu["healthcheck"]["test"][2:])["ready"] == params["engine_id"]
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """What the CLI makes of a command line."""
+    group: Any = typer.main.get_command(app)
+    name, command, rest = group.resolve_command(group.make_context("rsm", [*words], resilient_parsing=True), [*words])
+    assert command is not None, words
+    params: dict[str, Any] = command.make_context(name, rest).params
+    return params
+
+
+# -- the same commands, here
+
+
+class Deployment:
+    """The services of the file as local processes, with a server on a unix socket."""
+
+    def __init__(self, services: dict[str, Service], folder: Path) -> None:
+        self._services = services
+        self.folder = folder
+        self.url = f"unix://{folder}/s"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(namespace="rsm").with_redis(self.url)
+
+    def start(self, name: str) -> None:
+        service = self._services[name]
+        command = self.local(service["command"])
+        if name == "redis":
+            command += ["--port", "0", "--unixsocket", f"{self.folder}/s", "--dir", str(self.folder)]
+        with (self.folder / f"{name}.log").open("wb") as output:
+            process = subprocess.Popen(command, env=self.env(name), stdout=output, stderr=output, cwd=self.folder)
+        self.processes[name] = process
+
+    def healthy(self, name: str) -> bool:
+        """What the service's own check says."""
+        check = self.local(self._services[name]["healthcheck"]["test"][1:])
+        if name == "redis":
+            check[1:1] = ["-s", f"{self.folder}/s"]
+        return subprocess.run(check, env=self.env(name), capture_output=True, timeout=60, check=False).returncode == 0
+
+    def env(self, name: str) -> dict[str, str]:
+        given = {k: v.replace(_URL, self.url) for k, v in self._services[name].get("environment", {}).items()}
+        return clean_env() | given
+
+    def local(self, words: list[str]) -> list[str]:
+        """A command of a container as one of this machine."""
+        program = find_server() if words[0] == "redis-server" else words[0]
+        installed = _BIN / words[0]
+        return [str(installed) if installed.exists() else program, *[w.replace(_URL, self.url) for w in words[1:]]]
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def stop(self) -> dict[str, int]:
+        """As `docker compose down`: SIGTERM in the opposite order; returns the exit statuses."""
+        for process in reversed(self.processes.values()):
+            process.terminate()
+            process.wait(60)
+        return {name: process.returncode for name, process in self.processes.items()}
+
+
+@pytest.fixture
+def deployment(services: dict[str, Service]) -> Iterator[Deployment]:
+    folder = Path(f"/tmp/rsm-compose-{os.getpid()}")  # short: a socket's path has 107 bytes at most
+    folder.mkdir()
+    made = Deployment(services, folder)
+    yield made
+    for process in made.processes.values():
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder)
+
+
+def test_the_deployment_runs_a_call_of_anybody(deployment: Deployment) -> None:
+    deployment.start("redis")
+    server: Any = connect(deployment.settings)
+    eventually(lambda: answers(server), what="redis")
+    for name in _STARTED[1:]:
+        deployment.start(name)
+    entry = {"id": "c1", "session": "s1", "json": '{"prompt":"Explain quantum computing","max_tokens":8}'}
+    server.xadd("{rsm}:calls", entry)
+    eventually(lambda: server.hget("{rsm}:call:c1", "state") == b"COMPLETED", 30)
+    assert server.hget("{rsm}:call:c1", "engine") == b"cpu0"
+    assert server.config_get("appendonly") == {"appendonly": "yes"}
+
+    for name in _STARTED:
+        if name != "redis" or shutil.which("redis-cli"):
+            eventually(lambda name=name: deployment.healthy(name), 30, f"{name} healthy")  # type: ignore[misc]
+    server.close()
+    worker = deployment.processes["worker-cpu"]
+    worker.terminate()
+    worker.wait(60)
+    assert not deployment.healthy("worker-cpu")
+    assert deployment.stop() == dict.fromkeys(deployment.processes, 0)
+    assert not processes_of(deployment.settings, deployment.folder)
+
+
+def answers(server: Any) -> bool:
+    try:
+        return bool(server.ping())
+    except BLIPS:
+        return False

@@ -1,0 +1,497 @@
+"""The remote engine, against a small server of our own: no real one can be had where these tests run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from pydantic import SecretStr
+
+from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
+from rsm.workers.backends.openai.backend import OpenAIBackend
+from rsm.workers.backends.openai.resume import Said
+from tests.support.fake_openai import WORDS, Server
+from tests.support.pieces import Heard
+
+KEY = "sk-very-secret"
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+
+
+@pytest_asyncio.fixture
+async def server() -> AsyncIterator[Server]:
+    fake = Server()
+    await fake.open()
+    yield fake
+    await fake.close()
+
+
+@pytest.fixture(autouse=True)
+def no_key_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RSM_OPENAI_API_KEY", raising=False)
+
+
+@pytest_asyncio.fixture
+async def start(server: Server) -> AsyncIterator[Callable[..., Any]]:
+    backends: list[OpenAIBackend] = []
+
+    async def begin(**more: Any) -> OpenAIBackend:
+        backend = OpenAIBackend(server.url, **({"api_key": SecretStr(KEY)} | more))
+        await backend.start()
+        backends.append(backend)
+        return backend
+
+    yield begin
+    for backend in backends:
+        await backend.stop(0)
+
+
+def job(body: dict[str, Any] | None = None, kind: str = "generate", **more: Any) -> Job:
+    body = {"prompt": "Say it", "max_tokens": 6} if body is None else body
+    return Job(key="c/1", call_id="c", session="s", kind=kind, body=body, **more)
+
+
+async def run(backend: OpenAIBackend, j: Job) -> tuple[Outcome, Heard]:
+    heard = Heard()
+    return await asyncio.wait_for(backend.run(j, heard.hear), 10), heard
+
+
+async def test_start_finds_the_model_and_the_kind_of_server(server: Server, start: Any) -> None:
+    server.vllm = True
+    backend = OpenAIBackend(server.url + "/", max_num_seqs=7, kv_tokens=9)
+    facts = await backend.start()
+    await backend.stop(0)
+    assert (facts.model, facts.max_num_seqs, facts.kv_tokens, facts.version) == ("the-model", 7, 9, "vllm")
+
+
+async def test_generate_streams_text_and_counts(server: Server, start: Any) -> None:
+    backend = await start(model="mine")
+    out, heard = await run(backend, job({"prompt": "Say it", "max_tokens": 6, "temperature": 0.5}, stream=True))
+    assert [p.text for p in heard] == WORDS[:6]
+    assert (out.text, out.finish_reason) == ("".join(WORDS[:6]), "length")
+    assert (out.prompt_tokens, out.completion_tokens, out.cached_tokens) == (5, 6, 4)
+    assert out.ttft_ms is not None
+    sent = server.requests[0]
+    assert (sent["path"], sent["model"], sent["prompt"], sent["temperature"]) == (
+        "/v1/completions", "mine", "Say it", 0.5,
+    )  # fmt: skip
+    assert "return_token_ids" not in sent
+
+
+async def test_vllm_is_asked_for_token_ids(server: Server, start: Any) -> None:
+    server.vllm = True
+    out, heard = await run(await start(), job({"prompt_token_ids": [1, 2], "max_tokens": 3}, stream=True))
+    assert server.requests[0]["prompt"] == [1, 2]
+    assert [p.token_ids for p in heard] == [[1000], [1001], [1002]]
+    assert out.token_ids == [1000, 1001, 1002]
+
+
+@pytest.mark.parametrize("vllm", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_a_broken_generate_is_continued(server: Server, start: Any, vllm: bool, as_ids: bool) -> None:
+    server.vllm, server.cut_after = vllm, 2
+    backend = await start()
+    body = {"prompt_token_ids": [1, 2]} if as_ids else {"prompt": "Say it"}
+    heard = Heard()
+    with pytest.raises(EngineError, match="failed: RemoteProtocolError"):
+        await backend.run(job(body | {"max_tokens": 6}, stream=True), heard.hear)
+    assert len(heard) == 2
+    server.cut_after = None
+    again = job(body | {"max_tokens": 6}, stream=True, resumed=heard.resumed())
+    if as_ids and not vllm:
+        with pytest.raises(CallRejected, match="cannot be continued"):
+            await run(backend, again)
+        return
+    out, more = await run(backend, again)
+    assert server.requests[-1]["max_tokens"] == 4
+    assert out.text == "".join(WORDS[:6]) == heard.resumed().text + "".join(p.text for p in more)
+    assert (out.prompt_tokens, out.completion_tokens) == (5, 6)
+    assert out.token_ids == ([1000, 1001, 1002, 1003, 1004, 1005] if vllm else [])
+
+
+async def test_a_generate_that_had_said_all_is_not_sent_again(server: Server, start: Any) -> None:
+    backend = await start()
+    first, heard = await run(backend, job(stream=True))
+    out, more = await run(backend, job(stream=True, resumed=heard.resumed()))
+    assert (out.text, out.finish_reason, more) == (first.text, "length", [])
+    assert out.completion_tokens == 6
+    assert len(server.requests) == 1
+
+
+async def test_a_generate_that_had_stopped_early_is_not_sent_again(server: Server, start: Any) -> None:
+    before = Resumed(" w0 w1", [], ["1", "2 stop"], 0)
+    out, _ = await run(await start(), job(stream=True, resumed=before))
+    assert (out.text, out.finish_reason, out.completion_tokens) == (" w0 w1", "stop", 2)
+    assert server.requests == []
+
+
+async def test_resuming_without_any_count_estimates_it(server: Server, start: Any) -> None:
+    await run(await start(), job(resumed=Resumed(" w0 w1", [], [], 0)))
+    assert (server.requests[0]["prompt"], server.requests[0]["max_tokens"]) == ("Say it w0 w1", 4)
+
+
+@pytest.mark.parametrize("kind", ["chat.completions", "completions"])
+@pytest.mark.parametrize("asked", [False, True])
+async def test_openai_streams_are_passed_on(server: Server, start: Any, kind: str, asked: bool) -> None:
+    body: dict[str, Any] = CHAT if kind == "chat.completions" else {"prompt": "Say", "max_tokens": 4}
+    if asked:
+        body = body | {"stream_options": {"include_usage": True}}
+    out, heard = await run(await start(), job(body, kind, stream=True))
+    chunks = [json.loads(p.chunk) for p in heard]
+    assert [bool(c["choices"]) for c in chunks].count(False) == asked
+    assert len(chunks) == 4 + (kind == "chat.completions") + asked
+    assert (out.text, out.completion_tokens, out.cached_tokens) == ("".join(WORDS[:4]), 4, 4)
+    assert out.response is not None
+    assert out.response["object"] == ("chat.completion" if kind == "chat.completions" else "text_completion")
+    assert out.response["choices"][0]["finish_reason"] == "length"
+    assert server.requests[0]["model"] == "the-model"
+    assert server.requests[0]["stream_options"] == {"include_usage": True}
+
+
+async def test_a_call_that_does_not_stream_gets_the_servers_body(server: Server, start: Any) -> None:
+    body = CHAT | {"model": "asked", "stream": True, "stream_options": {"include_usage": True}}
+    out, heard = await run(await start(), job(body, "chat.completions"))
+    assert heard == []
+    assert out.response == server.whole("/v1/chat/completions", body)
+    assert (out.text, out.prompt_tokens, out.ttft_ms) == ("".join(WORDS[:4]), 5, None)
+    sent = server.requests[0]
+    assert (sent["model"], sent["stream"], "stream_options" in sent) == ("asked", False, False)
+
+
+async def test_embeddings(server: Server, start: Any) -> None:
+    out, heard = await run(await start(), job({"input": "hi"}, "embeddings", stream=True))
+    assert out.response is not None
+    assert out.response["data"][0]["embedding"] == [0.5]
+    assert (out.prompt_tokens, out.finish_reason, heard) == (3, "stop", [])
+    assert server.requests[0] == {"input": "hi", "model": "the-model", "path": "/v1/embeddings"}
+
+
+async def test_streams_survive_any_cut_of_the_network(server: Server, start: Any) -> None:
+    server.piecemeal = True
+    out, heard = await run(await start(), job(stream=True))
+    assert [p.text for p in heard] == WORDS[:6]
+    assert out.completion_tokens == 6
+
+
+async def test_a_broken_openai_stream_says_to_submit_again(server: Server, start: Any) -> None:
+    server.cut_after = 2
+    backend, heard = await start(), Heard()
+    with pytest.raises(CallRejected, match=r"died in the middle of this stream .* submit the call again"):
+        await backend.run(job(CHAT, "chat.completions", stream=True), heard.hear)
+    assert len(heard) == 2
+    with pytest.raises(CallRejected, match="submit the call again"):
+        await backend.run(job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()), heard.hear)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("kind", ["chat.completions", "completions"])
+async def test_a_broken_openai_stream_goes_on_where_a_server_can(server: Server, start: Any, kind: str) -> None:
+    chat = kind == "chat.completions"
+    body: dict[str, Any] = CHAT if chat else {"prompt": "Say", "max_tokens": 4}
+    body = body | {"stream_options": {"include_usage": True}}
+    server.vllm, server.cut_after = chat, 2 + chat
+    backend = await start()
+    whole = server.whole(f"/v1/{'chat/' * chat}completions", body)
+    with pytest.raises(EngineError):
+        await backend.run(job(body, kind, stream=True), (heard := Heard()).hear)
+    server.cut_after = None
+    out, more = await run(backend, job(body, kind, stream=True, resumed=heard.resumed()))
+    sent = server.requests[-1]
+    assert sent["max_tokens"] == 2
+    if chat:
+        said = {"role": "assistant", "content": " w0 w1"}
+        assert (sent["messages"], sent["continue_final_message"]) == ([*CHAT["messages"], said], True)  # type: ignore[misc]
+        assert sent["add_generation_prompt"] is False
+    else:
+        assert sent["prompt"] == "Say w0 w1"
+    *chunks, usage = [json.loads(p.chunk) for p in [*heard, *more]]
+    assert "".join(_text(c["choices"][0]) for c in chunks) == out.text == "".join(WORDS[:4])
+    assert len(chunks) == 4 + chat, "one role, and each word once"
+    assert len({c["id"] for c in chunks}) == 1
+    counts = {"prompt_tokens": 5, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 4}}
+    assert usage["usage"] == counts == whole["usage"]
+    assert out.response is not None
+    assert out.response["choices"][0]["finish_reason"] == "length"
+    assert (out.prompt_tokens, out.completion_tokens) == (5, 4)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    return str(choice.get("text") or choice.get("delta", {}).get("content") or "")
+
+
+async def test_an_openai_stream_of_which_only_the_role_is_out_begins_again(server: Server, start: Any) -> None:
+    server.cut_after = 1
+    backend = await start()
+    with pytest.raises(EngineError):
+        await backend.run(job(CHAT, "chat.completions", stream=True), (heard := Heard()).hear)
+    server.cut_after = None
+    out, more = await run(backend, job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()))
+    assert (len(heard), len(more), out.text) == (1, 4, "".join(WORDS[:4]))
+    assert server.requests[0] == server.requests[1]
+
+
+async def test_an_openai_stream_that_had_ended_is_not_sent_again(server: Server, start: Any) -> None:
+    backend = await start()
+    first, heard = await run(backend, job(CHAT, "chat.completions", stream=True))
+    out, more = await run(backend, job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()))
+    assert (out.text, out.finish_reason, more, len(server.requests)) == (first.text, "length", [], 1)
+
+
+@pytest.mark.parametrize(
+    "more", [{"n": 2}, {"logprobs": True}, {"response_format": {"type": "json_object"}}, {"messages": "none"}]
+)
+async def test_what_is_more_than_text_is_not_gone_on_with(server: Server, start: Any, more: dict[str, Any]) -> None:
+    server.vllm, server.cut_after = True, 3
+    with pytest.raises(CallRejected, match="cannot be continued"):
+        await run(await start(), job(CHAT | more, "chat.completions", stream=True))
+
+
+def test_a_tool_call_that_had_begun_is_not_gone_on_with() -> None:
+    call = {"index": 0, "function": {"name": "f", "arguments": "{"}}
+    said = Said(
+        [json.dumps({"id": "x", "choices": [{"index": 0, "delta": {"role": "assistant", "tool_calls": [call]}}]})]
+    )
+    assert not said.continuable("chat.completions", CHAT, chats=True)
+    said = Said([json.dumps({"id": "x", "choices": [{"index": 0, "delta": {"content": "Well"}}]})])
+    assert said.continuable("chat.completions", CHAT, chats=True)
+    assert not said.continuable("chat.completions", CHAT, chats=False)
+    begun = {"messages": [*CHAT["messages"], {"role": "assistant", "content": "So: "}], "continue_final_message": True}  # type: ignore[misc]
+    assert said.continued("chat.completions", begun, chats=True)["messages"][-1]["content"] == "So: Well"
+
+
+async def test_an_openai_stream_broken_before_its_first_chunk_may_run_again(server: Server, start: Any) -> None:
+    server.cut_after = 0
+    with pytest.raises(EngineError, match="RemoteProtocolError"):
+        await run(await start(), job(CHAT, "chat.completions", stream=True))
+
+
+async def test_an_answer_that_is_whole_needs_no_last_words(server: Server, start: Any) -> None:
+    server.cut_after = 5  # role and four words; no usage, no [DONE]
+    out, heard = await run(await start(), job(CHAT, "chat.completions", stream=True))
+    assert (out.finish_reason, out.completion_tokens, len(heard)) == ("length", 4, 5)
+
+
+@pytest.mark.parametrize("kind", ["generate", "chat.completions"])
+async def test_abort_hangs_up_and_keeps_what_was_said(server: Server, start: Any, kind: str) -> None:
+    server.stall_after = 3
+    backend, heard = await start(), Heard()
+    body = CHAT if kind == "chat.completions" else {"prompt": "Say it", "max_tokens": 6}
+    task = asyncio.create_task(backend.run(job(body, kind, stream=True), heard.hear))
+    await heard.first(3)
+    backend.abort("c/1")
+    backend.abort("c/1")
+    out = await asyncio.wait_for(task, 2)
+    await asyncio.wait_for(server.hung_up.wait(), 2)
+    said = 2 if kind == "chat.completions" else 3
+    assert (out.finish_reason, out.text, out.completion_tokens) == ("abort", "".join(WORDS[:said]), said)
+    if kind == "chat.completions":
+        assert out.response is not None
+        assert out.response["choices"][0]["finish_reason"] == "abort"
+
+
+async def test_a_cancelled_run_hangs_up_too(server: Server, start: Any) -> None:
+    server.stall_after = 1
+    backend, heard = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    await heard.first(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(server.hung_up.wait(), 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "raises", "message"),
+    [
+        (400, b'{"error": {"message": "max_tokens is too large"}}', CallRejected, "400: max_tokens is too large$"),
+        (404, b'{"message": "no such model"}', CallRejected, "404: no such model"),
+        (422, b'{"detail": [{"msg": "wrong"}]}', CallRejected, "wrong"),
+        (400, b"plain words", CallRejected, "plain words"),
+        (401, f'{{"error": {{"message": "bad key {KEY}"}}}}'.encode(), EngineError, r"bad key \*\*\*"),
+        (408, b"", EngineError, "408"),
+        (429, b'{"error": "slow down"}', EngineError, "slow down"),
+        (500, b"<html>", EngineError, "500"),
+        (503, b"", EngineError, "503"),
+        (302, b"", EngineError, "302"),
+        (200, b"no json", EngineError, "not JSON"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_errors_of_the_server(
+    server: Server, start: Any, status: int, body: bytes, raises: type[Exception], message: str, stream: bool
+) -> None:
+    server.fail = (status, body)
+    if status == 200 and stream:
+        message = "ended its stream before the answer was whole"
+    with pytest.raises(raises, match=message) as caught:
+        await run(await start(), job(CHAT, "chat.completions", stream=stream))
+    assert KEY not in str(caught.value)
+
+
+async def test_errors_inside_a_stream(server: Server, start: Any) -> None:
+    backend = await start()
+    server.in_stream = {"error": {"message": "too long", "code": 400}}
+    with pytest.raises(CallRejected, match="too long"):
+        await run(backend, job(stream=True))
+    server.in_stream = {"object": "error", "message": "out of memory", "code": 500}
+    with pytest.raises(EngineError, match="out of memory"):
+        await run(backend, job(stream=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "why"),
+    [
+        ("generate", {}, "either prompt or"),
+        ("generate", {"prompt": 5}, "must be a text"),
+        ("generate", {"prompt_token_ids": "abc"}, "list of whole numbers"),
+        ("generate", {"prompt": "a", "n": 2}, "n must be 1"),
+        ("generate", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ("completions", {"prompt": b"bytes"}, "JSON cannot express"),
+        ("completions", {"prompt": "a", "temperature": float("nan")}, "JSON cannot express"),
+        ("speech", {}, "does not serve speech"),
+    ],
+)
+async def test_what_cannot_run_is_not_sent(
+    server: Server, start: Any, kind: str, body: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(CallRejected, match=why):
+        await run(await start(), job(body, kind))
+    assert server.requests == []
+
+
+async def test_a_server_that_goes_away_is_dead(server: Server, start: Any) -> None:
+    server.stall_after = 1
+    backend, heard = await start(health_s=0.1, health_misses=2), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    death = asyncio.create_task(backend.died())
+    await heard.first(1)
+    await asyncio.sleep(0.3)
+    assert not death.done()
+    server.health = 503
+    assert "has not answered 2 health checks" in await asyncio.wait_for(death, 5)
+    with pytest.raises(EngineDied, match="health checks"):
+        await asyncio.wait_for(task, 2)
+    with pytest.raises(EngineDied, match="health checks"):
+        await run(backend, job())
+
+
+async def test_one_late_health_check_is_no_death(server: Server, start: Any) -> None:
+    backend = await start(health_s=0.1, health_misses=4)
+    server.health = 500
+    await asyncio.sleep(0.25)
+    server.health = 200
+    await asyncio.sleep(0.25)
+    server.health = 500
+    await asyncio.sleep(0.25)
+    server.health = 200
+    out, _ = await run(backend, job())
+    assert out.completion_tokens == 6
+
+
+async def test_a_server_that_is_answering_is_not_dead(server: Server, start: Any) -> None:
+    server.pause_s = 0.04
+    backend = await start(health_s=0.1, health_misses=2)
+    server.health = 503
+    out, _ = await run(backend, job({"prompt": "Say it", "max_tokens": 20}, stream=True))
+    assert out.completion_tokens == 20
+
+
+async def test_a_server_whose_port_is_closed_is_dead_at_once(server: Server, start: Any) -> None:
+    backend = await start()
+    await server.close()
+    with pytest.raises(EngineDied, match="does not answer any more"):
+        await run(backend, job())
+    assert "does not answer" in await asyncio.wait_for(backend.died(), 1)
+
+
+async def test_a_server_that_dies_under_its_calls_is_dead_at_once(server: Server, start: Any) -> None:
+    """Also for the calls whose connections still stand."""
+    server.stall_after = 1
+    backend = await start()
+    stalled = [Heard(), Heard()]
+    tasks = [
+        asyncio.create_task(backend.run(replace(job(stream=True), key=f"c/{i}"), h.hear)) for i, h in enumerate(stalled)
+    ]
+    for heard in stalled:
+        await heard.first(1)
+    server.stall_after, server.cut_after, server.health = None, 1, 503
+    with pytest.raises(EngineDied, match="does not answer any more"):
+        await run(backend, replace(job(stream=True), key="c/9"))
+    for task in tasks:
+        with pytest.raises(EngineDied, match="does not answer any more"):
+            await asyncio.wait_for(task, 1)
+
+
+async def test_start_waits_for_a_server_that_comes_up(server: Server) -> None:
+    server.health = 503
+    backend = OpenAIBackend(server.url)
+    starting = asyncio.create_task(backend.start())
+    await asyncio.sleep(0.3)
+    assert not starting.done()
+    server.health = 200
+    assert (await asyncio.wait_for(starting, 5)).model == "the-model"
+    await backend.stop(0)
+
+
+async def test_stop_ends_what_does_not_finish(server: Server, start: Any) -> None:
+    server.stall_after = 1
+    backend, heard = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    await heard.first(1)
+    await backend.stop(0.1)
+    with pytest.raises(EngineDied, match="stopped"):
+        await task
+    with pytest.raises(EngineDied, match="stopped"):
+        await run(backend, job())
+
+
+async def test_stop_lets_calls_finish_within_the_grace(server: Server, start: Any) -> None:
+    backend, heard = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    await asyncio.sleep(0)
+    await backend.stop(5)
+    assert (await task).completion_tokens == 6
+
+
+async def test_start_says_why_it_cannot(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for status, why in ((401, "refuses the API key; set RSM_OPENAI_API_KEY"), (502, "No OpenAI-compatible server")):
+        server.health = status
+        with pytest.raises(EngineDied, match=why):
+            await OpenAIBackend(server.url, connect_s=0).start()
+    server.health = 404
+    with pytest.raises(EngineDied, match="lists no models"):
+        await OpenAIBackend(server.url).start()
+    with pytest.raises(ValueError, match="must be a URL such as"):
+        OpenAIBackend("nonsense")
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(EngineDied, match=r"pip install rsm-engine\[openai\]"):
+        await OpenAIBackend(server.url).start()
+
+
+async def test_the_key_is_sent_and_never_shown(
+    server: Server, start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("RSM_OPENAI_API_KEY", KEY)
+    backend = await start(api_key=None)
+    await run(backend, job({"prompt": "private words", "max_tokens": 2}, traceparent="00-ab-cd-01"))
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["traceparent"] == "00-ab-cd-01"
+    shown = repr(backend) + repr(vars(backend)) + caplog.text
+    assert KEY not in shown
+    assert "private" not in shown
+    with pytest.raises(ValueError, match="not in the URL"):
+        OpenAIBackend("http://user:pw@host/v1")
+
+
+async def test_load_shows_the_rate(server: Server, start: Any) -> None:
+    backend = await start()
+    assert backend.load().tokens_per_s == 0
+    await run(backend, job({"prompt": "a", "max_tokens": 50}))
+    assert backend.load().tokens_per_s > 0

@@ -1,0 +1,90 @@
+"""A full engine that lets better calls take the places of running ones: what its worker claims, and when."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from rsm.broker import Client, RequestState, Settings
+from rsm.broker.views.monitor import Monitor
+from rsm.workers.runtime.claimer import Room
+from tests.conftest import eventually
+from tests.support.fake_worker import routing
+from tests.support.sim_processes import Start, said
+
+_SLOTS = 2
+_STEP_S = 0.005
+
+
+def grow_old(client: Client, monitor: Monitor, session: str) -> None:
+    """Lets a program have so much that its next call is of a worse level."""
+    client.submit("so much has been said", session=session, max_tokens=600).wait(30)
+    eventually(lambda: monitor.session(session)["level"] == 1)
+
+
+@pytest.mark.parametrize("scheduler", ["plas", "priority"])
+def test_a_short_program_passes_long_ones_that_fill_the_engine(
+    settings: Settings, client: Client, start: Start, monitor: Monitor, scheduler: str
+) -> None:
+    """All slots are taken, as are the two claims beyond; without `plas` the short one would wait in Redis."""
+    start(max_num_seqs=_SLOTS, step_s=_STEP_S, scheduler=scheduler)
+    with routing(settings):
+        grow_old(client, monitor, "old")
+        long = [client.submit(f"tell {i}", session="old", max_tokens=2000) for i in range(_SLOTS + 3)]
+        eventually(lambda: monitor.engine("e1")["running"] == _SLOTS + 2)
+        short = client.submit("be brief", session="new", max_tokens=5)
+        if scheduler == "priority":
+            time.sleep(1.5)
+            assert short.record().state is RequestState.PENDING
+        else:
+            record = short.wait(5)
+            assert record.result is not None
+            assert record.result.text == said("be brief", 5)
+            assert monitor.engine("e1")["running"] >= _SLOTS, "the others are still there"
+        assert not [c for c in long if c.record().state.terminal]
+        for call in [*long, short]:
+            call.cancel()
+        eventually(lambda: monitor.engine("e1")["running"] == 0)
+        again = [client.submit("once more", session="new", max_tokens=5) for _ in range(_SLOTS + 3)]
+        assert {call.wait(10).state for call in again} == {RequestState.COMPLETED}
+
+
+def test_what_lost_its_place_says_the_same(settings: Settings, client: Client, start: Start, monitor: Monitor) -> None:
+    start(max_num_seqs=1, step_s=_STEP_S, scheduler="plas")
+    with routing(settings):
+        grow_old(client, monitor, "old")
+        long = client.submit("a long story", session="old", stream=True, max_tokens=400)
+        eventually(lambda: long.record().state is RequestState.RUNNING)
+        for i in range(4):
+            client.submit(f"{i}", session=f"new{i}", max_tokens=3).wait(5)
+        record = long.wait(20)
+        assert record.result is not None
+        assert record.result.text == said("a long story", 400)
+        assert "".join(p.text for p in long.stream()) == said("a long story", 400)
+
+
+def test_a_full_engine_goes_on_at_once_when_a_call_ends(settings: Settings, client: Client, start: Start) -> None:
+    """The claimer sleeps on the bell then; it is woken, and does not wait for the end of its sleep."""
+    start(max_num_seqs=_SLOTS, step_s=_STEP_S, scheduler="plas")
+    with routing(settings):
+        client.submit("warm up", max_tokens=1).wait(20)
+        began = time.monotonic()
+        calls = [client.submit(f"number {i}", session=f"s{i}", max_tokens=4) for i in range(60)]
+        for call in calls:
+            assert call.wait(30).state is RequestState.COMPLETED
+        assert time.monotonic() - began < 10
+
+
+def test_the_room_tells_who_must_be_woken() -> None:
+    room = Room(3)
+    assert not room.give(-3)
+    assert room.fall_asleep()
+    room.take(1)  # a better call took a place
+    assert not room.give(), "still full"
+    assert room.give(), "asleep, and there is room"
+    assert not room.give(), "woken already"
+    assert not room.fall_asleep()
+    room.take(2)
+    room.close()
+    assert not room.fall_asleep()
