@@ -10,9 +10,6 @@ from rsm.broker.errors import (
     AccessDenied,
     BadRecord,
     BrokerUnavailable,
-    CallCancelled,
-    CallEnded,
-    CallFailed,
     CallLost,
     Conflict,
     EngineFailed,
@@ -25,7 +22,16 @@ from rsm.broker.errors import (
     RsmError,
     UnknownCall,
 )
-from rsm.broker.protocol.models import CallRecord, CallResult, Delta, ErrorCode, RequestState
+from rsm.broker.protocol.models import (
+    CallCancelled,
+    CallEnded,
+    CallFailed,
+    CallRecord,
+    CallResult,
+    Delta,
+    ErrorCode,
+    RequestState,
+)
 from rsm.broker.settings import Settings
 
 __all__ = [

@@ -5,7 +5,7 @@ RsmError
 ├── Conflict                        the id belongs to another call with another body
 ├── Overloaded                      no room for the call now; says when to try again
 ├── NotReplicated                   the call is pushed, but too few replicas have it
-├── CallEnded                       a call reached a terminal state without a result; carries the record
+├── CallEnded                       a call reached a terminal state without a result; carries the record (models.py)
 │   ├── CallCancelled
 │   └── CallFailed                  .error_code out of the closed set `ErrorCode`
 ├── BadRecord                       what Redis holds of a call cannot be read
@@ -22,12 +22,7 @@ RsmError
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rsm.broker.client.handles import CallHandle
-    from rsm.broker.protocol.models import CallRecord
-    from rsm.broker.protocol.transitions import Submission
+from typing import Any
 
 
 class RsmError(Exception):
@@ -49,16 +44,16 @@ class Overloaded(RsmError):
         retry_after: seconds after which there will be room at the present rate; 0 = the call's deadline has passed.
         bound: what is full: "open_calls", "open_bytes", "session_calls" or "session_bytes".
         setting: the variable that sets it.
-        accepted: handles of the calls of this `submit_many` that are in, in the order given.
-        refused: its other calls, for the next `submit_many`.
+        accepted: handles of the calls of this `submit_many` that are in, in order (`CallHandle` or `AsyncCall`).
+        refused: its other calls (`Submission`), for the next `submit_many`.
     """
 
     def __init__(
         self,
         bound: str,
         retry_after: float,
-        accepted: Sequence[CallHandle] = (),
-        refused: Sequence[Submission] = (),
+        accepted: Sequence[Any] = (),
+        refused: Sequence[Any] = (),
     ) -> None:
         self.bound = bound
         self.retry_after = retry_after
@@ -87,32 +82,6 @@ class NotReplicated(RsmError):
             f"Call {shown}: pushed, but {replicas} of {wanted} replicas have it (RSM_WAIT_REPLICAS). "
             "Submit again with the same id to wait for them again."
         )
-
-
-class CallEnded(RsmError):
-    """A call reached a terminal state without a result.
-
-    Attributes:
-        record: the call's record as it stood at its end.
-        partial_text: what the engine had produced until then, "" if nothing.
-    """
-
-    def __init__(self, record: CallRecord) -> None:
-        self.record = record
-        self.partial_text = record.result.text if record.result else ""
-        super().__init__(record.error or f"Call {record.id} ended as {record.state}.")
-
-
-class CallCancelled(CallEnded):
-    """The call, or its whole session, was cancelled."""
-
-
-class CallFailed(CallEnded):
-    """The call failed; `error_code` says how, the message what to do about it."""
-
-    @property
-    def error_code(self) -> str:
-        return self.record.error_code
 
 
 class UnknownCall(RsmError, KeyError):

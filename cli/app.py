@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from rsm.broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings
-from rsm.broker.connection.factory import BLIPS, connect, reason
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS, reason
 from rsm.broker.connection.topology import place_of
 from rsm.broker.logs import LEVEL_VARIABLE
 from rsm.broker.views.dead_letters import DeadLetters

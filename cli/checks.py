@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import redis
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.eviction import SAFE
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.topology import place_of
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.keys import ROUTER_GROUP
 from rsm.broker.protocol.models import EngineState
@@ -161,7 +161,7 @@ def _clock(server: Any, _: Monitor) -> Check:
 
 def _scripts(server: Any, _: Monitor) -> Check:
     try:
-        scripts.load_all(server)
+        execute.load_all(server)
     except redis.ResponseError as e:
         return Check("scripts", "problem", f"Redis refuses them ({type(e).__name__}).", "Allow EVAL, EVALSHA, SCRIPT.")
     return Check("scripts", "ok", "all load.")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.eviction import require_noeviction_at
-from rsm.broker.connection.factory import BLIPS
+from rsm.broker.connection.retry import BLIPS
 from rsm.broker.errors import EngineFailed, UnknownCall
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.settings import Settings

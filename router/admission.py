@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rsm.broker.protocol.messages import LAST_TIER, NOT_THERE, EngineView, SessionView, Share, tier_of
-from rsm.router.policies.base import CallView
+from rsm.broker.protocol.rules import LAST_TIER, tier_of
+from rsm.broker.protocol.snapshot import NOT_THERE, EngineView, SessionView, Share
+from rsm.router.views import CallView
 
 HELD = "no engine has room for its context of {tokens} tokens"
 

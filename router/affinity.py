@@ -7,11 +7,12 @@ from typing import Any
 
 import redis
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
-from rsm.broker.protocol.messages import SessionView
+from rsm.broker.protocol.snapshot import SessionView
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
@@ -62,7 +63,7 @@ class KVCacheCoordinator:
         """The engine where the session's cache is; None = any will do (a short prompt), or none of them has it."""
         if prompt_tokens <= self.cache_token_threshold:
             return None
-        look = scripts.run(self._redis, self._transitions.look([check_id(session_id, "session")]))
+        look = execute.run(self._redis, self._transitions.look([check_id(session_id, "session")]))
         engine = best_engine(look.sessions[session_id], available_engines)
         self._redis.hincrby(self._keys.stats, "affinity_misses" if engine is None else "affinity_hits")
         return engine

@@ -19,8 +19,9 @@ from heapq import nsmallest
 from math import inf
 from statistics import fmean
 
-from rsm.broker.protocol.messages import EngineView, SessionView, Speed, rank_of
-from rsm.router.policies.base import CallView
+from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.snapshot import EngineView, SessionView, Speed
+from rsm.router.views import CallView
 
 # An engine that has told nothing, in a fleet that has told nothing: an 8B model on a large GPU, by order of magnitude.
 UNKNOWN = Speed(step_s=0.01, token_s=100e-6, seq_s=50e-6)

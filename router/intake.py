@@ -11,9 +11,10 @@ from rsm.broker.errors import InvalidRequest
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.ids import check_id, check_model, is_id, shorten
-from rsm.broker.protocol.messages import LAST_TIER, Admission, Rejection
+from rsm.broker.protocol.messages import Admission, Rejection
 from rsm.broker.protocol.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
-from rsm.router.policies.base import CallView
+from rsm.broker.protocol.rules import LAST_TIER
+from rsm.router.views import CallView
 
 Fields = Mapping[bytes, bytes]
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import redis
 
-from rsm.broker.protocol import scripts
+from rsm.broker.connection import execute
 from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
-from rsm.broker.protocol.messages import EngineView
 from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.snapshot import EngineView
 from rsm.broker.protocol.transitions import RETAIN_ENTRIES, Transitions
 from rsm.broker.settings import Settings
 
@@ -40,10 +40,10 @@ class Upkeep:
         """Does all duties once; returns entries taken over from dead routers, to be placed."""
         if time.monotonic() - self._connected_since > self._settings.lease_ms / 1000:
             self._reap()
-        while scripts.run(self._redis, self._transitions.expire(self._name)) == self._settings.batch:
+        while execute.run(self._redis, self._transitions.expire(self._name)) == self._settings.batch:
             pass
         # Before entries are taken over: of a call that ended on the stream long ago, it takes the entry.
-        while scripts.run(self._redis, self._transitions.retain()).entries == RETAIN_ENTRIES:
+        while execute.run(self._redis, self._transitions.retain()).entries == RETAIN_ENTRIES:
             pass
         self._unpark()
         self._let_in()
@@ -59,21 +59,21 @@ class Upkeep:
 
     def _reap(self) -> None:
         while True:
-            reaped = scripts.run(self._redis, self._transitions.reap())
+            reaped = execute.run(self._redis, self._transitions.reap())
             for engine in reaped.engines:
                 log.warning("engine %s is dead (lease ended); its calls go to others", engine)
             if reaped.moved < self._settings.batch:
                 return
 
     def _unpark(self) -> None:
-        self.engines = scripts.run(self._redis, self._transitions.look()).engines
+        self.engines = execute.run(self._redis, self._transitions.look()).engines
         for model in {e.model for e in self.engines if e.state == EngineState.READY}:
             for wanted in (model, ""):
-                while scripts.run(self._redis, self._transitions.unpark(wanted)) == self._settings.batch:
+                while execute.run(self._redis, self._transitions.unpark(wanted)) == self._settings.batch:
                     pass
 
     def _let_in(self) -> None:
-        while scripts.run(self._redis, self._transitions.let_in()) >= self._settings.batch:
+        while execute.run(self._redis, self._transitions.let_in()) >= self._settings.batch:
             pass
 
     def _take_over(self) -> list[Any]:
@@ -98,4 +98,4 @@ class Upkeep:
                 self._drop_consumer(text(c["name"]))
 
     def _drop_consumer(self, name: str) -> None:
-        scripts.run(self._redis, self._transitions.leave(name))
+        execute.run(self._redis, self._transitions.leave(name))

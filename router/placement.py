@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rsm.broker.protocol.messages import EngineView, SessionView, rank_of
 from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.snapshot import EngineView, SessionView
 from rsm.router.admission import HELD, Admission, context_of, new_of, with_context
-from rsm.router.policies.base import CallView, Choice, Policy, with_call
+from rsm.router.policies.base import Policy, with_call
+from rsm.router.views import CallView, Choice
 
 NO_ENGINE = "No engine serves the model {model!r}. Models at hand: {models}."
 PARKED = "no engine of its model takes calls yet"

@@ -17,15 +17,18 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.dedicated import Line
 from rsm.broker.connection.eviction import require_noeviction
-from rsm.broker.connection.factory import BLIPS, Backoff, connect, require_access
-from rsm.broker.protocol import scripts
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS, Backoff, require_access
 from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
-from rsm.broker.protocol.messages import Placement, Rejection, SessionView
+from rsm.broker.protocol.messages import Placement, Rejection
 from rsm.broker.protocol.models import ErrorCode
+from rsm.broker.protocol.scripts import Command
+from rsm.broker.protocol.snapshot import SessionView
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 from rsm.router.admission import Admission
@@ -119,7 +122,7 @@ class Router:
         except ResponseError as e:
             if "BUSYGROUP" not in str(e):
                 raise
-        scripts.load_all(self._line)
+        execute.load_all(self._line)
 
     def _read(self) -> Entries:
         count, block = self.settings.batch, self.settings.tick_ms
@@ -147,7 +150,7 @@ class Router:
     def _place(self, arrivals: list[Arrival], rejections: list[Rejection]) -> tuple[list[Arrival], list[Rejection]]:
         """One round trip to look, one to act. Returns what has to be placed or refused once more."""
         placements, refused = self._choose(arrivals, self._look(arrivals))
-        commands: list[scripts.Command[Any]] = []
+        commands: list[Command[Any]] = []
         admissions = [a.admission for a in arrivals if a.admission is not None]
         if admissions:
             commands.append(self._transitions.admit(admissions))
@@ -155,7 +158,7 @@ class Router:
             commands.append(self._transitions.reject([*rejections, *refused]))
         if placements:
             commands.append(self._transitions.assign(placements))
-        replies = scripts.run_all(self._line, commands)
+        replies = execute.run_all(self._line, commands)
         for r in (*rejections, *refused):
             log.info("refused %s: %s", r.call_id or r.entry, r.error_code)
         return self._leftovers(arrivals, placements, replies[-1]) if placements else ([], [])
@@ -168,7 +171,7 @@ class Router:
         stale = bool(unserved) or time.monotonic() - self._looked > _LOOK_AGAIN_S
         if not (sessions or stale):
             return {}
-        look = scripts.run(self._line, self._transitions.look(list(sessions), fleet=stale))
+        look = execute.run(self._line, self._transitions.look(list(sessions), fleet=stale))
         if stale:
             self._chooser.see(look.engines)
             self._looked = time.monotonic()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from rsm.broker.protocol.messages import EngineView
 from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.snapshot import EngineView
 from rsm.simulation.engine_queue import Queue, Waiting
 from rsm.simulation.process_table import ProcessTable
 from rsm.simulation.results import CallTimes, EngineTimes

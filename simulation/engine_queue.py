@@ -8,7 +8,8 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from rsm.broker.protocol.messages import Ahead, rank_of
+from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.snapshot import Ahead
 from rsm.simulation.process_table import Account, ProcessTable
 from rsm.workers.scheduling.plas import Rank
 

@@ -18,7 +18,8 @@ from math import inf
 from random import Random
 
 from rsm.broker.settings import Settings
-from rsm.router.policies import CallView, Policy, create_policy
+from rsm.router.policies import Policy, create_policy
+from rsm.router.views import CallView
 from rsm.simulation.engine import Engine
 from rsm.simulation.engine_queue import Waiting
 from rsm.simulation.kv_admission import Residents

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rsm.broker.protocol.messages import Share
+from rsm.broker.protocol.snapshot import Share
 from rsm.broker.settings import Settings
 from rsm.simulation.engine import Engine
 from rsm.simulation.engine_queue import Queue, Waiting

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rsm.broker.protocol.messages import CacheUse, SessionView
+from rsm.broker.protocol.snapshot import CacheUse, SessionView
 
 
 class Account(NamedTuple):

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
-from rsm.broker.protocol.messages import EngineView, SessionView
+from rsm.broker.protocol.snapshot import EngineView, SessionView
 from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.admission import Admission
 from rsm.router.placement import Chooser, Decision
-from rsm.router.policies import CallView, Choice, Policy
+from rsm.router.policies import Policy
+from rsm.router.views import CallView, Choice
 from rsm.router.work_stealing.decision import Stealing, head, idle_and_loaded
 from rsm.simulation.engine import Engine
 from rsm.simulation.engine_queue import Waiting

@@ -18,7 +18,8 @@ import threading
 from rsm.broker import logs
 from rsm.broker.errors import AccessDenied, EngineIdTaken, EvictingRedis, InvalidRequest
 from rsm.broker.settings import Settings
-from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.backends.factory import create_backend
+from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE, EXIT_ID_TAKEN, EXIT_INVALID, NODE_VARIABLE, SUPERVISED_FLAG
 from rsm.workers.runtime.watchdog import Fuse
 from rsm.workers.runtime.worker import Worker

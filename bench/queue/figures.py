@@ -20,8 +20,8 @@ import redis
 from bench.processes import ABORTS, RoundTrips, fleet, read_count
 from bench.queue.ours import INSTANT, PROMPT, throughput
 from rsm.broker import Client, Settings
+from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
@@ -69,9 +69,9 @@ def router_alone(url: str) -> dict[str, float]:
 
 
 def _register_idle_engine(server: redis.Redis, transitions: Transitions) -> None:
-    registered = scripts.run(server, transitions.register("idle", "bench", {"model": "noop", "max_num_seqs": 256}))
+    registered = execute.run(server, transitions.register("idle", "bench", {"model": "noop", "max_num_seqs": 256}))
     assert registered.ok
-    assert scripts.run(server, transitions.heartbeat("idle", "bench", "READY", {}))
+    assert execute.run(server, transitions.heartbeat("idle", "bench", "READY", {}))
 
 
 def _push(client: Client, n: int) -> None:

@@ -27,13 +27,13 @@ from bench.report.machine import here, server_name
 from bench.report.page import Report, Target, publish, targets_table
 from bench.report.table import Spread, table_line
 from rsm.broker import Client, Settings
+from rsm.broker.connection import execute
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.factory import connect
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import Keys
-from rsm.broker.protocol.messages import Speed
 from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.snapshot import Speed
 from rsm.broker.protocol.transitions import Transitions
 from rsm.router.router import Router
 
@@ -150,8 +150,8 @@ def _fleet(server: redis.Redis, settings: Settings, engines: int, dice: random.R
             "reuse_found": dice.uniform(0.7, 1.0),
         }
         about: dict[str, str | int] = {"model": "noop", "max_num_seqs": _SLOTS, "kv_tokens": _KV_TOKENS}
-        assert scripts.run(server, transitions.register(name, "bench", about)).ok
-        assert scripts.run(server, transitions.heartbeat(name, "bench", EngineState.READY, load))
+        assert execute.run(server, transitions.register(name, "bench", about)).ok
+        assert execute.run(server, transitions.heartbeat(name, "bench", EngineState.READY, load))
 
 
 def _programs(server: redis.Redis, settings: Settings, engines: int, dice: random.Random) -> None:

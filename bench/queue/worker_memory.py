@@ -35,7 +35,8 @@ def serve_calls() -> None:
     """Runs a worker until its calls are done. The router and the client live in another process, as they do in use."""
     from rsm.broker import Settings
     from rsm.workers.__main__ import share_heaps
-    from rsm.workers.config import EngineConfig, create_backend
+    from rsm.workers.backends.factory import create_backend
+    from rsm.workers.config import EngineConfig
     from rsm.workers.runtime.worker import Worker
 
     share_heaps()

@@ -20,7 +20,9 @@ from rsm.broker.client.handles import AsyncCall as AsyncCall
 from rsm.broker.client.request import Prompt, build
 from rsm.broker.client.session_tree import TreeCancel
 from rsm.broker.client.stream import BEGIN, FORGET, LogReader, live
-from rsm.broker.connection.factory import BLIPS, Backoff, connect_async, no_answer, require_access
+from rsm.broker.connection import execute
+from rsm.broker.connection.factory import connect_async
+from rsm.broker.connection.retry import BLIPS, Backoff, no_answer, require_access
 from rsm.broker.errors import (
     BrokerUnavailable,
     CallLost,
@@ -30,12 +32,13 @@ from rsm.broker.errors import (
     Overloaded,
     UnknownCall,
 )
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.events import End, end_record, is_end, read_event
 from rsm.broker.protocol.ids import check_id, new_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Submission, Submitted
 from rsm.broker.protocol.models import CallRecord, Delta, OnEngineLoss
+from rsm.broker.protocol.scripts import Command, T
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
@@ -162,7 +165,7 @@ class AsyncClient:
         if wait is None:
             return await self._run(command), 0
         result: tuple[list[Submitted], int] = await self._retry(
-            lambda: scripts.arun_replicated(self.redis, command, wait)
+            lambda: execute.arun_replicated(self.redis, command, wait)
         )
         return result
 
@@ -363,8 +366,8 @@ class AsyncClient:
         found: Mapping[bytes, bytes] = await self._retry(lambda: self.redis.hgetall(self.keys.call(call_id)))
         return found
 
-    async def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
-        result: scripts.T = await self._retry(lambda: scripts.arun(self.redis, command))
+    async def _run(self, command: Command[T]) -> T:
+        result: T = await self._retry(lambda: execute.arun(self.redis, command))
         return result
 
     async def _retry(self, action: Callable[[], Awaitable[Any]]) -> Any:

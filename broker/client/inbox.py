@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import redis
 
 from rsm.broker.connection.dedicated import Line
-from rsm.broker.connection.factory import BLIPS, Backoff
+from rsm.broker.connection.retry import BLIPS, Backoff
 from rsm.broker.protocol import codec
 from rsm.broker.settings import Settings
 

@@ -20,8 +20,10 @@ from rsm.broker.client.inbox import READ_MANY, Entries, Inbox
 from rsm.broker.client.request import Prompt, build
 from rsm.broker.client.session_tree import TreeCancel
 from rsm.broker.client.stream import BEGIN, FORGET, LogReader
+from rsm.broker.connection import execute
 from rsm.broker.connection.dedicated import Line
-from rsm.broker.connection.factory import BLIPS, Backoff, connect, no_answer, persist
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS, Backoff, no_answer, persist
 from rsm.broker.errors import (
     BrokerUnavailable,
     CallLost,
@@ -31,12 +33,13 @@ from rsm.broker.errors import (
     Overloaded,
     UnknownCall,
 )
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.events import end_record, is_end
 from rsm.broker.protocol.ids import check_id, new_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Submission, Submitted
 from rsm.broker.protocol.models import CallRecord, CallResult, Delta, OnEngineLoss
+from rsm.broker.protocol.scripts import Command, T
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
@@ -203,7 +206,7 @@ class Client:
         if wait is None:
             return self._run(command), 0
         result: tuple[list[Submitted], int] = self._retry(
-            lambda: self._over_line(lambda server: scripts.run_replicated(server, command, wait))
+            lambda: self._over_line(lambda server: execute.run_replicated(server, command, wait))
         )
         return result
 
@@ -395,11 +398,11 @@ class Client:
         found: Mapping[bytes, bytes] = self._retry(lambda: self.redis.hgetall(self.keys.call(call_id)))
         return found
 
-    def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
-        result: scripts.T = self._retry(lambda: self._over_line(lambda server: scripts.run(server, command)))
+    def _run(self, command: Command[T]) -> T:
+        result: T = self._retry(lambda: self._over_line(lambda server: execute.run(server, command)))
         return result
 
-    def _over_line(self, action: Callable[[scripts.Server], scripts.T]) -> scripts.T:
+    def _over_line(self, action: Callable[[execute.Server], T]) -> T:
         """Over the client's own line if no other thread is using it, else over the pool."""
         if not self._line_free.acquire(blocking=False):
             return action(self.redis)

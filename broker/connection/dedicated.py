@@ -11,10 +11,11 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from rsm.broker.connection.factory import BLIPS, connect
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS
+from rsm.broker.protocol.scripts import Arg
 from rsm.broker.settings import Settings
 
-Arg = str | bytes | int | float
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 

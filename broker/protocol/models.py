@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from rsm.broker.errors import BadRecord, CallCancelled, CallEnded, CallFailed
+from rsm.broker.errors import BadRecord, RsmError
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.ids import check_id, check_model
 
@@ -237,6 +237,32 @@ class CallRecord:
     def ending(self) -> CallEnded:
         """The error that says how this call ended."""
         return CallCancelled(self) if self.state is RequestState.CANCELLED else CallFailed(self)
+
+
+class CallEnded(RsmError):
+    """A call reached a terminal state without a result.
+
+    Attributes:
+        record: the call's record as it stood at its end.
+        partial_text: what the engine had produced until then, "" if nothing.
+    """
+
+    def __init__(self, record: CallRecord) -> None:
+        self.record = record
+        self.partial_text = record.result.text if record.result else ""
+        super().__init__(record.error or f"Call {record.id} ended as {record.state}.")
+
+
+class CallCancelled(CallEnded):
+    """The call, or its whole session, was cancelled."""
+
+
+class CallFailed(CallEnded):
+    """The call failed; `error_code` says how, the message what to do about it."""
+
+    @property
+    def error_code(self) -> str:
+        return self.record.error_code
 
 
 def _costs(words: str) -> dict[str, float]:

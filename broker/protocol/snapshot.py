@@ -2,22 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from rsm.broker.protocol.codec import number, pairs, real, text
-from rsm.broker.protocol.messages import (
-    LAST_TIER,
-    Ahead,
-    EngineView,
-    Look,
-    SessionView,
-    Share,
-    Speed,
-    cache_uses,
-    resident_tokens,
-)
+from rsm.broker.protocol.rules import LAST_TIER
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What a step of an engine costs, in seconds: `step_s` in any case, `token_s` for each prompt token that it
+    computes, `seq_s` for each call that gets a token in it. Measured by the engine's worker."""
+
+    step_s: float
+    token_s: float
+    seq_s: float
+
+    def __str__(self) -> str:
+        """As it stands in an engine's hash; `of` reads it."""
+        return f"{self.step_s:.6g} {self.token_s:.6g} {self.seq_s:.6g}"
+
+    @classmethod
+    def of(cls, value: str) -> Speed | None:
+        """None if there is none, or none that makes sense: it comes from another process."""
+        try:
+            step_s, token_s, seq_s = map(float, value.split())
+        except ValueError:
+            return None
+        sound = all(0 <= x < inf for x in (step_s, token_s, seq_s))
+        return cls(step_s, token_s, seq_s) if sound else None
+
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens per second that it computes; 0 = prompts cost nothing."""
+        return 1 / self.token_s if self.token_s > 0 else 0.0
+
+    def decode_tps(self, batch: float) -> float:
+        """Output tokens per second, of all calls together, with so many calls that decode."""
+        step = self.step_s + batch * self.seq_s
+        return batch / step if step > 0 else 0.0
+
+
+class Ahead(NamedTuple):
+    """Waiting calls of one rank in an engine's queue, and the prompt tokens that they are expected to compute."""
+
+    calls: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """An engine as the router sees it. Token counts are of prompts, in tokens; `heartbeat_ms` on Redis's clock.
+
+    Attributes:
+        kv_tokens: capacity of its KV cache, 0 = unknown; `kv_usage` is the share of it that running calls hold.
+        speed: as measured; None = not yet.
+        prefill_s: how long it will be computing the prompts of the calls that it has begun, in seconds.
+        ahead: what waits in its queue, by rank (`rank_of`).
+        computed: tokens whose KV it has computed in its life, prompts and outputs: how far its cache has turned over.
+        cache_age_s: how long ago the oldest of what its cache can hold was computed; inf = it still has room.
+        completion_tokens: how long answers were of late, in the mean; 0 = not known.
+        spoken_for: tokens of its KV cache that sessions have, or will soon ask for again, by tier (residents.lua).
+        reuse_found: share of the tokens that were expected in its cache and were there.
+    """
+
+    id: str
+    state: str
+    model: str
+    heartbeat_ms: int = 0
+    queued: int = 0
+    running: int = 0
+    queued_tokens: int = 0
+    running_tokens: int = 0
+    served: int = 0
+    max_num_seqs: int = 1
+    tokens_per_s: float = 0.0
+    kv_tokens: int = 0
+    kv_usage: float = 0.0
+    speed: Speed | None = None
+    prefill_s: float = 0.0
+    ahead: Mapping[int, Ahead] = field(default_factory=dict)
+    computed: int = 0
+    completion_tokens: float = 0.0
+    spoken_for: Sequence[float] = ()
+    cache_age_s: float = inf
+    reuse_found: float = 1.0
+
+    @property
+    def load_tokens(self) -> int:
+        return self.queued_tokens + self.running_tokens
+
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens per second that it computes; 0 = not measured."""
+        return self.speed.prefill_tps if self.speed else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        """Output tokens per second with all slots taken; 0 = not measured."""
+        return self.speed.decode_tps(self.max_num_seqs) if self.speed else 0.0
+
+
+class CacheUse(NamedTuple):
+    """When a session's cache on an engine was last used: `idle_s` seconds ago, when the engine had computed so many
+    tokens in its life (`EngineView.computed`; None = not noted)."""
+
+    idle_s: float
+    computed: int | None = None
+
+
+class Share(NamedTuple):
+    """What a session has of an engine's KV cache, in tokens, decayed since its last call there ended.
+
+    `home`: the cache still holds its context, by all that is known. `active`: it has unfinished calls there.
+    `tier`: the one in which it is counted.
+    """
+
+    tokens: float = 0.0
+    home: bool = False
+    active: bool = False
+    tier: int = 0
+
+
+NOT_THERE = Share()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionView:
+    """Where a session's KV cache is believed to be: engine id → resident tokens; `bound`: the engine it is tied to.
+
+    Attributes:
+        used: engine id → the last use of that cache.
+        program: the root of its tree, "" = not asked; `service`: what that has had, in service units.
+        level: of a call that came now.
+        completion_tokens: how long its answers were, in the mean, of `completed` calls.
+        shares: engine id → what it has of that engine's KV cache, where it has any.
+    """
+
+    bound: str = ""
+    resident: Mapping[str, int] = field(default_factory=dict)
+    used: Mapping[str, CacheUse] = field(default_factory=dict)
+    program: str = ""
+    service: int = 0
+    level: int = 0
+    completed: int = 0
+    completion_tokens: float = 0.0
+    shares: Mapping[str, Share] = field(default_factory=dict)
+
+
+def resident_tokens(affinity: Iterable[tuple[bytes, bytes]]) -> dict[str, int]:
+    """The fields of an affinity hash, engine id and `TOKENS:LAST_USE_MS`, as tokens by engine."""
+    return {text(e): number(text(v).partition(":")[0]) for e, v in affinity}
+
+
+def cache_uses(affinity: Iterable[tuple[bytes, bytes]], now_ms: int) -> dict[str, CacheUse]:
+    """The same fields as last uses; `TOKENS:LAST_USE_MS:COMPUTED` where a worker has written them."""
+    uses = {}
+    for e, value in affinity:
+        _, last_ms, computed = (*text(value).split(":"), "", "")[:3]
+        uses[text(e)] = CacheUse(max(0, now_ms - number(last_ms)) / 1000, number(computed) if computed else None)
+    return uses
+
+
+class Look(NamedTuple):
+    engines: list[EngineView]
+    sessions: dict[str, SessionView]
 
 
 class Looks:

@@ -12,12 +12,10 @@ from rsm.broker.protocol.messages import (
     Admission,
     Claimed,
     Differences,
-    EngineView,
     Event,
     Fault,
     Fence,
     Finish,
-    Look,
     Placed,
     Placement,
     Reaped,
@@ -26,13 +24,12 @@ from rsm.broker.protocol.messages import (
     Release,
     Retained,
     SessionCancel,
-    SessionView,
     Submission,
     Submitted,
 )
 from rsm.broker.protocol.models import OnEngineLoss, RequestState
 from rsm.broker.protocol.scripts import Arg, Command, script
-from rsm.broker.protocol.snapshot import Looks
+from rsm.broker.protocol.snapshot import EngineView, Look, Looks, SessionView
 from rsm.broker.protocol.waiting_calls import Waiting, WaitingCall, read_waiting
 from rsm.broker.settings import Settings
 
@@ -265,7 +262,7 @@ class Transitions:
         return Command(script("transition"), args, lambda r: (text(r[0]) == "ok", text(r[1])))
 
     def session(self, op: str, session: str, *args: Arg) -> Command[int]:
-        """Its reply may be a refusal: `scripts.run` then raises InvalidRequest."""
+        """Its reply may be a refusal: `execute.run` then raises InvalidRequest."""
         rule = (self._settings.service_rule,) if op == "charge" else ()
         return Command(script("session"), self._args(op, session, *args, *rule), _number_or_refusal)
 

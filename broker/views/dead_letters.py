@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import redis
 
 from rsm.broker.client.request import check_body, check_request, estimate_tokens
+from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
 from rsm.broker.errors import InvalidRequest, Overloaded, RsmError, UnknownCall
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
@@ -174,7 +175,7 @@ class DeadLetters:
         request = self._request(call_id, letter)
         digest = codec.digest(request.kind, request.model, letter.body)
         command = self._transitions.submit([Submission(request, digest, letter.body, letter.body_field)])
-        reply = scripts.run(self._redis, command)[0]
+        reply = execute.run(self._redis, command)[0]
         if reply.code == "overloaded":
             raise Overloaded(reply.bound, reply.retry_ms / 1000)
         if reply.code == "invalid":

@@ -13,8 +13,9 @@ from rsm.broker.errors import BadRecord, UnknownCall
 from rsm.broker.protocol.codec import number, real, text
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
-from rsm.broker.protocol.messages import Speed, spoken_for
 from rsm.broker.protocol.models import CallRecord
+from rsm.broker.protocol.rules import spoken_for
+from rsm.broker.protocol.snapshot import Speed
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 from rsm.broker.views.sessions import Programs

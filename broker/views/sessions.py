@@ -10,7 +10,7 @@ from typing import Any
 
 from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.keys import Keys
-from rsm.broker.protocol.messages import resident_tokens
+from rsm.broker.protocol.snapshot import resident_tokens
 from rsm.broker.settings import Settings
 
 # As in programs.lua: a program counts as having run for at least so long.

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rsm.broker import CallEnded, CallHandle, Client, Delta, RsmError
-from rsm.broker.protocol import scripts
+from rsm.broker.connection import execute
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.models import EngineState, OnEngineLoss
 from rsm.broker.views.monitor import Monitor
@@ -191,7 +191,7 @@ def cancel(
 
 
 def _cancel_one(client: Client, call_id: str, reason: str) -> bool:
-    outcome = scripts.run(client.redis, client.transitions.cancel(check_id(call_id, "id"), reason))
+    outcome = execute.run(client.redis, client.transitions.cancel(check_id(call_id, "id"), reason))
     sentence = _CANCEL_SAYS[outcome].format(call_id)
     if outcome in ("finished", "unknown"):
         say_error(sentence)

@@ -8,7 +8,7 @@ import redis
 import typer
 
 from rsm.broker import EngineFailed, Settings
-from rsm.broker.protocol import scripts
+from rsm.broker.connection import execute
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
@@ -41,7 +41,7 @@ def order_drain(settings: Settings, server: redis.Redis, engine_id: str, op: str
     """
     transitions, total = Transitions(Keys(settings.namespace), settings), 0
     while True:
-        moved = scripts.run(server, transitions.drain(check_id(engine_id, "engine"), op))
+        moved = execute.run(server, transitions.drain(check_id(engine_id, "engine"), op))
         if moved < 0:
             at_hand = ", ".join(Monitor(settings, server).engine_ids()) or "none"
             raise EngineFailed(f"There is no live engine {engine_id}. Engines known: {at_hand}.")

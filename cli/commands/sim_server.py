@@ -26,9 +26,9 @@ def sim_server(
 
     For trying out and measuring what speaks to such servers: `--backend openai`, and other products' routers.
     """
+    from rsm.workers.backends.factory import create_backend
     from rsm.workers.backends.sim.backend import SimBackend
     from rsm.workers.backends.sim.server import serve
-    from rsm.workers.config import create_backend
 
     logs.configure("sim-server")
     backend = create_backend(engine_config("sim-server", model, 0, "sim", max_num_seqs, 1, None, engine_arg))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import redis
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
 from rsm.broker.errors import IllegalTransition, UnknownCall
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.models import CallRecord, RequestState
@@ -94,7 +94,7 @@ class RequestLifecycleManager:
 
     def cancel_request(self, request_id: str, reason: str = "") -> bool:
         """Cancels a call wherever it is; True if that took effect."""
-        done = scripts.run(self._redis, self._transitions.cancel(check_id(request_id, "request_id"), reason))
+        done = execute.run(self._redis, self._transitions.cancel(check_id(request_id, "request_id"), reason))
         return done in ("cancelled", "cancelling", "noted")
 
     def get_request(self, request_id: str) -> RequestMetadata:
@@ -118,7 +118,7 @@ class RequestLifecycleManager:
 
     def _step(self, call_id: str, state: RequestState, session: str = "", engine: str = "", reason: str = "") -> None:
         command = self._transitions.transition(call_id, state, session, engine, reason)
-        legal, before = scripts.run(self._redis, command)
+        legal, before = execute.run(self._redis, command)
         if legal:
             return
         if not before:

@@ -8,9 +8,9 @@ from typing import Any
 
 import redis
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
 from rsm.broker.errors import RsmError
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.ids import check_id, new_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
@@ -73,7 +73,7 @@ class GlobalProcessTable:
         return self._run("end", check_id(session_id, "session")) == 0
 
     def _run(self, op: str, session: str, *args: str | float) -> int:
-        return scripts.run(self._redis, self._transitions.session(op, session, *args))
+        return execute.run(self._redis, self._transitions.session(op, session, *args))
 
 
 class SessionManager:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from rsm.broker.protocol.messages import EngineView, SessionView
-from rsm.router.policies import CallView, Choice, Policy
+from rsm.broker.protocol.snapshot import EngineView, SessionView
+from rsm.router.policies import Policy
+from rsm.router.views import CallView, Choice
 
 # How much more than the mean an engine may hold, as a factor.
 BOUND = 1.25

@@ -8,13 +8,13 @@ from inspect import isabstract
 from rsm.broker.errors import InvalidRequest
 from rsm.broker.settings import Settings
 from rsm.router.policies.autellix import Autellix
-from rsm.router.policies.base import CallView, Choice, Policy
+from rsm.router.policies.base import Policy
 from rsm.router.policies.cost import Cost
 from rsm.router.policies.least_loaded import LeastLoaded
 from rsm.router.policies.round_robin import RoundRobin
 from rsm.router.policies.session_hash import SessionHash
 
-__all__ = ["POLICIES", "CallView", "Choice", "Policy", "create_policy"]
+__all__ = ["POLICIES", "Policy", "create_policy"]
 
 POLICIES: dict[str, type[Policy]] = {
     "autellix": Autellix,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rsm.broker.protocol.messages import EngineView, SessionView
+from rsm.broker.protocol.snapshot import EngineView, SessionView
 from rsm.broker.settings import Settings
 from rsm.router.affinity import best_engine
-from rsm.router.policies.base import CallView, Choice, Policy, least_loaded
+from rsm.router.policies.base import Policy, least_loaded
+from rsm.router.views import CallView, Choice
 
 
 class Autellix(Policy):

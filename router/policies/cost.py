@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rsm.broker.protocol.messages import EngineView, SessionView
+from rsm.broker.protocol.snapshot import EngineView, SessionView
 from rsm.broker.settings import Settings
 from rsm.router.cost_model import CostModel, reusable
-from rsm.router.policies.base import CallView, Choice, Policy
+from rsm.router.policies.base import Policy
+from rsm.router.views import CallView, Choice
 
 # Costs that differ by less than so many seconds, or such a share, are equal: then the engine that has most of the
 # prompt cached computes least, and of those the one that has served least is next.

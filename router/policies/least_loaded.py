@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rsm.broker.protocol.messages import EngineView, SessionView
-from rsm.router.policies.base import CallView, Choice, Policy, least_loaded
+from rsm.broker.protocol.snapshot import EngineView, SessionView
+from rsm.router.policies.base import Policy, least_loaded
+from rsm.router.views import CallView, Choice
 
 
 class LeastLoaded(Policy):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rsm.broker.protocol.messages import EngineView, SessionView
+from rsm.broker.protocol.snapshot import EngineView, SessionView
 from rsm.broker.settings import Settings
-from rsm.router.policies.base import CallView, Choice, Policy
+from rsm.router.policies.base import Policy
+from rsm.router.views import CallView, Choice
 
 
 class RoundRobin(Policy):

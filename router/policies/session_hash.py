@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from rsm.broker.protocol.messages import EngineView, SessionView
-from rsm.router.policies.base import CallView, Choice, Policy
+from rsm.broker.protocol.snapshot import EngineView, SessionView
+from rsm.router.policies.base import Policy
+from rsm.router.views import CallView, Choice
 
 
 class SessionHash(Policy):

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from rsm.broker.protocol.messages import Ahead, EngineView, SessionView, rank_of
 from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.snapshot import Ahead, EngineView, SessionView
 from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.admission import Admission, context_of
 from rsm.router.cost_model import CostModel, reusable
-from rsm.router.policies.base import CallView
+from rsm.router.views import CallView
 
 # How many calls are looked at in a round, in all and of one queue: some milliseconds of a router's time.
 _LOOKED_AT, _HEAD = 128, 64

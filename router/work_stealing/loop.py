@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import redis
 
-from rsm.broker.protocol import scripts
-from rsm.broker.protocol.messages import EngineView, SessionView
+from rsm.broker.connection import execute
 from rsm.broker.protocol.models import EngineState
+from rsm.broker.protocol.snapshot import EngineView, SessionView
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.protocol.waiting_calls import Waiting, WaitingCall
 from rsm.router.placement import Chooser
@@ -44,16 +44,16 @@ class Thief:
 
     def _waiting(self, idle: Sequence[EngineView], loaded: Sequence[EngineView]) -> Waiting:
         command = self._transitions.waiting([e.id for e in idle], [e.id for e in loaded], head(len(loaded)))
-        return scripts.run(self._redis, command)
+        return execute.run(self._redis, command)
 
     def _sessions(self, calls: Sequence[WaitingCall]) -> dict[str, SessionView]:
         sessions = list({c.session for c in calls})
-        return scripts.run(self._redis, self._transitions.look(sessions, fleet=False)).sessions
+        return execute.run(self._redis, self._transitions.look(sessions, fleet=False)).sessions
 
     def _take(self, calls: Sequence[WaitingCall]) -> int:
         if not calls:
             return 0
-        taken = scripts.run(self._redis, self._transitions.steal(calls)).count(True)
+        taken = execute.run(self._redis, self._transitions.steal(calls)).count(True)
         if taken:
             log.info("took %d waiting calls from loaded engines", taken)
         return taken

@@ -22,9 +22,10 @@ from typing import Any
 from rsm.broker.errors import InvalidRequest
 from rsm.simulation.calibration.step_costs import Error, Timed, durations, error, fit
 from rsm.workers.backends.base import Backend, Job
+from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.sim.config import SimTimes
 from rsm.workers.backends.vllm import steps as vllm_steps
-from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.config import EngineConfig
 
 _COSTS = tuple(f.name for f in fields(SimTimes))
 _WARM_UP = 4  # rounds

@@ -14,8 +14,9 @@ import redis
 from rsm.broker import AsyncClient, Client, Settings
 from rsm.broker.connection.dedicated import Line
 from rsm.broker.connection.embedded import EmbeddedRedis
-from rsm.broker.connection.factory import BLIPS, connect, connect_async, require_access
+from rsm.broker.connection.factory import connect, connect_async
 from rsm.broker.connection.failover import Denied, Refused, refusal
+from rsm.broker.connection.retry import BLIPS, require_access
 from rsm.broker.errors import AccessDenied
 from rsm.broker.protocol.ids import new_id
 from rsm.router.router import Router

@@ -11,8 +11,9 @@ from redis import AuthenticationError
 
 from rsm.broker import AsyncClient, BrokerUnavailable, Client, InvalidRequest, Settings
 from rsm.broker.connection.dedicated import Line
-from rsm.broker.connection.factory import BLIPS, connect, connect_async, persist
+from rsm.broker.connection.factory import connect, connect_async
 from rsm.broker.connection.failover import Refused
+from rsm.broker.connection.retry import BLIPS, persist
 from rsm.broker.connection.topology import Address, place_of
 from rsm.cli.checks import examine
 from rsm.workers.supervision.node import NodeClient, run_node

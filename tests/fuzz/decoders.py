@@ -20,8 +20,8 @@ from rsm.broker.connection.factory import connect
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.events import End, end_record, is_end, read_event
 from rsm.broker.protocol.ids import check_id, check_model
-from rsm.broker.protocol.messages import spoken_for
 from rsm.broker.protocol.models import CallRecord, Delta
+from rsm.broker.protocol.rules import spoken_for
 from rsm.broker.protocol.snapshot import engine_view, session_view
 from rsm.broker.protocol.transitions import Rejection, _claimed_call
 from rsm.broker.views.dead_letters import _letter

@@ -19,9 +19,9 @@ import pytest
 import redis
 
 from rsm.broker import AccessDenied, AsyncClient, CallCancelled, Client, RequestState, Settings
+from rsm.broker.connection import execute
 from rsm.broker.connection.embedded import find_server
 from rsm.broker.connection.failover import Denied
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.acl import LOCKED, ROLES, acl_file, user_name
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.views.dead_letters import DeadLetters
@@ -174,24 +174,24 @@ def test_admission_works_with_each_part_under_its_own_user(roles: Roles, setting
     t = world.transitions
     with roles.client("producer") as producer, roles.client("router") as router, roles.client("worker") as worker:
         for n in range(8):
-            scripts.run(producer, t.submit([world.prepare(f"c{n}", session=f"s{n}")]))
+            execute.run(producer, t.submit([world.prepare(f"c{n}", session=f"s{n}")]))
         for n in range(8):
-            scripts.run(router, t.look([f"s{n}"]))
+            execute.run(router, t.look([f"s{n}"]))
             place = world.placement(f"c{n}", "e2" if n in (2, 3) else "e1", context=50, new=50)
-            scripts.run(router, t.assign([place]))
+            execute.run(router, t.assign([place]))
         for fake in workers:
             fake.db = worker
         workers[0].finish(workers[0].take(), resident_tokens=0)
         assert [f["id"] for _, f in world.stream()] == ["c4"]
         workers[1].release(workers[1].take())
-        assert scripts.run(producer, t.cancel("c5", "held")) == "cancelled"
-        assert scripts.run(producer, t.cancel("c1", "in the queue")) == "cancelled"
-        assert scripts.run(producer, t.session("end", "s0")) == 0
-        assert scripts.run(router, t.let_in()) == 2
+        assert execute.run(producer, t.cancel("c5", "held")) == "cancelled"
+        assert execute.run(producer, t.cancel("c1", "in the queue")) == "cancelled"
+        assert execute.run(producer, t.session("end", "s0")) == 0
+        assert execute.run(router, t.let_in()) == 2
         with roles.client("operator") as operator:
-            assert scripts.run(operator, t.drain("e2")) == 1
-            assert scripts.run(operator, t.cancel("c6", "on the stream")) == "cancelled"
-        scripts.run(router, t.reap("e1", workers[0].incarnation))
+            assert execute.run(operator, t.drain("e2")) == 1
+            assert execute.run(operator, t.cancel("c6", "on the stream")) == "cancelled"
+        execute.run(router, t.reap("e1", workers[0].incarnation))
         with roles.client("observer") as observer:
             assert Monitor(world.settings, observer).stats()["held"] == 0
     assert roles.refusals() == []
@@ -387,7 +387,7 @@ def test_a_worker_may_take_better_calls_and_ring_its_bell(roles: Roles) -> None:
     with roles.client("worker") as server:
         worker = FakeWorker(roles.settings("worker"), server=server).up()
         assert worker.claim(0, ahead=2, bar=(1, 0)) == []
-        assert scripts.run(server, worker.transitions.ring(worker.engine)) == 1
+        assert execute.run(server, worker.transitions.ring(worker.engine)) == 1
     assert roles.refusals() == []
 
 

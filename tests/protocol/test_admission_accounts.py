@@ -11,7 +11,7 @@ import pytest
 
 from rsm.broker import RequestState
 from rsm.broker.protocol import codec
-from rsm.broker.protocol.messages import tier_of
+from rsm.broker.protocol.rules import tier_of
 from rsm.broker.protocol.transitions import Claimed, Transitions
 from tests.support.admission_world import CAPACITY, Rooms
 from tests.support.fake_worker import FakeWorker

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rsm.broker.protocol.messages import tier_of
+from rsm.broker.protocol.rules import tier_of
 from rsm.simulation.lua_rules import rules
 
 LUA: Any = rules()

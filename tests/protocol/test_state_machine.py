@@ -29,8 +29,9 @@ from chaos.leaks import LASTING
 from rsm.broker import RequestState, Settings
 from rsm.broker.client.request import build
 from rsm.broker.client.session_tree import TreeCancel
+from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
 from rsm.broker.protocol.models import CallRequest
@@ -111,7 +112,7 @@ class Protocol(RuleBasedStateMachine):
         self.start_ms = seconds * 1000
 
     def run(self, command: Command[T]) -> T:
-        return scripts.run(self.db, command)
+        return execute.run(self.db, command)
 
     # -- producers
 

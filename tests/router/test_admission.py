@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rsm.broker import Settings
-from rsm.broker.protocol.messages import EngineView, SessionView, Share
+from rsm.broker.protocol.snapshot import EngineView, SessionView, Share
 from rsm.router.admission import Admission
 from rsm.router.placement import Chooser, Decision
-from rsm.router.policies import CallView, create_policy
+from rsm.router.policies import create_policy
+from rsm.router.views import CallView
 
 LEAST_LOADED = Settings(policy="least_loaded")
 

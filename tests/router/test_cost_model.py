@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from rsm.broker import Settings
-from rsm.broker.protocol.messages import Ahead, CacheUse, EngineView, SessionView, Speed, rank_of
+from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.snapshot import Ahead, CacheUse, EngineView, SessionView, Speed
 from rsm.router.cost_model import CostModel, Weights, costs_text, reusable
-from rsm.router.policies import CallView
 from rsm.router.policies.cost import Cost
+from rsm.router.views import CallView
 
 SPEED = Speed(0.01, 1e-4, 1e-5)
 NOBODY = SessionView()

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from rsm.broker import Settings
-from rsm.broker.protocol.messages import Ahead, EngineView, SessionView, Speed, rank_of
+from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.snapshot import Ahead, EngineView, SessionView, Speed
 from rsm.router.placement import PARKED, Chooser, Decision
-from rsm.router.policies import CallView, Choice, Policy, create_policy
+from rsm.router.policies import Policy, create_policy
+from rsm.router.views import CallView, Choice
 
 DEFAULTS = Settings()
 

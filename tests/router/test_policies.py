@@ -15,16 +15,17 @@ import redis
 
 from rsm.broker import InvalidRequest, Settings
 from rsm.broker.client.sync import Client
-from rsm.broker.protocol import scripts
+from rsm.broker.connection import execute
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import EngineView, SessionView, Transitions
 from rsm.router.affinity import KVCacheCoordinator, best_engine
-from rsm.router.policies import POLICIES, CallView, Choice, Policy, create_policy
+from rsm.router.policies import POLICIES, Policy, create_policy
 from rsm.router.policies.autellix import Autellix
 from rsm.router.policies.base import least_loaded, with_call
 from rsm.router.policies.least_loaded import LeastLoaded
 from rsm.router.policies.round_robin import RoundRobin
 from rsm.router.policies.session_hash import SessionHash
+from rsm.router.views import CallView, Choice
 from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, patient, routing
 
@@ -281,7 +282,7 @@ def test_a_bound_session_moves_when_its_engine_drains(settings: Settings, db: re
         home = engine_of("c1")
         other = "e1" if home == "e0" else "e0"
         assert engine_of("c2") == home, "although the other one is idle"
-        scripts.run(db, transitions.drain(home))
+        execute.run(db, transitions.drain(home))
         assert engine_of("c3") == other
         eventually(lambda: {client.record(c).engine for c in ("c1", "c2")} == {other})
         workers[home].up()

@@ -22,17 +22,18 @@ import redis
 
 from rsm.broker import CallRecord, Client, RequestState, Settings
 from rsm.broker import child_process as child
+from rsm.broker.connection import execute
 from rsm.broker.connection.embedded import EmbeddedRedis
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
 from rsm.broker.protocol.models import ErrorCode
 from rsm.broker.protocol.transitions import Claimed, EngineView, SessionView, Transitions
 from rsm.router import router as router_module
 from rsm.router.maintenance import Upkeep
-from rsm.router.policies import CallView, Choice
 from rsm.router.policies.least_loaded import LeastLoaded
 from rsm.router.router import Router
+from rsm.router.views import CallView, Choice
 from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, echo, hold, patient, routing
 
@@ -314,7 +315,7 @@ def test_an_engine_that_has_just_gone_gets_no_calls(
     monkeypatch.setattr(router_module, "_LOOK_AGAIN_S", 60.0)
     producer.push_many(["c1"])
     place()
-    scripts.run(producer.db, Transitions(producer.keys, settings).drain("e1"))
+    execute.run(producer.db, Transitions(producer.keys, settings).drain("e1"))
     newcomer = FakeWorker(settings, "e2").up()
     producer.push_many(["c2"])
     place()
@@ -411,7 +412,7 @@ def test_the_entries_of_a_dead_router_are_taken_over(quick: Settings, producer: 
     ghost = Router(quick)
     arrivals, _ = ghost._sort(read[0][1][:1])
     admissions = [a.admission for a in arrivals if a.admission]
-    assert scripts.run(producer.db, Transitions(producer.keys, quick).admit(admissions)) == ["new"]
+    assert execute.run(producer.db, Transitions(producer.keys, quick).admit(admissions)) == ["new"]
     ghost._redis.close()
     with routing(quick), FakeWorker(quick).serving(echo):
         producer.await_end(ids)
@@ -525,7 +526,7 @@ def test_a_drained_engines_queue_goes_to_another(settings: Settings, producer: P
         producer.push_many(["c1", "c2"])
         eventually(lambda: producer.db.zcard(producer.keys.queue("e1")) == 2)
         with FakeWorker(settings, "e2").serving(echo):
-            assert scripts.run(producer.db, transitions.drain("e1")) == 2
+            assert execute.run(producer.db, transitions.drain("e1")) == 2
             producer.await_end(["c1", "c2"])
             producer.push_many(["c3"])
             producer.await_end(["c3"])

@@ -13,13 +13,14 @@ import pytest
 
 from rsm.broker import Client, RequestState, Settings
 from rsm.broker.client.sync import CallHandle
-from rsm.broker.protocol import codec, scripts
-from rsm.broker.protocol.messages import CacheUse, EngineView, SessionView, Speed
+from rsm.broker.connection import execute
+from rsm.broker.protocol import codec
+from rsm.broker.protocol.snapshot import CacheUse, EngineView, SessionView, Speed
 from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.admission import Admission
 from rsm.router.cost_model import CostModel
-from rsm.router.policies import CallView
 from rsm.router.policies.cost import Cost
+from rsm.router.views import CallView
 from rsm.router.work_stealing.decision import Stealing, idle_and_loaded
 from rsm.simulation.fleet import FleetConfig, SimFleet
 from rsm.simulation.results import Results
@@ -251,11 +252,11 @@ def test_a_drained_engine_is_left_and_its_session_bound_anew(client: Client, set
         client.submit("hi", id="c2", session="s", prompt_tokens=3050)
         first.finish(first.take_soon(), prompt_tokens=3050, resident_tokens=3055)
         assert client.record("c2").reuse > 2900, "it comes back for its cache"
-        scripts.run(client.redis, first.transitions.drain("e1"))
+        execute.run(client.redis, first.transitions.drain("e1"))
         client.submit("hi", id="c3", session="s", prompt_tokens=3100)
         second.finish(second.take_soon(), prompt_tokens=3100, resident_tokens=3105)
         assert client.redis.hget(bound, "engine") == b"e2"
-        scripts.run(client.redis, second.transitions.reap("e2", second.incarnation))
+        execute.run(client.redis, second.transitions.reap("e2", second.incarnation))
         third = FakeWorker(patient(settings), "e3").up()
         client.submit("hi", id="c4", session="s", prompt_tokens=3150)
         third.take_soon()

@@ -11,10 +11,11 @@ import pytest
 
 from rsm.broker.errors import InvalidRequest
 from rsm.simulation.calibration.measure import Sweep, calibrate, solve
+from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.sim.backend import SimBackend
 from rsm.workers.backends.sim.config import SimConfig, SimTimes, config_of
 from rsm.workers.backends.vllm import steps as vllm_steps
-from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.config import EngineConfig
 from tests.support.rsm_command import run
 
 TIMES = SimTimes(step_s=0.003, prefill_token_s=20e-6, decode_seq_s=50e-6, context_token_s=300e-9, prefill_pair_s=10e-9)

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from rsm.broker import RequestState, Settings
-from rsm.broker.connection.factory import BLIPS, connect
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.connection import execute
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.scripts import Arg
@@ -58,12 +60,12 @@ class FakeWorker:
 
     def register(self, survived: str = "") -> Registered:
         command = self.transitions.register(self.engine, self.incarnation, self._fields, survived)
-        reply = scripts.run(self.db, command)
+        reply = execute.run(self.db, command)
         self._control = reply.control_from
         return reply
 
     def beat(self, state: str = "READY", **load: Arg) -> bool:
-        return scripts.run(self.db, self.transitions.heartbeat(self.engine, self.incarnation, state, load))
+        return execute.run(self.db, self.transitions.heartbeat(self.engine, self.incarnation, state, load))
 
     def up(self) -> FakeWorker:
         """Registered and ready."""
@@ -77,7 +79,7 @@ class FakeWorker:
         """Claims up to so many calls; the same number again after a lost reply, so that no call is lost."""
         claim_no = self.claims + 1 if claim_no is None else claim_no
         command = self.transitions.claim(self.engine, self.incarnation, claim_no, most, ahead, bar)
-        claimed = scripts.run(self.db, command)
+        claimed = execute.run(self.db, command)
         self.claims = claim_no
         self.held |= {c.fence.call_id: c for c in claimed or ()}
         return claimed
@@ -97,14 +99,14 @@ class FakeWorker:
         """Publishes one piece per text, numbered from `first` on (none = behind what earlier attempts published)."""
         first = call.events if first is None else first
         events = [Event(call.fence, first + i, t, [first + i], "", "") for i, t in enumerate(texts)]
-        return scripts.run(self.db, self.transitions.publish(self.engine, events))
+        return execute.run(self.db, self.transitions.publish(self.engine, events))
 
     def finish(
         self, call: Claimed, text: str = "done", state: RequestState = RequestState.COMPLETED, **how: Any
     ) -> str:
         """Ends a call, as `end_of` says; returns the script's word for it."""
         self.held.pop(call.fence.call_id, None)
-        return scripts.run(self.db, self.transitions.finish(self.engine, [self.end_of(call, text, state, **how)]))[0]
+        return execute.run(self.db, self.transitions.finish(self.engine, [self.end_of(call, text, state, **how)]))[0]
 
     def end_of(
         self,
@@ -148,7 +150,7 @@ class FakeWorker:
         releases = [Release(c.fence, kind, "engine_error", error) for c in calls]
         for c in calls:
             self.held.pop(c.fence.call_id, None)
-        return scripts.run(self.db, self.transitions.release(self.engine, releases))
+        return execute.run(self.db, self.transitions.release(self.engine, releases))
 
     def orders(self) -> list[dict[str, str]]:
         """What came on the control stream since the registration or the last look."""

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from rsm.broker import Settings
-from rsm.broker.connection.factory import BLIPS
+from rsm.broker.connection.retry import BLIPS
 from rsm.broker.errors import RsmError
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.views.monitor import Monitor

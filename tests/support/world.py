@@ -8,7 +8,8 @@ from chaos.leaks import LASTING
 from rsm.broker import Settings
 from rsm.broker.client.request import build
 from rsm.broker.client.session_tree import TreeCancel
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.connection import execute
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
 from rsm.broker.protocol.models import CallRequest
 from rsm.broker.protocol.scripts import Command, T
@@ -39,7 +40,7 @@ class World:
         db.xgroup_create(self.keys.calls, ROUTER_GROUP, id="0", mkstream=True)
 
     def run(self, command: Command[T]) -> T:
-        return scripts.run(self.db, command)
+        return execute.run(self.db, command)
 
     # -- steps
 

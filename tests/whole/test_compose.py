@@ -16,7 +16,8 @@ import yaml
 
 from rsm.broker import Settings
 from rsm.broker.connection.embedded import find_server
-from rsm.broker.connection.factory import BLIPS, connect
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS
 from rsm.cli import app
 from tests.conftest import eventually
 from tests.support.paths import ROOT

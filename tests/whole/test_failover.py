@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from rsm.broker import AsyncClient, BrokerUnavailable, CallLost, Client, NotReplicated, Settings
-from rsm.broker.connection.factory import BLIPS, connect, persist
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS, persist
 from rsm.broker.protocol.keys import Keys
 from rsm.engine.fleet import Fleet
 from tests.support.sim_processes import assert_undisturbed, said, sim

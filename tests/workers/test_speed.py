@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rsm.broker.protocol.messages import Speed
+from rsm.broker.protocol.snapshot import Speed
 from rsm.workers.backends.base import Job
 from rsm.workers.backends.sim.backend import SimBackend
 from rsm.workers.backends.sim.engine import SimConfig, SimTimes

@@ -13,8 +13,9 @@ import pytest
 import pytest_asyncio
 
 from rsm.workers.backends.base import Job, Outcome, Piece
+from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.vllm.backend import VllmBackend
-from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.config import EngineConfig
 from tests.support.vllm_jobs import CITY, chat, generate, nothing, said, streamed
 
 pytest.importorskip("vllm")

@@ -17,8 +17,8 @@ import pytest
 import redis
 
 from rsm.broker import AsyncClient, CallCancelled, Client, RequestState, Settings
+from rsm.broker.connection import execute
 from rsm.broker.connection.embedded import EmbeddedRedis
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Claimed, Fence, Release, Transitions
 from rsm.broker.views.monitor import Monitor
@@ -249,7 +249,7 @@ def test_a_zombie_changes_nothing_and_serves_again(
         zombie.send(signal.SIGCONT)
         eventually(lambda: state_of(monitor, "e1") == "READY" and monitor.engine("e1")["incarnation"] != incarnation)
 
-        scripts.run(db, transitions.drain("e2"))
+        execute.run(db, transitions.drain("e2"))
         result = client.submit("again", max_tokens=50).result(20)
         assert (result.engine_id, result.text) == ("e1", said("again", 50))
         assert [_everything(client, call_id) for call_id in theirs] == before
@@ -315,14 +315,14 @@ def test_a_drained_worker_stays_until_it_is_told_to_stop(
     with routing(settings):
         running = client.submit("x", stream=True, max_tokens=60)
         eventually(lambda: pieces(client, running))
-        scripts.run(db, transitions.drain("e1"))
+        execute.run(db, transitions.drain("e1"))
         waiting = client.submit("y", max_tokens=2)
         assert running.result(20).engine_id == "e1"
         eventually(lambda: "drains" in worker.log())
         beat = monitor.engine("e1")["heartbeat_ms"]
         eventually(lambda: monitor.engine("e1")["heartbeat_ms"] > beat, what="it holds its lease")
         assert (state_of(monitor, "e1"), worker.running, waiting.done) == ("DRAINING", True, False)
-        scripts.run(db, transitions.drain("e1", "stop"))
+        execute.run(db, transitions.drain("e1", "stop"))
         assert worker.wait() == EXIT_OK
         start("e2")
         assert waiting.result(20).engine_id == "e2"

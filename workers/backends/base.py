@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsm.broker.protocol.messages import Speed
 from rsm.broker.protocol.models import OnEngineLoss
+from rsm.broker.protocol.snapshot import Speed
 
 
 class CallRejected(Exception):

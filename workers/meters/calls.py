@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rsm.broker.protocol.messages import Speed
+from rsm.broker.protocol.snapshot import Speed
 from rsm.workers.meters.speed import PRIOR, Mean, SpeedMeter
 
 

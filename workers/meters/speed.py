@@ -10,7 +10,7 @@ of, long or short, newer ones counting more.
 
 from __future__ import annotations
 
-from rsm.broker.protocol.messages import Speed
+from rsm.broker.protocol.snapshot import Speed
 
 # Until something was measured: an 8B model on a large GPU, by order of magnitude.
 PRIOR = Speed(step_s=0.01, token_s=100e-6, seq_s=50e-6)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from rsm.broker.connection.factory import persist
+from rsm.broker.connection.retry import persist
 
 T = TypeVar("T")
 

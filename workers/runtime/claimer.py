@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.dedicated import Line
-from rsm.broker.connection.factory import persist
-from rsm.broker.protocol import scripts
+from rsm.broker.connection.retry import persist
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Claimed
 from rsm.broker.protocol.transitions import Transitions
@@ -179,9 +179,9 @@ class Claimer(threading.Thread):
 
         def attempt() -> None:
             if sleep:
-                replies.append(scripts.run_after(self._line, ("BLPOP", self._bell, _BELL_S), command))
+                replies.append(execute.run_after(self._line, ("BLPOP", self._bell, _BELL_S), command))
             else:
-                replies.append(scripts.run(self._line, command))
+                replies.append(execute.run(self._line, command))
 
         persist(attempt, "claimer", self._closed.is_set)
         return replies[0] if replies else []

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from rsm.broker.connection.dedicated import Line
-from rsm.broker.connection.factory import BLIPS, Backoff
+from rsm.broker.connection.retry import BLIPS, Backoff
 from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Fence

@@ -6,10 +6,11 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
-from rsm.broker.connection.factory import BLIPS, Backoff, connect
-from rsm.broker.protocol import scripts
+from rsm.broker.connection import execute
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS, Backoff
 from rsm.broker.protocol.models import EngineState
-from rsm.broker.protocol.scripts import Arg
+from rsm.broker.protocol.scripts import Arg, Command
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
@@ -54,14 +55,14 @@ class Lease(threading.Thread):
     def beat(self, state: EngineState) -> bool:
         """Reports a new state at once; False if the lease was lost. For the worker's own thread."""
         self.state = state
-        return scripts.run(self._redis, self._command())
+        return execute.run(self._redis, self._command())
 
     def run(self) -> None:
         backoff = Backoff("lease")
         pause = self._period_s
         while not self._closed:
             try:
-                held = scripts.run(self._redis, self._command())
+                held = execute.run(self._redis, self._command())
             except BLIPS as e:
                 pause = backoff.pause(e)
             else:
@@ -73,5 +74,5 @@ class Lease(threading.Thread):
                     break
             self._wake.wait(pause)
 
-    def _command(self) -> scripts.Command[bool]:
+    def _command(self) -> Command[bool]:
         return self._transitions.heartbeat(self._engine, self._incarnation, self.state.value, self._report())

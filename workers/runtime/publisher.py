@@ -13,10 +13,11 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.dedicated import Line
-from rsm.broker.connection.factory import persist
-from rsm.broker.protocol import scripts
+from rsm.broker.connection.retry import persist
 from rsm.broker.protocol.messages import Event, Fence, Finish, Release
+from rsm.broker.protocol.scripts import Arg, Command
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 from rsm.workers.backends.base import Piece
@@ -118,11 +119,9 @@ class Publisher(threading.Thread):
             for fence in gathered.leaving():
                 self._leaving.pop(fence, None)
 
-    def _send(
-        self, commands: Sequence[scripts.Command[Any]], wait: Sequence[scripts.Arg] | None = None
-    ) -> list[list[str]]:
+    def _send(self, commands: Sequence[Command[Any]], wait: Sequence[Arg] | None = None) -> list[list[str]]:
         """With `wait`, also until replicas have it: a master that dies before leaves us the batch to write again."""
-        action = partial(scripts.run_all, self._line, commands, wait)
+        action = partial(execute.run_all, self._line, commands, wait)
         return persist(action, "publisher", self._abandoned.is_set) or []
 
     def _take(self) -> tuple[list[Item], bool]:
@@ -138,8 +137,8 @@ class Publisher(threading.Thread):
                 return items, True
         return items, False
 
-    def _commands(self, g: _Gathered) -> list[scripts.Command[Any]]:
-        commands: list[scripts.Command[Any]] = []
+    def _commands(self, g: _Gathered) -> list[Command[Any]]:
+        commands: list[Command[Any]] = []
         if g.pieces:
             commands.append(self._transitions.publish(self._engine, list(g.pieces.values())))
         if g.finishes:

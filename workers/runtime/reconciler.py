@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import redis
 
-from rsm.broker.protocol import scripts
+from rsm.broker.connection import execute
 from rsm.broker.protocol.messages import Fence, Release
 from rsm.broker.protocol.transitions import Transitions
 from rsm.workers.runtime.blocking import aside
@@ -54,7 +54,7 @@ class Reconciler:
         """
         held = [*self._calls.held(), *self._publisher.leaving()]
         command = self._transitions.reconcile(self._engine, incarnation, held)
-        found = await aside(lambda: scripts.run(self._redis, command))
+        found = await aside(lambda: execute.run(self._redis, command))
         if found is None or incarnation != current():
             self._suspects.clear()
             return

@@ -22,15 +22,16 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.eviction import require_noeviction
-from rsm.broker.connection.factory import BLIPS, connect
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS
 from rsm.broker.errors import EngineIdTaken
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.ids import check_id, new_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Claimed
 from rsm.broker.protocol.models import EngineState
-from rsm.broker.protocol.scripts import Arg
+from rsm.broker.protocol.scripts import Arg, Command, T
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 from rsm.workers.backends.base import Backend, EngineDied, EngineFacts
@@ -413,10 +414,10 @@ class Worker:
             log.warning("engine %s could not report %s: Redis is away", self.engine, state)
             return state is EngineState.READY  # the lease thread will report it
 
-    async def _run(self, command: scripts.Command[scripts.T]) -> scripts.T:
-        return await ask(lambda: scripts.run(self._redis, command), denial_is_final=self._lease is None)
+    async def _run(self, command: Command[T]) -> T:
+        return await ask(lambda: execute.run(self._redis, command), denial_is_final=self._lease is None)
 
-    async def _unless_stopped(self, asking: Coroutine[Any, Any, scripts.T]) -> scripts.T:
+    async def _unless_stopped(self, asking: Coroutine[Any, Any, T]) -> T:
         """What Redis answers, however long that takes.
 
         Raises:

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 
-from rsm.broker.connection.factory import BLIPS, connect
-from rsm.broker.protocol import scripts
+from rsm.broker.connection import execute
+from rsm.broker.connection.factory import connect
+from rsm.broker.connection.retry import BLIPS
 from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
@@ -51,7 +52,7 @@ def report_death(settings: Settings, engine_id: str, pid: int) -> None:
     try:
         found = server.hmget(Keys(settings.namespace).engine(engine_id), ["pid", "incarnation"])
         while number(found[0]) == pid:
-            reaped = scripts.run(server, transitions.reap(engine_id, text(found[1])))
+            reaped = execute.run(server, transitions.reap(engine_id, text(found[1])))
             if reaped.moved < settings.batch:
                 break
     except BLIPS:

@@ -22,11 +22,12 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
+from rsm.broker.connection import execute
 from rsm.broker.connection.eviction import require_noeviction_at
-from rsm.broker.connection.factory import connect, connect_patiently, persist
+from rsm.broker.connection.factory import connect, connect_patiently
+from rsm.broker.connection.retry import persist
 from rsm.broker.connection.topology import place_of
 from rsm.broker.errors import EngineFailed, InvalidRequest, UnknownCall
-from rsm.broker.protocol import scripts
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.models import EngineState
@@ -225,7 +226,7 @@ def drain_engine(engine_id: str, op: str = "drain") -> dict[str, Any]:
     settings = Settings()
     server, transitions = connect(settings), Transitions(Keys(settings.namespace), settings)
     while True:
-        moved = scripts.run(server, transitions.drain(engine_id, op))
+        moved = execute.run(server, transitions.drain(engine_id, op))
         if moved < 0:
             raise EngineFailed(f"There is no live engine {engine_id} to {op}.")
         if moved < settings.batch:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rsm.broker.protocol.messages import SessionView, rank_of
 from rsm.broker.protocol.models import RequestState
+from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.snapshot import SessionView
 from tests.support.admission_world import CAPACITY, HALF_S, Rooms
 from tests.support.world import LONG_AGO, World
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.connection import execute
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.transitions import Claimed, Differences, Event
 from tests.support.fake_worker import FakeWorker
 from tests.support.world import LONG_AGO, World
@@ -95,7 +96,7 @@ def test_a_claim_for_better_calls_can_be_repeated(world: World) -> None:
 def test_a_worker_rings_its_own_bell(world: World) -> None:
     worker = world.worker()
     for _ in range(3):
-        assert scripts.run(world.db, worker.transitions.ring("e1")) == 1
+        assert execute.run(world.db, worker.transitions.ring("e1")) == 1
     assert world.db.lrange(world.keys.bell("e1"), 0, -1) == [b"1"]
     assert world.db.ttl(world.keys.bell("e1")) > 0
 

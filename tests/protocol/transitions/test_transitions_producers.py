@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from rsm.broker import RequestState
-from rsm.broker.protocol import codec, scripts
+from rsm.broker.connection import execute
+from rsm.broker.protocol import codec
 from rsm.broker.protocol.keys import ROUTER_GROUP
 from rsm.broker.protocol.scripts import Command
 from rsm.broker.protocol.transitions import Submitted
@@ -336,4 +337,4 @@ def test_one_run_of_every_script_survives_a_server_without_scripts(world: World)
     assert worker.finish(world.start("c1", worker)) == "done"
     world.db.script_flush()
     commands: list[Command[Any]] = [world.transitions.look(), world.transitions.expire(), world.transitions.reap()]
-    assert [type(r).__name__ for r in scripts.run_all(world.db, commands)] == ["Look", "int", "Reaped"]
+    assert [type(r).__name__ for r in execute.run_all(world.db, commands)] == ["Look", "int", "Reaped"]

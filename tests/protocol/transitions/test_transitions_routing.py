@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rsm.broker.protocol.messages import Ahead, rank_of
 from rsm.broker.protocol.models import CallRecord
+from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.snapshot import Ahead
 from rsm.broker.protocol.transitions import EngineView, SessionView
 from tests.support.world import World
 

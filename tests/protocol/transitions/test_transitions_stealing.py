@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from rsm.broker.protocol.messages import rank_of
 from rsm.broker.protocol.models import CallRecord
+from rsm.broker.protocol.rules import rank_of
 from rsm.broker.protocol.waiting_calls import Waiting, WaitingCall
 from tests.protocol.test_poison import suspect
 from tests.support.world import World

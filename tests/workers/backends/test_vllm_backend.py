@@ -19,8 +19,9 @@ import pytest
 import pytest_asyncio
 
 from rsm.workers.backends.base import EngineDied, Job, Piece
+from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.vllm.backend import VllmBackend
-from rsm.workers.config import EngineConfig, create_backend
+from rsm.workers.config import EngineConfig
 from tests.conftest import eventually
 from tests.support.vllm_jobs import (
     BAD_GENERATE,
