@@ -20,7 +20,7 @@ demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
 
 # The contract with Redis, checked also on a master under Sentinel and on a Cluster; tests/support/topologies.py starts them.
-BROKER_TESTS := tests/protocol/transitions $(patsubst %,tests/broker/test_%.py,client aio request dead_letters lost_events) \
+BROKER_TESTS := tests/protocol/transitions $(patsubst %,tests/broker/client/test_%.py,client aio request lost_events) tests/broker/test_dead_letters.py \
   tests/router/test_policies.py tests/router/test_router.py
 
 test: $(VLLM_STAMP) check
@@ -51,7 +51,7 @@ bench-real: $(VLLM_STAMP)
 	$(PY) -m bench.programs real
 	$(PY) -m bench.vllm cpu
 	$(PY) -m bench.vllm.scheduler_share
-	$(PY) -m bench.queue.routing_cost
+	$(PY) -m bench.programs.routing_cost
 
 # Programs on fleets in virtual time: the tables and plots of docs/scheduling.md, in about an hour; quick: some, in minutes.
 bench-programs: $(BENCH_STAMP)
@@ -78,7 +78,7 @@ fuzz: $(BASE_STAMP)
 
 # Other versions of vLLM, for the tests that drive their scheduler classes: `make vllm-versions test`.
 vllm-versions: $(VLLM_STAMP)
-	$(PY) -m tests.support.vllm_versions
+	$(PY) -m tests.support.vllm.versions
 
 $(BASE_STAMP): requirements/base.txt requirements/dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("rsm-engine needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -3,9 +3,10 @@
 Example: `Client().submit("Explain quantum computing", max_tokens=64).result().text`
 """
 
-from rsm.broker.client.aio import AsyncCall, AsyncClient
+from rsm.broker.client.aio import AsyncClient
+from rsm.broker.client.handles import AsyncCall, CallHandle
 from rsm.broker.client.sharded import AsyncShardedClient, ShardedClient, namespace_of
-from rsm.broker.client.sync import CallHandle, Client
+from rsm.broker.client.sync import Client
 from rsm.broker.errors import (
     AccessDenied,
     BadRecord,

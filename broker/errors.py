@@ -72,11 +72,13 @@ class NotReplicated(RsmError):
     Attributes:
         call_ids: the calls in question.
         replicas: how many replicas have them.
+        wanted: how many were asked for.
     """
 
     def __init__(self, call_ids: Sequence[str], replicas: int, wanted: int) -> None:
         self.call_ids = list(call_ids)
         self.replicas = replicas
+        self.wanted = wanted
         shown = self.call_ids[0] if len(self.call_ids) == 1 else f"{self.call_ids[0]} and {len(self.call_ids) - 1} more"
         super().__init__(
             f"Call {shown}: pushed, but {replicas} of {wanted} replicas have it (RSM_WAIT_REPLICAS). "

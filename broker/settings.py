@@ -1,87 +1,104 @@
-"""Settings shared by all parts, from the environment (RSM_*) or given in code."""
+"""Settings shared by all processes, from the environment (RSM_*) or given in code.
+
+This is the one place that reads the environment: whoever starts something makes `Settings()` and passes them on.
+"""
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from rsm.broker.errors import InvalidRequest
 from rsm.broker.protocol.ids import check_id
 
+log = logging.getLogger("rsm.settings")
+
+PREFIX = "RSM_"
 # Token-seconds of KV cache are more than tokens or ms of the same calls: some thousand tokens are held for a second.
 _KV_BOUNDS = (10_000, 40_000, 160_000, 640_000, 2_560_000, 10_000_000)
+# What else may stand in the environment: for one process only (workers/environment.py, the vLLM scheduler), and tests.
+_OTHERS = {"RSM_ENGINE", "RSM_NODE", "RSM_SUPERVISOR"}
+_TESTS = "RSM_TEST_"
+# Settings that were called otherwise before.
+_RENAMED = {"RSM_PROMPT_PIECE": "RSM_PROMPT_CHUNK"}
 
-# How vLLM, or the model of an engine, orders the calls that it has been given: by arrival; by class, level and arrival;
-# or like that with the programs' service counted on, and with preemption.
+# The order in which vLLM, or a simulated engine, runs the calls it has: by arrival; by class, level and arrival; or
+# like that with the programs' service counted on, and with preemption.
 EngineScheduler = Literal["fcfs", "priority", "plas"]
+LogFormat = Literal["text", "json"]
 
 
 class Settings(BaseSettings):
     """One object for client, router and worker. Times in the unit that the name says."""
 
-    model_config = SettingsConfigDict(env_prefix="RSM_", frozen=True, extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    redis_url: SecretStr | None = Field(None, description="see docs/operations.md; none = the embedded server")
-    wait_replicas: int = Field(0, ge=0, description="replicas that must have a write before it counts as accepted")
-    wait_ms: int = Field(1000, ge=1, le=5000, description="how long to wait for them")
-    namespace: str = Field("rsm", description="hash tag of all keys")
-    data_dir: Path | None = Field(None, description="where the embedded server lives; none = the user's state folder")
+    redis_url: SecretStr | None = Field(default=None, description="see docs/operations.md; none = the embedded server")
+    wait_replicas: int = Field(default=0, ge=0, description="replicas that must have a write before it is accepted")
+    wait_ms: int = Field(default=1000, ge=1, le=5000, description="how long to wait for them")
+    namespace: str = Field(default="rsm", description="hash tag of all keys")
+    data_dir: Path | None = Field(default=None, description="the embedded server's folder; none = in the user's state")
 
-    lease_ms: int = Field(2500, ge=300, description="a worker or router silent for so long is dead")
-    heartbeat_ms: int = Field(500, ge=50, description="how often a worker renews its lease")
-    tick_ms: int = Field(250, ge=20, description="how often a router looks for dead engines and passed deadlines")
-    max_attempts: int = Field(3, ge=1, description="attempts lost to errors before a call is a dead letter")
-    max_deaths: int = Field(3, ge=2, description="engine processes that a call may take with it, the last one alone")
+    lease_ms: int = Field(default=2500, ge=300, description="a worker or router silent for so long is dead")
+    heartbeat_ms: int = Field(default=500, ge=50, description="how often a worker renews its lease")
+    tick_ms: int = Field(default=250, ge=20, description="how often a router looks for dead engines and deadlines")
+    max_attempts: int = Field(default=3, ge=1, description="attempts lost to errors before a call is a dead letter")
+    max_deaths: int = Field(default=3, ge=2, description="engine deaths under a call before it is a dead letter")
 
-    result_ttl_s: int = Field(3600, ge=1, description="how long a finished call's record, log and inbox live")
-    session_ttl_s: int = Field(3600, ge=1, description="how long an idle session's entry and affinity live")
-    max_body_bytes: int = Field(8 << 20, ge=1024, description="largest body of a call")
-    max_open_calls: int = Field(200_000, ge=0, description="unfinished calls in all; 0 = no bound, as below")
-    max_open_bytes: int = Field(1 << 30, ge=0, description="bytes of their bodies")
-    max_session_calls: int = Field(20_000, ge=0, description="unfinished calls of one session")
-    max_session_bytes: int = Field(256 << 20, ge=0, description="bytes of their bodies")
-    max_retained_bytes: int = Field(1 << 30, ge=0, description="bytes of finished calls: records, results, logs")
-    max_dead_bytes: int = Field(256 << 20, ge=0, description="bytes of dead letters")
-    inbox_max: int = Field(10_000, ge=100, description="events kept in a client's inbox, approximately")
-    batch: int = Field(256, ge=1, le=4096, description="calls per round trip in router, worker and client")
+    result_ttl_s: int = Field(default=3600, ge=1, description="how long a finished call's record, log and inbox live")
+    session_ttl_s: int = Field(default=3600, ge=1, description="how long an idle session's entry and affinity live")
+    max_body_bytes: int = Field(default=8 << 20, ge=1024, description="largest body of a call")
+    max_open_calls: int = Field(default=200_000, ge=0, description="unfinished calls in all; 0 = no limit, as below")
+    max_open_bytes: int = Field(default=1 << 30, ge=0, description="bytes of their bodies")
+    max_session_calls: int = Field(default=20_000, ge=0, description="unfinished calls of one session")
+    max_session_bytes: int = Field(default=256 << 20, ge=0, description="bytes of their bodies")
+    max_retained_bytes: int = Field(default=1 << 30, ge=0, description="finished calls: records, results, logs")
+    max_dead_bytes: int = Field(default=256 << 20, ge=0, description="bytes of dead letters")
+    inbox_max: int = Field(default=10_000, ge=100, description="events kept in a client's inbox, approximately")
+    batch: int = Field(default=256, ge=1, le=4096, description="calls per round trip in router, worker and client")
 
-    policy: str = Field("autellix", description="routing policy: a name or package.module:Class")
-    cache_token_threshold: int = Field(2048, ge=0, description="prompts up to this many tokens go anywhere")
-    stealing: bool = Field(True, description="idle engines take waiting calls of loaded ones; under policy cost")
-    service_unit: str = Field("tokens", description="what calls cost: tokens, work, time, kv, or package.module:Class")
+    policy: str = Field(default="autellix", description="routing policy: a name or package.module:Class")
+    cache_token_threshold: int = Field(default=2048, ge=0, description="prompts up to this many tokens go anywhere")
+    stealing: bool = Field(default=True, description="idle engines take waiting calls of loaded ones (policy cost)")
+    service_unit: str = Field(
+        default="tokens", description="what calls cost: tokens, work, time, kv, or package.module:Class"
+    )
     service_rule: Literal["path", "total"] = Field(
-        "path", description="what a program has had: its longest path of calls (path), or all of them (total)"
+        default="path", description="a program's service: its longest path of calls (path), or all of them (total)"
     )
     level_bounds: Annotated[tuple[int, ...], NoDecode] = Field(
-        (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000),
+        default=(1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000),
         max_length=15,
         description="upper ends of the scheduling levels, in service units",
     )
     starvation_beta: float = Field(
-        8.0, ge=0, allow_inf_nan=False, description="wait / run of a program at which its calls starve; 0 = never"
+        default=8.0, ge=0, allow_inf_nan=False, description="wait / run of a program at which it starves; 0 = never"
     )
-    admission: bool = Field(False, description="programs whose contexts no engine's KV cache has room for wait")
+    admission: bool = Field(default=False, description="throttle programs whose contexts fit no engine's KV cache")
     admission_factor: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="contexts that an engine may have, over its KV cache"
+        default=1.0, gt=0, allow_inf_nan=False, description="contexts that an engine may have, over its KV cache"
     )
     admission_half_life_s: float = Field(
-        8.0, gt=0, allow_inf_nan=False, description="a program that thinks counts half as much after so long"
+        default=8.0, gt=0, allow_inf_nan=False, description="an idle program's context counts half after so long"
     )
-    engine_scheduler: EngineScheduler = Field("priority", description="in which order an engine runs its calls")
-    prompt_piece: int = Field(
-        512,
-        ge=0,
-        description="prompt tokens a step of a worse program beside a better one (plas); 0 = all",
+    engine_scheduler: EngineScheduler = Field(default="priority", description="in which order an engine runs its calls")
+    prompt_chunk: int = Field(
+        default=512, ge=0, description="prompt tokens a step of a worse program beside a better one (plas); 0 = all"
     )
-    drain_grace_s: float = Field(30.0, ge=0, description="how long a draining worker lets running calls finish")
+    drain_grace_s: float = Field(default=30.0, ge=0, description="how long a draining worker lets running calls finish")
     # Longer than one step may take (a huge prompt in one chunk, kernels compiled on first use), shorter than patience.
-    stall_s: float = Field(
-        300.0, ge=0, description="an engine with calls and no progress for so long is dead; 0 = never"
-    )
-    start_s: float = Field(1800.0, ge=0, description="how long an engine may take to come up; 0 = for ever")
+    stall_s: float = Field(default=300.0, ge=0, description="an engine with calls and no progress is dead; 0 = never")
+    start_s: float = Field(default=1800.0, ge=0, description="how long an engine may take to start; 0 = for ever")
+    openai_api_key: SecretStr | None = Field(default=None, description="for engines of backend openai; never shown")
+    log_level: str | None = Field(default=None, description="DEBUG, INFO, WARNING or ERROR; none = what suits")
+    log_format: LogFormat = Field(default="text", description="text, or json: one object a line")
 
     @field_validator("namespace")
     @classmethod
@@ -112,6 +129,18 @@ class Settings(BaseSettings):
             raise ValueError("level_bounds must rise")
         return value
 
+    @field_validator("log_level")
+    @classmethod
+    def _level_is_known(cls, value: str | None) -> str | None:
+        if value is not None and value.upper() not in logging.getLevelNamesMapping():
+            raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
+        return value.upper() if value else None
+
+    @model_validator(mode="after")
+    def _strangers_are_reported(self) -> Settings:
+        report_unknown(os.environ)
+        return self
+
     def wait_command(self) -> tuple[str, int, int] | None:
         """The WAIT that goes with a write that must not be lost; None if none is asked for."""
         return ("WAIT", self.wait_replicas, self.wait_ms) if self.wait_replicas else None
@@ -129,17 +158,17 @@ class Settings(BaseSettings):
     def state_dir(self) -> Path:
         if self.data_dir is not None:
             return self.data_dir
-        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-        return Path(base) / "rsm-engine"
+        return _user_folder("XDG_STATE_HOME", ".local/state")
+
+    @staticmethod
+    def cache_dir() -> Path:
+        """Where what can be made again is kept, such as the tiny model."""
+        return _user_folder("XDG_CACHE_HOME", ".cache")
 
     def environment(self) -> dict[str, str]:
         """The same settings as RSM_* variables, for a child process. They may hold a password: never log them."""
-        given = {name: value for name, value in self if value is not None}
-        return {"RSM_REDIS_URL": self.url()} | {
-            f"RSM_{name.upper()}": " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            for name, value in given.items()
-            if name != "redis_url"
-        }
+        given = {name: value for name, value in self if value is not None and name != "redis_url"}
+        return {"RSM_REDIS_URL": self.url()} | {f"{PREFIX}{n.upper()}": _as_text(v) for n, v in given.items()}
 
     def with_redis(self, url: str | None, namespace: str | None = None) -> Settings:
         """A copy that uses another server or namespace."""
@@ -149,3 +178,48 @@ class Settings(BaseSettings):
         if namespace is not None:
             changes["namespace"] = check_id(namespace, "namespace")
         return self.model_copy(update=changes)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _user_folder(variable: str, below_home: str) -> Path:
+    """By the XDG base directory specification, 0.8: a relative path in the variable does not count."""
+    configured = Path(os.environ.get(variable, ""))
+    if configured.is_absolute():
+        return configured / "rsm-engine"
+    try:
+        return Path.home() / below_home / "rsm-engine"
+    except RuntimeError:  # no HOME, and no entry for this user: a container
+        raise InvalidRequest(
+            "This user has no home folder to keep things in. Set RSM_DATA_DIR (the embedded Redis) and XDG_CACHE_HOME "
+            "(the tiny model) to folders that it may write to, or name a running Redis by RSM_REDIS_URL or --redis."
+        ) from None
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that look like settings and are none, each with what to do about it."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | _OTHERS
+    strangers = (n for n in environment if n.startswith(PREFIX) and n not in known and not n.startswith(_TESTS))
+    return {name: _advice(name, known) for name in strangers}
+
+
+def _advice(name: str, known: set[str]) -> str:
+    if name in _RENAMED:
+        return f"it is called {_RENAMED[name]} now."
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {close[0]}?" if close else "docs/operations.md lists them."
+
+
+_reported: set[str] = set()
+
+
+def report_unknown(environment: Mapping[str, str]) -> None:
+    """Warns of each such variable once in a process."""
+    for name, advice in unknown_variables(environment).items():
+        if name not in _reported:
+            _reported.add(name)
+            log.warning("%s is not a setting of rsm-engine and has no effect: %s", name, advice)

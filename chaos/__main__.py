@@ -10,6 +10,7 @@ from pathlib import Path
 from chaos import report
 from chaos.run import run
 from rsm.broker import logs
+from rsm.broker.settings import Settings
 
 _WORTH_A_REPORT = 10  # minutes; a shorter run is a check, and leaves the page as it is
 _SHOWN = 20  # all of them are in the folder of the run
@@ -24,7 +25,7 @@ def main() -> int:
     )
     parser.add_argument("--report", type=Path, help="a page to put the figures in, between its chaos marks")
     args = parser.parse_args()
-    logs.configure("chaos")
+    logs.configure(Settings(), "chaos")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is stopped on the way out
     outcome = run(args.seed, args.minutes, args.vllm)
     data = report.as_json(outcome)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from chaos.producers import KINDS as PRODUCERS
+from chaos.producers.process import KINDS as PRODUCERS
 from chaos.stage import ROUTERS, SIM_WORKERS, Part, Stage
 
 Heal = Callable[[], None]

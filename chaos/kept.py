@@ -97,7 +97,7 @@ def _kept(record: CallRecord, log: Any, told: int, inbox: str) -> Kept:
         result.text if result else "",
         result.token_ids if result else [],
         record.error_code,
-        record.engine,
+        record.engine_id,
         record.attempt,
         record.finished_ms or 0,
         [_entry(eid, fields) for eid, fields in log],

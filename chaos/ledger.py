@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chaos.calls import Plan
+from chaos.producers.calls import Plan
 
 
 class Ledger:

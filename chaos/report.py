@@ -14,7 +14,7 @@ from bench.report.machine import machine
 from bench.report.page import RESULTS
 from chaos.faults import KINDS
 from chaos.ledger import Story
-from chaos.producers import KINDS as PRODUCERS
+from chaos.producers.process import KINDS as PRODUCERS
 from chaos.run import Outcome
 from chaos.stage import SIM_WORKERS
 from chaos.verdict import Window

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from chaos.calls import Pool
 from chaos.faults import Fault, schedule
 from chaos.kept import Snapshot, busy, snapshot
 from chaos.leaks import processes_of
 from chaos.ledger import Story, read
+from chaos.producers.calls import Pool
 from chaos.stage import Part, Stage
 from chaos.verdict import Reference, Violation, Window, judge
 from rsm.broker import Client

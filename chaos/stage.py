@@ -22,8 +22,8 @@ from typing import Any
 
 import redis
 
-from chaos.calls import SIM_MODEL, Pool
-from chaos.producers import KINDS, heeds_signals
+from chaos.producers.calls import SIM_MODEL, Pool
+from chaos.producers.process import KINDS, heeds_signals
 from chaos.proxy import Lines, Proxy
 from rsm.broker import BrokerUnavailable, Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
@@ -247,7 +247,15 @@ class Stage:
         return self._part(config.engine_id, lambda s, o: worker_process(config, s, output=o))
 
     def _producer(self, place: int, kind: str, more: list[str]) -> Part:
-        command = [sys.executable, "-m", "chaos.producers", kind, str(place), str(self.seed), str(self.ledgers[place])]
+        command = [
+            sys.executable,
+            "-m",
+            "chaos.producers.process",
+            kind,
+            str(place),
+            str(self.seed),
+            str(self.ledgers[place]),
+        ]
         name = f"p{place}"
         return self._part(name, lambda s, o: Supervised(name, [*command, *more], s.environment(), output=o))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from chaos.calls import SIM_MODEL, Plan
 from chaos.kept import Kept, Snapshot
 from chaos.ledger import Story
-from chaos.producers import INBOX
+from chaos.producers.calls import SIM_MODEL, Plan
+from chaos.producers.process import INBOX
 from rsm.broker.protocol.models import ErrorCode, RequestState
 from rsm.workers.backends.sim.text import Prompt, answer
 

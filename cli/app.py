@@ -17,11 +17,10 @@ from typer.core import TyperGroup
 from rsm.broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS, reason
-from rsm.broker.connection.topology import place_of
-from rsm.broker.logs import LEVEL_VARIABLE
+from rsm.broker.connection.topology import place_of, shown_url
 from rsm.broker.views.dead_letters import DeadLetters
 from rsm.broker.views.monitor import Monitor
-from rsm.cli.output import say_error, shown_url
+from rsm.cli.output import say_error
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 2
@@ -113,10 +112,10 @@ def _global_options(
 ) -> None:
     if log_level is not None:
         _check_level(log_level)
-        os.environ[LEVEL_VARIABLE] = log_level.upper()  # for this process's children as well
-    # A program that serves says more: it calls `rsm.broker.logs.configure` with its own default.
-    logging.getLogger().setLevel(os.environ.get(LEVEL_VARIABLE, "WARNING").upper())
-    ctx.obj = Settings().with_redis(redis_url, namespace)
+    settings = Settings() if log_level is None else Settings(log_level=log_level)
+    # A process that serves says more: it calls `rsm.broker.logs.configure` with its own default.
+    logging.getLogger().setLevel(settings.log_level or "WARNING")
+    ctx.obj = settings.with_redis(redis_url, namespace)
     _check_url(ctx.obj)
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.table import Table
@@ -88,16 +87,6 @@ def seconds(ms: float) -> str:
     if ms < 1000:
         return f"{max(0, ms):.0f} ms"
     return f"{ms / 1000:.1f} s" if ms < 120_000 else f"{ms / 60_000:.0f} min"
-
-
-def shown_url(url: str) -> str:
-    """A Redis URL without user, password and options."""
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-    except ValueError:
-        return f"{url.partition('://')[0]}://…"
-    return f"{parts.scheme}://{host}{parts.path}"
 
 
 def record_json(record: CallRecord) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ _TEXT_SHOWN = 400
 
 
 def calls_json(calls: Sequence[ActiveCall]) -> list[dict[str, Any]]:
-    return [{**record_json(c.record), "where": c.where, "engine": c.engine} for c in calls]
+    return [{**record_json(c.record), "where": c.where, "engine_id": c.engine_id} for c in calls]
 
 
 def calls_table(
@@ -28,10 +28,10 @@ def calls_table(
     columns = ["CALL", "SESSION", "STATE", "ENGINE", "SINCE", "PRIORITY", "LEVEL", "PROMPT", "ATTEMPT"]
     rows = [
         [
-            c.id,
-            c.record.session,
+            c.request_id,
+            c.record.session_id,
             c.record.state.value,
-            c.engine or ("(held)" if c.where == "held" else "(none ready)"),
+            c.engine_id or ("(held)" if c.where == "throttled" else "(none ready)"),
             seconds(now_ms - _since(c)),
             c.record.priority,
             c.record.level,
@@ -41,7 +41,7 @@ def calls_table(
         for c in calls
     ]
     running = sum(c.where == "running" for c in calls)
-    held = sum(c.where == "held" for c in calls)
+    held = sum(c.where == "throttled" for c in calls)
     waiting = f"{len(calls) - running} waiting" + (f" ({held} held until there is room)" if held else "")
     foot = f"{running} running, {waiting}, {backlog} not yet routed"
     used = "; ".join(usage_line(name, u) for name, u in (usage or {}).items())
@@ -124,11 +124,11 @@ def sessions_table(sessions: Sequence[Mapping[str, Any]], now_ms: int, unit: str
 
 def call_table(record: CallRecord, now_ms: int) -> RenderableType:
     """One call, told in the order in which things happened to it."""
-    rows = [["state", record.state.value], ["session", record.session], ["kind", record.kind]]
+    rows = [["state", record.state.value], ["session", record.session_id], ["kind", record.kind]]
     rows += _routing(record)
     rows += _times(record, now_ms)
     rows += _ending(record)
-    return table(f"call {record.id}", ["", ""], [row for row in rows if row[1] not in ("", None)])
+    return table(f"call {record.request_id}", ["", ""], [row for row in rows if row[1] not in ("", None)])
 
 
 def _routing(r: CallRecord) -> list[list[Any]]:
@@ -136,8 +136,8 @@ def _routing(r: CallRecord) -> list[list[Any]]:
         ["model asked for", r.model],
         ["prompt tokens", str(r.prompt_tokens)],
         ["priority, level", f"{r.priority}, {r.level}"],
-        ["engine", r.engine or "(none yet)"],
-        ["why there" if r.engine else "why it waits", r.why],
+        ["engine", r.engine_id or "(none yet)"],
+        ["why there" if r.engine_id else "why it waits", r.why],
         ["cost there, elsewhere", _costs(r.costs)],
         ["waited before for", ", ".join(r.stolen_from)],
         ["attempt", str(r.attempt)],
@@ -203,8 +203,8 @@ def dead_table(letters: Sequence[Mapping[str, Any]], now_ms: int) -> RenderableT
     rows = [
         [
             d["entry"],
-            d["call_id"],
-            d["session"],
+            d["request_id"],
+            d["session_id"],
             d["attempts"],
             f"{seconds(now_ms - d['died_ms'])} ago",
             f"{d['body_bytes']} bytes" if d["replayable"] else "not kept",

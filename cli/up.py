@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from rsm.broker import Settings, logs
+from rsm.broker.connection.topology import shown_url
 from rsm.broker.errors import RsmError
 from rsm.cli.app import require_redis
-from rsm.cli.output import console, shown_url
+from rsm.cli.output import console
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
 
@@ -37,7 +38,7 @@ def run_up(settings: Settings, configs: Sequence[EngineConfig], routers: int) ->
     Raises:
         EngineFailed, BrokerUnavailable: it did not come up; nothing is left running.
     """
-    logs.configure("up")
+    logs.configure(settings, "up")
     embedded = settings.redis_url is None
     if embedded:
         settings = settings.model_copy(update={"data_dir": settings.state_dir()})

@@ -17,8 +17,21 @@ from rsm.engine.fleet import START_TIMEOUT_S, Fleet
 from rsm.workers.config import EngineConfig
 from rsm.workers.supervision.node import NodeClient
 
-Future = asyncio.Future[CallResult]
 _CLOSE_S = 5.0
+
+
+class RequestFuture(asyncio.Task[CallResult]):
+    """What `submit_request` gives: awaiting it gives the result. Cancelling it stops the waiting, not the call.
+
+    Attributes:
+        request_id: of the call, for `cancel_request`.
+        session_id: of its program.
+    """
+
+    def __init__(self, call: AsyncCall) -> None:
+        super().__init__(call.result())
+        self.request_id = call.id
+        self.session_id = call.session
 
 
 class MultiEngineManager:
@@ -27,7 +40,7 @@ class MultiEngineManager:
     Args:
         engine_configs: the engines to start with.
         cache_token_threshold: prompts up to so many tokens go to the least loaded engine, longer ones where their
-            session's cache is.
+            session's cache is; none = as RSM_CACHE_TOKEN_THRESHOLD says, else 2048.
         redis_url: an external Redis; none = a private embedded server.
         settings: everything else; none = the RSM_* environment.
         routers: how many router processes.
@@ -37,7 +50,7 @@ class MultiEngineManager:
     def __init__(
         self,
         engine_configs: Sequence[EngineConfig] = (),
-        cache_token_threshold: int = 2048,
+        cache_token_threshold: int | None = None,
         redis_url: str | None = None,
         *,
         settings: Settings | None = None,
@@ -45,8 +58,9 @@ class MultiEngineManager:
         start_timeout: float = START_TIMEOUT_S,
     ) -> None:
         base = (settings or Settings()).with_redis(redis_url)
-        chosen = base.model_copy(update={"cache_token_threshold": cache_token_threshold})
-        self._fleet = Fleet(chosen, routers=routers)
+        if cache_token_threshold is not None:
+            base = base.model_copy(update={"cache_token_threshold": cache_token_threshold})
+        self._fleet = Fleet(base, routers=routers)
         self._configs = list(engine_configs)
         self._start_timeout = start_timeout
         self._started = False
@@ -136,13 +150,14 @@ class MultiEngineManager:
         request_id: str | None = None,
         deadline: float | None = None,
         **options: Any,
-    ) -> Future:
+    ) -> RequestFuture:
         """Sends one call; gives a future at once. Awaiting the future gives the result.
 
         Args:
             prompt: text or token ids; with `kind="chat.completions"` and its kin, the request body.
             priority: lower is earlier, from -128 to 127.
-            deadline: seconds from now; not finished by then, the call fails with `deadline_exceeded`.
+            deadline: seconds from now; not finished by then, the call fails with `deadline_exceeded`. The same as
+                `timeout` elsewhere.
             options: `kind`, `model`, `prompt_tokens`, `traceparent`, `on_engine_loss`, `parent_session`, as
                 `rsm.broker.Client.submit` takes them.
 
@@ -151,7 +166,7 @@ class MultiEngineManager:
             or CallFailed, both with the record and the partial text.
         """
         call = await self._submit(session_id, prompt, sampling_params, priority, request_id, deadline, options)
-        future: Future = asyncio.ensure_future(call.result())
+        future = RequestFuture(call)
         future.add_done_callback(_look_at_error)
         return future
 
@@ -202,16 +217,8 @@ class MultiEngineManager:
         deadline: float | None,
         options: Mapping[str, Any],
     ) -> AsyncCall:
-        client = self._get_client()
-        deadline_ms = None if deadline is None else await client.deadline_in(deadline)
-        return await client.submit(
-            prompt,
-            session=session_id,
-            id=request_id,
-            priority=priority,
-            deadline_ms=deadline_ms,
-            **{**options, **(sampling_params or {})},
-        )
+        given = {"timeout": deadline, **options, **(sampling_params or {})}
+        return await self._get_client().submit(prompt, session=session_id, id=request_id, priority=priority, **given)
 
     def _get_client(self) -> AsyncClient:
         self._require_started("sending calls")
@@ -243,7 +250,7 @@ def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
         return False
 
 
-def _look_at_error(future: Future) -> None:
+def _look_at_error(future: asyncio.Future[CallResult]) -> None:
     """A future that nobody awaits must not complain at exit: the record in Redis says how its call ended."""
     if not future.cancelled():
         future.exception()

@@ -41,8 +41,9 @@ def _stop(router: Router) -> None:
 
 
 def main() -> None:
-    logs.configure("router")
-    sys.exit(run_router(Settings()))
+    settings = Settings()
+    logs.configure(settings, "router")
+    sys.exit(run_router(settings))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import redis
 
 from rsm.broker.connection import execute
-from rsm.broker.connection.factory import connect
+from rsm.broker.connection.factory import connect_view
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
@@ -44,7 +44,7 @@ class KVCacheCoordinator:
         self.cache_token_threshold = (
             self._settings.cache_token_threshold if cache_token_threshold is None else cache_token_threshold
         )
-        self._redis = server or connect(self._settings)
+        self._redis = server or connect_view(self._settings)
         self._keys = Keys(self._settings.namespace)
         self._transitions = Transitions(self._keys, self._settings)
 

@@ -9,7 +9,7 @@ from typing import Any
 from rsm.broker.client.request import check_body, check_request, check_size, estimate_tokens
 from rsm.broker.errors import InvalidRequest
 from rsm.broker.protocol import codec
-from rsm.broker.protocol.codec import text
+from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.ids import check_id, check_model, is_id, shorten
 from rsm.broker.protocol.messages import Admission, Rejection
 from rsm.broker.protocol.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
@@ -82,7 +82,7 @@ def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
         kind=kind,
         model=model,
         priority=_whole(fields, b"priority", 0),
-        deadline_ms=_whole(fields, b"deadline_ms", None),
+        deadline_ms=_deadline_ms(entry, fields),
         stream=text(fields.get(b"stream")) == "1",
         inbox=text(fields.get(b"inbox")),
         prompt_tokens=_whole(fields, b"prompt_tokens", 0) or estimate_tokens(body, len(data)),
@@ -93,6 +93,15 @@ def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
     admission = Admission(entry, request, codec.digest(request.kind, request.model, data), field)
     view = CallView(request.session, request.model, request.prompt_tokens, priority=request.priority)
     return Arrival(entry, call_id, "", view, admission)
+
+
+def _deadline_ms(entry: str, fields: Fields) -> int | None:
+    """Of an absolute `deadline_ms`, or of a `timeout_ms` that began when the entry was pushed."""
+    deadline: int | None = _whole(fields, b"deadline_ms", None)
+    timeout: int | None = _whole(fields, b"timeout_ms", None)
+    if deadline is not None and timeout is not None:
+        raise InvalidRequest("An entry has either timeout_ms (from its push on) or deadline_ms (epoch), not both.")
+    return deadline if timeout is None else number(entry.partition("-")[0]) + max(0, timeout)
 
 
 def _body(fields: Fields) -> tuple[codec.Format, bytes]:

@@ -18,7 +18,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from rsm.broker.connection import execute
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.eviction import require_noeviction
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS, Backoff, require_access
@@ -61,7 +61,7 @@ class Router:
         admission = Admission(self.settings.admission_factor) if self.settings.admission else None
         self._chooser = Chooser(policy or create_policy(self.settings), admission)
         self._tick_s = self.settings.tick_ms / 1000
-        self._line = Line(self.settings, block_s=self._tick_s)
+        self._line = DedicatedConnection(self.settings, block_s=self._tick_s)
         self._redis = connect(self.settings)
         self._upkeep = Upkeep(self._redis, self.keys, self.settings, self.name)
         self._thief = Thief(self._redis, self._transitions, self._chooser) if self.settings.stealing else None

@@ -156,7 +156,7 @@ class _Run:
             config.sim.plas,
             bounds=settings.level_bounds,
             beta=settings.starvation_beta,
-            prompt_piece=settings.prompt_piece,
+            prompt_chunk=settings.prompt_chunk,
         )
         sim = replace(config.sim, plas=plas, service_unit=settings.service_unit)
         sims = islice(cycle(replace(sim, times=sim.times.scaled(slow)) for slow in config.slowness), config.engines)

@@ -20,7 +20,14 @@ from rsm.broker.errors import AccessDenied, EngineIdTaken, EvictingRedis, Invali
 from rsm.broker.settings import Settings
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.config import EngineConfig
-from rsm.workers.environment import CONFIG_VARIABLE, EXIT_ID_TAKEN, EXIT_INVALID, NODE_VARIABLE, SUPERVISED_FLAG
+from rsm.workers.environment import (
+    CONFIG_VARIABLE,
+    EXIT_ID_TAKEN,
+    EXIT_INVALID,
+    NODE_VARIABLE,
+    SUPERVISED_FLAG,
+    SUPERVISOR_VARIABLE,
+)
 from rsm.workers.runtime.watchdog import Fuse
 from rsm.workers.runtime.worker import Worker
 from rsm.workers.supervision.launch import worker_process
@@ -40,9 +47,17 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     """Runs one worker in this process until it ends; returns its exit status."""
     share_heaps()
     try:
-        backend = create_backend(config)
+        backend = create_backend(config, settings)
         fuse = Fuse(settings, armed=True)
-        worker = Worker(config.engine_id, backend, settings, model=config.served_name, node=node, fuse=fuse)
+        worker = Worker(
+            config.engine_id,
+            backend,
+            settings,
+            model=config.served_name,
+            node=node,
+            supervisor=os.environ.get(SUPERVISOR_VARIABLE, ""),
+            fuse=fuse,
+        )
     except InvalidRequest as e:
         log.error("%s", e)
         return EXIT_INVALID
@@ -73,10 +88,10 @@ def run_supervised(config: EngineConfig, settings: Settings, node: str = "") -> 
 
 
 def main() -> None:
-    config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
-    logs.configure(config.engine_id)
+    config, settings = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE]), Settings()
+    logs.configure(settings, config.engine_id)
     run = run_supervised if SUPERVISED_FLAG in sys.argv[1:] else run_worker
-    sys.exit(run(config, Settings(), os.environ.get(NODE_VARIABLE, "")))
+    sys.exit(run(config, settings, os.environ.get(NODE_VARIABLE, "")))
 
 
 if __name__ == "__main__":

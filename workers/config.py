@@ -33,10 +33,10 @@ class EngineConfig(BaseModel):
 
     engine_id: str
     model: str = ""
-    gpu_id: int = Field(0, ge=0)
-    tensor_parallel_size: int = Field(1, ge=1)
-    max_model_len: int | None = Field(None, ge=1)
-    max_num_seqs: int = Field(256, ge=1)
+    gpu_id: int = Field(default=0, ge=0)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)
     trust_remote_code: bool = False
     dtype: str = "auto"
     backend: BackendName = "vllm"
@@ -71,10 +71,9 @@ class EngineConfig(BaseModel):
                 )
         return self
 
-    @property
-    def scheduler(self) -> EngineScheduler:
+    def scheduler(self, settings: Settings) -> EngineScheduler:
         """In which order the engine runs its calls, unless engine_args say so."""
-        return self.engine_scheduler or Settings().engine_scheduler
+        return self.engine_scheduler or settings.engine_scheduler
 
     @property
     def served_name(self) -> str:

@@ -35,7 +35,7 @@ class System:
 FCFS_RR = System("fcfs_rr", "FCFS + round robin", "round_robin", "fcfs", by_program=False)
 FCFS_LL = System("fcfs_ll", "FCFS + least loaded", "least_loaded", "fcfs", by_program=False)
 # The paper's unit of service is time; prompts in pieces are ours.
-_PAPERS = {"service_unit": "time", "prompt_piece": 0}
+_PAPERS = {"service_unit": "time", "prompt_chunk": 0}
 MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False, settings=_PAPERS)
 HASH = System("hash", "FCFS + hard session hash", "session_hash", "fcfs", by_program=False)
 PAPER = System("paper", "PLAS/ATLAS + Algorithm 2", "bench.programs.algorithm2:Algorithm2", "plas", settings=_PAPERS)
@@ -79,7 +79,7 @@ ABLATIONS = (
         OURS.but(
             f"piece{tokens}",
             f"pieces of {tokens} tokens" if tokens else "prompts whole",
-            settings={"prompt_piece": tokens},
+            settings={"prompt_chunk": tokens},
         )
         for tokens in (0, 128)
     ),

@@ -75,7 +75,7 @@ def _register_idle_engine(server: redis.Redis, transitions: Transitions) -> None
 
 
 def _push(client: Client, n: int) -> None:
-    client.submit_many([client.prepare(PROMPT, session=f"s{i // 10}", params={"max_tokens": 1}) for i in range(n)])
+    client.submit_many([client.prepare(PROMPT, session=f"s{i // 10}", max_tokens=1) for i in range(n)])
 
 
 def cancellation(url: str) -> dict[str, float]:

@@ -36,8 +36,7 @@ def throughput(client: Client, calls: int, inflight: int) -> float:
         room = min(inflight - len(waiting), calls - sent)
         if room:
             some = [
-                client.prepare(PROMPT, session=f"s{(sent + i) // CALLS_PER_SESSION}", params={"max_tokens": 1})
-                for i in range(room)
+                client.prepare(PROMPT, session=f"s{(sent + i) // CALLS_PER_SESSION}", max_tokens=1) for i in range(room)
             ]
             waiting += client.submit_many(some)
             sent += room

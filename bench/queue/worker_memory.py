@@ -41,7 +41,8 @@ def serve_calls() -> None:
 
     share_heaps()
     config = EngineConfig(engine_id="e0", model="noop", backend="sim", engine_args={"instant": True})
-    worker = Worker("e0", create_backend(config), Settings(), model="noop")
+    settings = Settings()
+    worker = Worker("e0", create_backend(config, settings), settings, model="noop")
     threading.Thread(target=_drive, args=(worker.request_stop,), daemon=True).start()
     asyncio.run(worker.serve(handle_signals=False))
 

@@ -134,7 +134,7 @@ def load(b: Bench, busy: bool) -> Iterator[None]:
 
 def long_calls(b: Bench) -> list[str]:
     """Pushes the calls that a death is to interrupt; returns once all of them run."""
-    calls = [b.client.prepare(f"long {i}", params={"max_tokens": LONG_TOKENS}, stream=True) for i in range(LONG_CALLS)]
+    calls = [b.client.prepare(f"long {i}", max_tokens=LONG_TOKENS, stream=True) for i in range(LONG_CALLS)]
     ids = [handle.id for handle in b.client.submit_many(calls)]
     until(lambda: all(r.state is RequestState.RUNNING for r in b.records(ids)), "calls that run")
     time.sleep(KILL_AFTER_S)
@@ -154,7 +154,7 @@ def _started_ms(record: CallRecord) -> int:
 
 
 def victims_of(b: Bench, ids: list[str], engine_id: str) -> list[str]:
-    found = [r.id for r in b.records(ids) if r.engine == engine_id and r.state is RequestState.RUNNING]
+    found = [r.request_id for r in b.records(ids) if r.engine_id == engine_id and r.state is RequestState.RUNNING]
     assert found, f"no call runs on {engine_id}"
     return found
 

@@ -120,7 +120,7 @@ def _take(room: threading.Semaphore, most: int) -> int:
 
 def _call(client: Client, run: str, number: int) -> Any:
     session = f"{run}-{number // CALLS_PER_SESSION}"
-    return client.prepare(PROMPT, session=session, stream=number % CALLS_PER_SESSION == 0, params={"max_tokens": 4})
+    return client.prepare(PROMPT, session=session, stream=number % CALLS_PER_SESSION == 0, max_tokens=4)
 
 
 # -- the stage

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -18,10 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rsm.broker.settings import Settings
 from rsm.simulation.calibration.step_costs import Timed, durations
 from rsm.workers.backends.vllm import steps as log
 from rsm.workers.backends.vllm.args import prepare_environment
 from rsm.workers.config import EngineConfig
+from rsm.workers.scheduling.program import CONFIG_KEY, as_config
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -175,12 +176,15 @@ async def started(args: argparse.Namespace) -> AsyncIterator[Engine]:
     file = args.out / "steps.jsonl"
     file.unlink(missing_ok=True)
     prepare_environment(EngineConfig(engine_id="bench"))
-    os.environ |= {log.FILE: str(file), log.SCHEDULER: SCHEDULERS[args.scheduler]}
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    ours = log.logged(file, SCHEDULERS[args.scheduler])
+    ours[CONFIG_KEY]["settings"] = as_config(Settings())
     began = time.monotonic()
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_options(args), scheduler_cls=log.FACTORY))
+    llm = AsyncLLM.from_engine_args(
+        AsyncEngineArgs(**_options(args), scheduler_cls=log.FACTORY, additional_config=ours)
+    )
     try:
         engine = Engine(llm, args.out)
         print(f"up after {time.monotonic() - began:.1f} s; {engine.slots} slots, {engine.kv_tokens} tokens", flush=True)

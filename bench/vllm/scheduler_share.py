@@ -28,10 +28,10 @@ from typing import Any
 from bench.report.machine import here
 from bench.report.page import RESULTS, Report, Target, publish, targets_table
 from bench.report.table import table_line
+from bench.vllm import miniature as mini
+from bench.vllm.miniature import Call, Engine
 from rsm.workers.scheduling.program import LEVELS
 from rsm.workers.scheduling.vllm_plugin import make_scheduler
-from tests.support import vllm_miniature as mini
-from tests.support.vllm_miniature import Call, Engine
 
 _TURN = 20
 _STEPS = RESULTS / "h200-steps.json"

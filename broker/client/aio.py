@@ -1,8 +1,8 @@
 """The asyncio client of a producer. The same calls, scripts and guarantees as the synchronous client, without threads.
 
 1. Submissions of concurrent tasks are gathered while one is on its way, and travel together.
-2. One task reads this client's inbox: pieces and ends of all its calls, by one blocking read.
-3. A stream that misses a piece (a trimmed inbox, a Redis restart) reads it from the call's durable log.
+2. One task reads this client's inbox: chunks and ends of all its calls, by one blocking read.
+3. A stream that misses a chunk (a trimmed inbox, a Redis restart) reads it from the call's durable log.
 """
 
 from __future__ import annotations
@@ -15,39 +15,31 @@ from types import TracebackType
 from typing import Any
 
 from rsm.broker.client import inbox
-from rsm.broker.client.backpressure import OnOverload, Patience
-from rsm.broker.client.handles import AsyncCall as AsyncCall
-from rsm.broker.client.request import Prompt, build
+from rsm.broker.client.backpressure import OnOverload
+from rsm.broker.client.core import CLOSED, CLOSED_WHILE_AWAITED, OPEN_STATES, ClientCore, checked, epoch_ms, took_effect
+from rsm.broker.client.handles import AsyncCall
+from rsm.broker.client.request import Prompt
 from rsm.broker.client.session_tree import TreeCancel
 from rsm.broker.client.stream import BEGIN, FORGET, LogReader, live
 from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect_async
 from rsm.broker.connection.retry import BLIPS, Backoff, no_answer, require_access
-from rsm.broker.errors import (
-    BrokerUnavailable,
-    CallLost,
-    Conflict,
-    InvalidRequest,
-    NotReplicated,
-    Overloaded,
-    UnknownCall,
-)
+from rsm.broker.errors import BrokerUnavailable, NotReplicated, Overloaded
 from rsm.broker.protocol import codec
-from rsm.broker.protocol.events import End, end_record, is_end, read_event
-from rsm.broker.protocol.ids import check_id, new_id
-from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.events import End, is_end, read_event
 from rsm.broker.protocol.messages import Submission, Submitted
-from rsm.broker.protocol.models import CallRecord, Delta, OnEngineLoss
+from rsm.broker.protocol.models import CallRecord, CallResult, Delta, OnEngineLoss
 from rsm.broker.protocol.scripts import Command, T
-from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
 _BLOCK_S = 2.0
-_CLOSED = "The client is closed; the calls it pushed go on."
 
 
-class AsyncClient:
-    """Pushes calls and awaits them. Belongs to one event loop; arguments as `rsm.broker.Client`."""
+class AsyncClient(ClientCore):
+    """Pushes calls and awaits them. Belongs to one event loop; arguments as `rsm.Client`.
+
+    One that was made before a fork, and not used yet, may be used by the child.
+    """
 
     def __init__(
         self,
@@ -55,17 +47,16 @@ class AsyncClient:
         *,
         namespace: str | None = None,
         settings: Settings | None = None,
-        timeout_s: float = 30.0,
+        redis_timeout: float = 30.0,
         on_overload: OnOverload = "raise",
-        overload_timeout_s: float | None = None,
+        overload_timeout: float | None = None,
     ) -> None:
-        self.settings = (settings or Settings()).with_redis(redis_url, namespace)
-        self.keys = Keys(self.settings.namespace)
-        self.transitions = Transitions(self.keys, self.settings)
+        super().__init__(redis_url, namespace, settings, redis_timeout, on_overload, overload_timeout)
+        self._begin()
+
+    def _begin(self) -> None:
+        super()._begin()
         self.redis = connect_async(self.settings)
-        self._timeout_s = timeout_s
-        self._on_overload, self._overload_timeout_s = on_overload, overload_timeout_s
-        self._inbox = new_id()
         self._open: dict[str, AsyncCall] = {}
         self._outbox: list[tuple[Submission, asyncio.Future[None]]] = []
         self._pusher: asyncio.Task[None] | None = None
@@ -77,6 +68,7 @@ class AsyncClient:
 
     async def submit(
         self,
+        /,
         prompt: Prompt,
         *,
         session: str | None = None,
@@ -84,6 +76,7 @@ class AsyncClient:
         id: str | None = None,  # noqa: A002
         model: str = "",
         priority: int = 0,
+        timeout: float | None = None,
         deadline_ms: int | None = None,
         stream: bool = False,
         prompt_tokens: int | None = None,
@@ -93,39 +86,57 @@ class AsyncClient:
         on_overload: OnOverload | None = None,
         **params: Any,
     ) -> AsyncCall:
-        """Pushes one call; returns once Redis has it. Arguments and errors as `rsm.broker.Client.submit`."""
-        call = build(
+        """Pushes one call; returns once Redis has it. Arguments and errors as `rsm.Client.submit`."""
+        call = self.prepare(
             prompt,
-            max_body_bytes=self.settings.max_body_bytes,
-            inbox=self._inbox,
             id=id,
             session=session,
             kind=kind,
             model=model,
             priority=priority,
+            timeout=timeout,
             deadline_ms=deadline_ms,
             stream=stream,
             prompt_tokens=prompt_tokens,
             traceparent=traceparent,
             on_engine_loss=on_engine_loss,
             parent_session=parent_session,
-            params=params,
+            **params,
         )
-        patience = Patience(on_overload or self._on_overload, self._overload_timeout_s)
+        patience = self._patience(on_overload)
         while True:
             try:
                 return await self._push(call)
             except Overloaded as refusal:
-                pause = patience.pause(refusal)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._closing.wait()
+                await self._pause(patience.pause(refusal))
+
+    async def submit_many(
+        self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None
+    ) -> list[AsyncCall]:
+        """Pushes many calls in few round trips; errors as `rsm.Client.submit_many`."""
+        patience = self._patience(on_overload)
+        handles: dict[int, AsyncCall] = {}
+        waiting = list(range(len(calls)))
+        while waiting:
+            found = await asyncio.gather(*(self._push(calls[i]) for i in waiting), return_exceptions=True)
+            handles |= {i: made for i, made in zip(waiting, found, strict=True) if isinstance(made, AsyncCall)}
+            refusal = _worst([error for error in found if isinstance(error, BaseException)])
+            waiting = [i for i in waiting if i not in handles]
+            if refusal is not None:
+                accepted = [handles[i] for i in sorted(handles)]
+                error = Overloaded(refusal.bound, refusal.retry_after, accepted, [calls[i] for i in waiting])
+                await self._pause(patience.pause(error))
+        return [handles[i] for i in range(len(calls))]
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
 
     async def _push(self, call: Submission) -> AsyncCall:
         if self._closed:
-            raise BrokerUnavailable(_CLOSED)
-        if self._reader is None:
-            self._reader = asyncio.create_task(self._read_inbox(), name="rsm-inbox")
+            raise BrokerUnavailable(CLOSED)
+        self._ensure_reader()
         r = call.request
         handle = self._open.setdefault(r.id, AsyncCall(self, r.id, r.session, r.stream))
         pushed = asyncio.get_running_loop().create_future()
@@ -160,13 +171,16 @@ class AsyncClient:
                     await self._acknowledge(call, pushed, reply, acks)
 
     async def _submit(self, calls: Sequence[Submission]) -> tuple[list[Submitted], int]:
-        """The replies, and how many replicas have what they say; that is not asked unless it was set."""
-        command, wait = self.transitions.submit(calls), self.settings.wait_command()
-        if wait is None:
-            return await self._run(command), 0
-        result: tuple[list[Submitted], int] = await self._retry(
-            lambda: execute.arun_replicated(self.redis, command, wait)
-        )
+        """The replies, and how many replicas have the calls; 0 if that is not asked."""
+        wait = self.settings.wait_command()
+
+        async def push() -> tuple[list[Submitted], int]:
+            command = self.transitions.submit(calls)  # anew for each try: timeouts run on
+            if wait is None:
+                return await execute.arun(self.redis, command), 0
+            return await execute.arun_replicated(self.redis, command, wait)
+
+        result: tuple[list[Submitted], int] = await self._retry(push)
         return result
 
     async def _acknowledge(self, call: Submission, pushed: asyncio.Future[None], reply: Submitted, acks: int) -> None:
@@ -174,17 +188,11 @@ class AsyncClient:
         if reply.code == "overloaded":
             pushed.set_exception(Overloaded(reply.bound, reply.retry_ms / 1000, refused=[call]))
             return
-        if reply.code == "conflict":
-            pushed.set_exception(
-                Conflict(f"The id {call_id} belongs to another call with another body; choose a new id.")
-            )
+        if refusal := self._refusal(call_id, reply):
+            pushed.set_exception(refusal)
             return
-        if reply.code == "invalid":
-            pushed.set_exception(InvalidRequest(reply.error))
-            return
-        wanted = self.settings.wait_replicas
-        if acks < wanted:
-            pushed.set_exception(NotReplicated([call_id], acks, wanted))
+        if too_few := self._too_few([call_id], acks):
+            pushed.set_exception(too_few)
         else:
             pushed.set_result(None)
         if reply.ended:
@@ -193,30 +201,53 @@ class AsyncClient:
 
     # -- everything else a producer does
 
+    async def result(self, call_id: str, timeout: float | None = None) -> CallResult:
+        """Waits for any call by its id, also one that another process pushed. Raises as `AsyncCall.result`."""
+        return await (await self.handle(call_id)).result(timeout)
+
+    async def handle(self, call_id: str) -> AsyncCall:
+        """A handle on any call by its id.
+
+        Raises:
+            UnknownCall: there is no record with this id.
+        """
+        record = await self.record(call_id)
+        call = self._open.get(call_id)
+        if call is None:
+            call = AsyncCall(self, call_id, record.session_id, record.stream, live=False)
+            call._pushed = True
+        if record.state.terminal:
+            call._record = record
+            if not call.done:
+                call._ended.set_result({})
+            return call
+        self._open.setdefault(call_id, call)
+        self._ensure_reader()
+        # From now on this client hears of it; if it ended just before, its record is read here.
+        if await self._run(self.transitions.listen(call_id, self._inbox)) not in ("PENDING", "RUNNING"):
+            self._settle(call_id, await self._hash(call_id))
+        return call
+
     async def record(self, call_id: str) -> CallRecord:
         """The record of a call as it stands now.
 
         Raises:
             UnknownCall: there is none, or it has expired.
         """
-        found = await self._hash(check_id(call_id, "id"))
-        if b"state" not in found:
-            raise UnknownCall(f"There is no call {call_id}; records expire after {self.settings.result_ttl_s} s.")
-        return CallRecord.from_hash(call_id, found)
+        return self._record(call_id, await self._hash(checked(call_id)))
 
     async def stream(self, call_id: str, last_event_id: str = BEGIN) -> AsyncIterator[Delta]:
-        """The pieces of any streamed call from behind `last_event_id` on, to its end.
+        """The chunks of any streamed call after `last_event_id`, to its end.
 
-        Reads the call's durable log; see `rsm.broker.Client.stream`, also for the errors.
+        Reads the call's durable log; see `rsm.Client.stream`, also for the errors.
         """
-        if not (await self.record(call_id)).stream:
-            raise UnknownCall(f"Call {call_id} was submitted without stream=True, so it keeps no pieces.")
+        self._require_stream(await self.record(call_id))
         reader = connect_async(self.settings, _BLOCK_S)
         try:
             key = self.keys.events(call_id)
             at = last_event_id
             if at != BEGIN and not await self._retry(lambda: self.redis.xrange(key, at, at)):
-                yield FORGET  # the piece that was read last is not in the log any more
+                yield FORGET  # the chunk that was read last is not in the log any more
                 at = BEGIN
             async for delta in self._read_log(reader, call_id, at):
                 yield delta
@@ -241,12 +272,13 @@ class AsyncClient:
             for delta in log_reader.take(reply[0][1] if reply else ()):
                 yield delta
 
-    async def _live(self, call: AsyncCall) -> AsyncIterator[Delta]:
-        """Pieces from the inbox; those it lacks, from the log."""
-        assert call._pieces is not None  # noqa: S101
-        async for delta in live(call._pieces, lambda last: self._log(call.id, last), lambda: call.done):
+    async def _live(
+        self, call_id: str, heard: asyncio.Queue[Delta | End], ended: asyncio.Future[Mapping[bytes, bytes]]
+    ) -> AsyncIterator[Delta]:
+        """Chunks from the inbox; those it lacks, from the log."""
+        async for delta in live(heard, lambda last: self._log(call_id, last), ended.done):
             yield delta
-        (await call.wait()).outcome()
+        (await self._ended(call_id, await asyncio.shield(ended))).outcome()
 
     async def _log(self, call_id: str, last: str) -> list[Delta]:
         entries = await self._retry(lambda: self.redis.xrange(self.keys.events(call_id), min=f"({last}"))
@@ -255,13 +287,11 @@ class AsyncClient:
 
     async def deadline_in(self, seconds: float) -> int:
         """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
-        now, micros = await self._retry(self.redis.time)
-        return int(now * 1000 + micros // 1000 + seconds * 1000)
+        return epoch_ms(await self._retry(self.redis.time), seconds)
 
     async def cancel(self, call_id: str, reason: str = "") -> bool:
         """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
-        done = await self._run(self.transitions.cancel(check_id(call_id, "id"), reason))
-        return done in ("cancelled", "cancelling", "noted")
+        return took_effect(await self._run(self.transitions.cancel(checked(call_id), reason)))
 
     async def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
         """Cancels all calls of a session and its descendants on all engines; returns how many. See `rsm.Client`."""
@@ -277,14 +307,13 @@ class AsyncClient:
         for task in (self._reader, self._pusher):
             if task is not None:
                 await _end(task)
-        _refuse(self._outbox, BrokerUnavailable(_CLOSED))
-        error = BrokerUnavailable("The client was closed while the call was awaited; the call goes on.")
+        _refuse(self._outbox, BrokerUnavailable(CLOSED))
+        error = BrokerUnavailable(CLOSED_WHILE_AWAITED)
         for call in self._open.values():
             if not call._ended.done():
                 call._ended.set_exception(error)
                 call._ended.exception()  # nobody need await it
-            if call._pieces is not None:
-                call._pieces.put_nowait(End(0, None))
+            call._hear(End(0, None))
         await self.redis.aclose()
 
     async def __aenter__(self) -> AsyncClient:
@@ -296,6 +325,10 @@ class AsyncClient:
         await self.close()
 
     # -- the inbox
+
+    def _ensure_reader(self) -> None:
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._read_inbox(), name="rsm-inbox")
 
     async def _read_inbox(self) -> None:
         reader = connect_async(self.settings, _BLOCK_S)
@@ -328,21 +361,20 @@ class AsyncClient:
                 continue
             if is_end(fields):
                 self._settle(call_id, fields)
-            elif call._pieces is not None:
+            elif call.streamed:
                 event = read_event(call_id, fields, codec.text(fields.get(b"eid")))
                 if isinstance(event, Delta):
-                    call._pieces.put_nowait(event)
+                    call._hear(event)
 
     def _settle(self, call_id: str, found: Mapping[bytes, bytes]) -> None:
         call = self._open.pop(call_id, None)
         if call is None or call._ended.done():
             return
         call._ended.set_result(found)
-        if call._pieces is not None:
-            call._pieces.put_nowait(End(codec.number(found.get(b"n") or found.get(b"events")), None))
+        call._hear(End(codec.number(found.get(b"n") or found.get(b"events")), None))
 
     async def _reconcile(self, reader: Any) -> None:
-        """Asks the records of all open calls: news may have been trimmed, or lost with a Redis that restarted."""
+        """Asks the records of all open calls: events may have been trimmed, or lost with a Redis that restarted."""
         ids = [call.id for call in self._open.values() if call._pushed]
         if ids:
             await reader.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
@@ -352,13 +384,11 @@ class AsyncClient:
             for call_id in some:
                 pipe.hget(self.keys.call(call_id), "state")
             for call_id, state in zip(some, await pipe.execute(), strict=True):
-                if state not in (b"PENDING", b"RUNNING"):
+                if state not in OPEN_STATES:
                     self._settle(call_id, await reader.hgetall(self.keys.call(call_id)))
 
-    async def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
-        if not news:  # the reconciler found no record
-            raise CallLost(call_id)
-        return end_record(call_id, news) or await self.record(call_id)
+    async def _ended(self, call_id: str, end: Mapping[bytes, bytes]) -> CallRecord:
+        return self._reported(call_id, end) or await self.record(call_id)
 
     # -- Redis
 
@@ -371,19 +401,19 @@ class AsyncClient:
         return result
 
     async def _retry(self, action: Callable[[], Awaitable[Any]]) -> Any:
-        backoff, until = Backoff("client"), time.monotonic() + self._timeout_s
+        backoff, until = Backoff("client"), time.monotonic() + self._redis_timeout
         while not self._closed:
             try:
                 result = await action()
             except BLIPS as e:
                 require_access(e)
                 if time.monotonic() > until:
-                    raise no_answer(self._timeout_s, e) from None
+                    raise no_answer(self.settings, self._redis_timeout, e) from None
                 await asyncio.sleep(backoff.pause(e))
             else:
                 backoff.recovered()
                 return result
-        raise BrokerUnavailable(_CLOSED)
+        raise BrokerUnavailable(CLOSED)
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -398,3 +428,14 @@ def _refuse(calls: Sequence[tuple[Submission, asyncio.Future[None]]], error: Exc
     for _, pushed in calls:
         if not pushed.done():
             pushed.set_exception(error)
+
+
+def _worst(errors: Sequence[BaseException]) -> Overloaded | None:
+    """The refusal for want of room, if there is one and nothing worse. Raises what is worse."""
+    replicas = [e for e in errors if isinstance(e, NotReplicated)]
+    for error in errors:
+        if not isinstance(error, Overloaded | NotReplicated):
+            raise error
+    if replicas:
+        raise NotReplicated([i for e in replicas for i in e.call_ids], replicas[0].replicas, replicas[0].wanted)
+    return next((e for e in errors if isinstance(e, Overloaded)), None)

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
+from typing import Any, Protocol
 
 from rsm.broker.errors import UnknownCall
 from rsm.broker.protocol.events import End
 from rsm.broker.protocol.models import CallRecord, CallResult, Delta
 
-if TYPE_CHECKING:
-    from rsm.broker.client.aio import AsyncClient
-    from rsm.broker.client.sync import Client
+log = logging.getLogger("rsm.client")
+
+End_ = Mapping[bytes, bytes]
+
+
+class _Client(Protocol):
+    """What a handle needs of its client."""
+
+    def record(self, call_id: str) -> CallRecord: ...
+    def stream(self, call_id: str, last_event_id: str = ...) -> Iterator[Delta]: ...
+    def cancel(self, call_id: str, reason: str = ...) -> bool: ...
+    def _await(self, handle: CallHandle, timeout: float | None) -> None: ...
+    def _ended(self, call_id: str, end: End_) -> CallRecord: ...
+    def _when_done(self, handle: CallHandle, callback: Callable[[CallHandle], None]) -> bool: ...
+
+
+class _AsyncClient(Protocol):
+    """The same of an asynchronous one."""
+
+    def record(self, call_id: str) -> Awaitable[CallRecord]: ...
+    def stream(self, call_id: str, last_event_id: str = ...) -> AsyncIterator[Delta]: ...
+    def cancel(self, call_id: str, reason: str = ...) -> Awaitable[bool]: ...
+    def _live(
+        self, call_id: str, heard: asyncio.Queue[Delta | End], ended: asyncio.Future[End_]
+    ) -> AsyncIterator[Delta]: ...
+    def _ended(self, call_id: str, end: End_) -> Awaitable[CallRecord]: ...
 
 
 class CallHandle:
     """A submitted call. Threads may share it."""
 
-    def __init__(self, client: Client, call_id: str, session: str, stream: bool) -> None:
+    def __init__(self, client: _Client, call_id: str, session: str, stream: bool) -> None:
         self._client = client
         self.id = call_id
         self.session = session
         self.streamed = stream
         self._pushed = False
         self._callbacks: list[Callable[[CallHandle], None]] = []
-        self._news: Mapping[bytes, bytes] | None = None
+        self._end: End_ | None = None
         self._record: CallRecord | None = None
 
     def __repr__(self) -> str:
@@ -33,7 +57,7 @@ class CallHandle:
 
     @property
     def done(self) -> bool:
-        return self._news is not None or self._record is not None
+        return self._end is not None or self._record is not None
 
     def result(self, timeout: float | None = None) -> CallResult:
         """Waits for the end of the call, at most `timeout` seconds.
@@ -47,21 +71,18 @@ class CallHandle:
 
     def wait(self, timeout: float | None = None) -> CallRecord:
         """Like `result`, but gives the record however the call ended."""
-        self._client._await(lambda: self.done, timeout, self.id)
+        self._client._await(self, timeout)
         if self._record is None:
-            self._record = self._client._ended(self.id, self._news or {})
+            self._record = self._client._ended(self.id, self._end or {})
         return self._record
 
     def add_done_callback(self, callback: Callable[[CallHandle], None]) -> None:
         """Calls `callback` once the call has ended, from the client's thread; at once if it has. It must not block."""
-        with self._client._changed:
-            if not self.done:
-                self._callbacks.append(callback)
-                return
-        callback(self)
+        if self._client._when_done(self, callback):
+            callback(self)
 
     def stream(self, last_event_id: str = "0-0") -> Iterator[Delta]:
-        """The pieces of the call from behind `last_event_id` on, to its end; see `Client.stream`."""
+        """The chunks of the call after `last_event_id`, to its end; see `Client.stream`."""
         return self._client.stream(self.id, last_event_id)
 
     def cancel(self, reason: str = "") -> bool:
@@ -76,20 +97,23 @@ class CallHandle:
 class AsyncCall:
     """A submitted call. Awaiting it gives the result."""
 
-    def __init__(self, client: AsyncClient, call_id: str, session: str, stream: bool) -> None:
+    def __init__(self, client: _AsyncClient, call_id: str, session: str, stream: bool, live: bool = True) -> None:
+        """`live`: whether this client hears of the call from its first chunk on."""
         self._client = client
         self.id = call_id
         self.session = session
         self.streamed = stream
-        self._ended: asyncio.Future[Mapping[bytes, bytes]] = asyncio.get_running_loop().create_future()
+        self._ended: asyncio.Future[End_] = asyncio.get_running_loop().create_future()
         self._pushed = False
         self._record: CallRecord | None = None
-        self._pieces: asyncio.Queue[Delta | End] | None = asyncio.Queue() if stream else None
+        # Chunks as they come: for whoever iterates first, and then for that one alone.
+        self._heard: asyncio.Queue[Delta | End] | None = asyncio.Queue() if stream and live else None
+        self._streaming = False
 
     def __repr__(self) -> str:
         return f"AsyncCall(id={self.id!r}, session={self.session!r}, done={self.done})"
 
-    def __await__(self) -> Any:
+    def __await__(self) -> Generator[Any, None, CallResult]:
         return self.result().__await__()
 
     @property
@@ -110,16 +134,43 @@ class AsyncCall:
         """Like `result`, but gives the record however the call ended."""
         if self._record is None:
             async with asyncio.timeout(timeout):  # not wait_for: before Python 3.12 it can swallow a cancel
-                news = await asyncio.shield(self._ended)
-            self._record = await self._client._ended(self.id, news)
+                end = await asyncio.shield(self._ended)
+            self._record = await self._client._ended(self.id, end)
         return self._record
 
-    def stream(self) -> AsyncIterator[Delta]:
-        """The pieces of the call from its first on, to its end; may be iterated once. See `AsyncClient.stream`."""
-        if self._pieces is None:
-            raise UnknownCall(f"Call {self.id} was submitted without stream=True, so it keeps no pieces.")
-        return self._client._live(self)
+    def add_done_callback(self, callback: Callable[[AsyncCall], None]) -> None:
+        """Calls `callback` from the event loop once the call has ended; soon if it has. It must not block."""
+        self._ended.add_done_callback(lambda _: call_back(callback, self))
+
+    def stream(self, last_event_id: str = "0-0") -> AsyncIterator[Delta]:
+        """The chunks of the call after `last_event_id`, to its end; see `AsyncClient.stream`.
+
+        From the beginning they come live, for one iteration; others read the durable log.
+        """
+        if not self.streamed:
+            raise UnknownCall(f"Call {self.id} was submitted without stream=True, so it keeps no chunks.")
+        if self._heard is None or self._streaming or last_event_id != "0-0":
+            return self._client.stream(self.id, last_event_id)
+        self._streaming = True
+        return self._client._live(self.id, self._heard, self._ended)
+
+    def _hear(self, event: Delta | End) -> None:
+        """For the client: something came of this call."""
+        if self._heard is not None:
+            self._heard.put_nowait(event)
 
     async def cancel(self, reason: str = "") -> bool:
         """See `AsyncClient.cancel`."""
         return await self._client.cancel(self.id, reason)
+
+    async def record(self) -> CallRecord:
+        """The record as it stands now."""
+        return await self._client.record(self.id)
+
+
+def call_back(callback: Callable[[Any], None], handle: CallHandle | AsyncCall) -> None:
+    """Runs a user's callback. What it raises is logged: other calls' ends must be read on."""
+    try:
+        callback(handle)
+    except Exception:
+        log.exception("a callback of call %s raised", handle.id)

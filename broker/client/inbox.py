@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import redis
 
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.retry import BLIPS, Backoff
 from rsm.broker.protocol import codec
 from rsm.broker.settings import Settings
@@ -51,7 +51,7 @@ class Inbox(threading.Thread):
         self._reconcile = reconcile
 
     def run(self) -> None:
-        line, last, backoff = Line(self._settings, _BLOCK_S), "0-0", Backoff("inbox")
+        line, last, backoff = DedicatedConnection(self._settings, _BLOCK_S), "0-0", Backoff("inbox")
         block = ("BLOCK", int(_BLOCK_S * 1000), "COUNT", READ_MANY)
         reconciled, read = time.monotonic(), 0
         while not self._closed.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from rsm.broker.errors import InvalidRequest
 from rsm.broker.protocol import codec
-from rsm.broker.protocol.ids import new_id
+from rsm.broker.protocol.ids import new_id, shorten
 from rsm.broker.protocol.messages import Submission
 from rsm.broker.protocol.models import CallRequest
 
@@ -20,6 +21,8 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 _CHARACTERS_PER_TOKEN = 4
 # Levels of lists and maps in a body. Schemas of tools have a dozen.
 _DEEPEST = 100
+# The longest timeout, in seconds: a year.
+_LONGEST_S = 366 * 24 * 3600
 
 
 def build(
@@ -31,6 +34,7 @@ def build(
     kind: str = "generate",
     model: str = "",
     priority: int = 0,
+    timeout: float | None = None,
     deadline_ms: int | None = None,
     stream: bool = False,
     inbox: str = "",
@@ -44,6 +48,7 @@ def build(
 
     Args:
         prompt: text or token ids for `generate`; for OpenAI kinds the request body.
+        timeout: the deadline as seconds from now.
         params: further fields of the body, such as `max_tokens`.
 
     Raises:
@@ -68,7 +73,21 @@ def build(
         on_engine_loss=on_engine_loss,
         parent_session=parent_session or "",
     )
-    return Submission(request, codec.digest(request.kind, request.model, data), data)
+    return Submission(
+        request, codec.digest(request.kind, request.model, data), data, until=_until(timeout, deadline_ms)
+    )
+
+
+def _until(timeout: float | None, deadline_ms: int | None) -> float | None:
+    if timeout is None:
+        return None
+    if deadline_ms is not None:
+        raise InvalidRequest("Give either timeout (seconds from now) or deadline_ms (epoch milliseconds), not both.")
+    if not (isinstance(timeout, int | float) and 0 <= timeout <= _LONGEST_S):
+        raise InvalidRequest(
+            f"timeout must be a number of seconds from 0 to {_LONGEST_S}; got {shorten(str(timeout))}."
+        )
+    return time.monotonic() + timeout
 
 
 def check_request(**fields: Any) -> CallRequest:

@@ -4,6 +4,8 @@ A namespace has one master, on a Redis Cluster too, and so the throughput of one
 other, so they may be spread over several namespaces, each with routers and workers of its own; on a Cluster these lie
 on different masters. Sessions move only to a namespace that is added, or from one that is taken away: about one in N.
 
+A call's id does not say where it is: what is asked by id alone looks for its record in each namespace, and remembers.
+
 Source: Thaler, Ravishankar: Using name-based mappings to increase hit rates, IEEE/ACM Transactions on Networking 6(1),
 1998 ("highest random weight").
 """
@@ -12,15 +14,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from rsm.broker.client.aio import AsyncCall, AsyncClient
+from rsm.broker.client.aio import AsyncClient
+from rsm.broker.client.backpressure import OnOverload
+from rsm.broker.client.handles import AsyncCall, CallHandle
 from rsm.broker.client.request import Prompt
-from rsm.broker.client.sync import CallHandle, Client
-from rsm.broker.errors import InvalidRequest
+from rsm.broker.client.signature import like
+from rsm.broker.client.stream import BEGIN
+from rsm.broker.client.sync import Client
+from rsm.broker.errors import InvalidRequest, Overloaded, UnknownCall
 from rsm.broker.protocol.ids import check_id, new_id
+from rsm.broker.protocol.messages import Submission
+from rsm.broker.protocol.models import CallRecord, CallResult, Delta
+
+# How many calls' namespaces are remembered.
+_REMEMBERED = 10_000
 
 
 def namespace_of(session: str, namespaces: Sequence[str]) -> str:
@@ -40,6 +52,37 @@ def _weight(namespace: str, session: str) -> bytes:
     return hashlib.blake2b(f"{namespace}\0{session}".encode(), digest_size=8).digest()
 
 
+class _Shards:
+    """Which namespace a session, or a call, belongs to."""
+
+    def __init__(self, namespaces: Sequence[str]) -> None:
+        if isinstance(namespaces, str) or not namespaces or len(set(namespaces)) < len(namespaces):
+            raise InvalidRequest("Give a list of different namespaces.")
+        self.namespaces = tuple(check_id(namespace, "namespace") for namespace in namespaces)
+        self._homes: OrderedDict[str, str] = OrderedDict()
+
+    def of_session(self, session: str) -> str:
+        return namespace_of(session, self.namespaces)
+
+    def of_submission(self, call: Submission) -> str:
+        """A sub-agent's calls go where its parent's go."""
+        return self.of_session(call.request.parent_session or call.request.session)
+
+    def remember(self, call_id: str, namespace: str) -> None:
+        self._homes[call_id] = namespace
+        if len(self._homes) > _REMEMBERED:
+            self._homes.popitem(last=False)
+
+    def to_ask(self, call_id: str) -> list[str]:
+        """The namespaces that may have a call, the likeliest first: a call without a session is its own."""
+        first = self._homes.get(call_id) or self.of_session(call_id)
+        return [first, *(n for n in self.namespaces if n != first)]
+
+
+def _unknown(call_id: str) -> UnknownCall:
+    return UnknownCall(f"There is no call {call_id} in any of the namespaces.")
+
+
 class ShardedClient:
     """A `Client` for each namespace; a session's calls go by the one that is its own.
 
@@ -49,35 +92,90 @@ class ShardedClient:
     """
 
     def __init__(self, namespaces: Sequence[str], redis_url: str | None = None, **options: Any) -> None:
-        self.namespaces = _checked(namespaces)
+        self._shards = _Shards(namespaces)
+        self.namespaces = self._shards.namespaces
         self._clients = {n: Client(redis_url, namespace=n, **options) for n in self.namespaces}
 
     def client(self, session: str) -> Client:
-        """The client of a session's namespace: for everything that a `Client` can do."""
-        return self._clients[namespace_of(session, self.namespaces)]
+        """The client of a session's namespace."""
+        return self._clients[self._shards.of_session(session)]
 
-    def submit(
-        self,
-        prompt: Prompt,
-        *,
-        session: str | None = None,
-        id: str | None = None,  # noqa: A002
-        parent_session: str | None = None,
-        **options: Any,
-    ) -> CallHandle:
+    @like(Client.submit)
+    def submit(self, prompt: Prompt, *, on_overload: OnOverload | None = None, **options: Any) -> CallHandle:
         """As `Client.submit`. A call without a session is a session of its own, named by its id.
 
         A sub-agent's calls go where its parent's go, so each names it; a sub-agent's own sub-agents name that one, too.
         """
-        call_id = id or new_id()
-        client = self.client(parent_session or session or call_id)
-        return client.submit(prompt, session=session, id=call_id, parent_session=parent_session, **options)
+        return self.submit_many([self.prepare(prompt, **options)], on_overload=on_overload)[0]
+
+    @like(Client.prepare)
+    def prepare(self, prompt: Prompt, **options: Any) -> Submission:
+        """As `Client.prepare`."""
+        options["id"] = call_id = options.get("id") or new_id()
+        session = options.get("parent_session") or options.get("session") or call_id
+        return self.client(session).prepare(prompt, **options)
+
+    def submit_many(self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None) -> list[CallHandle]:
+        """As `Client.submit_many`, namespace by namespace."""
+        handles: dict[int, CallHandle] = {}
+        groups = _groups(self._shards, calls)
+        for namespace, indices in groups.items():
+            try:
+                made = self._clients[namespace].submit_many([calls[i] for i in indices], on_overload=on_overload)
+            except Overloaded as e:
+                taken = {h.id for h in [*handles.values(), *e.accepted]}
+                refused = [c for c in calls if c.request.id not in taken]
+                raise Overloaded(e.bound, e.retry_after, [*handles.values(), *e.accepted], refused) from None
+            for i, handle in zip(indices, made, strict=True):
+                handles[i] = handle
+                self._shards.remember(handle.id, namespace)
+        return [handles[i] for i in range(len(calls))]
+
+    def _home(self, call_id: str) -> Client:
+        """Raises UnknownCall if no namespace has a record of the call."""
+        for namespace in self._shards.to_ask(check_id(call_id, "id")):
+            try:
+                self._clients[namespace].record(call_id)
+            except UnknownCall:
+                continue
+            self._shards.remember(call_id, namespace)
+            return self._clients[namespace]
+        raise _unknown(call_id)
+
+    def result(self, call_id: str, timeout: float | None = None) -> CallResult:
+        """As `Client.result`."""
+        return self._home(call_id).result(call_id, timeout)
+
+    def handle(self, call_id: str) -> CallHandle:
+        """As `Client.handle`."""
+        return self._home(call_id).handle(call_id)
+
+    def record(self, call_id: str) -> CallRecord:
+        """As `Client.record`."""
+        return self._home(call_id).record(call_id)
+
+    def stream(self, call_id: str, last_event_id: str = BEGIN) -> Iterator[Delta]:
+        """As `Client.stream`."""
+        return self._home(call_id).stream(call_id, last_event_id)
+
+    def deadline_in(self, seconds: float) -> int:
+        """As `Client.deadline_in`, by the clock of the first namespace's Redis."""
+        return self._clients[self.namespaces[0]].deadline_in(seconds)
+
+    def cancel(self, call_id: str, reason: str = "") -> bool:
+        """As `Client.cancel`. A call that no namespace knows yet is noted in that of its id."""
+        try:
+            client = self._home(call_id)
+        except UnknownCall:
+            client = self._clients[self._shards.to_ask(call_id)[0]]
+        return client.cancel(call_id, reason)
 
     def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
         """As `Client.cancel_session`; of a sub-agent alone: `client(its parent).cancel_session`."""
         return self.client(session).cancel_session(session, reason, descendants=descendants)
 
     def close(self) -> None:
+        """As `Client.close`."""
         for client in self._clients.values():
             client.close()
 
@@ -92,32 +190,89 @@ class AsyncShardedClient:
     """The same for asyncio, with an `AsyncClient` for each namespace."""
 
     def __init__(self, namespaces: Sequence[str], redis_url: str | None = None, **options: Any) -> None:
-        self.namespaces = _checked(namespaces)
+        self._shards = _Shards(namespaces)
+        self.namespaces = self._shards.namespaces
         self._clients = {n: AsyncClient(redis_url, namespace=n, **options) for n in self.namespaces}
 
     def client(self, session: str) -> AsyncClient:
         """The client of a session's namespace."""
-        return self._clients[namespace_of(session, self.namespaces)]
+        return self._clients[self._shards.of_session(session)]
 
-    async def submit(
-        self,
-        prompt: Prompt,
-        *,
-        session: str | None = None,
-        id: str | None = None,  # noqa: A002
-        parent_session: str | None = None,
-        **options: Any,
-    ) -> AsyncCall:
+    @like(AsyncClient.submit)
+    async def submit(self, prompt: Prompt, *, on_overload: OnOverload | None = None, **options: Any) -> AsyncCall:
         """As `AsyncClient.submit`, and as `ShardedClient.submit` of its sessions."""
-        call_id = id or new_id()
-        client = self.client(parent_session or session or call_id)
-        return await client.submit(prompt, session=session, id=call_id, parent_session=parent_session, **options)
+        return (await self.submit_many([self.prepare(prompt, **options)], on_overload=on_overload))[0]
+
+    @like(AsyncClient.prepare)
+    def prepare(self, prompt: Prompt, **options: Any) -> Submission:
+        """As `AsyncClient.prepare`."""
+        options["id"] = call_id = options.get("id") or new_id()
+        session = options.get("parent_session") or options.get("session") or call_id
+        return self.client(session).prepare(prompt, **options)
+
+    async def submit_many(
+        self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None
+    ) -> list[AsyncCall]:
+        """As `AsyncClient.submit_many`, namespace by namespace."""
+        handles: dict[int, AsyncCall] = {}
+        for namespace, indices in _groups(self._shards, calls).items():
+            try:
+                made = await self._clients[namespace].submit_many([calls[i] for i in indices], on_overload=on_overload)
+            except Overloaded as e:
+                taken = {h.id for h in [*handles.values(), *e.accepted]}
+                refused = [c for c in calls if c.request.id not in taken]
+                raise Overloaded(e.bound, e.retry_after, [*handles.values(), *e.accepted], refused) from None
+            for i, call in zip(indices, made, strict=True):
+                handles[i] = call
+                self._shards.remember(call.id, namespace)
+        return [handles[i] for i in range(len(calls))]
+
+    async def _home(self, call_id: str) -> AsyncClient:
+        """Raises UnknownCall if no namespace has a record of the call."""
+        for namespace in self._shards.to_ask(check_id(call_id, "id")):
+            try:
+                await self._clients[namespace].record(call_id)
+            except UnknownCall:
+                continue
+            self._shards.remember(call_id, namespace)
+            return self._clients[namespace]
+        raise _unknown(call_id)
+
+    async def result(self, call_id: str, timeout: float | None = None) -> CallResult:
+        """As `AsyncClient.result`."""
+        return await (await self._home(call_id)).result(call_id, timeout)
+
+    async def handle(self, call_id: str) -> AsyncCall:
+        """As `AsyncClient.handle`."""
+        return await (await self._home(call_id)).handle(call_id)
+
+    async def record(self, call_id: str) -> CallRecord:
+        """As `AsyncClient.record`."""
+        return await (await self._home(call_id)).record(call_id)
+
+    async def stream(self, call_id: str, last_event_id: str = BEGIN) -> AsyncIterator[Delta]:
+        """As `AsyncClient.stream`."""
+        async for delta in (await self._home(call_id)).stream(call_id, last_event_id):
+            yield delta
+
+    async def deadline_in(self, seconds: float) -> int:
+        """As `AsyncClient.deadline_in`, by the clock of the first namespace's Redis."""
+        return await self._clients[self.namespaces[0]].deadline_in(seconds)
+
+    async def cancel(self, call_id: str, reason: str = "") -> bool:
+        """As `AsyncClient.cancel`. A call that no namespace knows yet is noted in that of its id."""
+        try:
+            client = await self._home(call_id)
+        except UnknownCall:
+            client = self._clients[self._shards.to_ask(call_id)[0]]
+        return await client.cancel(call_id, reason)
 
     async def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
         """As `AsyncClient.cancel_session`; of a sub-agent alone: `client(its parent).cancel_session`."""
         return await self.client(session).cancel_session(session, reason, descendants=descendants)
 
     async def close(self) -> None:
+        """As `AsyncClient.close`."""
         await asyncio.gather(*(client.close() for client in self._clients.values()))
 
     async def __aenter__(self) -> AsyncShardedClient:
@@ -129,7 +284,9 @@ class AsyncShardedClient:
         await self.close()
 
 
-def _checked(namespaces: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(namespaces, str) or not namespaces or len(set(namespaces)) < len(namespaces):
-        raise InvalidRequest("Give a list of different namespaces.")
-    return tuple(check_id(namespace, "namespace") for namespace in namespaces)
+def _groups(shards: _Shards, calls: Sequence[Submission]) -> dict[str, list[int]]:
+    """The places of the calls in the list, by namespace."""
+    groups: dict[str, list[int]] = {}
+    for i, call in enumerate(calls):
+        groups.setdefault(shards.of_submission(call), []).append(i)
+    return groups

@@ -2,63 +2,52 @@
 
 1. `submit` pushes a call in one script: body into the record, routing fields onto the router stream.
 2. One thread reads this client's inbox: a single blocking read for the ends of all its calls.
-3. A call whose news was missed (a trimmed inbox, a Redis restart) is found again in its record, on a timer.
+3. A call whose end was missed (a trimmed inbox, a Redis restart) is found again in its record, on a timer.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from rsm.broker.client.backpressure import OnOverload, Patience
-from rsm.broker.client.handles import CallHandle as CallHandle
+from rsm.broker.client.backpressure import OnOverload
+from rsm.broker.client.core import CLOSED, CLOSED_WHILE_AWAITED, OPEN_STATES, ClientCore, checked, epoch_ms, took_effect
+from rsm.broker.client.handles import CallHandle, call_back
 from rsm.broker.client.inbox import READ_MANY, Entries, Inbox
-from rsm.broker.client.request import Prompt, build
+from rsm.broker.client.request import Prompt
 from rsm.broker.client.session_tree import TreeCancel
 from rsm.broker.client.stream import BEGIN, FORGET, LogReader
 from rsm.broker.connection import execute
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS, Backoff, no_answer, persist
-from rsm.broker.errors import (
-    BrokerUnavailable,
-    CallLost,
-    Conflict,
-    InvalidRequest,
-    NotReplicated,
-    Overloaded,
-    UnknownCall,
-)
+from rsm.broker.errors import BrokerUnavailable, Overloaded
 from rsm.broker.protocol import codec
-from rsm.broker.protocol.events import end_record, is_end
-from rsm.broker.protocol.ids import check_id, new_id
-from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.events import is_end
 from rsm.broker.protocol.messages import Submission, Submitted
 from rsm.broker.protocol.models import CallRecord, CallResult, Delta, OnEngineLoss
 from rsm.broker.protocol.scripts import Command, T
-from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-
-log = logging.getLogger("rsm.client")
 
 # Calls per push. Small, so that router and worker are at work on the first while the next are on their way.
 PUSH_MANY = 32
 _BLOCK_S = 2.0
 
 
-class Client:
+class Client(ClientCore):
     """Pushes calls and waits for them. Threads may share one; a process should have one.
+
+    A client that was made before a fork may be used on both sides: the child opens connections of its own.
 
     Args:
         redis_url: see docs/operations.md for its forms; none = RSM_REDIS_URL, else the embedded server of this user.
         namespace: none = RSM_NAMESPACE, else "rsm".
-        timeout_s: how long a command may keep trying while Redis does not answer.
+        redis_timeout: how many seconds a command may keep trying while Redis does not answer.
         on_overload: what `submit` does when there is no room for more calls: "raise" `Overloaded`, or "wait" for it.
-        overload_timeout_s: how long it waits for room before it raises after all; none = until `close`.
+        overload_timeout: how many seconds it waits for room before it raises after all; none = until `close`.
     """
 
     def __init__(
@@ -67,27 +56,27 @@ class Client:
         *,
         namespace: str | None = None,
         settings: Settings | None = None,
-        timeout_s: float = 30.0,
+        redis_timeout: float = 30.0,
         on_overload: OnOverload = "raise",
-        overload_timeout_s: float | None = None,
+        overload_timeout: float | None = None,
     ) -> None:
-        self.settings = (settings or Settings()).with_redis(redis_url, namespace)
-        self.keys = Keys(self.settings.namespace)
-        self.transitions = Transitions(self.keys, self.settings)
+        super().__init__(redis_url, namespace, settings, redis_timeout, on_overload, overload_timeout)
+        self._closed = threading.Event()
+        self._begin()
+
+    def _begin(self) -> None:
+        super()._begin()
         self.redis = connect(self.settings)
-        self._line, self._line_free = Line(self.settings), threading.Lock()
-        self._timeout_s = timeout_s
-        self._on_overload, self._overload_timeout_s = on_overload, overload_timeout_s
-        self._inbox = new_id()
+        self._line, self._line_free = DedicatedConnection(self.settings), threading.Lock()
         self._open: dict[str, CallHandle] = {}
         self._changed = threading.Condition()
-        self._closed = threading.Event()
         self._reader: Inbox | None = None
 
     # -- submitting
 
     def submit(
         self,
+        /,
         prompt: Prompt,
         *,
         session: str | None = None,
@@ -95,6 +84,7 @@ class Client:
         id: str | None = None,  # noqa: A002
         model: str = "",
         priority: int = 0,
+        timeout: float | None = None,
         deadline_ms: int | None = None,
         stream: bool = False,
         prompt_tokens: int | None = None,
@@ -111,14 +101,15 @@ class Client:
             session: the program this call belongs to; none = a program of its own.
             id: chosen by you, it makes a repeated push safe; none = a new one.
             priority: lower is earlier, from -128 to 127.
-            deadline_ms: epoch milliseconds on Redis's clock; not finished by then, the call fails.
-            stream: whether pieces are kept as they come.
-            on_engine_loss: what if its engine process dies: "continue" = another engine goes on behind the pieces that
-                are out; "restart" = it begins anew, and a stream says so (`Delta.restart`); "fail" = it fails at once
-                with `engine_lost`.
+            timeout: seconds from now; not finished by then, the call fails with `deadline_exceeded`.
+            deadline_ms: the same as epoch milliseconds on Redis's clock.
+            stream: whether chunks are kept as they come.
+            on_engine_loss: what happens if its engine process dies: "continue" = another engine resumes after the
+                chunks already delivered; "restart" = it starts over, and a stream says so (`Delta.restart`); "fail" =
+                it fails at once with `engine_lost`.
             parent_session: the session that this one works for, as its sub-agent: what it costs is its program's, and
-                it is cancelled with it. Told with the first call of a session, or with all of them.
-            on_overload: "raise" or "wait" if there is no room; none = as the client was told.
+                it is cancelled with it. Named with the first call of a session, or with all of them.
+            on_overload: "raise" or "wait" if there is no room; none = the client's choice.
             params: fields of the body, such as `max_tokens` and other sampling parameters.
 
         Raises:
@@ -135,32 +126,25 @@ class Client:
             kind=kind,
             model=model,
             priority=priority,
+            timeout=timeout,
             deadline_ms=deadline_ms,
             stream=stream,
             prompt_tokens=prompt_tokens,
             traceparent=traceparent,
             on_engine_loss=on_engine_loss,
             parent_session=parent_session,
-            params=params,
+            **params,
         )
         return self.submit_many([call], on_overload=on_overload)[0]
-
-    def prepare(self, prompt: Prompt, **options: Any) -> Submission:
-        """A checked and encoded call for `submit_many`; takes what `submit` takes, body fields as `params={…}`.
-
-        Raises:
-            InvalidRequest: the call can never run.
-        """
-        return build(prompt, max_body_bytes=self.settings.max_body_bytes, inbox=self._inbox, **options)
 
     def submit_many(self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None) -> list[CallHandle]:
         """Pushes many calls in few round trips.
 
-        Raises what `submit` raises. Calls before a conflict stay pushed; of an overload, the error tells the handles of
-        the calls that are in (`accepted`) and those to submit again (`refused`).
+        Raises what `submit` raises. Calls before a conflict stay pushed. After an overload, the error has the handles
+        of the calls that are in (`accepted`) and those to submit again (`refused`).
         """
         self._ensure_reader()
-        patience = Patience(on_overload or self._on_overload, self._overload_timeout_s)
+        patience = self._patience(on_overload)
         handles: dict[int, CallHandle] = {}
         waiting = list(range(len(calls)))
         while waiting:
@@ -176,7 +160,7 @@ class Client:
 
     def _push(self, calls: Sequence[Submission]) -> tuple[list[CallHandle], Submitted | None]:
         """The handles, and the first refusal for want of room, if any."""
-        with self._changed:  # listening begins before the push, so no news can slip through
+        with self._changed:  # listening begins before the push, so no event can slip through
             handles = [self._open.setdefault(h.id, h) for h in (self._new_handle(c) for c in calls)]
         try:
             replies, acks = self._submit(calls)
@@ -190,24 +174,21 @@ class Client:
                 self._settle({handle.id: self._hash(handle.id)})
         self._forget(handles)
         for handle, reply in zip(handles, replies, strict=True):
-            if reply.code == "conflict":
-                raise Conflict(f"The id {handle.id} belongs to another call with another body; choose a new id.")
-            if reply.code == "invalid":
-                raise InvalidRequest(reply.error)
-        if acks < self.settings.wait_replicas:
-            ids = [h.id for h in handles if h._pushed]
-            if ids:
-                raise NotReplicated(ids, acks, self.settings.wait_replicas)
+            if refusal := self._refusal(handle.id, reply):
+                raise refusal
+        if too_few := self._too_few([h.id for h in handles if h._pushed], acks):
+            raise too_few
         return handles, next((r for r in replies if r.code == "overloaded"), None)
 
     def _submit(self, calls: Sequence[Submission]) -> tuple[list[Submitted], int]:
-        """The replies, and how many replicas have what they say; that is not asked unless it was set."""
-        command, wait = self.transitions.submit(calls), self.settings.wait_command()
-        if wait is None:
-            return self._run(command), 0
-        result: tuple[list[Submitted], int] = self._retry(
-            lambda: self._over_line(lambda server: execute.run_replicated(server, command, wait))
-        )
+        """The replies, and how many replicas have the calls; as many as are asked for, if none are."""
+        wait = self.settings.wait_command()
+
+        def push(server: execute.Server) -> tuple[list[Submitted], int]:
+            command = self.transitions.submit(calls)  # anew for each try: timeouts run on
+            return (execute.run(server, command), 0) if wait is None else execute.run_replicated(server, command, wait)
+
+        result: tuple[list[Submitted], int] = self._retry(lambda: self._over_line(push))
         return result
 
     def _new_handle(self, call: Submission) -> CallHandle:
@@ -234,19 +215,22 @@ class Client:
         record = self.record(call_id)
         with self._changed:
             handle = self._open.get(call_id)
-            if handle is None:
-                handle = CallHandle(self, call_id, record.session, record.stream)
-                handle._pushed = True
-                if not record.state.terminal:
-                    self._open[call_id] = handle
+        if handle is None:
+            handle = CallHandle(self, call_id, record.session_id, record.stream)
+            handle._pushed = True
         if record.state.terminal:
             handle._record = record
         else:
-            self._ensure_reader()
-            # From now on this client is told; if the call ended just before, the reconciler finds it.
-            if self._run(self.transitions.listen(call_id, self._inbox)) not in ("PENDING", "RUNNING"):
-                self._settle({call_id: self._hash(call_id)})
+            self._follow(handle)
         return handle
+
+    def _follow(self, handle: CallHandle) -> None:
+        """From now on this client hears of the call; if it ended just before, its record is read here."""
+        with self._changed:
+            self._open.setdefault(handle.id, handle)
+        self._ensure_reader()
+        if self._run(self.transitions.listen(handle.id, self._inbox)) not in ("PENDING", "RUNNING"):
+            self._settle({handle.id: self._hash(handle.id)})
 
     def record(self, call_id: str) -> CallRecord:
         """The record of a call as it stands now.
@@ -254,29 +238,25 @@ class Client:
         Raises:
             UnknownCall: there is none, or it has expired.
         """
-        found = self._hash(check_id(call_id, "id"))
-        if b"state" not in found:
-            raise UnknownCall(f"There is no call {call_id}; records expire after {self.settings.result_ttl_s} s.")
-        return CallRecord.from_hash(call_id, found)
+        return self._record(call_id, self._hash(checked(call_id)))
 
     def stream(self, call_id: str, last_event_id: str = BEGIN) -> Iterator[Delta]:
-        """The pieces of a streamed call from behind `last_event_id` on, to its end.
+        """The chunks of a streamed call after `last_event_id`, to its end.
 
-        Reads the call's durable log, so it may be called again, by any process, with the `event_id` of the last piece
-        seen: nothing is lost and nothing repeated. Survives Redis restarts; where Redis has lost pieces that were
-        read, a `Delta.restart` says so, and all of it follows from the beginning.
+        Reads the call's durable log, so any process may call it again with the `event_id` of the last chunk it has
+        seen: nothing is lost and nothing repeated. Survives Redis restarts; where Redis has lost chunks that were
+        read, a `Delta.restart` says so, and the whole stream follows from the beginning.
 
         Raises:
-            CallCancelled, CallFailed: the call ended so, after its last piece.
+            CallCancelled, CallFailed: the call ended so, after its last chunk.
             UnknownCall: there is no record with this id.
         """
-        if not self.record(call_id).stream:
-            raise UnknownCall(f"Call {call_id} was submitted without stream=True, so it keeps no pieces.")
+        self._require_stream(self.record(call_id))
         reader = connect(self.settings, _BLOCK_S)
         try:
             key, at = self.keys.events(call_id), last_event_id
             if at != BEGIN and not self._retry(lambda: self.redis.xrange(key, at, at)):
-                yield FORGET  # the piece that was read last is not in the log any more
+                yield FORGET  # the chunk that was read last is not in the log any more
                 at = BEGIN
             yield from self._read_log(reader, call_id, at)
         finally:
@@ -301,13 +281,11 @@ class Client:
 
     def deadline_in(self, seconds: float) -> int:
         """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
-        now, micros = self._retry(self.redis.time)
-        return int(now * 1000 + micros // 1000 + seconds * 1000)
+        return epoch_ms(self._retry(self.redis.time), seconds)
 
     def cancel(self, call_id: str, reason: str = "") -> bool:
         """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
-        done = self._run(self.transitions.cancel(check_id(call_id, "id"), reason))
-        return done in ("cancelled", "cancelling", "noted")
+        return took_effect(self._run(self.transitions.cancel(checked(call_id), reason)))
 
     def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
         """Cancels all calls of a session and of its descendants on all engines; returns how many it ended.
@@ -351,7 +329,7 @@ class Client:
         self._settle({codec.text(f[b"call"]): f for _, f in entries if is_end(f)})
 
     def _reconcile(self) -> None:
-        """Asks the records of all open calls: news may have been trimmed, or lost with a Redis that restarted."""
+        """Asks the records of all open calls: events may have been trimmed, or lost with a Redis that restarted."""
         with self._changed:
             ids = [h.id for h in self._open.values() if h._pushed]
         if ids:
@@ -363,34 +341,40 @@ class Client:
             for call_id in some:
                 pipe.hget(self.keys.call(call_id), "state")
             for call_id, state in zip(some, pipe.execute(), strict=True):
-                if state not in (b"PENDING", b"RUNNING"):
+                if state not in OPEN_STATES:
                     self._settle({call_id: server.hgetall(self.keys.call(call_id))})
 
     def _settle(self, ends: Mapping[str, Mapping[bytes, bytes]]) -> None:
         """Notes ends, wakes waiters, and calls back outside the lock."""
         with self._changed:
-            settled = [(h, news) for call_id, news in ends.items() if (h := self._open.pop(call_id, None))]
-            for handle, news in settled:
-                handle._news = news
+            settled = [(h, end) for call_id, end in ends.items() if (h := self._open.pop(call_id, None))]
+            for handle, end in settled:
+                handle._end = end
             self._changed.notify_all()
         for handle, _ in settled:
             for callback in handle._callbacks:
-                try:
-                    callback(handle)
-                except Exception:  # of the user's; the inbox must be read on
-                    log.exception("a callback of call %s raised", handle.id)
+                call_back(callback, handle)
 
-    def _ended(self, call_id: str, news: Mapping[bytes, bytes]) -> CallRecord:
-        if not news:  # the reconciler found no record
-            raise CallLost(call_id)
-        return end_record(call_id, news) or self.record(call_id)
+    def _ended(self, call_id: str, end: Mapping[bytes, bytes]) -> CallRecord:
+        return self._reported(call_id, end) or self.record(call_id)
 
-    def _await(self, done: Any, timeout: float | None, call_id: str) -> None:
+    def _when_done(self, handle: CallHandle, callback: Callable[[CallHandle], None]) -> bool:
+        """Keeps a callback for later; True if the call has ended, and it is the caller's to run it."""
         with self._changed:
-            if not self._changed.wait_for(lambda: done() or self._closed.is_set(), timeout):
-                raise TimeoutError(f"Call {call_id} has not ended after {timeout} s; it goes on.")
-        if not done():
-            raise BrokerUnavailable("The client was closed while the call was awaited; the call goes on.")
+            if not handle.done:
+                handle._callbacks.append(callback)
+            return handle.done
+
+    def _await(self, handle: CallHandle, timeout: float | None) -> None:
+        with self._changed:
+            unheard = not handle.done and handle.id not in self._open
+        if unheard and not self._closed.is_set():
+            self._follow(handle)  # it was pushed by the process that this one was forked from
+        with self._changed:
+            if not self._changed.wait_for(lambda: handle.done or self._closed.is_set(), timeout):
+                raise TimeoutError(f"Call {handle.id} has not ended after {timeout} s; it goes on.")
+        if not handle.done:
+            raise BrokerUnavailable(CLOSED_WHILE_AWAITED)
 
     # -- Redis
 
@@ -403,7 +387,7 @@ class Client:
         return result
 
     def _over_line(self, action: Callable[[execute.Server], T]) -> T:
-        """Over the client's own line if no other thread is using it, else over the pool."""
+        """Over the client's own connection if no other thread is using it, else over the pool."""
         if not self._line_free.acquire(blocking=False):
             return action(self.redis)
         try:
@@ -413,9 +397,9 @@ class Client:
 
     def _retry(self, action: Any) -> Any:
         try:
-            result = persist(action, "client", self._closed.is_set, self._timeout_s, denial_is_final=True)
+            result = persist(action, "client", self._closed.is_set, self._redis_timeout, denial_is_final=True)
         except BLIPS as e:
-            raise no_answer(self._timeout_s, e) from None
+            raise no_answer(self.settings, self._redis_timeout, e) from None
         if result is None and self._closed.is_set():
-            raise BrokerUnavailable("The client is closed; the calls it pushed go on.")
+            raise BrokerUnavailable(CLOSED)
         return result

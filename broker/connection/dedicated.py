@@ -19,7 +19,7 @@ from rsm.broker.settings import Settings
 Entry = tuple[bytes, dict[bytes, bytes]]
 
 
-class Line:
+class DedicatedConnection:
     """Connects when it is first used, and again after every failure. Not for several threads at once.
 
     Args:

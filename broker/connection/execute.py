@@ -9,10 +9,10 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError
 
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.protocol.scripts import Arg, Command, T, all_scripts
 
-Server = redis.Redis | Line
+Server = redis.Redis | DedicatedConnection
 
 
 def run(server: Server, command: Command[T]) -> T:
@@ -26,7 +26,7 @@ def run(server: Server, command: Command[T]) -> T:
 
 
 def _exchange(server: Server, commands: Sequence[Sequence[Arg]]) -> list[Any]:
-    if isinstance(server, Line):
+    if isinstance(server, DedicatedConnection):
         return server.exchange(commands)
     pipe: Any = server.pipeline(transaction=False)
     for command in commands:
@@ -49,7 +49,7 @@ def _unrefused(reply: Any) -> Any:
     return reply
 
 
-def run_after(server: Line, wait: Sequence[Arg], command: Command[T]) -> T:
+def run_after(server: DedicatedConnection, wait: Sequence[Arg], command: Command[T]) -> T:
     """A blocking command and then a script, in one round trip: the server runs the script the moment the wait ends."""
     waited, reply = server.exchange([wait, ("EVALSHA", command.script.sha, 1, *command.args)])
     _unrefused(waited)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
+from redis.client import Pipeline
 
 from rsm.broker.connection.failover import ASYNC_LINKS, LINKS
+from rsm.broker.connection.retry import explained
 from rsm.broker.connection.topology import place_of
 from rsm.broker.settings import Settings
 
@@ -38,6 +40,37 @@ def connect(settings: Settings, block_s: float | None = None) -> redis.Redis:
 
     options = _options(settings, block_s, LINKS)
     return redis.Redis.from_pool(ConnectionPool(**options, retry=Retry(NoBackoff(), 0)))
+
+
+class _View(redis.Redis):
+    """Says where it looked and what to start, instead of redis-py's own errors, when Redis is away."""
+
+    settings: Settings
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        with explained(self.settings):
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Any:
+        made = _ViewPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+        made.settings = self.settings
+        return made
+
+
+class _ViewPipeline(Pipeline):
+    settings: Settings
+
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with explained(self.settings):
+            found: list[Any] = super().execute(raise_on_error)
+            return found
+
+
+def connect_view(settings: Settings) -> redis.Redis:
+    """A client for people's questions: where Redis is away, or refuses, it raises BrokerUnavailable at once."""
+    view: Any = _View.from_pool(connect(settings).connection_pool)
+    view.settings = settings
+    return cast(redis.Redis, view)
 
 
 def connect_patiently(settings: Settings) -> redis.Redis:

@@ -3,7 +3,7 @@
 A server that is full, demoted, starting, or no longer the owner of a slot answers, but cannot serve. redis-py makes
 ordinary errors of such answers, a different class for each and for some none. Here, at the lowest place where a reply
 is read, each becomes a `Refused`, which is a ConnectionError: so it looks the same from a command, a pipeline, asyncio
-and a `Line`; the connection is dropped, and the next one goes wherever the master is then.
+and a `DedicatedConnection`; the connection is dropped, and the next one goes wherever the master is then.
 """
 
 from __future__ import annotations

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from redis import exceptions as errors
 
 from rsm.broker.connection.failover import Denied, Refused
+from rsm.broker.connection.topology import shown_url
 from rsm.broker.errors import AccessDenied, BrokerUnavailable
+from rsm.broker.settings import Settings
 
 T = TypeVar("T")
 log = logging.getLogger("rsm.redis")
@@ -58,11 +61,27 @@ class Backoff:
         return True
 
 
-def no_answer(within_s: float, error: Exception) -> BrokerUnavailable:
-    """The error for whoever has no more patience after so many seconds."""
+def no_answer(settings: Settings, within_s: float, error: Exception) -> BrokerUnavailable:
+    """The error for whoever has no more patience after so many seconds; 0 = at once."""
+    tried = f"did not answer for {within_s:g} s" if within_s else "does not answer"
     return BrokerUnavailable(
-        f"Redis did not answer for {within_s:g} s ({reason(error)}). Check RSM_REDIS_URL; `rsm doctor` helps."
+        f"Redis at {shown_url(settings.url())} {tried} ({reason(error)}). "
+        "Start everything with `rsm up`, or name a running server by RSM_REDIS_URL or --redis."
     )
+
+
+@contextmanager
+def explained(settings: Settings) -> Iterator[None]:
+    """Turns a Redis that is away, or that refuses this user, into one sentence.
+
+    Raises:
+        BrokerUnavailable, AccessDenied: what says where it was looked for, and what to do.
+    """
+    try:
+        yield
+    except BLIPS as e:
+        require_access(e)
+        raise no_answer(settings, 0, e) from None
 
 
 def require_access(error: Exception) -> None:

@@ -138,6 +138,16 @@ def _cluster(scheme: str, parts: _Parts, namespace: str) -> Place:
     return Place(scheme, parts.options, finder, "cluster")
 
 
+def shown_url(url: str) -> str:
+    """A Redis URL without user, password and options."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return f"{url.partition('://')[0]}://…"
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
 _FORMS: dict[str, Callable[[str, _Parts, str], Place]] = {"sentinel": _sentinel, "cluster": _cluster}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Literal, NamedTuple
 
 from rsm.broker.protocol.codec import Format
@@ -11,12 +12,20 @@ from rsm.broker.protocol.models import CallRequest, OnEngineLoss, RequestState
 
 
 class Submission(NamedTuple):
-    """A checked call with its encoded body: msgpack ("body") or JSON, as its result will be."""
+    """A checked call with its encoded body: msgpack ("body") or JSON, as its result will be.
+
+    `until`: when its timeout is over, on this process's monotonic clock, in seconds; None = it has none.
+    """
 
     request: CallRequest
     digest: str
     body: bytes
     body_field: Format = "body"
+    until: float | None = None
+
+    def fields(self) -> list[str | int]:
+        """Its routing fields, as of now."""
+        return self.request.fields(None if self.until is None else max(0, round((self.until - monotonic()) * 1000)))
 
     def __repr__(self) -> str:  # prompts and outputs never appear in a repr
         return f"Submission({self.request!r}, {len(self.body)} bytes)"

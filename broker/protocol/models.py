@@ -66,13 +66,13 @@ class CallRequest(BaseModel):
     session: str
     kind: Kind = "generate"
     model: str = ""
-    priority: int = Field(0, ge=-128, le=127)
-    prompt_tokens: int = Field(0, ge=0, le=MAX_PROMPT_TOKENS)
-    deadline_ms: int | None = Field(None, ge=0, le=1 << 52)
+    priority: int = Field(default=0, ge=-128, le=127)
+    prompt_tokens: int = Field(default=0, ge=0, le=MAX_PROMPT_TOKENS)
+    deadline_ms: int | None = Field(default=None, ge=0, le=1 << 52)
     stream: bool = False
     inbox: str = ""
     # Goes into a header as it is.
-    traceparent: str = Field("", max_length=256, pattern=r"^[!-~]*$")
+    traceparent: str = Field(default="", max_length=256, pattern=r"^[!-~]*$")
     on_engine_loss: OnEngineLoss = "continue"
     parent_session: str = ""
 
@@ -87,8 +87,13 @@ class CallRequest(BaseModel):
     def _model(cls, value: str) -> str:
         return check_model(value) if value else value
 
-    def fields(self) -> list[str | int]:
-        """The routing fields in the order of the submit and admit scripts."""
+    def fields(self, remaining_ms: int | None = None) -> list[str | int]:
+        """The routing fields in the order of the submit and admit scripts.
+
+        Args:
+            remaining_ms: the deadline as a span from now on; none = `deadline_ms`.
+        """
+        deadline: str | int = "" if self.deadline_ms is None else self.deadline_ms
         return [
             self.id,
             self.session,
@@ -96,7 +101,7 @@ class CallRequest(BaseModel):
             self.model,
             self.priority,
             self.prompt_tokens,
-            "" if self.deadline_ms is None else self.deadline_ms,
+            deadline if remaining_ms is None else f"+{remaining_ms}",
             int(self.stream),
             self.inbox,
             self.traceparent,
@@ -140,11 +145,11 @@ class CallRecord:
     that it waited for until it was taken away, for an idle one, in that order.
     """
 
-    id: str
+    request_id: str
     state: RequestState
-    session: str
+    session_id: str
     kind: str = "generate"
-    engine: str = ""
+    engine_id: str = ""
     model: str = ""
     attempt: int = 1
     failures: int = 0
@@ -196,11 +201,11 @@ class CallRecord:
             return int(value) if value else None
 
         return cls(
-            id=call_id,
+            request_id=call_id,
             state=_STATES[h[b"state"]],
-            session=words(b"session"),
+            session_id=words(b"session"),
             kind=words(b"kind"),
-            engine=words(b"engine"),
+            engine_id=words(b"engine"),
             model=words(b"model"),
             attempt=int(get(b"attempt") or 1),
             failures=whole(b"failures"),
@@ -250,7 +255,7 @@ class CallEnded(RsmError):
     def __init__(self, record: CallRecord) -> None:
         self.record = record
         self.partial_text = record.result.text if record.result else ""
-        super().__init__(record.error or f"Call {record.id} ended as {record.state}.")
+        super().__init__(record.error or f"Call {record.request_id} ended as {record.state}.")
 
 
 class CallCancelled(CallEnded):

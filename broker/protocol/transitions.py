@@ -87,7 +87,7 @@ class Transitions:
     def submit(self, calls: Sequence[Submission]) -> Command[list[Submitted]]:
         args = self._args()
         for c in calls:
-            args += [*c.request.fields(), c.digest, c.body_field, c.body]
+            args += [*c.fields(), c.digest, c.body_field, c.body]
         return Command(script("submit"), args, _submitted)
 
     def listen(self, call_id: str, inbox: str) -> Command[str]:

@@ -15,7 +15,7 @@ import redis
 
 from rsm.broker.client.request import check_body, check_request, estimate_tokens
 from rsm.broker.connection import execute
-from rsm.broker.connection.factory import connect
+from rsm.broker.connection.factory import connect_view
 from rsm.broker.errors import InvalidRequest, Overloaded, RsmError, UnknownCall
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.codec import number, text
@@ -38,10 +38,10 @@ class DeadLetter:
     """One entry of the stream of dead letters. `died_ms` is epoch milliseconds on Redis's clock."""
 
     entry: str
-    call_id: str
+    request_id: str
     error_code: str
     error: str
-    session: str
+    session_id: str
     kind: str
     model: str
     attempts: int
@@ -65,10 +65,10 @@ class DeadLetter:
         """What may be shown: everything but the body."""
         return {
             "entry": self.entry,
-            "call_id": self.call_id,
+            "request_id": self.request_id,
             "error_code": self.error_code,
             "error": self.error,
-            "session": self.session,
+            "session_id": self.session_id,
             "kind": self.kind,
             "model": self.model,
             "attempts": self.attempts,
@@ -100,7 +100,7 @@ class DeadLetters:
     def __init__(self, settings: Settings | None = None, server: redis.Redis | None = None) -> None:
         self.settings = settings or Settings()
         self.keys = Keys(self.settings.namespace)
-        self._redis: Any = server or connect(self.settings)
+        self._redis: Any = server or connect_view(self.settings)
         self._transitions = Transitions(self.keys, self.settings)
 
     def count(self) -> int:
@@ -123,7 +123,7 @@ class DeadLetters:
         """
         letter = self._entry(ref) if _ENTRY.fullmatch(ref) else None
         # A bare XADD without an id makes a call whose id looks like an entry's.
-        letter = letter or next((each for each in self._newest_first() if each.call_id == ref), None)
+        letter = letter or next((each for each in self._newest_first() if each.request_id == ref), None)
         if letter is None:
             raise UnknownCall(f"There is no dead letter {ref}; `rsm dead ls` shows them.")
         return letter
@@ -162,12 +162,12 @@ class DeadLetters:
         return Replayed(len(kept) - len(failures), failures, len(found) - len(kept))
 
     def _candidates(self, letter: DeadLetter) -> Iterator[str]:
-        gen = text(self._redis.hget(self.keys.call(letter.call_id), "gen"))
+        gen = text(self._redis.hget(self.keys.call(letter.request_id), "gen"))
         # No record, or one born after this letter: then an earlier try of this very replay may have made it.
-        if letter.call_id and (not gen or _order(gen) > _order(letter.entry)):
-            yield letter.call_id
+        if letter.request_id and (not gen or _order(gen) > _order(letter.entry)):
+            yield letter.request_id
         tail = f".replay-{letter.entry}"
-        yield (letter.call_id[: _MAX_ID - len(tail)] + tail).lstrip(".")
+        yield (letter.request_id[: _MAX_ID - len(tail)] + tail).lstrip(".")
         raise InvalidRequest(f"The ids of dead letter {letter.entry} belong to other calls by now.")
 
     def _push(self, call_id: str, letter: DeadLetter) -> bool:
@@ -196,7 +196,7 @@ class DeadLetters:
         return check_request(
             id=check_id(call_id, "id"),
             # A call without a session was its own, and is again.
-            session=letter.session if letter.session not in ("", letter.call_id) else call_id,
+            session=letter.session_id if letter.session_id not in ("", letter.request_id) else call_id,
             kind=kind,
             model=letter.model,
             priority=letter.priority,
@@ -224,10 +224,10 @@ def _letter(entry: bytes, fields: Mapping[bytes, bytes], with_body: bool = False
     body = fields.get(form.encode(), b"")
     return DeadLetter(
         entry=text(entry),
-        call_id=text(fields.get(b"id")),
+        request_id=text(fields.get(b"id")),
         error_code=text(fields.get(b"error_code")),
         error=text(fields.get(b"error")),
-        session=text(fields.get(b"session")),
+        session_id=text(fields.get(b"session")),
         kind=text(fields.get(b"kind")),
         model=text(fields.get(b"model")),
         attempts=number(fields.get(b"attempts")),

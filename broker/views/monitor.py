@@ -8,7 +8,7 @@ from typing import Any
 
 import redis
 
-from rsm.broker.connection.factory import connect
+from rsm.broker.connection.factory import connect_view
 from rsm.broker.errors import BadRecord, UnknownCall
 from rsm.broker.protocol.codec import number, real, text
 from rsm.broker.protocol.ids import check_id
@@ -25,11 +25,11 @@ _SCAN = 1000
 
 @dataclass(frozen=True, slots=True)
 class ActiveCall:
-    """A call that waits for an engine or runs on one. `where`: "queue", "running", "parked" or "held"."""
+    """A call that waits for an engine or runs on one. `where`: "queue", "running", "parked" or "throttled"."""
 
-    id: str
+    request_id: str
     where: str
-    engine: str
+    engine_id: str
     record: CallRecord
 
 
@@ -43,7 +43,7 @@ class Monitor:
     def __init__(self, settings: Settings | None = None, server: redis.Redis | None = None) -> None:
         self.settings = settings or Settings()
         self.keys = Keys(self.settings.namespace)
-        self._redis: Any = server or connect(self.settings)
+        self._redis: Any = server or connect_view(self.settings)
         self._transitions = Transitions(self.keys, self.settings)
         self._programs = Programs(self._redis, self.keys, self.settings)
 
@@ -158,7 +158,7 @@ class Monitor:
             yield "queue", engine, self.keys.queue(engine)
         for key in self._parked_keys():
             yield "parked", "", text(key)
-        yield from (("held", "", key) for key in self._held_keys())
+        yield from (("throttled", "", key) for key in self._held_keys())
 
     def sessions(self) -> list[dict[str, Any]]:
         """The process table: every session whose entry has not expired, by program, most attained service first."""

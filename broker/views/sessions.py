@@ -74,7 +74,7 @@ class Programs:
         for (s, call), fields in zip(plan, pipe.execute() if plan else [], strict=True):
             if fields[0] in (b"PENDING", b"RUNNING"):
                 threads[s].append(_thread(call, fields, now_ms))
-        return {s: sorted(rows, key=lambda r: (r["arrival_ms"], r["call"])) for s, rows in threads.items()}
+        return {s: sorted(rows, key=lambda r: (r["arrival_ms"], r["request_id"])) for s, rows in threads.items()}
 
     def _row(self, session: str, found: Sequence[Any], entries: Mapping[str, Mapping[str, str]], threads: Any) -> Row:
         h, active, affinity, open_bytes, _ = found
@@ -93,9 +93,9 @@ class Programs:
             **{n: number(h.get(n)) for n in ("arrivals", "completed", "cancelled", "failed")},
             "active": active,
             "threads": threads,
-            "engines": sorted({t["engine"] for t in threads if t["state"] == "RUNNING" and t["engine"]}),
+            "engines": sorted({t["engine_id"] for t in threads if t["state"] == "RUNNING" and t["engine_id"]}),
             "open_bytes": number(open_bytes),
-            "engine": h.get("engine", ""),
+            "engine_id": h.get("engine", ""),
             "resident_tokens": resident_tokens(affinity.items()),
             "last_arrival_ms": number(h.get("last_arrival_ms")),
             "last_completion_ms": number(h.get("last_completion_ms")),
@@ -110,9 +110,9 @@ def _thread(call: str, fields: Sequence[bytes | None], now_ms: int) -> Row:
     submitted, started, inherited, level = (number(f) for f in fields[2:])
     running = state == "RUNNING"
     return {
-        "call": call,
+        "request_id": call,
         "state": state,
-        "engine": engine,
+        "engine_id": engine,
         "arrival_ms": submitted,
         "waited_ms": max(0, (started if running else now_ms) - submitted),
         "ran_ms": max(0, now_ms - started) if running else 0,

@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from rsm.broker import InvalidRequest
-from rsm.cli.app import app
+from rsm.cli.app import app, settings_of
 from rsm.cli.commands.processes import EngineArg, MaxNumSeqs, Model, TensorParallel, engine_config
 from rsm.cli.output import console, note, say, table
 
 
 @app.command()
 def calibrate(
+    ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="File for the figures, for `--times-file` and `times_file`.")],
     model: Model = "",
     gpu: Annotated[int, typer.Option(min=0, help="The first of its GPUs.")] = 0,
@@ -34,7 +35,7 @@ def calibrate(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     note("vLLM comes up, and is measured: this takes minutes.")
     config = engine_config("calibrate", model, gpu, "vllm", max_num_seqs, tensor_parallel, None, engine_arg)
-    found = measure(config, seconds)
+    found = measure(config, settings_of(ctx), seconds)
     try:
         out.write_text(json.dumps(found.document(), indent=1) + "\n", encoding="utf-8")
     except OSError as e:

@@ -67,7 +67,7 @@ def submit(
             model=model,
             priority=priority,
             stream=live and not json,
-            deadline_ms=None if timeout is None else client.deadline_in(timeout),
+            timeout=timeout,
             on_engine_loss=on_engine_loss,
             parent_session=parent,
             **{name: value for name, value in params.items() if value is not None},
@@ -94,7 +94,7 @@ def _follow(handle: CallHandle, timeout: float | None, print_call: Callable[[Cal
 def _sentence(end: CallEnded) -> RsmError:
     record = end.record
     code = f" ({record.error_code})" if record.error_code else ""
-    return RsmError(f"Call {record.id} {record.state.lower()}{code}: {record.error or 'no reason was given.'}")
+    return RsmError(f"Call {record.request_id} {record.state.lower()}{code}: {record.error or 'no reason was given.'}")
 
 
 def _print_text(handle: CallHandle) -> None:

@@ -6,10 +6,11 @@ from dataclasses import asdict
 
 import typer
 
+from rsm.broker.connection.topology import shown_url
 from rsm.cli import tables
 from rsm.cli.app import EXIT_FAILED, app, settings_of
 from rsm.cli.commands.views import Json
-from rsm.cli.output import console, emit_json, shown_url
+from rsm.cli.output import console, emit_json
 
 
 @app.command()

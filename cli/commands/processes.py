@@ -120,7 +120,7 @@ def router(ctx: typer.Context) -> None:
     """One router, in the foreground. Any number may run."""
     from rsm.router.__main__ import run_router
 
-    logs.configure("router")
+    logs.configure(settings_of(ctx), "router")
     raise typer.Exit(run_router(settings_of(ctx)))
 
 
@@ -142,7 +142,7 @@ def worker(
     from rsm.workers.__main__ import run_supervised, run_worker
     from rsm.workers.environment import NODE_VARIABLE
 
-    logs.configure(engine_id)
+    logs.configure(settings_of(ctx), engine_id)
     config = engine_config(
         engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg, engine_scheduler
     )
@@ -159,7 +159,7 @@ def node(
 
     from rsm.workers.supervision.node import run_node
 
-    logs.configure("node")
+    logs.configure(settings_of(ctx), "node")
     require_redis(settings_of(ctx))
     run_node(name or socket.gethostname(), settings_of(ctx))
 

@@ -30,8 +30,9 @@ def sim_server(
     from rsm.workers.backends.sim.backend import SimBackend
     from rsm.workers.backends.sim.server import serve
 
-    logs.configure("sim-server")
-    backend = create_backend(engine_config("sim-server", model, 0, "sim", max_num_seqs, 1, None, engine_arg))
+    logs.configure(settings_of(ctx), "sim-server")
+    config = engine_config("sim-server", model, 0, "sim", max_num_seqs, 1, None, engine_arg)
+    backend = create_backend(config, settings_of(ctx))
     assert isinstance(backend, SimBackend)  # noqa: S101
     name = backend.config.model
 

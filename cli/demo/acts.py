@@ -70,7 +70,7 @@ def follow_an_agent(stage: Stage) -> None:
     stage.show(table("", ["STEP", "ENGINE", "PROMPT", "CACHED", "FIRST TOKEN", "WHY"], _agent_rows(records)))
     results = [r.result for r in records if r.result is not None]
     stage.promise(len(results) == _AGENT_STEPS, "all steps have completed")
-    stage.promise(len({r.engine for r in records}) == 1, f"all steps ran on {records[0].engine}")
+    stage.promise(len({r.engine_id for r in records}) == 1, f"all steps ran on {records[0].engine_id}")
     # The engine caches whole blocks, and computes at least the last token anew.
     held = all(b.cached_tokens > a.prompt_tokens * 0.9 for a, b in pairwise(results))
     stage.promise(held, "from the second step on, the step before was found in the KV cache")
@@ -80,7 +80,7 @@ def _agent_rows(records: Sequence[CallRecord]) -> list[list[object]]:
     rows: list[list[object]] = []
     for step, r in enumerate(records, 1):
         cached, ttft = (r.result.cached_tokens, r.result.ttft or 0.0) if r.result else (0, 0.0)
-        rows.append([step, r.engine, r.prompt_tokens, cached, seconds(ttft * 1000), r.why])
+        rows.append([step, r.engine_id, r.prompt_tokens, cached, seconds(ttft * 1000), r.why])
     return rows
 
 
@@ -104,9 +104,9 @@ def cancel_a_session(stage: Stage) -> None:
     rows = [
         [
             i,
-            r.engine,
+            r.engine_id,
             r.state.value,
-            seconds(ended[r.id] * 1000),
+            seconds(ended[r.request_id] * 1000),
             f"{r.result.completion_tokens} tokens, {len(r.result.text)} characters" if r.result else "none",
         ]
         for i, r in enumerate(records, 1)
@@ -114,7 +114,7 @@ def cancel_a_session(stage: Stage) -> None:
     stage.show(table("", ["CALL", "ENGINE", "STATE", "ENDED AFTER", "TEXT KEPT"], rows))
     stage.promise(cancelled == _LONG_CALLS, f"one command reached {cancelled} calls")
     stage.promise(all(r.state is RequestState.CANCELLED for r in records), "all of them are CANCELLED")
-    stage.promise({r.engine for r in records} == set(stage.engine_ids), "they were running on both engines")
+    stage.promise({r.engine_id for r in records} == set(stage.engine_ids), "they were running on both engines")
     stage.promise(all(r.result and r.result.text for r in records), "what they had said until then was kept")
     stage.promise(
         max(ended.values()) < _CANCEL_BOUND_S, f"the last one ended after {seconds(max(ended.values()) * 1000)}"
@@ -164,7 +164,7 @@ def _read(handle: CallHandle) -> list[Delta]:
 
 def _kill_the_busier(stage: Stage, crowd: Crowd) -> None:
     crowd.before = [handle.record() for handle in crowd.handles]
-    busy = Counter(r.engine for r in crowd.before if r.state is RequestState.RUNNING)
+    busy = Counter(r.engine_id for r in crowd.before if r.state is RequestState.RUNNING)
     crowd.victim = busy.most_common(1)[0][0]
     pid = stage.monitor.engine(crowd.victim)["pid"]
     crowd.killed_ms = stage.monitor.now_ms()
@@ -175,14 +175,14 @@ def _kill_the_busier(stage: Stage, crowd: Crowd) -> None:
 def _tell_of_the_kill(stage: Stage, crowd: Crowd) -> None:
     told = list(zip(crowd.before, crowd.after, crowd.streams, crowd.expected, strict=True))
     rows = [
-        [i, b.engine, a.engine, a.attempt, len(pieces), _yes(_gapless(pieces)), _yes(_said(pieces) == text)]
+        [i, b.engine_id, a.engine_id, a.attempt, len(pieces), _yes(_gapless(pieces)), _yes(_said(pieces) == text)]
         for i, (b, a, pieces, text) in enumerate(told, 1)
     ]
     columns = ["CALL", "RAN ON", "ENDED ON", "ATTEMPTS", "PIECES", "NUMBERED RIGHT", "SAME TEXT"]
     stage.show(table("", columns, rows))
-    hit = [a for b, a, _, _ in told if b.engine == crowd.victim and b.state is RequestState.RUNNING]
+    hit = [a for b, a, _, _ in told if b.engine_id == crowd.victim and b.state is RequestState.RUNNING]
     pauses = [a.started_ms - crowd.killed_ms for a in hit if a.started_ms is not None]
-    heirs = ", ".join(sorted({a.engine for a in hit}))
+    heirs = ", ".join(sorted({a.engine_id for a in hit}))
     stage.out.print(f"{len(hit)} calls went on on {heirs}, the last of them {seconds(max(pauses))} after the kill")
     stage.promise(all(a.state is RequestState.COMPLETED for a in crowd.after), f"all {_CROWD} calls have completed")
     stage.promise(bool(hit) and all(a.attempt > 1 for a in hit), "each call of the dead engine took a second attempt")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import redis
 
 from rsm.broker.connection import execute
-from rsm.broker.connection.factory import connect
+from rsm.broker.connection.factory import connect_view
 from rsm.broker.errors import IllegalTransition, UnknownCall
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
@@ -26,15 +26,15 @@ class RequestMetadata:
 
     @property
     def request_id(self) -> str:
-        return self.record.id
+        return self.record.request_id
 
     @property
     def session_id(self) -> str:
-        return self.record.session
+        return self.record.session_id
 
     @property
     def engine_id(self) -> str:
-        return self.record.engine
+        return self.record.engine_id
 
     @property
     def state(self) -> RequestState:
@@ -65,7 +65,7 @@ class RequestLifecycleManager:
 
     def __init__(self, settings: Settings | None = None, *, server: redis.Redis | None = None) -> None:
         self._settings = settings or Settings()
-        self._redis = server or connect(self._settings)
+        self._redis = server or connect_view(self._settings)
         self._transitions = Transitions(Keys(self._settings.namespace), self._settings)
         self._monitor = Monitor(self._settings, self._redis)
 

@@ -9,7 +9,7 @@ from typing import Any
 import redis
 
 from rsm.broker.connection import execute
-from rsm.broker.connection.factory import connect
+from rsm.broker.connection.factory import connect_view
 from rsm.broker.errors import RsmError
 from rsm.broker.protocol.ids import check_id, new_id
 from rsm.broker.protocol.keys import Keys
@@ -28,7 +28,7 @@ class GlobalProcessTable:
 
     def __init__(self, settings: Settings | None = None, *, server: redis.Redis | None = None) -> None:
         self.settings = settings or Settings()
-        self._redis = server or connect(self.settings)
+        self._redis = server or connect_view(self.settings)
         self._transitions = Transitions(Keys(self.settings.namespace), self.settings)
         self._monitor = Monitor(self.settings, self._redis)
 

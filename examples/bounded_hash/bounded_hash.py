@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from rsm.broker.protocol.snapshot import EngineView, SessionView
-from rsm.router.policies import Policy
-from rsm.router.views import CallView, Choice
+from rsm.router import CallView, Choice, EngineView, Policy, SessionView
 
 # How much more than the mean an engine may hold, as a factor.
 BOUND = 1.25

@@ -10,7 +10,6 @@ Every step of the engine is written down (`workers/backends/vllm/steps.py`) whil
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ from random import Random
 from typing import Any
 
 from rsm.broker.errors import InvalidRequest
+from rsm.broker.settings import Settings
 from rsm.simulation.calibration.step_costs import Error, Timed, durations, error, fit
 from rsm.workers.backends.base import Backend, Job
 from rsm.workers.backends.factory import create_backend
@@ -48,7 +48,7 @@ class Calibration:
         return asdict(self)
 
 
-def calibrate(config: EngineConfig, seconds: float = 20.0) -> Calibration:
+def calibrate(config: EngineConfig, settings: Settings, seconds: float = 20.0) -> Calibration:
     """Brings up the engine that a configuration describes, measures it, and takes it down.
 
     Args:
@@ -61,17 +61,13 @@ def calibrate(config: EngineConfig, seconds: float = 20.0) -> Calibration:
     if config.backend != "vllm" or "scheduler_cls" in config.engine_args:
         raise InvalidRequest("What can be calibrated is an engine of backend vllm with vLLM's own scheduler.")
     with tempfile.TemporaryDirectory(prefix="rsm-calibrate-") as folder:
-        file = Path(folder) / "steps.jsonl"
-        os.environ |= {vllm_steps.FILE: str(file), vllm_steps.SCHEDULER: ""}
-        try:
-            return asyncio.run(_calibrate(config, file, seconds))
-        finally:
-            del os.environ[vllm_steps.FILE], os.environ[vllm_steps.SCHEDULER]
+        return asyncio.run(_calibrate(config, Path(folder) / "steps.jsonl", seconds, settings))
 
 
-async def _calibrate(config: EngineConfig, file: Path, seconds: float) -> Calibration:
-    watched = config.model_copy(update={"engine_args": config.engine_args | {"scheduler_cls": vllm_steps.FACTORY}})
-    backend = create_backend(watched)
+async def _calibrate(config: EngineConfig, file: Path, seconds: float, settings: Settings) -> Calibration:
+    logged = {"scheduler_cls": vllm_steps.FACTORY, "additional_config": vllm_steps.logged(file)}
+    watched = config.model_copy(update={"engine_args": config.engine_args | logged})
+    backend = create_backend(watched, settings)
     facts = await backend.start()
     try:
         sweep = Sweep(backend, file, vllm_steps.described(file))

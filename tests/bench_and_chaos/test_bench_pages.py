@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from bench.programs import routing_cost
 from bench.programs.live import small
+from bench.programs.routing_cost import Placing
 from bench.programs.systems import FCFS_RR, OURS
-from bench.queue import routing_cost
-from bench.queue.routing_cost import Placing
 from bench.report.page import Report, into_docs, publish
 from bench.vllm import cpu, scheduler_share
 from rsm.broker import Settings

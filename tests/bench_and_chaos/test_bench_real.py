@@ -124,7 +124,7 @@ def test_two_runs_are_compared_call_by_call(tmp_path: Path) -> None:
 def test_the_log_knows_every_token(tmp_path: Path, asynchronous: bool) -> None:
     """Around vLLM's real scheduler: prompts in chunks, calls that wait, blocks that run out."""
     pytest.importorskip("vllm")
-    from tests.support import vllm_miniature as mini
+    from bench.vllm import miniature as mini
 
     mini.prepare()
     engine = mini.make_engine(mini.stock, asynchronous=asynchronous, slots=4, blocks=40, step_tokens=32)

@@ -13,11 +13,11 @@ import pytest
 import redis
 
 from chaos import report
-from chaos.calls import SIM_MODEL, Act, Plan, draw
 from chaos.faults import KINDS, schedule
 from chaos.kept import Entry, Kept, Snapshot, snapshot
 from chaos.ledger import End, Ledger, Piece, Story, read
-from chaos.producers import INBOX
+from chaos.producers.calls import SIM_MODEL, Act, Plan, draw
+from chaos.producers.process import INBOX
 from chaos.proxy import Lines
 from chaos.run import Outcome, run
 from chaos.verdict import Violation, Window, judge, said

@@ -51,7 +51,7 @@ def test_a_letter_says_what_happened_but_not_the_prompt(
     client.submit("the prompt", id="c", session="s", model="m")
     kill(worker)
     (letter,) = letters.ls()
-    assert (letter.call_id, letter.session, letter.kind, letter.model) == ("c", "s", "generate", "m")
+    assert (letter.request_id, letter.session_id, letter.kind, letter.model) == ("c", "s", "generate", "m")
     assert (letter.error_code, letter.attempts, letter.replayable) == ("engine_error", 1, True)
     assert letter == letters.show("c") == letters.show(letter.entry)
     assert letter.body_bytes > len("the prompt")
@@ -67,7 +67,7 @@ def test_replay_under_a_new_id_while_the_record_lasts(worker: FakeWorker, client
     assert again == f"c.replay-{entry}"
     assert letters.count() == 0
     record = client.record(again)
-    assert (record.session, record.priority, record.stream) == ("s", -3, True)
+    assert (record.session_id, record.priority, record.stream) == ("s", -3, True)
     assert client.redis.hget(client.keys.call(again), "on_engine_loss") == b"restart"
     assert "the prompt" in serve(worker, client, again)
     assert client.record("c").state == "FAILED"
@@ -80,7 +80,7 @@ def test_replay_under_its_own_id_once_the_record_is_gone(
     kill(worker)
     db.delete(keys.call("c"))
     assert letters.replay("c") == "c"
-    assert client.record("c").session == "c"
+    assert client.record("c").session_id == "c"
     serve(worker, client, "c")
 
 
@@ -220,9 +220,9 @@ def test_a_call_refused_for_its_id_alone_can_be_sent_again(
 def test_many_letters_come_newest_first(letters: DeadLetters, db: redis.Redis, keys: Keys) -> None:
     for i in range(50):
         db.xadd(keys.dead, {"id": f"c{i}", "error_code": "engine_error", "error": "x"})
-    assert [letter.call_id for letter in letters.ls(45)] == [f"c{i}" for i in range(49, 4, -1)]
+    assert [letter.request_id for letter in letters.ls(45)] == [f"c{i}" for i in range(49, 4, -1)]
     assert len(letters.ls()) == 50
-    assert letters.show("c0").call_id == "c0"
+    assert letters.show("c0").request_id == "c0"
     for ref in ("nix", "1-1"):
         with pytest.raises(UnknownCall, match="no dead letter"):
             letters.show(ref)

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from rsm.broker import AsyncClient, Client, Settings
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.factory import connect, connect_async
 from rsm.broker.connection.failover import Denied, Refused, refusal
@@ -20,7 +20,7 @@ from rsm.broker.connection.retry import BLIPS, require_access
 from rsm.broker.errors import AccessDenied
 from rsm.broker.protocol.ids import new_id
 from rsm.router.router import Router
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 _parse: Any = redis.connection.DefaultParser.parse_error  # what redis-py makes of an error reply
 
@@ -128,7 +128,7 @@ def _piped(client: Any, command: tuple[Any, ...]) -> Any:
 async def test_however_it_travels_a_refused_write_is_a_lost_connection(
     own_server: EmbeddedRedis, own_settings: Settings, command: tuple[Any, ...]
 ) -> None:
-    line = Line(own_settings)
+    line = DedicatedConnection(own_settings)
     client: Any = connect(own_settings)
     with client, Misconf(own_server):
         with pytest.raises(Refused, match="MISCONF"):

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from rsm.broker import AsyncClient, BrokerUnavailable, Client, Settings
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.factory import connect
 from rsm.broker.views.monitor import Monitor
 from rsm.cli.checks import examine
 from rsm.workers.supervision.node import NodeClient
-from tests.conftest import eventually
 from tests.support.rsm_command import RSM, clean_env
 from tests.support.sim_processes import WorkerProcess, processes_of, sim, state_of
 from tests.support.tls import Certificates, TlsFront
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
 
@@ -54,7 +54,7 @@ async def test_every_part_works_over_tls(
     worker = WorkerProcess(sim(), secure, tmp_path / "worker")
     try:
         eventually(lambda: state_of(Monitor(secure), "e1") == "READY")
-        with Client(settings=secure) as client:  # over a Line, a pool and a thread's own connection
+        with Client(settings=secure) as client:  # over a DedicatedConnection, a pool and a thread's own connection
             call = client.submit("hi", stream=True, max_tokens=3)
             assert [d.text for d in call.stream()]
             assert call.result(20).completion_tokens == 3
@@ -81,13 +81,13 @@ async def test_a_server_that_cannot_prove_its_name_is_refused(
     wrong = over_tls(settings, front, certificates, ca=ca, host=host)
     with connect(wrong) as plain, pytest.raises(Exception, match="certificate verify failed"):
         plain.ping()
-    line = Line(wrong)
+    line = DedicatedConnection(wrong)
     with pytest.raises(Exception, match="certificate verify failed"):
         line.execute_command("PING")
     line.close()
-    with Client(settings=wrong, timeout_s=0.2) as client, pytest.raises(BrokerUnavailable):
+    with Client(settings=wrong, redis_timeout=0.2) as client, pytest.raises(BrokerUnavailable):
         client.submit("hi")
-    async with AsyncClient(settings=wrong, timeout_s=0.2) as other:
+    async with AsyncClient(settings=wrong, redis_timeout=0.2) as other:
         with pytest.raises(BrokerUnavailable):
             await other.submit("hi")
 
@@ -96,5 +96,5 @@ def test_a_client_without_a_certificate_is_refused(
     settings: Settings, front: TlsFront, certificates: Certificates
 ) -> None:
     bare = settings.with_redis(f"rediss://localhost:{front.port}/0?ssl_ca_certs={certificates.ca}")
-    with Client(settings=bare, timeout_s=0.2) as client, pytest.raises(BrokerUnavailable):
+    with Client(settings=bare, redis_timeout=0.2) as client, pytest.raises(BrokerUnavailable):
         client.submit("hi")

@@ -10,7 +10,7 @@ import pytest
 from redis import AuthenticationError
 
 from rsm.broker import AsyncClient, BrokerUnavailable, Client, InvalidRequest, Settings
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.factory import connect, connect_async
 from rsm.broker.connection.failover import Refused
 from rsm.broker.connection.retry import BLIPS, persist
@@ -75,7 +75,7 @@ def test_no_seed_is_asked_first_for_ever() -> None:
 )
 async def test_a_bad_url_is_told_without_its_password(url: str) -> None:
     settings = Settings().with_redis(url)
-    for use in (connect, connect_async, Line):
+    for use in (connect, connect_async, DedicatedConnection):
         with pytest.raises(InvalidRequest, match=r"redis\+cluster://") as e:
             use(settings)
         assert "hidden" not in str(e.value)
@@ -156,13 +156,16 @@ async def test_nobody_who_knows_is_a_blip(sentinel: UnderSentinel, cluster: Clus
         with pytest.raises(BLIPS, match="No master found"):
             connect(settings).time()
         with pytest.raises(BLIPS, match="No master found"):
-            Line(settings).execute_command("TIME")
+            DedicatedConnection(settings).execute_command("TIME")
         async with connect_async(settings) as aio:
             with pytest.raises(BLIPS, match="No master found"):
                 await aio.time()
-    with pytest.raises(BrokerUnavailable, match="cluster support disabled"), Client(urls[1], timeout_s=0.1) as client:
+    with (
+        pytest.raises(BrokerUnavailable, match="cluster support disabled"),
+        Client(urls[1], redis_timeout=0.1) as client,
+    ):
         client.record("c")
-    async with AsyncClient(urls[1], timeout_s=0.1) as client:
+    async with AsyncClient(urls[1], redis_timeout=0.1) as client:
         with pytest.raises(BrokerUnavailable, match="cluster support disabled"):
             await client.record("c")
 
@@ -178,7 +181,10 @@ async def test_a_password_that_is_wrong_is_told_as_such(cluster: Cluster) -> Non
 
 def test_a_plain_url_of_a_cluster_says_what_is_wrong(cluster: Cluster) -> None:
     wrong = next(n for n in cluster.nodes if n is not cluster.master("rsm"))
-    with pytest.raises(BrokerUnavailable, match="Moved"), Client(f"redis://127.0.0.1:{wrong.port}", timeout_s=0.1) as c:
+    with (
+        pytest.raises(BrokerUnavailable, match="Moved"),
+        Client(f"redis://127.0.0.1:{wrong.port}", redis_timeout=0.1) as c,
+    ):
         c.record("c")
 
 
@@ -195,7 +201,7 @@ def test_a_node_that_is_named_master_and_is_none_is_not_used(sentinel: UnderSent
 
 def test_a_slot_that_moves_is_followed(cluster: Cluster) -> None:
     settings = Settings(namespace="mover").with_redis(cluster.url)
-    line, key = Line(settings), "{mover}:k"
+    line, key = DedicatedConnection(settings), "{mover}:k"
     old = cluster.master("mover")
     new = next(n for n in cluster.nodes if n is not old)
     assert line.execute_command("SET", key, "1") == b"OK"

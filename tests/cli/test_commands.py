@@ -15,8 +15,8 @@ import pytest
 from rsm.broker import Client, RequestState, Settings
 from rsm.broker.connection.factory import connect
 from rsm.broker.views.monitor import Monitor
-from tests.conftest import eventually
 from tests.support.rsm_command import RSM, Deployment, clean_env, run
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -54,7 +54,7 @@ def test_submit_prints_the_text(up: Deployment) -> None:
 
 def test_submit_json_and_call(up: Deployment) -> None:
     done = up.json("submit", "secret prompt", "--id", "j1", "--session", "s1", "--max-tokens", "3", "--priority", "-2")
-    assert (done["id"], done["session"], done["state"], done["priority"]) == ("j1", "s1", "COMPLETED", -2)
+    assert (done["request_id"], done["session_id"], done["state"], done["priority"]) == ("j1", "s1", "COMPLETED", -2)
     assert done["result"]["completion_tokens"] == 3
     assert up.json("call", "j1") == done
     shown = up.rsm("call", "j1")
@@ -98,7 +98,7 @@ def test_tables_of_what_is_going_on(up: Deployment, client: Client) -> None:
     handles = [client.submit("x", id=f"t{i}", session="tab", max_tokens=5000) for i in range(14)]
     eventually(lambda: sum(running(client, h.id) for h in handles) >= 8)
     calls = up.json("ps")
-    assert {c["id"] for c in calls} == {h.id for h in handles}
+    assert {c["request_id"] for c in calls} == {h.id for h in handles}
     assert {c["where"] for c in calls} == {"running", "queue"}
     assert "tab" in up.rsm("ps")
     assert "not yet routed" in up.rsm("ps", "--limit", "3")
@@ -129,7 +129,7 @@ def test_sub_agents_are_shown_and_cancelled_with_their_parent(up: Deployment, cl
     rows = {s["session_id"]: s for s in up.json("sessions")}
     assert [rows[s]["parent"] for s in ("boss", "helper", "helper2")] == ["", "boss", "boss"]
     assert rows["helper"]["program"] == "boss"
-    assert rows["helper"]["engines"] == [rows["helper"]["threads"][0]["engine"]] != [""]
+    assert rows["helper"]["engines"] == [rows["helper"]["threads"][0]["engine_id"]] != [""]
     assert "is an ancestor of helper" in up.rsm("submit", "x", "--session", "boss", "--parent", "helper", status=1)
     assert "1 calls of session helper cancelled." in up.rsm("cancel", "--session", "helper", "--alone")
     assert "2 calls of session boss cancelled." in up.rsm("cancel", "--session", "boss")
@@ -208,7 +208,7 @@ def _kill_and_replay(up: Deployment, client: Client) -> None:
         eventually(lambda: not running(client, "victim"))
     assert handle.wait(20).error_code == "attempts_exhausted"
     (letter,) = up.json("dead", "ls")
-    assert (letter["call_id"], letter["attempts"], letter["replayable"]) == ("victim", 2, True)
+    assert (letter["request_id"], letter["attempts"], letter["replayable"]) == ("victim", 2, True)
     shown = up.rsm("dead", "show", "victim") + up.rsm("dead", "show", letter["entry"]) + up.rsm("dead", "ls")
     assert "attempts_exhausted" in shown
     assert "to be killed" not in shown
@@ -230,7 +230,7 @@ def test_drain_moves_waiting_calls_and_stop_ends_the_worker(up: Deployment, clie
     assert "takes no new calls" in up.rsm("drain", "e1")
     assert {e["engine_id"]: e["state"] for e in up.json("engines")}["e1"] == "DRAINING"
     assert {h.wait(60).state for h in handles} == {RequestState.COMPLETED}
-    assert up.json("submit", "x", "--max-tokens", "2")["engine"] == "e0"
+    assert up.json("submit", "x", "--max-tokens", "2")["engine_id"] == "e0"
     assert "has stopped" in up.rsm("stop", "e1")
     assert "no live engine e1" in up.rsm("drain", "e1", status=1)
     assert {e["engine_id"]: e["state"] for e in up.json("engines")} == {"e0": "READY", "e1": "STOPPED"}

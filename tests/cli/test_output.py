@@ -12,13 +12,14 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from rsm.broker import CallRecord, CallResult, Client, RequestState, Settings
+from rsm.broker.connection.topology import shown_url
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.views.monitor import ActiveCall
 from rsm.cli import app, tables
 from rsm.cli.app import hoist
 from rsm.cli.checks import Check, examine
 from rsm.cli.commands.processes import pair
-from rsm.cli.output import seconds, shown_url
+from rsm.cli.output import seconds
 from rsm.cli.up import next_lines, redis_cli
 from tests.support.fake_worker import FakeWorker
 
@@ -40,7 +41,7 @@ def printed(renderable: Any, width: int = 200) -> str:
 
 
 def record(**changes: Any) -> CallRecord:
-    base: dict[str, Any] = {"id": "c", "state": RequestState.RUNNING, "session": "s", "submitted_ms": 1000}
+    base: dict[str, Any] = {"request_id": "c", "state": RequestState.RUNNING, "session_id": "s", "submitted_ms": 1000}
     return CallRecord(**{**base, **changes})
 
 
@@ -89,8 +90,8 @@ def test_next_lines_work_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calls_table_shows_since_when_they_run_or_wait() -> None:
     calls = [
-        ActiveCall("r", "running", "e1", record(id="r", started_ms=3000)),
-        ActiveCall("w", "parked", "", record(id="w", state=RequestState.PENDING)),
+        ActiveCall("r", "running", "e1", record(request_id="r", started_ms=3000)),
+        ActiveCall("w", "parked", "", record(request_id="w", state=RequestState.PENDING)),
     ]
     shown = printed(tables.calls_table(calls, 2, now_ms=5000))
     assert "2.0 s" in shown
@@ -101,8 +102,8 @@ def test_calls_table_shows_since_when_they_run_or_wait() -> None:
 
 
 def test_a_held_call_is_told_from_one_that_no_engine_serves() -> None:
-    waiting = record(id="h", state=RequestState.PENDING, why="no room")
-    shown = printed(tables.calls_table([ActiveCall("h", "held", "", waiting)], 0, now_ms=5000))
+    waiting = record(request_id="h", state=RequestState.PENDING, why="no room")
+    shown = printed(tables.calls_table([ActiveCall("h", "throttled", "", waiting)], 0, now_ms=5000))
     assert "(held)" in shown
     assert "0 running, 1 waiting (1 held until there is room)" in shown
     assert "why it waits" in printed(tables.call_table(waiting, now_ms=5000))

@@ -31,8 +31,8 @@ from rsm.engine import (
     Settings,
     UnknownCall,
 )
-from tests.conftest import eventually
 from tests.support.sim_processes import processes_of, said, sim
+from tests.support.waiting import eventually
 
 # One event loop for the module: the manager in it has one client.
 shared = pytest.mark.asyncio(loop_scope="module")
@@ -119,7 +119,7 @@ def test_signatures() -> None:
     }
     assert parameters(MultiEngineManager) == {
         "engine_configs": (),
-        "cache_token_threshold": 2048,
+        "cache_token_threshold": None,
         "redis_url": None,
     }
     assert parameters(MultiEngineManager.submit_request) == call
@@ -158,9 +158,10 @@ def test_engine_config() -> None:
 
 
 def test_one_says_who_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert EngineConfig(engine_id="e", engine_scheduler="plas").scheduler == "plas"
-    monkeypatch.setenv("RSM_ENGINE_SCHEDULER", "fcfs")
-    assert EngineConfig(engine_id="e").scheduler == "fcfs"
+    fcfs = Settings(engine_scheduler="fcfs")
+    monkeypatch.setenv("RSM_ENGINE_SCHEDULER", "priority")
+    assert EngineConfig(engine_id="e", engine_scheduler="plas").scheduler(fcfs) == "plas"
+    assert EngineConfig(engine_id="e").scheduler(fcfs) == "fcfs", "the settings given, not those of the environment"
     for name in ("scheduler-cls", "scheduling_policy", "--scheduler-cls"):
         assert EngineConfig(engine_id="e", engine_args={name: "x"}).engine_scheduler is None
         with pytest.raises(ValueError, match=f"engine_scheduler=plas and {name} among engine_args contradict"):
@@ -222,7 +223,7 @@ async def test_cancel_request(manager: MultiEngineManager) -> None:
     assert await manager.cancel_request("stopped") is True
     with pytest.raises(CallCancelled) as cancelled:
         heard.extend([d.text async for d in stream])
-    assert (cancelled.value.record.id, cancelled.value.record.state) == ("stopped", RequestState.CANCELLED)
+    assert (cancelled.value.record.request_id, cancelled.value.record.state) == ("stopped", RequestState.CANCELLED)
     assert cancelled.value.partial_text == "".join(heard)
     assert await manager.cancel_request("stopped") is True, "it may be repeated"
     future = await manager.submit_request("s1", "me too", {"max_tokens": 5000}, request_id="stopped2")
@@ -355,7 +356,7 @@ def test_engine_process(alone: EngineProcess) -> None:
     assert alone.cancel_request("r2") is True
     with pytest.raises(CallCancelled) as cancelled:
         alone.get_result(timeout=20)
-    assert cancelled.value.record.id == "r2"
+    assert cancelled.value.record.request_id == "r2"
     assert alone.cancel_request("r2") is True, "it may be repeated"
     assert "secret" not in repr(LLMRequest("r", "s", "secret"))
 

@@ -17,11 +17,11 @@ import psutil
 from rsm.broker import CallHandle, Client, RequestState, Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.views.monitor import Monitor
-from tests.conftest import eventually
 from tests.fuzz.decoders import CUT, DECODERS
 from tests.fuzz.mutate import mutants
 from tests.support.rsm_command import clean_env
 from tests.support.sim_processes import WorkerProcess, sim, state_of
+from tests.support.waiting import eventually
 
 _AT_ONCE = 500
 _PATIENCE_S = 600.0

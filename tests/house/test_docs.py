@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from rsm.broker import ErrorCode, Settings
-from rsm.broker.logs import LEVEL_VARIABLE
 from rsm.broker.protocol.keys import Keys
 from tests.support.paths import LUA, ROOT
 
@@ -72,7 +71,7 @@ def test_the_table_of_settings_is_complete_and_right() -> None:
         for name, default in zip(names.strip("`").split("`, `"), defaults.split(", "), strict=True)
     }
     fields = Settings.model_fields
-    assert told.keys() - {LEVEL_VARIABLE} == {f"RSM_{name.upper()}" for name in fields}
+    assert told.keys() == {f"RSM_{name.upper()}" for name in fields}
     for name, field in fields.items():
         default = field.default
         expected = " ".join(map(str, default)) if isinstance(default, tuple) else default

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import redis
 
-from tests.conftest import eventually
 from tests.support.paths import ROOT
+from tests.support.waiting import eventually
 
 README = (ROOT / "README.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()

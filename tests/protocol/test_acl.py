@@ -33,12 +33,12 @@ from rsm.engine.seed_api.process_table import GlobalProcessTable, SessionManager
 from rsm.router.affinity import KVCacheCoordinator
 from rsm.router.router import Router
 from rsm.workers.supervision.node import NodeClient
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker
 from tests.support.paths import LUA, ROOT
 from tests.support.roles import Roles, secret
 from tests.support.rsm_command import RSM, clean_env, run
 from tests.support.sim_processes import WorkerProcess, processes_of, sim, state_of
+from tests.support.waiting import eventually
 from tests.support.world import World
 
 
@@ -120,7 +120,7 @@ def look_around(roles: Roles, monitor: Monitor, client: Client) -> None:
     """What observers and operators see."""
     running = client.submit("x", session="s4", max_tokens=100_000)
     eventually(lambda: monitor.running_calls())
-    assert [c.id for c in monitor.active_calls()] == [running.id]
+    assert [c.request_id for c in monitor.active_calls()] == [running.id]
     assert monitor.stats()["completed"] >= 3
     assert {s["session_id"] for s in monitor.sessions()} >= {"s1", "s2", "s4"}
     assert monitor.call(running.id).state is RequestState.RUNNING

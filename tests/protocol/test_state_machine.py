@@ -39,9 +39,9 @@ from rsm.broker.protocol.scripts import Command, T
 from rsm.broker.protocol.transitions import Claimed, Event, Fault, Finish, Placement, Rejection, Release, Transitions
 from rsm.broker.protocol.waiting_calls import WaitingCall
 from rsm.router.intake import Arrival, read_entry
-from tests.support.namespace_view import AGE, look, texts
-from tests.support.reference_model import Model
-from tests.support.reference_records import NEVER, Call, Entry
+from tests.support.reference.model import Model
+from tests.support.reference.records import NEVER, Call, Entry
+from tests.support.reference.view import AGE, look, texts
 
 EXAMPLES = int(os.environ.get("RSM_MODEL_EXAMPLES", "0"))
 CALLS, SESSIONS, ENGINES, ROUTERS = ("c1", "c2", "c3", "c4"), ("s1", "s2", "s3"), ("e1", "e2"), ("A", "B")

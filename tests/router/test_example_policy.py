@@ -12,10 +12,10 @@ import pytest
 
 from rsm.broker import Client, Settings
 from rsm.broker.views.monitor import Monitor
-from tests.conftest import eventually
 from tests.support.paths import ROOT
 from tests.support.rsm_command import clean_env
 from tests.support.sim_processes import WorkerProcess, sim, state_of
+from tests.support.waiting import eventually
 
 EXAMPLE = ROOT / "examples" / "bounded_hash"
 POLICY = "bounded_hash:BoundedHash"
@@ -43,7 +43,7 @@ def test_a_real_router_runs_it(settings: Settings, tmp_path: Path, calls: int) -
             for handle in handles:
                 handle.result(timeout=30)
             reasons = {client.record(h.id).why for h in handles}
-            engines = {client.record(h.id).engine for h in handles}
+            engines = {client.record(h.id).engine_id for h in handles}
     finally:
         router.terminate()
         assert router.wait(30) == 0

@@ -26,8 +26,8 @@ from rsm.router.policies.least_loaded import LeastLoaded
 from rsm.router.policies.round_robin import RoundRobin
 from rsm.router.policies.session_hash import SessionHash
 from rsm.router.views import CallView, Choice
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, patient, routing
+from tests.support.waiting import eventually
 
 DEFAULTS = Settings()
 NOWHERE = SessionView()
@@ -237,13 +237,13 @@ def place(settings: Settings, n: int, prompt_tokens: int, sessions: int) -> Coun
     with Client(settings=settings) as client, routing(patient(settings)):
         calls = [client.prepare("hi", session=f"s{i % sessions}", prompt_tokens=prompt_tokens) for i in range(n)]
         handles = client.submit_many(calls)
-        eventually(lambda: all(h.record().engine for h in handles))
+        eventually(lambda: all(h.record().engine_id for h in handles))
         records = [h.record() for h in handles]
         client.cancel_session("s0")
     for w in workers:
         w.close()
     assert all(r.why for r in records)
-    return Counter((r.session, r.engine) for r in records)
+    return Counter((r.session_id, r.engine_id) for r in records)
 
 
 @pytest.mark.parametrize("policy", ["least_loaded", "round_robin"])
@@ -276,15 +276,15 @@ def test_a_bound_session_moves_when_its_engine_drains(settings: Settings, db: re
 
         def engine_of(call_id: str) -> str:
             client.submit("hi", id=call_id, session="s", prompt_tokens=5000)
-            eventually(lambda: client.record(call_id).engine)
-            return client.record(call_id).engine
+            eventually(lambda: client.record(call_id).engine_id)
+            return client.record(call_id).engine_id
 
         home = engine_of("c1")
         other = "e1" if home == "e0" else "e0"
         assert engine_of("c2") == home, "although the other one is idle"
         execute.run(db, transitions.drain(home))
         assert engine_of("c3") == other
-        eventually(lambda: {client.record(c).engine for c in ("c1", "c2")} == {other})
+        eventually(lambda: {client.record(c).engine_id for c in ("c1", "c2")} == {other})
         workers[home].up()
         assert engine_of("c4") == other, "bound anew"
         stats = KVCacheCoordinator(settings=settings, server=db).get_cache_stats()

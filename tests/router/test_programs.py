@@ -17,8 +17,8 @@ from rsm.broker.views.monitor import Monitor
 from rsm.broker.views.sessions import RUN_FLOOR_MS
 from rsm.engine.seed_api.process_table import GlobalProcessTable, SessionManager
 from rsm.simulation.lua_rules import rules
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, hold, patient, routing
+from tests.support.waiting import eventually
 from tests.support.world import World
 
 ROUTERS, WORKERS, PROGRAMS = 3, 3, 12

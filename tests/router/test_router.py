@@ -34,8 +34,8 @@ from rsm.router.maintenance import Upkeep
 from rsm.router.policies.least_loaded import LeastLoaded
 from rsm.router.router import Router
 from rsm.router.views import CallView, Choice
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, echo, hold, patient, routing
+from tests.support.waiting import eventually
 
 HI = '{"prompt":"hi"}'
 LIMIT = 4096
@@ -100,8 +100,8 @@ def test_a_json_push_gives_a_json_result(settings: Settings, producer: Producer)
         producer.await_end([entry, "c1"])
     record = producer.db.hgetall(producer.keys.call("c1"))
     assert json.loads(record[b"result"])["text"] == "good morning"
-    assert producer.record("c1").session == "s1"
-    assert producer.record(entry).session == entry, "the id is the entry's, the session the call's own"
+    assert producer.record("c1").session_id == "s1"
+    assert producer.record(entry).session_id == entry, "the id is the entry's, the session the call's own"
     assert producer.backlog() == 0
     assert not producer.db.xpending(producer.keys.calls, ROUTER_GROUP)["pending"]
 
@@ -212,7 +212,7 @@ def test_a_bad_entry_gets_a_failed_record(
     assert re.search(says, record.error)
     assert_a_sentence(record.error)
     assert not producer.dead()
-    assert producer.record("good").engine == "e1", "the stream goes on"
+    assert producer.record("good").engine_id == "e1", "the stream goes on"
     assert producer.backlog() == 0
 
 
@@ -228,7 +228,7 @@ def test_an_entry_with_an_unusable_id_becomes_a_dead_letter(
     assert_a_sentence(letter["error"])
     assert len(letter["error"]) < 200, "the id is not quoted at length"
     assert producer.db.xlen(producer.keys.inbox("box")) == 1
-    assert producer.record("good").engine == "e1"
+    assert producer.record("good").engine_id == "e1"
     assert producer.backlog() == 0
 
 
@@ -292,7 +292,7 @@ def test_a_forged_reference_cannot_stop_the_router(
     producer.push(id="c1", gen=gen, prompt_tokens="9" * 400)
     producer.push(id="good", json=HI)
     place()
-    assert producer.record("good").engine == "e1"
+    assert producer.record("good").engine_id == "e1"
 
 
 def test_an_engine_that_has_just_come_is_known(
@@ -305,7 +305,7 @@ def test_an_engine_that_has_just_come_is_known(
     newcomer = FakeWorker(settings, "e2", "m2").up()
     producer.push(id="c2", json=HI, model="m2")
     place()
-    assert (producer.state("c2"), producer.record("c2").engine) == ("PENDING", "e2")
+    assert (producer.state("c2"), producer.record("c2").engine_id) == ("PENDING", "e2")
     newcomer.close()
 
 
@@ -320,7 +320,7 @@ def test_an_engine_that_has_just_gone_gets_no_calls(
     producer.push_many(["c2"])
     place()
     place()
-    assert {producer.record(c).engine for c in ("c1", "c2")} == {"e2"}
+    assert {producer.record(c).engine_id for c in ("c1", "c2")} == {"e2"}
     newcomer.close()
 
 
@@ -503,7 +503,7 @@ def test_a_dead_engines_calls_go_to_another(quick: Settings, producer: Producer)
         with FakeWorker(quick, "e2").serving(echo):
             producer.await_end(ids)
     assert set(held) == set(ids)
-    assert {producer.record(c).engine for c in ids} == {"e2"}
+    assert {producer.record(c).engine_id for c in ids} == {"e2"}
     assert min(producer.record(c).attempt for c in ids) == 2
     assert producer.db.hget(producer.keys.engine("e1"), "state") == b"DEAD"
 
@@ -515,7 +515,7 @@ def test_an_engine_that_dies_waiting_gives_its_queue_to_another(quick: Settings,
         eventually(lambda: producer.db.zcard(producer.keys.queue("e1")) == 2)
         with FakeWorker(quick, "e2").serving(echo):
             producer.await_end(["c1", "c2"])
-    assert {producer.record(c).engine for c in ("c1", "c2")} == {"e2"}
+    assert {producer.record(c).engine_id for c in ("c1", "c2")} == {"e2"}
     idle.close()
 
 
@@ -530,7 +530,7 @@ def test_a_drained_engines_queue_goes_to_another(settings: Settings, producer: P
             producer.await_end(["c1", "c2"])
             producer.push_many(["c3"])
             producer.await_end(["c3"])
-    assert producer.record("c3").engine == "e2"
+    assert producer.record("c3").engine_id == "e2"
     drained.close()
 
 
@@ -552,7 +552,7 @@ def test_calls_wait_for_the_first_engine(settings: Settings, producer: Producer)
             assert producer.states(ids[5:]) == {"PENDING": 5}, "nobody serves their model yet"
             with FakeWorker(settings, "e2", model="m").serving(echo):
                 producer.await_end(ids[5:])
-    assert {producer.record(c).engine for c in ids[5:]} == {"e2"}
+    assert {producer.record(c).engine_id for c in ids[5:]} == {"e2"}
     assert {producer.record(c).attempt for c in ids} == {1}
 
 
@@ -562,7 +562,7 @@ def test_a_parked_call_is_weighed_as_any_other(settings: Settings, client: Clien
         client.submit("hi", id="c1", session="s", prompt_tokens=5000)
         eventually(lambda: producer.db.zcard(producer.keys.parked("")))
         worker = FakeWorker(settings).up()
-        eventually(lambda: producer.record("c1").engine == "e1")
+        eventually(lambda: producer.record("c1").engine_id == "e1")
         assert producer.db.hget(producer.keys.engine("e1"), "queued_tokens") == b"5000"
         assert producer.db.hget(producer.keys.session("s"), "engine") == b"e1"
     worker.close()

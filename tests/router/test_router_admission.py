@@ -16,8 +16,8 @@ from rsm.broker import Client, RequestState, Settings
 from rsm.broker.views.monitor import Monitor
 from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 from rsm.workers.config import EngineConfig
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, echo, patient, routing
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def submit(client: Client, call_id: str, tokens: int, session: str = "", **optio
 
 def state(monitor: Monitor, call_id: str) -> tuple[str, str]:
     record = monitor.call(call_id)
-    return record.state.value, record.engine
+    return record.state.value, record.engine_id
 
 
 def test_calls_without_room_wait_and_are_let_in(
@@ -51,7 +51,7 @@ def test_calls_without_room_wait_and_are_let_in(
         submit(client, "c2", 600, session="s")
         eventually(lambda: monitor.held() == 1)
         assert "no engine has room for its context of 600 tokens" in monitor.call("c2").why
-        assert [(c.id, c.where) for c in monitor.active_calls()] == [("c1", "queue"), ("c2", "held")]
+        assert [(c.request_id, c.where) for c in monitor.active_calls()] == [("c1", "queue"), ("c2", "throttled")]
         stats = monitor.stats()
         assert (stats["pending"], stats["held"], stats["ever_held"], stats["unaccounted"]) == (2, 1, 1, 0)
         assert monitor.engine("e1")["spoken_for"] == 600

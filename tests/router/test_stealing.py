@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rsm.broker import Client, RequestState, Settings
-from rsm.broker.client.sync import CallHandle
+from rsm.broker.client.handles import CallHandle
 from rsm.broker.connection import execute
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.snapshot import CacheUse, EngineView, SessionView, Speed
@@ -26,9 +26,9 @@ from rsm.simulation.fleet import FleetConfig, SimFleet
 from rsm.simulation.results import Results
 from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 from rsm.workers.backends.sim.config import SimConfig
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, patient, routing
 from tests.support.sim_processes import Start, said
+from tests.support.waiting import eventually
 
 SPEED = Speed(0.01, 1e-4, 1e-5)
 
@@ -205,15 +205,15 @@ def test_an_engine_that_comes_later_takes_what_waits_for_another(
     moved = [r for r in ended.values() if r.stolen_from]
     assert len(moved) >= 4
     assert {r.stolen_from[0] for r in moved} == {"e1"}
-    assert len([r for r in moved if r.engine == "e2" and next(iter(r.costs)) == "e2"]) >= 4, (
+    assert len([r for r in moved if r.engine_id == "e2" and next(iter(r.costs)) == "e2"]) >= 4, (
         "with the costs of that moment"
     )
     assert stat(client, "stolen") == sum(len(r.stolen_from) for r in ended.values())
     assert stat(client, "completed") == len(calls)
     assert not client.redis.exists(client.keys.work("e1"), client.keys.work("e2"))
     assert {r.attempt for r in ended.values()} == {1}
-    sessions = {r.session: codec.text(client.redis.hget(client.keys.session(r.session), "engine")) for r in moved}
-    assert sessions == {r.session: r.engine for r in moved}, "bound anew"
+    sessions = {r.session_id: codec.text(client.redis.hget(client.keys.session(r.session_id), "engine")) for r in moved}
+    assert sessions == {r.session_id: r.engine_id for r in moved}, "bound anew"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rsm.broker.errors import InvalidRequest
+from rsm.broker.settings import Settings
 from rsm.simulation.calibration.measure import Sweep, calibrate, solve
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.sim.backend import SimBackend
@@ -69,17 +70,19 @@ def test_a_worker_reads_what_was_calibrated(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_text(json.dumps({"times": {"step_s": 0.5}, "engine": {"kv_tokens": 999}}))
     args = {"times_file": str(path), "prefill_token_s": 0.1}
-    backend = create_backend(EngineConfig(engine_id="e", backend="sim", engine_args=args))
+    backend = create_backend(EngineConfig(engine_id="e", backend="sim", engine_args=args), Settings())
     assert isinstance(backend, SimBackend)
     assert (backend.config.times.step_s, backend.config.times.prefill_token_s) == (0.5, 0.1)
     assert (backend.config.kv_tokens, backend.config.max_num_seqs) == (999, 256)
     with pytest.raises(InvalidRequest, match="not what `rsm calibrate` writes"):
-        create_backend(EngineConfig(engine_id="e", backend="sim", engine_args={"times_file": str(tmp_path / "none")}))
+        create_backend(
+            EngineConfig(engine_id="e", backend="sim", engine_args={"times_file": str(tmp_path / "none")}), Settings()
+        )
 
 
 def test_only_vllm_can_be_calibrated() -> None:
     with pytest.raises(InvalidRequest, match="backend vllm"):
-        calibrate(EngineConfig(engine_id="e", backend="sim"))
+        calibrate(EngineConfig(engine_id="e", backend="sim"), Settings())
 
 
 @pytest.mark.vllm

@@ -19,7 +19,7 @@ from rsm.broker.protocol.transitions import Claimed, Event, Fault, Fence, Finish
 from rsm.router.policies import Policy
 from rsm.router.router import Router
 from rsm.workers.scheduling.service import Tokens, Used, charge
-from tests.conftest import eventually
+from tests.support.waiting import eventually
 
 Answer = Callable[["FakeWorker", Claimed], None]
 

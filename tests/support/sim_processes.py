@@ -14,7 +14,7 @@ import psutil
 
 from chaos import leaks
 from rsm.broker import Client, RequestState, Settings
-from rsm.broker.client.sync import CallHandle
+from rsm.broker.client.handles import CallHandle
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.errors import UnknownCall
 from rsm.broker.views.monitor import Monitor

@@ -19,10 +19,10 @@ from rsm.broker.connection.embedded import find_server
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS
 from rsm.cli import app
-from tests.conftest import eventually
 from tests.support.paths import ROOT
 from tests.support.rsm_command import clean_env
 from tests.support.sim_processes import processes_of
+from tests.support.waiting import eventually
 
 _FILE = ROOT / "docker-compose.yml"
 _BIN = Path(sys.executable).parent

@@ -19,9 +19,9 @@ from rsm.broker import AsyncClient, CallResult, Delta, Settings
 from rsm.broker.protocol.codec import text
 from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
-from tests.conftest import eventually
 from tests.support.rsm_command import clean_env
 from tests.support.sim_processes import processes_of, said, sim, state_of
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -18,7 +18,6 @@ from rsm.broker.views.dead_letters import DeadLetters
 from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
-from tests.conftest import eventually
 from tests.support.fake_worker import routing
 from tests.support.sim_http import sim_server
 from tests.support.sim_processes import (
@@ -30,6 +29,7 @@ from tests.support.sim_processes import (
     state_of,
     submit_streams,
 )
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -54,7 +54,7 @@ def test_poison_is_found_and_its_neighbours_go_on(settings: Settings, client: Cl
         assert f"{settings.max_deaths} engine processes" in record.error
         found = client.record("poison")
         assert (found.deaths, found.failures, found.attempt) == (settings.max_deaths, 0, settings.max_deaths)
-        assert [letter.call_id for letter in DeadLetters(settings).ls()] == ["poison"]
+        assert [letter.request_id for letter in DeadLetters(settings).ls()] == ["poison"]
         for prompt, handle in neighbours.items():
             handle.result(120)
             assert_undisturbed(client, handle.id, prompt, _TOKENS)

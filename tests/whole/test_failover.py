@@ -109,7 +109,7 @@ def _gap(times: list[float]) -> float:
 async def test_with_wait_nothing_accepted_is_lost(watched: Watched, settings: Settings, fleet: Fleet) -> None:
     settings = settings.model_copy(update={"wait_replicas": 1, "wait_ms": 200})
     ledger, over = Ledger(), asyncio.Event()
-    async with AsyncClient(settings=settings, timeout_s=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
+    async with AsyncClient(settings=settings, redis_timeout=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
         producers = [asyncio.create_task(ledger.produce(client, i, over)) for i in range(8)]
         await asyncio.sleep(1.5)
         before = len(ledger.accepted)
@@ -137,7 +137,7 @@ async def test_what_an_asynchronous_replica_lacks_is_told_and_nothing_is_stuck(
 ) -> None:
     """The worst case of asynchronous replication, made on purpose: the replica hears nothing of what is accepted."""
     master = watched.master(settings.namespace)
-    async with AsyncClient(settings=settings, timeout_s=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
+    async with AsyncClient(settings=settings, redis_timeout=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
         long = [await client.submit(_prompt(f"l{i}"), id=f"l{i}", stream=True, max_tokens=600) for i in range(4)]
         streams = [asyncio.create_task(_read(call)) for call in long]
         await asyncio.sleep(1)
@@ -182,7 +182,7 @@ def _unfinished(settings: Settings) -> list[str]:
 async def test_a_master_that_freezes_is_left(watched: Watched, settings: Settings, fleet: Fleet) -> None:
     """Its kernel goes on taking connections and commands; once awake it takes itself for the master for a while."""
     master = watched.master(settings.namespace)
-    async with AsyncClient(settings=settings, timeout_s=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
+    async with AsyncClient(settings=settings, redis_timeout=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
         calls = [await client.submit(_prompt(f"{i}"), id=f"{i}", max_tokens=200) for i in range(8)]
         await client.redis.wait(1, 5000)  # else the replica may lack the last of them
         master.freeze()
@@ -205,7 +205,7 @@ def test_no_master_at_all_is_reported(watched: Watched) -> None:
     settings = Settings().with_redis(watched.url)
     for node in watched.nodes:
         node.kill()
-    with Client(settings=settings, timeout_s=0.5) as client:
+    with Client(settings=settings, redis_timeout=0.5) as client:
         began = time.monotonic()
         with pytest.raises(BrokerUnavailable, match="No master found"):
             client.submit("p")

@@ -34,11 +34,11 @@ from rsm.workers.config import EngineConfig
 from rsm.workers.environment import API_KEY_VARIABLE, CONFIG_VARIABLE
 from rsm.workers.runtime.calls import Calls
 from rsm.workers.supervision.node import NodeClient
-from tests.conftest import eventually
 from tests.support.fake_openai import Server
 from tests.support.roles import Roles, secret
 from tests.support.rsm_command import RSM, clean_env
 from tests.support.sim_processes import sim, state_of
+from tests.support.waiting import eventually
 
 PROMPT, OUTPUT, KEY = "marked-prompt-7f3a", "marked-output-7f3a", "marked-key-7f3a"
 MARKERS = (PROMPT, OUTPUT, KEY, *(secret(role) for role in ("router", "worker", "producer", "node", "operator")))

@@ -21,9 +21,9 @@ from rsm.workers.backends.sim.engine import SimConfig, SimTimes
 from rsm.workers.runtime.calls import Calls
 from rsm.workers.runtime.publisher import Ended, Item
 from rsm.workers.runtime.reconciler import Reconciler
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, routing
 from tests.support.sim_processes import Start, all_speak, assert_undisturbed, pieces, said, submit_streams
+from tests.support.waiting import eventually
 
 
 class Memory:
@@ -112,7 +112,7 @@ def test_lost_events_are_said_again_and_leave_no_gap(
         eventually(lambda: pieces(client, call) > (6 if end == "in the middle" else 70))
         then.restore()
         record = call.wait(30)
-        assert (record.attempt, record.engine) == (2, "e1")
+        assert (record.attempt, record.engine_id) == (2, "e1")
         assert_undisturbed(client, call.id, "x", 80)
 
 

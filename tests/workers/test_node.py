@@ -26,10 +26,10 @@ from rsm.broker.views.dead_letters import DeadLetters
 from rsm.broker.views.monitor import Monitor
 from rsm.engine import EngineConfig, MultiEngineManager
 from rsm.workers.supervision.node import NodeClient, _alive, _await, listening, queue_name
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, patient, routing
 from tests.support.rsm_command import RSM, clean_env
 from tests.support.sim_processes import processes_of, said, sim, state_of
+from tests.support.waiting import eventually
 
 _NAME = "host"
 _START_S = 40
@@ -223,7 +223,7 @@ def test_a_node_replays_dead_letters(settings: Settings, node: Node, client: Cli
         letters = DeadLetters(settings, db)
         again = NodeClient(_NAME, settings).replay("a", 30)
         assert again == {"id": worker.take_soon().fence.call_id}
-        assert [letter.call_id for letter in letters.ls()] == ["b"]
+        assert [letter.request_id for letter in letters.ls()] == ["b"]
         with pytest.raises(EngineFailed, match="There is no dead letter a"):
             NodeClient(_NAME, settings).replay("a", 30)
         assert NodeClient(_NAME, settings).replay("", 30) == {"sent": 1, "failures": [], "bodiless": 0}

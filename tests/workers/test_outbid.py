@@ -9,9 +9,9 @@ import pytest
 from rsm.broker import Client, RequestState, Settings
 from rsm.broker.views.monitor import Monitor
 from rsm.workers.runtime.claimer import Room
-from tests.conftest import eventually
 from tests.support.fake_worker import routing
 from tests.support.sim_processes import Start, said
+from tests.support.waiting import eventually
 
 _SLOTS = 2
 _STEP_S = 0.005

@@ -37,13 +37,13 @@ def test_the_level_is_the_bin_of_inherited_and_own_service_whatever_the_steps() 
 
 
 def test_a_step_computes_a_piece_of_a_worse_calls_prompt_while_a_better_one_runs() -> None:
-    rules = PlasRules(prompt_piece=512)
+    rules = PlasRules(prompt_chunk=512)
     assert rules.prompt_tokens(8192, better_runs=True) == 512
     assert rules.prompt_tokens(8192, better_runs=False) == 8192
     assert rules.prompt_tokens(256, better_runs=True) == 256
-    assert PlasRules(prompt_piece=0).prompt_tokens(8192, better_runs=True) == 8192
-    with pytest.raises(ValueError, match="prompt_piece"):
-        PlasRules(prompt_piece=-1)
+    assert PlasRules(prompt_chunk=0).prompt_tokens(8192, better_runs=True) == 8192
+    with pytest.raises(ValueError, match="prompt_chunk"):
+        PlasRules(prompt_chunk=-1)
 
 
 def test_quanta_may_differ_from_the_bins() -> None:

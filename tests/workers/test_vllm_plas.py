@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from rsm.broker.settings import Settings
 from rsm.workers.backends.base import Job, Outcome, Piece
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.vllm.backend import VllmBackend
 from rsm.workers.config import EngineConfig
-from tests.support.vllm_jobs import CITY, chat, generate, nothing, said, streamed
+from tests.support.vllm.jobs import CITY, chat, generate, nothing, said, streamed
 
 pytest.importorskip("vllm")
 
@@ -43,7 +44,7 @@ _BOUNDS = (0, 1_000, 4_000, 16_000, 64_000)
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def vllm() -> AsyncIterator[VllmBackend]:
     resource_tracker.ensure_running()  # multiprocessing's helper, which outlives the engine that needs it
-    backend = create_backend(_CONFIG)
+    backend = create_backend(_CONFIG, Settings())
     assert isinstance(backend, VllmBackend)
     await backend.start()
     yield backend

@@ -15,9 +15,9 @@ from functools import cache
 
 import pytest
 
-from tests.support import vllm_scheduler_cases
 from tests.support.paths import ROOT
-from tests.support.vllm_versions import VERSIONS, installed, path_of
+from tests.support.vllm import scheduler_cases as vllm_scheduler_cases
+from tests.support.vllm.versions import VERSIONS, installed, path_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm"), pytest.mark.timeout(600)]
 
@@ -31,7 +31,7 @@ def outcome(version: str) -> dict[str, str]:
     if not installed() or (version != installed() and folder is None):
         pytest.skip(f"vLLM {version} is not at hand: {'make vllm-versions' if installed() else 'vLLM is missing'}")
     path = [str(ROOT)] if version == installed() else [str(folder), str(ROOT)]
-    command = [sys.executable, "-m", "tests.support.vllm_scheduler_cases"]
+    command = [sys.executable, "-m", "tests.support.vllm.scheduler_cases"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

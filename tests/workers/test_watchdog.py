@@ -60,7 +60,7 @@ def test_what_stands_still_is_ended_and_its_calls_run_elsewhere(
         assert bad.result(30).text == said(_BAD, 5)
         for prompt, handle in calls.items():
             record = handle.wait(30)
-            assert (record.engine, record.attempt) == ("e2", 2)
+            assert (record.engine_id, record.attempt) == ("e2", 2)
             assert_undisturbed(client, handle.id, prompt, 300)
 
 

@@ -29,7 +29,6 @@ from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK
 from rsm.workers.runtime.calls import Calls
 from rsm.workers.runtime.publisher import Ended, Item
 from rsm.workers.runtime.worker import _FAREWELL_S, Worker
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, routing
 from tests.support.sim_processes import (
     Start,
@@ -42,6 +41,7 @@ from tests.support.sim_processes import (
     submit_streams,
     take_away,
 )
+from tests.support.waiting import eventually
 
 # Steps of 10 ms.
 _STEPS = SimConfig(times=SimTimes(step_s=0.01))
@@ -216,7 +216,7 @@ def test_a_worker_that_comes_back_takes_its_own_calls_back(settings: Settings, c
     start()
     for prompt, handle in calls.items():
         record = handle.wait(30)
-        assert (record.engine, record.attempt) == ("e1", 2)
+        assert (record.engine_id, record.attempt) == ("e1", 2)
         assert_undisturbed(client, handle.id, prompt, 120)
 
 
@@ -239,7 +239,7 @@ def test_a_zombie_changes_nothing_and_serves_again(
     with routing(settings):
         calls = submit_streams(client, 8, 150)
         eventually(lambda: all_speak(client, list(calls.values())))
-        theirs = [h.id for h in calls.values() if client.record(h.id).engine == "e1"]
+        theirs = [h.id for h in calls.values() if client.record(h.id).engine_id == "e1"]
         incarnation = monitor.engine("e1")["incarnation"]
         assert theirs
         zombie.send(signal.SIGSTOP)
@@ -255,7 +255,7 @@ def test_a_zombie_changes_nothing_and_serves_again(
         assert [_everything(client, call_id) for call_id in theirs] == before
         for prompt, handle in calls.items():
             record = client.record(handle.id)
-            assert (record.engine, record.attempt) == ("e2", 2 if handle.id in theirs else 1)
+            assert (record.engine_id, record.attempt) == ("e2", 2 if handle.id in theirs else 1)
             assert_undisturbed(client, handle.id, prompt, 150)
         assert "the lease was lost" in zombie.log()
         assert zombie.running
@@ -284,7 +284,7 @@ def test_sigterm_lets_running_calls_finish_and_gives_the_others_away(
             assert handle.wait(30).attempt == 1
         assert worker.wait() == EXIT_OK
         assert state_of(monitor, "e1") == "STOPPED"
-        engines = [client.record(h.id).engine for h in calls.values()]
+        engines = [client.record(h.id).engine_id for h in calls.values()]
         assert (engines.count("e1"), engines.count("e2")) == (4, 4)
         for prompt, handle in calls.items():
             assert_undisturbed(client, handle.id, prompt, 60)
@@ -303,7 +303,7 @@ def test_what_the_grace_does_not_suffice_for_is_given_back_and_is_no_failure(
         start("e2", settings=hasty)
         for prompt, handle in calls.items():
             record = handle.wait(30)
-            assert (record.engine, record.attempt) == ("e2", 2)
+            assert (record.engine_id, record.attempt) == ("e2", 2)
             assert int(db.hget(keys.call(handle.id), "failures") or 0) == 0
             assert_undisturbed(client, handle.id, prompt, 150)
 
@@ -381,7 +381,7 @@ async def test_an_unexpected_error_is_tried_again_then_buried_and_tells_no_promp
     assert record.attempt == settings.max_attempts
     assert "RuntimeError" in record.error
     ((_, letter),) = db.xrange(keys.dead)
-    assert (letter[b"id"].decode(), letter[b"error_code"]) == (record.id, b"engine_error")
+    assert (letter[b"id"].decode(), letter[b"error_code"]) == (record.request_id, b"engine_error")
     assert caplog.text.count("RuntimeError in the backend") == settings.max_attempts
     assert "launch code" not in caplog.text + record.error + repr(record)
 
@@ -433,7 +433,7 @@ def test_a_worker_stops_within_its_bound_while_redis_is_away(
         start("e2", settings=hasty)
         with routing(hasty):
             record = handle.wait(40)  # the lease of the first worker gives the call away
-            assert (record.engine, record.attempt) == ("e2", 2)
+            assert (record.engine_id, record.attempt) == ("e2", 2)
             assert_undisturbed(client, handle.id, "x", 150)
 
 

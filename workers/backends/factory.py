@@ -10,50 +10,49 @@ from rsm.workers.backends.base import Backend
 from rsm.workers.config import EngineConfig
 
 
-def create_backend(config: EngineConfig) -> Backend:
+def create_backend(config: EngineConfig, settings: Settings) -> Backend:
     """The backend that `config` names, not yet started. Imports no other: a remote server's worker needs no vLLM.
 
     Raises:
         InvalidRequest: `engine_args` names something that this backend does not know.
     """
     try:
-        return _FACTORIES[config.backend](config)
+        return _FACTORIES[config.backend](config, settings)
     except (TypeError, ValueError) as e:
         raise InvalidRequest(f"engine_args of {config.engine_id} do not fit backend {config.backend}: {e}") from e
 
 
-def _vllm(config: EngineConfig) -> Backend:
+def _vllm(config: EngineConfig, settings: Settings) -> Backend:
     from rsm.workers.backends.vllm.backend import VllmBackend
 
-    return VllmBackend.from_config(config)
+    return VllmBackend(config, settings)
 
 
-def _openai(config: EngineConfig) -> Backend:
+def _openai(config: EngineConfig, settings: Settings) -> Backend:
     from rsm.workers.backends.openai.backend import OpenAIBackend
 
     return OpenAIBackend(
         config.base_url or "",
         config.model,
-        api_key=config.api_key,
+        api_key=config.api_key or settings.openai_api_key,
         max_num_seqs=config.max_num_seqs,
         **config.engine_args,
     )
 
 
-def _sim(config: EngineConfig) -> Backend:
-    """engine_args: see `sim_config.config_of`."""
+def _sim(config: EngineConfig, settings: Settings) -> Backend:
+    """engine_args: see `config_of`."""
     from rsm.workers.backends.sim.backend import SimBackend
     from rsm.workers.backends.sim.config import config_of
     from rsm.workers.scheduling.program import rules_of
 
-    args = {"max_num_seqs": config.max_num_seqs, "scheduler": config.scheduler, **config.engine_args}
+    args = {"max_num_seqs": config.max_num_seqs, "scheduler": config.scheduler(settings), **config.engine_args}
     if config.max_model_len is not None:
         args["max_model_len"] = config.max_model_len
     if config.model:
         args["model"] = config.model
-    settings = Settings()
     given = {"model": "sim-8b", "plas": rules_of(settings), "service_unit": settings.service_unit}
     return SimBackend(config_of(args, **given))
 
 
-_FACTORIES: dict[str, Callable[[EngineConfig], Backend]] = {"vllm": _vllm, "openai": _openai, "sim": _sim}
+_FACTORIES: dict[str, Callable[[EngineConfig, Settings], Backend]] = {"vllm": _vllm, "openai": _openai, "sim": _sim}

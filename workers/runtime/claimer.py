@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from rsm.broker.connection import execute
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.retry import persist
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Claimed
@@ -114,7 +114,7 @@ class Claimer(threading.Thread):
         self._deliver = deliver
         self._bar_now = bar
         self._bell = Keys(settings.namespace).bell(engine)
-        self._line = Line(settings, block_s=_BELL_S)
+        self._line = DedicatedConnection(settings, block_s=_BELL_S)
         self._closed = threading.Event()
 
     def close(self) -> None:

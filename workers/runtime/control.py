@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.retry import BLIPS, Backoff
 from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.keys import Keys
@@ -40,7 +40,7 @@ class Control(threading.Thread):
         self._last = start
         self._cancel = cancel
         self._order = order
-        self._line = Line(settings, block_s=_BLOCK_S)
+        self._line = DedicatedConnection(settings, block_s=_BLOCK_S)
         self._closed = threading.Event()
 
     def close(self) -> None:

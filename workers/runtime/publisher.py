@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from rsm.broker.connection import execute
-from rsm.broker.connection.dedicated import Line
+from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.retry import persist
 from rsm.broker.protocol.messages import Event, Fence, Finish, Release
 from rsm.broker.protocol.scripts import Arg, Command
@@ -85,7 +85,7 @@ class Publisher(threading.Thread):
         self._stale = stale
         self._gap = gap
         self._leaving: dict[Fence, None] = {}
-        self._line = Line(settings)
+        self._line = DedicatedConnection(settings)
         self._queue: SimpleQueue[Item | None] = SimpleQueue()
         self._abandoned = threading.Event()
 

@@ -35,7 +35,7 @@ from rsm.broker.protocol.scripts import Arg, Command, T
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 from rsm.workers.backends.base import Backend, EngineDied, EngineFacts
-from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK, SUPERVISOR_VARIABLE
+from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK
 from rsm.workers.meters.kv_cache import CacheMeter
 from rsm.workers.runtime.blocking import aside, ask
 from rsm.workers.runtime.calls import Calls
@@ -68,6 +68,7 @@ class Worker:
 
     Args:
         model: the name calls ask for; none = what the engine says of itself.
+        supervisor: the pid of the process that keeps this one running.
         prefetch: calls claimed beyond the engine's slots, so that a slot never waits for a round trip.
         fuse: ends this process if it stands still; none = nothing does.
     """
@@ -76,18 +77,20 @@ class Worker:
         self,
         engine: str,
         backend: Backend,
-        settings: Settings | None = None,
+        settings: Settings,
         *,
         model: str = "",
         node: str = "",
+        supervisor: str = "",
         prefetch: int = 2,
         fuse: Fuse | None = None,
     ) -> None:
         self.engine = check_id(engine, "engine")
-        self.settings = settings or Settings()
+        self.settings = settings
         self._backend = backend
         self._model = model
         self._node = node or socket.gethostname()
+        self._supervisor = supervisor
         self._prefetch = prefetch
         self._fuse = fuse or Fuse(self.settings)
         self._keys = Keys(self.settings.namespace)
@@ -322,7 +325,7 @@ class Worker:
         return {
             "node": self._node,
             "pid": os.getpid(),
-            "supervisor": os.environ.get(SUPERVISOR_VARIABLE, ""),
+            "supervisor": self._supervisor,
             "model": self._model or self._facts.model,
             "max_num_seqs": self._facts.max_num_seqs,
             "kv_tokens": self._facts.kv_tokens,

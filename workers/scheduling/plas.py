@@ -12,7 +12,7 @@ can take a running call's place away. A call begins in the level of its program'
 4. Order: the user's priority class, then the level, then who came first.
 5. A waiting call may take the place of a running one that is strictly worse, by class and level alone; so calls of
    one level never take turns, and each exchange costs its cause a level or its victim a wait.
-6. Beyond the paper: while a better call runs, a worse one's prompt is computed in pieces (`prompt_piece`).
+6. Beyond the paper: while a better call runs, a worse one's prompt is computed in pieces (`prompt_chunk`).
 
 Whoever holds a `Plas` tells it what happens (`add`, `start`, `charge`, `stop`, `end`) and asks it what should
 (`promote`, `victims`). It costs a step of an engine nothing that grows with the calls that run: `charge` may be put off
@@ -45,7 +45,7 @@ class PlasRules:
         beta: wait / run at which a program starves; 0 = never.
         floor_s: a program counts as having run for at least so long, or whoever has just begun would starve at once.
         most_victims: calls that lose their place in one step.
-        prompt_piece: up to how many prompt tokens of a step a call's may be while a better one runs; 0 = no bound.
+        prompt_chunk: up to how many prompt tokens of a step a call's may be while a better one runs; 0 = no bound.
     """
 
     bounds: tuple[int, ...] = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
@@ -53,7 +53,7 @@ class PlasRules:
     beta: float = 8.0
     floor_s: float = 1.0
     most_victims: int = 8
-    prompt_piece: int = 512
+    prompt_chunk: int = 512
 
     def __post_init__(self) -> None:
         if list(self.bounds) != sorted(set(self.bounds)) or min(self.bounds, default=1) <= 0:
@@ -62,8 +62,8 @@ class PlasRules:
             raise ValueError("quanta must be positive, one for each of the bounds")
         if not (isfinite(self.beta) and self.beta >= 0 and self.floor_s > 0 and self.most_victims >= 0):
             raise ValueError("beta and most_victims must not be negative, and floor_s must be positive")
-        if self.prompt_piece < 0:
-            raise ValueError("prompt_piece must not be negative")
+        if self.prompt_chunk < 0:
+            raise ValueError("prompt_chunk must not be negative")
 
     def level_of(self, service: float) -> int:
         """The bin of an amount of service; 0 is the best."""
@@ -80,7 +80,7 @@ class PlasRules:
     def prompt_tokens(self, most: int, better_runs: bool) -> int:
         """Up to how many prompt tokens of a step a call's may be. All calls wait for a step's end, so the whole of it
         (`most`) for a worse call's prompt would make a better one's next token take 20 to 40 times as long."""
-        return min(most, self.prompt_piece) if better_runs and self.prompt_piece else most
+        return min(most, self.prompt_chunk) if better_runs and self.prompt_chunk else most
 
 
 class PlasCall:

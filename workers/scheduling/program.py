@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 from rsm.broker.settings import Settings
-from rsm.workers.backends.base import Job
-from rsm.workers.scheduling.plas import NOTHING_IS_BETTER, PlasCall, PlasRules, Rank
+from rsm.workers.scheduling.plas import PlasCall, PlasRules
 from rsm.workers.scheduling.service import ServiceUnit, Tokens, Used, charge
 
 LEVELS = 16  # levels of the router's queues that fit between two of vLLM's priorities
@@ -17,8 +15,31 @@ LEVELS = 16  # levels of the router's queues that fit between two of vLLM's prio
 _LOOK_AGAIN = 16  # steps after which a call's service is looked at, in a unit of which nothing more is known
 
 
+# Where in vLLM's `additional_config` our scheduler finds what it must know.
+CONFIG_KEY = "rsm"
+
+
 def rules_of(settings: Settings) -> PlasRules:
-    return PlasRules(bounds=settings.level_bounds, beta=settings.starvation_beta, prompt_piece=settings.prompt_piece)
+    return PlasRules(bounds=settings.level_bounds, beta=settings.starvation_beta, prompt_chunk=settings.prompt_chunk)
+
+
+def as_config(settings: Settings) -> dict[str, Any]:
+    """What of the settings the scheduler in the engine's process must know, as JSON can hold it."""
+    return {
+        "level_bounds": list(settings.level_bounds),
+        "starvation_beta": settings.starvation_beta,
+        "prompt_chunk": settings.prompt_chunk,
+        "service_unit": settings.service_unit,
+    }
+
+
+def from_config(vllm_config: Any) -> Settings:
+    """Those settings, read back in the engine's process; defaults for what nobody has named."""
+    ours = getattr(vllm_config, "additional_config", None)
+    given = dict(ours.get(CONFIG_KEY, {}).get("settings", {})) if isinstance(ours, dict) else {}
+    if "level_bounds" in given:
+        given["level_bounds"] = tuple(given["level_bounds"])
+    return Settings.model_construct(**given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +59,6 @@ class Program:
     program_ran_ms: int = 0
 
     @classmethod
-    def of_job(cls, job: Job) -> Program:
-        return cls(job.program or job.session, job.inherited, job.waited_ms, job.ran_ms)
-
-    @classmethod
     def of_request(cls, request: Any) -> Program:
         """Of a request that anybody may have made: whatever is not there, or no number, counts as 0."""
         params = getattr(request, "sampling_params", None)
@@ -49,20 +66,6 @@ class Program:
         numbers = [given.get(f"program_{name}") for name in ("service", "waited_ms", "ran_ms")]
         known = (max(int(n), 0) if isinstance(n, int | float) else 0 for n in numbers)
         return cls(str(given.get("program_id", "")) or request.request_id, *known)
-
-
-def worst_rank(jobs: Iterable[tuple[Job, Used]], slots: int, unit: ServiceUnit, rules: PlasRules) -> Rank:
-    """What a call must be better than to take the place of one of these, of which the engine runs the best.
-
-    Seen from outside the engine's process: of a promotion in there nothing is known, nor of what waits for KV blocks.
-    """
-    ranks = sorted(_rank(job, charge(unit, used), rules) for job, used in jobs)
-    return ranks[slots - 1] if len(ranks) >= slots else NOTHING_IS_BETTER
-
-
-def _rank(job: Job, own: float, rules: PlasRules) -> Rank:
-    promoted = job.level < rules.level_of(job.inherited)  # it began anew in the first level
-    return job.priority, rules.level_of(own if promoted else job.inherited + own)
 
 
 class Tracked:

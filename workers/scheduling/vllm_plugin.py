@@ -34,9 +34,8 @@ from operator import attrgetter
 from time import monotonic
 from typing import Any
 
-from rsm.broker.settings import Settings
 from rsm.workers.scheduling.plas import Plas, PlasCall
-from rsm.workers.scheduling.program import LEVELS, Program, Tracked, rules_of
+from rsm.workers.scheduling.program import LEVELS, Program, Tracked, from_config, rules_of
 from rsm.workers.scheduling.service import create_unit
 
 _MOST_LOOKED_AT = 64  # waiting calls, in one step
@@ -66,6 +65,7 @@ class ProgramAware:
     requests: dict[str, Any]
     waiting: Any
     policy: Any
+    vllm_config: Any
     pause_state: Any
     block_size: int
     kv_cache_config: Any
@@ -80,7 +80,7 @@ class ProgramAware:
         base.__init__(*args, **kwargs)
         if self.policy.value != "priority":
             raise ValueError("The engine scheduler plas needs vLLM's scheduling policy priority.")
-        settings = Settings()
+        settings = from_config(self.vllm_config)
         self.plas = Plas(rules_of(settings))
         self._unit = create_unit(settings.service_unit)
         self._tracked: dict[str, Tracked] = {}
@@ -277,7 +277,7 @@ class ProgramAware:
         vLLM has one budget for all, spent on decoding calls, then on prompts in the calls' order. So it is what decodes
         and the prompts of the calls that nobody is better than, and at least a piece.
         """
-        piece, free = self.plas.rules.prompt_piece, self._free_slots()
+        piece, free = self.plas.rules.prompt_chunk, self._free_slots()
         if not piece or not (self._prefilling or (free > 0 and any(self._queues))):
             return most
         prompts = [self.requests[i] for i in self._prefilling]

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,24 @@ _MARGIN_S = 60
 _GONE = (EngineState.STOPPED, EngineState.DEAD, "")
 
 
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the jobs, which run in forks of the node's process, know of the place where they run."""
+
+    node: str
+    settings: Settings
+
+
+_host: Host | None = None
+
+
+def _here() -> Host:
+    """Raises EngineFailed in a process that is no node's."""
+    if _host is None:
+        raise EngineFailed("This job runs on a node only: `rsm node`.")
+    return _host
+
+
 def queue_name(settings: Settings, node: str) -> str:
     """The RQ queue of one host. A node worker listens to exactly one queue: with several, RQ can lose a job."""
     return f"rsm-node/{settings.namespace}/{check_id(node, 'node')}"  # no id holds a slash: no two hosts share one
@@ -57,9 +76,10 @@ def queue_name(settings: Settings, node: str) -> str:
 
 def run_node(node: str, settings: Settings) -> None:
     """Serves this host's queue until SIGTERM; running engines stay. Raises EvictingRedis."""
+    global _host
     require_noeviction_at(settings)
-    os.environ.update(settings.environment() | {NODE_VARIABLE: node})  # the jobs run in forks of this process
     require_one_keyspace(settings)
+    _host = Host(node, settings)
     connection = connect_patiently(settings)
     queue = Queue(queue_name(settings, node), connection=connection, serializer=JSONSerializer)
     Worker([queue], connection=connection, serializer=JSONSerializer, job_class=NodeJob).work()
@@ -182,12 +202,13 @@ def _last_line(trace: str | None) -> str:
 
 def start_engine(config: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """RQ job: starts a detached, supervised worker on this host; returns its status once it is READY."""
-    engine, settings = EngineConfig(**config), Settings()
+    engine, here = EngineConfig(**config), _here()
+    settings = here.settings
     if _state(settings, engine.engine_id) in (EngineState.STARTING, EngineState.READY, EngineState.DRAINING):
         raise EngineFailed(f"Engine id {engine.engine_id} is in use; stop that engine, or choose another id.")
     supervisor = subprocess.Popen(
         [sys.executable, "-P", "-m", "rsm.workers", SUPERVISED_FLAG],
-        env=os.environ | {CONFIG_VARIABLE: engine.model_dump_json()},
+        env=os.environ | settings.environment() | {CONFIG_VARIABLE: engine.model_dump_json(), NODE_VARIABLE: here.node},
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # RQ ends a job by killing its process group
     )
@@ -205,7 +226,7 @@ def start_engine(config: dict[str, Any], timeout_s: float) -> dict[str, Any]:
 
 def stop_engine(engine_id: str, drain: bool) -> dict[str, Any]:
     """RQ job: stops an engine of this host; one that does not leave within the grace is killed."""
-    settings = Settings()
+    settings = _here().settings
     _require_here(settings, engine_id)
     status = drain_engine(engine_id, "stop")
     supervisor, worker = int(status["supervisor"]), int(status["pid"])
@@ -223,7 +244,7 @@ def stop_engine(engine_id: str, drain: bool) -> dict[str, Any]:
 def drain_engine(engine_id: str, op: str = "drain") -> dict[str, Any]:
     """RQ job: takes an engine out of service; its waiting calls go to others."""
     check_id(engine_id, "engine")
-    settings = Settings()
+    settings = _here().settings
     server, transitions = connect(settings), Transitions(Keys(settings.namespace), settings)
     while True:
         moved = execute.run(server, transitions.drain(engine_id, op))
@@ -235,7 +256,7 @@ def drain_engine(engine_id: str, op: str = "drain") -> dict[str, Any]:
 
 def replay_letters(ref: str) -> dict[str, Any]:
     """RQ job: sends the call of one dead letter again, or with "" all of them."""
-    letters = DeadLetters(Settings())
+    letters = DeadLetters(_here().settings)
     if not ref:
         return letters.replay_all()._asdict()
     return {"id": letters.replay(ref)}
@@ -259,7 +280,7 @@ def _require_here(settings: Settings, engine_id: str) -> None:
         node = Monitor(settings).engine(engine_id)["node"]
     except UnknownCall:
         return  # the order to drain says so
-    if node != os.environ.get(NODE_VARIABLE):
+    if node != _here().node:
         raise EngineFailed(f"Engine {engine_id} runs on node {node}; ask that one to stop it.")
 
 

@@ -65,7 +65,7 @@ def test_it_is_placed_anew_and_tells_where_it_was(world: World) -> None:
     steal(world, first(world))
     assert world.assign("c1", "e2", costs="e2=100 e1=900").code == "assigned"
     record = CallRecord.from_hash("c1", world.db.hgetall(world.keys.call("c1")))
-    assert (record.engine, record.stolen_from, list(record.costs)) == ("e2", ("e1",), ["e2", "e1"])
+    assert (record.engine_id, record.stolen_from, list(record.costs)) == ("e2", ("e1",), ["e2", "e1"])
     assert taker.finish(taker.take()) == "done"
     assert world.state("c1") == "COMPLETED"
 

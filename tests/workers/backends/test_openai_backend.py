@@ -14,9 +14,12 @@ import pytest
 import pytest_asyncio
 from pydantic import SecretStr
 
+from rsm.broker.settings import Settings
 from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
+from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.openai.backend import OpenAIBackend
 from rsm.workers.backends.openai.resume import Said
+from rsm.workers.config import EngineConfig
 from tests.support.fake_openai import WORDS, Server
 from tests.support.pieces import Heard
 
@@ -475,17 +478,20 @@ async def test_start_says_why_it_cannot(server: Server, monkeypatch: pytest.Monk
 
 
 async def test_the_key_is_sent_and_never_shown(
-    server: Server, start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("RSM_OPENAI_API_KEY", KEY)
-    backend = await start(api_key=None)
+    backend = create_backend(EngineConfig(engine_id="e", backend="openai", base_url=server.url), Settings())
+    assert isinstance(backend, OpenAIBackend)
+    await backend.start()
     await run(backend, job({"prompt": "private words", "max_tokens": 2}, traceparent="00-ab-cd-01"))
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert server.headers[0]["traceparent"] == "00-ab-cd-01"
     shown = repr(backend) + repr(vars(backend)) + caplog.text
     assert KEY not in shown
     assert "private" not in shown
+    await backend.stop(0)
     with pytest.raises(ValueError, match="not in the URL"):
         OpenAIBackend("http://user:pw@host/v1")
 

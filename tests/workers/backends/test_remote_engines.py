@@ -12,9 +12,9 @@ from rsm.broker import Client, RequestState, Settings
 from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
-from tests.conftest import eventually
 from tests.support.sim_http import sim_server
 from tests.support.sim_processes import said, state_of
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -46,13 +46,13 @@ def test_streams_go_on_elsewhere_and_the_worker_comes_back_with_its_server(setti
                 client.submit(body, id=call_id, kind="chat.completions", stream=True, max_tokens=_TOKENS)
             calls = [*prompts, *chats]
             eventually(lambda: all(int(client.redis.xlen(client.keys.events(c))) > 5 for c in calls))
-            on_victim = [c for c in calls if client.record(c).engine == "e0"]
+            on_victim = [c for c in calls if client.record(c).engine_id == "e0"]
             assert {c[0] for c in on_victim} == {"c", "k"}
             servers[0].process.kill()
             for call_id in calls:
                 record = client.handle(call_id).wait(60)
                 assert record.state is RequestState.COMPLETED, record
-                assert (record.engine, record.attempt > 1) == ("e1", call_id in on_victim)
+                assert (record.engine_id, record.attempt > 1) == ("e1", call_id in on_victim)
             assert state_of(monitor, "e0") != "READY"
             for call_id, prompt in prompts.items():
                 assert "".join(p.text for p in client.stream(call_id)) == said(prompt, _TOKENS)

@@ -112,7 +112,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
 def test_a_worse_calls_prompt_is_computed_in_pieces_while_a_better_one_decodes(
     levels: tuple[int, int], pieces: set[int]
 ) -> None:
-    rules = PlasRules(prompt_piece=3)
+    rules = PlasRules(prompt_chunk=3)
     engine = SimEngine(small(kv_tokens=256, max_num_batched_tokens=8, scheduler="plas", plas=rules))
     short = call("short", prompt=4, output=6, level=levels[0])
     long = call("long", prompt=60, output=1, base=1, level=levels[1])

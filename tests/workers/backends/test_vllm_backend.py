@@ -18,12 +18,12 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from rsm.broker.settings import Settings
 from rsm.workers.backends.base import EngineDied, Job, Piece
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.vllm.backend import VllmBackend
 from rsm.workers.config import EngineConfig
-from tests.conftest import eventually
-from tests.support.vllm_jobs import (
+from tests.support.vllm.jobs import (
     BAD_GENERATE,
     BAD_OPENAI,
     CITY,
@@ -43,6 +43,7 @@ from tests.support.vllm_jobs import (
     said,
     streamed,
 )
+from tests.support.waiting import eventually
 
 pytest.importorskip("vllm")
 
@@ -69,7 +70,7 @@ OPENAI_KINDS = pytest.mark.parametrize("make", [chat, completion])
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def vllm() -> AsyncIterator[VllmBackend]:
     resource_tracker.ensure_running()  # multiprocessing's helper, which outlives the engine that needs it
-    backend = create_backend(_CONFIG)
+    backend = create_backend(_CONFIG, Settings())
     assert isinstance(backend, VllmBackend)
     facts = await backend.start()
     assert (facts.model, facts.max_num_seqs) == ("tiny-llama", 8)
@@ -396,7 +397,7 @@ async def test_an_engine_that_is_told_to_end(vllm: VllmBackend, make: Callable[.
 
 
 async def test_a_wrong_argument_is_named() -> None:
-    backend = VllmBackend(EngineConfig(engine_id="x", engine_args={"no_such_thing": 1}))
+    backend = VllmBackend(EngineConfig(engine_id="x", engine_args={"no_such_thing": 1}), Settings())
     with pytest.raises(EngineDied, match="knows no argument no_such_thing"):
         await backend.start()
     await backend.stop(0)

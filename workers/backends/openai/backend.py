@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
@@ -105,7 +104,7 @@ class OpenAIBackend(Backend):
         self._base_url = base_url.rstrip("/")
         self._where = parts.netloc or base_url
         self._model = model
-        self._key = api_key or SecretStr(os.environ.get(API_KEY_VARIABLE, ""))
+        self._key = api_key or SecretStr("")
         self._max_num_seqs = max_num_seqs
         self._kv_tokens = kv_tokens
         self._timeout_s = timeout_s

@@ -9,9 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rsm.broker.settings import Settings
 from rsm.workers.backends.base import EngineDied
-from rsm.workers.backends.vllm.guard import FACTORY, PLAS, SCHEDULER_VARIABLE
+from rsm.workers.backends.vllm.guard import CONFIG_KEY, FACTORY, PLAS, SCHEDULER
 from rsm.workers.config import EngineConfig
+from rsm.workers.scheduling.program import as_config
 
 TINY_NAME = "tiny-llama"
 
@@ -73,7 +75,7 @@ def _is_cpu_build() -> bool:
     return False
 
 
-def parse(config: EngineConfig, model: str) -> Any:
+def parse(config: EngineConfig, model: str, settings: Settings) -> Any:
     """vLLM's namespace of engine and server arguments.
 
     Raises:
@@ -85,7 +87,7 @@ def parse(config: EngineConfig, model: str) -> Any:
     if unknown:
         raise EngineDied(f"This vLLM knows no argument {', '.join(unknown)}.")
     by_default = defaults(config, model, parser._option_string_actions)
-    line = command_line({**by_default, **_scheduler(config, asked), **asked})
+    line = command_line({**by_default, **_scheduler(config, asked, settings), **asked})
 
     def refuse(message: str) -> None:
         raise EngineDied(f"vLLM does not take its arguments: {message}")
@@ -112,19 +114,24 @@ def _parser() -> tuple[Any, Any]:
     raise EngineDied("This version of vLLM is not supported: its command line arguments are not where they were.")
 
 
-def displaces(config: EngineConfig) -> bool:
+def displaces(config: EngineConfig, settings: Settings) -> bool:
     """The engine runs with our scheduler, which lets a better call take a running one's place."""
     asked = {name.lstrip("-").replace("-", "_") for name in config.engine_args}
-    return config.scheduler == "plas" and not asked & {"scheduler_cls", "scheduling_policy"}
+    return config.scheduler(settings) == "plas" and not asked & {"scheduler_cls", "scheduling_policy"}
 
 
-def _scheduler(config: EngineConfig, asked: dict[str, Any]) -> dict[str, Any]:
+def _scheduler(config: EngineConfig, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Arguments about the scheduler. Whichever it is, our factory makes it, so that the engine dies with its worker."""
     own = asked.pop("scheduler_cls", None) or ""
     named = own if isinstance(own, str) else f"{own.__module__}.{own.__qualname__}"
-    os.environ[SCHEDULER_VARIABLE] = PLAS if displaces(config) else named
-    policy = "fcfs" if config.scheduler == "fcfs" and not named else "priority"
-    return {"scheduling_policy": policy, "scheduler_cls": FACTORY}
+    ours = {SCHEDULER: PLAS if displaces(config, settings) else named, "settings": as_config(settings)}
+    further = asked.pop("additional_config", None) or {}
+    policy = "fcfs" if config.scheduler(settings) == "fcfs" and not named else "priority"
+    return {
+        "scheduling_policy": policy,
+        "scheduler_cls": FACTORY,
+        "additional_config": {**further, CONFIG_KEY: {**ours, **further.get(CONFIG_KEY, {})}},
+    }
 
 
 def defaults(config: EngineConfig, model: str, known: Any) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from rsm.workers.backends.vllm.args import TINY_NAME, displaces, parse, prepare_
 from rsm.workers.backends.vllm.engine import GONE, Engine
 from rsm.workers.backends.vllm.generate import GenerateCall
 from rsm.workers.backends.vllm.openai import PATHS, OpenAICall, ProxyEngineClient
+from rsm.workers.backends.vllm.preemption import worst_rank
 from rsm.workers.backends.vllm.tiny_model import ensure_tiny_model
 from rsm.workers.config import EngineConfig
 from rsm.workers.meters.rate import RateMeter
 from rsm.workers.meters.speed import SpeedMeter, StepWindow
-from rsm.workers.scheduling.program import rules_of, worst_rank
+from rsm.workers.scheduling.program import rules_of
 from rsm.workers.scheduling.service import create_unit
 
 log = logging.getLogger("rsm.worker")
@@ -107,18 +108,14 @@ class VllmBackend(Backend):
     to end when that thread does.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, settings: Settings) -> None:
         self._config = config
+        self._settings = settings
         self._engine: Engine | None = None
         self._meter = Meter()
         self._runs: dict[str, _Run] = {}
-        settings = Settings()
-        self._unit = create_unit(settings.service_unit) if displaces(config) else None
+        self._unit = create_unit(settings.service_unit) if displaces(config, settings) else None
         self._rules = rules_of(settings)
-
-    @classmethod
-    def from_config(cls, config: EngineConfig) -> VllmBackend:
-        return cls(config)
 
     async def start(self) -> EngineFacts:
         """Loads vLLM and the model; takes seconds to minutes, during most of which the event loop stands still.
@@ -152,8 +149,8 @@ class VllmBackend(Backend):
 
     def _configure(self, vllm: Any) -> tuple[Any, Any]:
         """vLLM's arguments, and the configuration that it makes of them. Reads the model's files."""
-        model = self._config.model or str(ensure_tiny_model())
-        args = parse(self._config, model)
+        model = self._config.model or str(ensure_tiny_model(self._settings.cache_dir()))
+        args = parse(self._config, model, self._settings)
         return args, vllm.AsyncEngineArgs.from_cli_args(args).create_engine_config(vllm.usage)
 
     async def _open(self, vllm: Any, llm: Any, args: Any) -> Engine:

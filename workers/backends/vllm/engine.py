@@ -86,7 +86,8 @@ class Engine:
 
 def program_args(job: Job, own: dict[str, Any] | None) -> dict[str, Any]:
     """A request's extra_args, with the program that it belongs to, for a program-aware scheduler in the engine."""
-    return {**(own or {}), **asdict(Program.of_job(job))}
+    program = Program(job.program or job.session, job.inherited, job.waited_ms, job.ran_ms)
+    return {**(own or {}), **asdict(program)}
 
 
 def explained(e: Exception, dead: bool) -> Exception:

@@ -17,17 +17,24 @@ FACTORY = "rsm.workers.backends.vllm.guard.make_scheduler"
 
 PLAS = "rsm.workers.scheduling.vllm_plugin.make_scheduler"
 
-# The scheduler class that is to be made, for the child to find: the user's, or PLAS; none: vLLM's own.
-SCHEDULER_VARIABLE = "RSM_VLLM_SCHEDULER_CLS"
+# Where in vLLM's `additional_config` the scheduler class stands that is to be made: the user's, or PLAS; none: vLLM's
+# own. The configuration travels to the engine's process; the environment is the user's.
+CONFIG_KEY, SCHEDULER = "rsm", "scheduler_cls"
 
 _PR_SET_PDEATHSIG = 1
 
 
 def make_scheduler(*args: Any, **kwargs: Any) -> Any:
     """Stands in for the scheduler class: takes what vLLM gives, returns the scheduler that would have been used."""
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    return made(given(config, SCHEDULER), *args, **kwargs)
+
+
+def made(named: str, *args: Any, **kwargs: Any) -> Any:
+    """The scheduler of a class or factory, by its dotted path; "" = vLLM's own."""
     die_with_parent()
     config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-    return _scheduler_class(config)(*args, **kwargs)
+    return _scheduler_class(named, config)(*args, **kwargs)
 
 
 def die_with_parent() -> None:
@@ -40,8 +47,13 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _scheduler_class(config: Any) -> Any:
-    named = os.environ.get(SCHEDULER_VARIABLE, "")
+def given(config: Any, name: str) -> Any:
+    """One of our own entries in vLLM's configuration, "" if it is not there."""
+    ours = getattr(config, "additional_config", None)
+    return ours.get(CONFIG_KEY, {}).get(name, "") if isinstance(ours, dict) else ""
+
+
+def _scheduler_class(named: str, config: Any) -> Any:
     if named:
         module, _, name = named.rpartition(".")
         return getattr(importlib.import_module(module), name)

@@ -1,15 +1,14 @@
 """Writes down every step of a vLLM engine: what was planned, how long the planning took, when its tokens were there.
 
 `make_scheduler` is a factory for vLLM's `scheduler_cls`, named by its dotted path: it makes the scheduler that
-RSM_STEPS_SCHEDULER names (a class or factory, as in `scheduler_cls`; none = vLLM's own) and times two of its methods.
-A thread writes the rows to the file RSM_STEPS, so that the engine's loop does not wait for a disk. Beside it stands
-what engine that is (`described`). Made for `rsm calibrate`.
+`steps_scheduler` names (a class or factory, as in `scheduler_cls`; none = vLLM's own) and times two of its methods. A
+thread writes the rows to the file `steps_file`, so that the engine's loop does not wait for a disk. Beside it stands
+what engine that is (`described`). Both names stand in vLLM's `additional_config` under "rsm". Made for `rsm calibrate`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,11 +16,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from rsm.workers.backends.vllm.guard import SCHEDULER_VARIABLE
-from rsm.workers.backends.vllm.guard import make_scheduler as guarded
+from rsm.workers.backends.vllm.guard import CONFIG_KEY, given, made
 
 FACTORY = "rsm.workers.backends.vllm.steps.make_scheduler"
-SCHEDULER, FILE = "RSM_STEPS_SCHEDULER", "RSM_STEPS"
+SCHEDULER, FILE = "steps_scheduler", "steps_file"
 EVERY_S = 0.5
 
 
@@ -58,10 +56,15 @@ class Step:
 
 def make_scheduler(*args: Any, **kwargs: Any) -> Any:
     """Stands in for the scheduler class: takes what vLLM gives it."""
-    os.environ[SCHEDULER_VARIABLE] = os.environ.get(SCHEDULER, "")
-    scheduler = guarded(*args, **kwargs)
-    Log(scheduler, Path(os.environ[FILE]))
+    config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+    scheduler = made(given(config, SCHEDULER), *args, **kwargs)
+    Log(scheduler, Path(given(config, FILE)))
     return scheduler
+
+
+def logged(file: Path, scheduler: str = "") -> dict[str, Any]:
+    """vLLM's `additional_config` by which the steps of an engine are written to a file."""
+    return {CONFIG_KEY: {FILE: str(file), SCHEDULER: scheduler}}
 
 
 def read(file: Path) -> Iterator[Step]:

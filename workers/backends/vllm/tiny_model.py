@@ -19,7 +19,6 @@ logit that its token shall have after a token of that kind.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import string
 import tempfile
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     Matrix = NDArray[np.float32]
     Noise = Callable[[int, int, float], Matrix]
     Weights = dict[str, Matrix]
+
+from rsm.broker.settings import Settings
 
 __all__ = ["RECIPE", "ensure_tiny_model", "tiny_model_folder"]
 
@@ -129,7 +130,7 @@ RECENT = slice(len(Kind), len(Kind) + HEAD)
 
 def tiny_model_folder(path: Path | None = None) -> Path:
     """Where :func:`ensure_tiny_model` puts the model; the name tells the recipe."""
-    return (path or _cache_folder()) / f"tiny-llama-{RECIPE}"
+    return (path or Settings.cache_dir()) / f"tiny-llama-{RECIPE}"
 
 
 def ensure_tiny_model(path: Path | None = None) -> Path:
@@ -162,12 +163,6 @@ def _publish(draft: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
-
-
-def _cache_folder() -> Path:
-    """The XDG specification says to ignore a relative value."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (configured if configured.is_absolute() else Path.home() / ".cache") / "rsm-engine"
 
 
 def _build(folder: Path) -> None:

@@ -11,6 +11,8 @@
 --         of c.parent_session: then nothing has changed.
 local function create_call(c, push, format, body, room)
   local key = call_key(c.id)
+  -- "+N": N ms from now.
+  if string.sub(c.deadline_ms, 1, 1) == '+' then c.deadline_ms = int(NOW + tonumber(c.deadline_ms)) end
   local seen = redis.call('HMGET', key, 'state', 'digest', 'cancel_before', 'error_code')
   -- A push that was refused for want of room may be repeated under its id; it is a call of its own.
   local refused = seen[4] == 'overloaded' and seen[2] == c.digest

@@ -1,7 +1,7 @@
 --- @include lib programs family create overload
 -- Client.submit: stores each body in the call's record and pushes routing fields only, in one step.
 --
--- ARGV     per call: id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
+-- ARGV     per call: id session kind model priority prompt_tokens deadline_ms (or "+" and ms from now) stream inbox traceparent
 --          on_engine_loss ("" = continue) parent_session ("" = none told) digest format ("body" = msgpack | "json") body
 -- Returns  flat list, per call: code, detail
 --          "new" | "duplicate" | "conflict", state of the record

@@ -11,7 +11,7 @@ from typing import Any
 
 from rsm.broker import Settings
 from rsm.broker.protocol.transitions import Fence
-from tests.support.reference_records import LIFE, LONG_AGO, NEVER, Call, Engine, Entry, Session, order
+from tests.support.reference.records import LIFE, LONG_AGO, NEVER, Call, Engine, Entry, Session, order
 
 
 class Model:

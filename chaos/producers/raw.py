@@ -12,9 +12,9 @@ from typing import Any
 
 import redis
 
-from chaos.calls import Act, Plan
-from chaos.lanes import Lane, run_lanes
-from chaos.producers import INBOX, Book
+from chaos.producers.calls import Act, Plan
+from chaos.producers.lanes import Lane, run_lanes
+from chaos.producers.process import INBOX, Book
 from rsm.broker import BrokerUnavailable, Client, Settings
 from rsm.broker.connection.factory import connect
 

@@ -153,7 +153,7 @@ async def test_a_waiting_call_is_cancelled(client: AsyncClient, worker: FakeWork
 
 
 async def _engine_of(client: AsyncClient, call: AsyncCall) -> str:
-    return (await client.record(call.id)).engine
+    return (await client.record(call.id)).engine_id
 
 
 async def _runs(client: AsyncClient, call: AsyncCall) -> bool:
@@ -541,7 +541,7 @@ async def test_a_wait_outlives_redis() -> None:
 
 
 async def test_a_redis_that_never_answers_is_reported(tmp_path: Path) -> None:
-    async with AsyncClient(f"unix://{tmp_path}/none", timeout_s=0.05) as client:
+    async with AsyncClient(f"unix://{tmp_path}/none", redis_timeout=0.05) as client:
         for ask in (client.submit("hi"), client.record("c1"), client.cancel("c1")):
             with pytest.raises(BrokerUnavailable, match="did not answer"):
                 await ask

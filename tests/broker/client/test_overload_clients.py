@@ -16,8 +16,8 @@ from rsm.broker import AsyncClient, BrokerUnavailable, Client, Overloaded, Setti
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.keys import Keys
 from rsm.workers.config import EngineConfig
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, echo, patient, routing
+from tests.support.waiting import eventually
 
 WAIT = 20.0
 ROOM = 3
@@ -127,7 +127,7 @@ def test_the_choice_is_per_submit(full: Client, settings: Settings) -> None:
 
 
 def test_a_client_gives_up(full: Client, settings: Settings) -> None:
-    with Client(settings=settings, on_overload="wait", overload_timeout_s=0.2) as waiting:
+    with Client(settings=settings, on_overload="wait", overload_timeout=0.2) as waiting:
         began = time.monotonic()
         with pytest.raises(Overloaded):
             waiting.submit("hi")
@@ -135,7 +135,7 @@ def test_a_client_gives_up(full: Client, settings: Settings) -> None:
 
 
 async def test_an_async_client_gives_up(full: Client, settings: Settings) -> None:
-    async with AsyncClient(settings=settings, on_overload="wait", overload_timeout_s=0.2) as client:
+    async with AsyncClient(settings=settings, on_overload="wait", overload_timeout=0.2) as client:
         with pytest.raises(Overloaded):
             await client.submit("hi")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
-from chaos.calls import Plan
-from chaos.producers import LANES, PAUSE_S, Book
+from chaos.producers.calls import Plan
+from chaos.producers.process import LANES, PAUSE_S, Book
 from rsm.broker import Client, Settings
 
 _LOOK_S = 0.1

@@ -32,8 +32,8 @@ from rsm.broker.client import sync as client_module
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.transitions import Claimed
-from tests.conftest import eventually
 from tests.support.fake_worker import FakeWorker, echo, hold, patient, refuse, routing
+from tests.support.waiting import eventually
 
 WAIT = 20.0
 
@@ -141,7 +141,7 @@ def test_a_failure(client: Client, settings: Settings, router: None) -> None:
         with pytest.raises(CallFailed, match=r"The engine broke\.") as failed:
             handle.result(WAIT)
     assert failed.value.error_code == "engine_error"
-    assert (failed.value.record.id, failed.value.record.state) == (handle.id, RequestState.FAILED)
+    assert (failed.value.record.request_id, failed.value.record.state) == (handle.id, RequestState.FAILED)
     assert handle.wait().error_code == "engine_error", "`wait` gives the record instead"
 
 
@@ -192,7 +192,7 @@ def _raise(_: object) -> None:
 
 def test_a_waiting_call_is_cancelled(client: Client, worker: FakeWorker) -> None:
     handle = client.submit("hi")
-    eventually(lambda: handle.record().engine)
+    eventually(lambda: handle.record().engine_id)
     assert handle.cancel("no longer needed")
     with pytest.raises(CallCancelled, match="no longer needed") as cancelled:
         handle.result(WAIT)
@@ -579,7 +579,7 @@ def test_a_wait_outlives_redis(short_blocks: None) -> None:
 
 
 def test_a_redis_that_never_answers_is_reported(tmp_path: Path) -> None:
-    with Client(f"unix://{tmp_path}/none", timeout_s=0.05) as client:
+    with Client(f"unix://{tmp_path}/none", redis_timeout=0.05) as client:
         for ask in (lambda: client.submit("hi"), lambda: client.record("c1"), lambda: client.cancel("c1")):
             with pytest.raises(BrokerUnavailable, match="did not answer"):
                 ask()

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from chaos.calls import Act, Plan
-from chaos.producers import LANES, PAUSE_S, Book
+from chaos.producers.calls import Act, Plan
+from chaos.producers.process import LANES, PAUSE_S, Book
 from rsm.broker import AsyncClient, BrokerUnavailable, CallEnded, Delta, Settings, UnknownCall
-from rsm.broker.client.aio import AsyncCall
+from rsm.broker.client.handles import AsyncCall
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""A producer as a process of its own: `python -m chaos.producers KIND …`, started again when it dies.
+"""A producer as a process of its own: `python -m chaos.producers.process KIND …`, started again when it dies.
 
 It works on a few calls at once until SIGTERM, then ends those under way and leaves. After SIGUSR1 it kills itself
 (kill -9) between its next push and its wait. Its successor takes its ledger up: unfinished calls are waited for by
@@ -17,8 +17,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from chaos.calls import Plan, Pool, draw, is_real
 from chaos.ledger import Ledger, Story, read
+from chaos.producers.calls import Plan, Pool, draw, is_real
 from rsm.broker import Settings, logs
 
 KINDS = ("sync", "aio", "raw")
@@ -125,18 +125,18 @@ def _number(call_id: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="chaos.producers")
+    parser = argparse.ArgumentParser(prog="chaos.producers.process")
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("place", type=int)
     parser.add_argument("seed", type=int)
     parser.add_argument("ledger", type=Path)
     parser.add_argument("--pool", type=json.loads)
     args = parser.parse_args()
-    logs.configure(f"producer {args.place}")
+    logs.configure(Settings(), f"producer {args.place}")
     pool = Pool(args.pool["model"], tuple(args.pool["prompts"]), args.pool["max_tokens"]) if args.pool else None
     book = Book(args.place, args.seed, args.ledger, pool)
     heeds_signals(args.ledger).write_text(str(os.getpid()))
-    importlib.import_module(f"chaos.producer_{args.kind}").run(book, Settings())
+    importlib.import_module(f"chaos.producers.{args.kind}").run(book, Settings())
 
 
 if __name__ == "__main__":

@@ -42,9 +42,12 @@ CITY = {
 HOST = """
 import asyncio, json, sys
 import psutil
-from rsm.workers.config import EngineConfig, create_backend
+from rsm.broker.settings import Settings
+from rsm.workers.backends.factory import create_backend
+from rsm.workers.config import EngineConfig
 async def main():
-    backend = create_backend(EngineConfig(engine_id="host", max_num_seqs=4, engine_args=json.loads(sys.argv[1])))
+    config = EngineConfig(engine_id="host", max_num_seqs=4, engine_args=json.loads(sys.argv[1]))
+    backend = create_backend(config, Settings())
     await backend.start()
     cores = [p.pid for p in psutil.Process().children(recursive=True) if "EngineCore" in p.name()]
     print("core", *cores, flush=True)

@@ -1,6 +1,6 @@
 """What choosing an engine costs: the router itself, in this process, on a real Redis, by policy and size of the fleet.
 
-    python -m bench.queue.routing_cost [--rounds 3] [--calls 2000] [--batches 40] [--name routing_cost]
+    python -m bench.programs.routing_cost [--rounds 3] [--calls 2000] [--batches 40] [--name routing_cost]
 
 Engines are registered that never claim, so nothing but the router and Redis works. They differ in speed and load, and
 calls come from programs with service and caches behind them, so that every part of the choice has something to do:
@@ -174,7 +174,7 @@ def _pusher(client: Client, dice: random.Random) -> Callable[[int], None]:
 
     def push(count: int) -> None:
         made = [
-            client.prepare("x", session=next(sessions), prompt_tokens=dice.randint(200, 8000), params={"max_tokens": 1})
+            client.prepare("x", session=next(sessions), prompt_tokens=dice.randint(200, 8000), max_tokens=1)
             for _ in range(count)
         ]
         client.submit_many(made)
@@ -253,7 +253,7 @@ def main() -> None:
                 server.flushall()
         server.close()
     data = {"runs": [{"policy": p, "engines": n, "rounds": runs} for (p, n), runs in found.items()]}
-    title, command = "What choosing an engine costs", "python -m bench.queue.routing_cost"
+    title, command = "What choosing an engine costs", "python -m bench.programs.routing_cost"
     publish(Report(title, about, section(found), data, command), args.name)
 
 

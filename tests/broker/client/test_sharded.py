@@ -104,7 +104,7 @@ def test_sessions_are_spread_and_awaited(shards: list[Settings], serving: None) 
             assert home.record(handle.id).state is RequestState.COMPLETED
         assert {namespace_of(s, names) for s in _PROGRAMS} == set(names)
         alone = client.submit("alone", id="alone")
-        assert client.client("alone").record("alone").session == alone.session == "alone"
+        assert client.client("alone").record("alone").session_id == alone.session == "alone"
         stay = [client.submit("long", session="stay-1") for _ in range(3)]
         assert client.cancel_session("stay-1") == 3
         for handle in stay:

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from chaos.calls import Act, Plan
-from chaos.lanes import Lane, run_lanes
-from chaos.producers import Book
+from chaos.producers.calls import Act, Plan
+from chaos.producers.lanes import Lane, run_lanes
+from chaos.producers.process import Book
 from rsm.broker import BrokerUnavailable, CallEnded, CallHandle, Client, Delta, Settings, UnknownCall
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """What the scheduler plug-in must do around each version's real Scheduler class; run as a process for each version.
 
-`python -m tests.support.vllm_scheduler_cases` prints a JSON object: the version, and for each case nothing, or what
+`python -m tests.support.vllm.scheduler_cases` prints a JSON object: the version, and for each case nothing, or what
 went wrong.
 """
 
@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from bench.vllm import miniature as mini
+from bench.vllm.miniature import Call, Engine
 from rsm.workers.scheduling import vllm_plugin as vllm_scheduler
 from rsm.workers.scheduling.plas import PlasRules
 from rsm.workers.scheduling.program import LEVELS
 from rsm.workers.scheduling.service import create_unit
 from rsm.workers.scheduling.vllm_plugin import make_scheduler
-from tests.support import vllm_miniature as mini
-from tests.support.vllm_miniature import Call, Engine
 
 SEEDS = range(6)
 BOUNDS = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)  # of the settings
@@ -186,7 +186,7 @@ def case_tokens_of_a_step(asynchronous: bool) -> None:
 def case_a_prompt_in_pieces(asynchronous: bool) -> None:
     """A worse call's prompt takes a piece of each step in which a better one decodes, and whole steps after."""
     e = engine(asynchronous, step_tokens=64)
-    e.scheduler.plas.rules = PlasRules(prompt_piece=8)
+    e.scheduler.plas.rules = PlasRules(prompt_chunk=8)
     planned: list[dict[str, int]] = []
     e.after = lambda: planned.append(dict(e.scheduler._scheduled))
     calls = [call("better", size=20), call("worse", prompt=400, size=2, level=3, at=4)]
@@ -202,7 +202,7 @@ def case_a_prompt_in_pieces(asynchronous: bool) -> None:
 
 def case_a_better_prompt_in_whole_steps(asynchronous: bool) -> None:
     e = engine(asynchronous, step_tokens=64)
-    e.scheduler.plas.rules = PlasRules(prompt_piece=8)
+    e.scheduler.plas.rules = PlasRules(prompt_chunk=8)
     planned: list[dict[str, int]] = []
     e.after = lambda: planned.append(dict(e.scheduler._scheduled))
     calls = [call("worse", size=20, level=3), call("better", prompt=400, size=2, at=4)]

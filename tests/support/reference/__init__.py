@@ -1,0 +1,1 @@
+"""What docs/protocol.md promises, as plain Python."""

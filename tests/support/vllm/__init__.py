@@ -1,0 +1,1 @@
+"""vLLM, whole and in parts, for tests."""
