@@ -20,6 +20,7 @@ from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.views.monitor import Monitor
+from tests.support.roles import Roles
 from tests.support.sim_processes import Start, WorkerProcess, sim, state_of
 from tests.support.topologies import TOPOLOGIES, Topology
 from tests.support.waiting import eventually as eventually
@@ -89,6 +90,14 @@ def cut_off(fragile: EmbeddedRedis, settings: Settings) -> Settings:
     with redis.Redis(unix_socket_path=str(fragile.socket)) as server:
         server.config_set("appendfsync", "always")
     return settings.with_redis(fragile.url)
+
+
+@pytest.fixture
+def roles(db: redis.Redis, settings: Settings) -> Iterator[Roles]:
+    made = Roles(db, settings)
+    made.create()
+    yield made
+    made.drop()
 
 
 @pytest.fixture(params=["server", "fakeredis"])

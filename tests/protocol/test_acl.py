@@ -43,14 +43,6 @@ from tests.support.world import World
 
 
 @pytest.fixture
-def roles(db: redis.Redis, settings: Settings) -> Iterator[Roles]:
-    made = Roles(db, settings)
-    made.create()
-    yield made
-    made.drop()
-
-
-@pytest.fixture
 def parts(roles: Roles, tmp_path: Path) -> Iterator[WorkerProcess]:
     """A router and a worker as processes under their own users; gives the worker."""
     env = clean_env() | roles.settings("router").environment()

@@ -140,14 +140,6 @@ async def test_an_error_that_quotes_the_prompt_is_not_told(
 # -- the main job, at DEBUG
 
 
-@pytest.fixture
-def roles(db: redis.Redis, settings: Settings) -> Iterator[Roles]:
-    made = Roles(db, settings)
-    made.create()
-    yield made
-    made.drop()
-
-
 @pytest.mark.timeout(400)  # nine processes, one after the other; the machine has other work too
 async def test_the_main_job_at_debug_level_tells_nothing(
     roles: Roles, settings: Settings, db: redis.Redis, tmp_path: Path, caplog: pytest.LogCaptureFixture
