@@ -24,7 +24,7 @@ PREFIX = "RSM_"
 # Token-seconds of KV cache are more than tokens or ms of the same calls: some thousand tokens are held for a second.
 _KV_BOUNDS = (10_000, 40_000, 160_000, 640_000, 2_560_000, 10_000_000)
 # What else may stand in the environment: for one process only (workers/environment.py, the vLLM scheduler), and tests.
-_OTHERS = {"RSM_ENGINE", "RSM_NODE", "RSM_SUPERVISOR"}
+_OTHERS = {"RSM_ENGINE", "RSM_NODE", "RSM_SUPERVISOR", "RSM_BIRTH"}
 _TESTS = "RSM_TEST_"
 # Settings that were called otherwise before.
 _RENAMED = {"RSM_PROMPT_PIECE": "RSM_PROMPT_CHUNK"}
@@ -140,6 +140,11 @@ class Settings(BaseSettings):
     def _strangers_are_reported(self) -> Settings:
         report_unknown(os.environ)
         return self
+
+    @classmethod
+    def with_defaults(cls, values: Mapping[str, Any]) -> Settings:
+        """Of the environment, and where it says nothing, of these values."""
+        return cls(**{n: v for n, v in values.items() if f"{PREFIX}{n.upper()}" not in os.environ})
 
     def wait_command(self) -> tuple[str, int, int] | None:
         """The WAIT that goes with a write that must not be lost; None if none is asked for."""

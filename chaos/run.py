@@ -21,7 +21,7 @@ from chaos.stage import Part, Stage
 from chaos.verdict import Reference, Violation, Window, judge
 from rsm.broker import Client
 from rsm.broker.views.monitor import Monitor
-from rsm.workers.backends.vllm.args import TINY_NAME
+from rsm.workers.backends.vllm.start.args import TINY_NAME
 
 log = logging.getLogger("chaos")
 

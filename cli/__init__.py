@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from rsm.cli.app import app
-from rsm.cli.commands import acl, calibrate, calls, dead, demo, doctor, drain, sim_server, simulate
-from rsm.cli.commands import processes as parts
-from rsm.cli.commands import views as show
+from rsm.cli.commands import (
+    acl,
+    calibrate,
+    calls,
+    dead,
+    demo,
+    doctor,
+    drain,
+    processes,
+    sim_server,
+    simulate,
+    up,
+    views,
+)
 
-__all__ = [
-    "acl",
-    "app",
-    "calibrate",
-    "calls",
-    "dead",
-    "demo",
-    "doctor",
-    "drain",
-    "main",
-    "parts",
-    "show",
-    "sim_server",
-    "simulate",
-]
+__all__ = ["app", "main"]
+
+_COMMANDS = (acl, calibrate, calls, dead, demo, doctor, drain, processes, sim_server, simulate, up, views)
 
 
 def main() -> None:

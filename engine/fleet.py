@@ -10,17 +10,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.eviction import require_noeviction_at
 from rsm.broker.connection.retry import BLIPS
-from rsm.broker.errors import EngineFailed, UnknownCall
+from rsm.broker.errors import BrokerUnavailable, EngineFailed, UnknownCall
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.settings import Settings
 from rsm.broker.views.monitor import Monitor
+from rsm.router.policies import create_policy
+from rsm.workers.backends.vllm.start.gpus import on_gpu
 from rsm.workers.config import EngineConfig
-from rsm.workers.supervision.launch import report_death, worker_process
+from rsm.workers.environment import EXIT_ID_TAKEN
+from rsm.workers.supervision.launch import is_of, report_death, worker_process
 from rsm.workers.supervision.supervisor import Supervised
 
 log = logging.getLogger("rsm.fleet")
@@ -28,6 +32,8 @@ log = logging.getLogger("rsm.fleet")
 # Loading a large model takes minutes.
 START_TIMEOUT_S = 900.0
 _POLL_S = 0.05
+# How often an engine may end before it was ready, for a reason that may pass.
+_TRIES = 3
 
 
 class Fleet:
@@ -53,10 +59,12 @@ class Fleet:
         """Starts everything; returns once all engines are READY.
 
         Raises:
-            EngineFailed: an engine did not come up; everything is stopped again.
+            EngineFailed: an engine did not start, the message says why; everything is stopped again.
+            InvalidRequest: there is no such routing policy.
             BrokerUnavailable: no Redis.
             EvictingRedis: Redis would delete calls when its memory is full.
         """
+        create_policy(self.settings)  # a wrong name is an error here, not in the log of a router
         try:
             if self.embedded is not None:
                 self.embedded.start()
@@ -64,13 +72,22 @@ class Fleet:
                 require_noeviction_at(self.settings)
             for i in range(self._router_count):
                 self.start_router(f"router {i}")
-            for config in engines:
-                self.add(config)
-            for config in engines:
-                self.wait_ready(config.engine_id, timeout_s)
+            self._start_engines(engines, timeout_s)
         except BaseException:
             self.stop()
             raise
+
+    def _start_engines(self, engines: Sequence[EngineConfig], timeout_s: float) -> None:
+        """All at once; those that share a GPU one after the other, for each measures what is free of it."""
+        started: list[EngineConfig] = []
+        for config in engines:
+            for other in started:
+                if on_gpu() and config.shares_gpu_with(other):
+                    self.wait_ready(other.engine_id, timeout_s)
+            self.add(config)
+            started.append(config)
+        for config in engines:
+            self.wait_ready(config.engine_id, timeout_s)
 
     def start_router(self, name: str) -> Supervised:
         command, env = [sys.executable, "-P", "-m", "rsm.router"], self.settings.environment()
@@ -95,27 +112,39 @@ class Fleet:
         if drain:
             worker.stop()
         else:
-            pid = worker.kill()
-            report_death(self.settings, engine_id, pid)
+            report_death(self.settings, engine_id, worker.kill())
 
     def wait_ready(self, engine_id: str, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Waits until an engine takes calls.
+        """Waits until the worker of this fleet takes calls; another fleet's engine of that name does not count.
 
         Raises:
-            EngineFailed: its worker gave up, or time is up.
+            EngineFailed: its worker gave up, or time is up; the message says why.
         """
         monitor = Monitor(self.settings)
         until = time.monotonic() + timeout_s
-        while not _is_ready(monitor, engine_id):
-            worker = self.workers.get(engine_id)
-            if worker is None or not worker.running:
-                status = worker.status if worker else None
-                raise EngineFailed(f"Engine {engine_id} did not start (exit status {status}); its log says why.")
-            if worker.restarts > 2:
-                raise EngineFailed(f"Engine {engine_id} failed to start {worker.restarts} times; its log says why.")
+        while True:
+            worker, found = self.workers.get(engine_id), _look(monitor, engine_id)
+            if worker is None:
+                raise EngineFailed(f"Engine {engine_id} is not part of this fleet.")
+            own = found if is_of(str(found.get("incarnation", "")), worker.birth) else {}
+            if own.get("state") == EngineState.READY:
+                return
+            self._require_routers()
+            if not worker.running or worker.restarts >= _TRIES:
+                raise EngineFailed(_why(engine_id, worker, found))
             if time.monotonic() > until:
-                raise EngineFailed(f"Engine {engine_id} was not ready after {timeout_s:g} s.")
+                tried = f" It ended {worker.restarts} times: {found.get('error')}" if worker.restarts else ""
+                raise EngineFailed(f"Engine {engine_id} was not ready after {timeout_s:g} s.{tried}")
             time.sleep(_POLL_S)
+
+    def _require_routers(self) -> None:
+        """Raises EngineFailed if a router of this fleet has given up: no call would ever be placed."""
+        for router in self.routers:
+            if not router.running:
+                raise EngineFailed(
+                    f"The {router.name.partition(' ')[0]} ended with status {router.status}; its log says why. "
+                    "`rsm doctor` checks Redis and the settings."
+                )
 
     def stop(self) -> None:
         """Stops everything, bounded: workers drain at once side by side, then routers, then Redis."""
@@ -135,8 +164,22 @@ class Fleet:
         self.routers.clear()
 
 
-def _is_ready(monitor: Monitor, engine_id: str) -> bool:
+def _look(monitor: Monitor, engine_id: str) -> dict[str, Any]:
+    """The engine's record; {} if there is none, or Redis is away for a moment."""
     try:
-        return bool(monitor.engine(engine_id)["state"] == EngineState.READY)
-    except UnknownCall:
-        return False
+        return monitor.engine(engine_id)
+    except (UnknownCall, BrokerUnavailable):
+        return {}
+
+
+def _why(engine_id: str, worker: Supervised, found: Mapping[str, Any]) -> str:
+    """Why an engine did not start, in a sentence or two."""
+    if worker.status == EXIT_ID_TAKEN:
+        holder = f" (pid {found['pid']} on {found['node']})" if found else ""
+        return (
+            f"Engine id {engine_id} is in use by another live worker{holder}. "
+            "Stop that one, choose another engine_id, or use a namespace of your own (RSM_NAMESPACE)."
+        )
+    cause = found.get("error") or f"its process ended with status {worker.status}, and its log says why."
+    tried = f" (tried {worker.restarts + 1} times)" if worker.restarts else ""
+    return f"Engine {engine_id} did not start{tried}: {cause}"

@@ -9,7 +9,7 @@ import sys
 import threading
 
 from rsm.broker import logs
-from rsm.broker.errors import AccessDenied, EvictingRedis
+from rsm.broker.errors import AccessDenied, EvictingRedis, InvalidRequest
 from rsm.broker.settings import Settings
 from rsm.router.router import Router
 
@@ -21,7 +21,11 @@ _LEAVE_S = 5.0
 
 def run_router(settings: Settings) -> int:
     """Runs one router in this process until SIGTERM or SIGINT; returns its exit status, 78 if Redis will not do."""
-    router = Router(settings)
+    try:
+        router = Router(settings)
+    except InvalidRequest as e:  # such as a policy that does not exist
+        log.error("%s", e)
+        return os.EX_CONFIG
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop(router))
     log.info("%s serves %s, policy %s", router.name, settings.namespace, settings.policy)

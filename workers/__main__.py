@@ -18,9 +18,11 @@ import threading
 from rsm.broker import logs
 from rsm.broker.errors import AccessDenied, EngineIdTaken, EvictingRedis, InvalidRequest
 from rsm.broker.settings import Settings
+from rsm.workers.backends.base import Backend, Refused
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import (
+    BIRTH_VARIABLE,
     CONFIG_VARIABLE,
     EXIT_ID_TAKEN,
     EXIT_INVALID,
@@ -46,8 +48,12 @@ def share_heaps() -> None:
 def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     """Runs one worker in this process until it ends; returns its exit status."""
     share_heaps()
+    backend: Backend
     try:
         backend = create_backend(config, settings)
+    except InvalidRequest as e:
+        backend = Refused(str(e))  # so that the engine's record says so, for whoever waits for it
+    try:
         fuse = Fuse(settings, armed=True)
         worker = Worker(
             config.engine_id,
@@ -56,6 +62,7 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
             model=config.served_name,
             node=node,
             supervisor=os.environ.get(SUPERVISOR_VARIABLE, ""),
+            birth=os.environ.get(BIRTH_VARIABLE, ""),
             fuse=fuse,
         )
     except InvalidRequest as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -19,7 +20,7 @@ class EngineConfig(BaseModel):
         engine_id: names its queue in Redis.
         model: what it serves: a name, or a local folder. For `vllm`, none = a tiny random model built locally.
         gpu_id: the first of its GPUs; the others follow, as many as `tensor_parallel_size`.
-        max_num_seqs: calls that run at once.
+        max_num_seqs: calls that run at once; for `openai`, unless it is named, what the server says of itself.
         backend: "vllm", "openai" (any remote OpenAI-compatible server) or "sim" (a model of an engine).
         engine_args: any further argument of the backend; for `vllm`, of vLLM's engine.
         base_url: of the remote server, for `openai`, such as http://host:8000/v1.
@@ -74,6 +75,23 @@ class EngineConfig(BaseModel):
     def scheduler(self, settings: Settings) -> EngineScheduler:
         """In which order the engine runs its calls, unless engine_args say so."""
         return self.engine_scheduler or settings.engine_scheduler
+
+    def with_args(self, args: Mapping[str, Any]) -> EngineConfig:
+        """The same with further arguments for its backend; those that it has itself stand above them."""
+        return self.model_copy(update={"engine_args": {**args, **self.engine_args}}) if args else self
+
+    def as_json(self) -> str:
+        """For another process: what was named, without the key, which travels apart."""
+        return self.model_dump_json(exclude={"api_key"}, exclude_unset=True)
+
+    def gpus(self) -> range:
+        """Its GPUs, where there are any."""
+        return range(self.gpu_id, self.gpu_id + self.tensor_parallel_size)
+
+    def shares_gpu_with(self, other: EngineConfig) -> bool:
+        """Whether both would compute on one of them."""
+        both_vllm = self.backend == other.backend == "vllm"
+        return both_vllm and bool(set(self.gpus()) & set(other.gpus()))
 
     @property
     def served_name(self) -> str:

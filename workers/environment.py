@@ -6,6 +6,8 @@ from __future__ import annotations
 CONFIG_VARIABLE = "RSM_ENGINE"
 API_KEY_VARIABLE = "RSM_OPENAI_API_KEY"
 NODE_VARIABLE = "RSM_NODE"
+# What the supervisor calls this very process: the first incarnation of its worker, by which its death is reported.
+BIRTH_VARIABLE = "RSM_BIRTH"
 # The pid of the process that keeps the worker running.
 SUPERVISOR_VARIABLE = "RSM_SUPERVISOR"
 SUPERVISED_FLAG = "--supervised"

@@ -67,7 +67,7 @@ def measure(rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any
 
 
 def _run(scheduler: str, out: Path) -> dict[str, Any]:
-    from rsm.workers.backends.vllm.tiny_model import ensure_tiny_model
+    from rsm.workers.backends.vllm.start.tiny_model import ensure_tiny_model
 
     out.mkdir()
     options = [f"--engine-arg={name}={json.dumps(value)}" for name, value in _ENGINE.items()]

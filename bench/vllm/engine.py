@@ -20,7 +20,7 @@ from typing import Any
 from rsm.broker.settings import Settings
 from rsm.simulation.calibration.step_costs import Timed, durations
 from rsm.workers.backends.vllm import steps as log
-from rsm.workers.backends.vllm.args import prepare_environment
+from rsm.workers.backends.vllm.start.args import prepare_environment
 from rsm.workers.config import EngineConfig
 from rsm.workers.scheduling.program import CONFIG_KEY, as_config
 

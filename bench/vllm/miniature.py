@@ -267,7 +267,7 @@ def make_engine(
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    from rsm.workers.backends.vllm.tiny_model import ensure_tiny_model
+    from rsm.workers.backends.vllm.start.tiny_model import ensure_tiny_model
 
     kv_cache_utils.init_none_hash(lambda value: sha256(repr(value).encode()).digest())
     max_len = 8192

@@ -62,6 +62,7 @@ class Monitor:
         `prefill_tps`, `decode_tps`: tokens per second that it computes of prompts, and says with all slots taken, as
         learned from its work; 0 = not yet. `completion_tokens`: how long answers were of late, in the mean.
         `spoken_for`: tokens of its KV cache that programs have or are about to ask for again, under admission.
+        `error`: why its process ended last, until it is READY again.
         `alone`: the call for which it empties itself, or that runs on it alone, suspected of killing engines.
 
         Raises:
@@ -83,6 +84,7 @@ class Monitor:
         return {
             "engine_id": engine_id,
             "state": h.get("state", ""),
+            "error": h.get("error", ""),
             "model": h.get("model", ""),
             "node": h.get("node", ""),
             "pid": number(h.get("pid")),

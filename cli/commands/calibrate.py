@@ -11,7 +11,7 @@ import typer
 
 from rsm.broker import InvalidRequest
 from rsm.cli.app import app, settings_of
-from rsm.cli.commands.processes import EngineArg, MaxNumSeqs, Model, TensorParallel, engine_config
+from rsm.cli.options import EngineArg, MaxNumSeqs, Model, TensorParallel, engine_config
 from rsm.cli.output import console, note, say, table
 
 

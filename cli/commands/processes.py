@@ -1,118 +1,33 @@
-"""`rsm up` and the parts one by one: router, worker, node; engines on nodes by start and stop."""
+"""The processes one by one: router, worker, node; engines on nodes by start and stop."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from rsm.broker import EngineFailed, InvalidRequest, Settings, logs
+from rsm.broker import EngineFailed, Settings, logs
 from rsm.broker.protocol.models import EngineState
 from rsm.cli.app import app, monitor_of, require_redis, server_of, settings_of
 from rsm.cli.commands.drain import order_drain
+from rsm.cli.options import (
+    Backend,
+    BaseUrl,
+    EngineArg,
+    EngineId,
+    Gpu,
+    MaxNumSeqs,
+    Model,
+    Scheduler,
+    TensorParallel,
+    engine_config,
+)
 from rsm.cli.output import say
 
-Model = Annotated[str, typer.Option(help="Name or folder; none = for vllm a tiny random one, for openai any.")]
-Backend = Annotated[
-    str | None, typer.Option(help="vllm, openai (a remote OpenAI-compatible server) or sim; none = vllm if installed.")
-]
-BaseUrl = Annotated[str | None, typer.Option(help="Of the remote server, for --backend openai.")]
-MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Calls an engine runs at once.")]
-TensorParallel = Annotated[int, typer.Option("--tensor-parallel-size", min=1, help="GPUs of one engine.")]
-EngineArg = Annotated[
-    list[str] | None, typer.Option("--engine-arg", metavar="NAME=VALUE", help="Any further argument of the backend.")
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option("--engine-scheduler", help="fcfs, priority or plas; none = as RSM_ENGINE_SCHEDULER says."),
-]
-EngineId = Annotated[str, typer.Option(help="Names its queue; unique in the namespace.")]
-Gpu = Annotated[int, typer.Option(min=0, help="The first of its GPUs.")]
 _POLL_S = 0.1
 _LEAVE_MARGIN_S = 20.0
-
-
-def default_backend() -> str:
-    return "vllm" if importlib.util.find_spec("vllm") else "sim"
-
-
-def engine_config(
-    engine_id: str,
-    model: str,
-    gpu: int,
-    backend: str | None,
-    max_num_seqs: int,
-    tensor_parallel: int,
-    base_url: str | None,
-    engine_arg: list[str] | None,
-    scheduler: str | None = None,
-) -> Any:
-    """The EngineConfig of these options. A wrong one is a pydantic error, which the command tells in a sentence."""
-    from rsm.workers.config import EngineConfig
-
-    return EngineConfig(
-        engine_id=engine_id,
-        model=model,
-        gpu_id=gpu,
-        backend=backend or default_backend(),
-        max_num_seqs=max_num_seqs,
-        tensor_parallel_size=tensor_parallel,
-        base_url=base_url,
-        engine_args=dict(map(pair, engine_arg or [])),
-        engine_scheduler=scheduler,
-    )
-
-
-def pair(option: str) -> tuple[str, Any]:
-    """NAME=VALUE; the value is JSON where it reads as such, else text."""
-    name, equals, value = option.partition("=")
-    if not equals or not name:
-        raise InvalidRequest(f"--engine-arg takes NAME=VALUE; got {option!r}.")
-    try:
-        return name.replace("-", "_"), json.loads(value)
-    except ValueError:
-        return name.replace("-", "_"), value
-
-
-@app.command()
-def up(
-    ctx: typer.Context,
-    engines: Annotated[int, typer.Option(min=0, help="How many, as e0, e1, … on GPUs of their own.")] = 1,
-    model: Model = "",
-    backend: Backend = None,
-    base_url: BaseUrl = None,
-    routers: Annotated[int, typer.Option(min=1)] = 1,
-    max_num_seqs: MaxNumSeqs = 256,
-    tensor_parallel: TensorParallel = 1,
-    engine_arg: EngineArg = None,
-    engine_scheduler: Scheduler = None,
-) -> None:
-    """Everything on this machine, in the foreground: Redis (unless --redis URL or RSM_REDIS_URL), routers, engines.
-
-    Ctrl-C lets running calls finish and gives the others back; a second one stops at once. Calls that are not finished
-    stay in Redis and go on when engines are back.
-    """
-    from rsm.cli.up import run_up
-
-    configs = [
-        engine_config(
-            f"e{i}",
-            model,
-            i * tensor_parallel,
-            backend,
-            max_num_seqs,
-            tensor_parallel,
-            base_url,
-            engine_arg,
-            engine_scheduler,
-        )
-        for i in range(engines)
-    ]
-    run_up(settings_of(ctx), configs, routers)
 
 
 @app.command()
@@ -131,7 +46,7 @@ def worker(
     model: Model = "",
     gpu: Gpu = 0,
     backend: Backend = None,
-    max_num_seqs: MaxNumSeqs = 256,
+    max_num_seqs: MaxNumSeqs = None,
     tensor_parallel: TensorParallel = 1,
     base_url: BaseUrl = None,
     engine_arg: EngineArg = None,
@@ -172,7 +87,7 @@ def start(
     model: Model = "",
     gpu: Gpu = 0,
     backend: Backend = None,
-    max_num_seqs: MaxNumSeqs = 256,
+    max_num_seqs: MaxNumSeqs = None,
     tensor_parallel: TensorParallel = 1,
     base_url: BaseUrl = None,
     engine_arg: EngineArg = None,

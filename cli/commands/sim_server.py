@@ -9,7 +9,7 @@ import typer
 
 from rsm.broker import logs
 from rsm.cli.app import app, settings_of
-from rsm.cli.commands.processes import EngineArg, MaxNumSeqs, Model, engine_config
+from rsm.cli.options import EngineArg, MaxNumSeqs, Model, engine_config
 from rsm.cli.output import say
 
 

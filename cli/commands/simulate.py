@@ -10,8 +10,8 @@ import typer
 
 from rsm.broker import InvalidRequest
 from rsm.cli.app import app, settings_of
-from rsm.cli.commands.processes import EngineArg, MaxNumSeqs, pair
 from rsm.cli.commands.views import Json
+from rsm.cli.options import EngineArg, MaxNumSeqs, pair
 from rsm.cli.output import console, emit_json, note, table
 
 _HOUR_S = 3600.0

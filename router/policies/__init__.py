@@ -42,5 +42,5 @@ def create_policy(settings: Settings) -> Policy:
             f"There is no routing policy {name!r} ({e}). Use one of {', '.join(POLICIES)}, or package.module:Class."
         ) from e
     if not (isinstance(found, type) and issubclass(found, Policy)) or isabstract(found):
-        raise InvalidRequest(f"{name!r} is not a subclass of rsm.router.policies.Policy with a method `choose`.")
+        raise InvalidRequest(f"{name!r} is not a subclass of rsm.router.Policy with a method `choose`.")
     return found(settings)

@@ -25,7 +25,7 @@ from rsm.broker import Client, Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.factory import connect
 from rsm.broker.protocol.keys import ROUTER_GROUP
-from rsm.workers.backends.vllm.args import TINY_NAME
+from rsm.workers.backends.vllm.start.args import TINY_NAME
 from tests.support.waiting import eventually
 
 _BEGAN = 1_000_000.0

@@ -160,7 +160,8 @@ def test_all_that_a_replay_needs_is_in_the_letter(
     db.delete(keys.call("c"))
     assert letters.replay("c") == "c"
     record = client.record("c")
-    assert {name: getattr(record, name) for name in wishes} == wishes
+    told = {"session": record.session_id, "priority": record.priority, "stream": record.stream}
+    assert told | {"prompt_tokens": record.prompt_tokens} == wishes
     assert (record.model, record.deadline_ms) == ("m", None)
     call = worker.take_soon()
     assert (call.traceparent, call.on_engine_loss) == (trace, "restart")

@@ -18,9 +18,9 @@ from rsm.broker.views.monitor import ActiveCall
 from rsm.cli import app, tables
 from rsm.cli.app import hoist
 from rsm.cli.checks import Check, examine
-from rsm.cli.commands.processes import pair
+from rsm.cli.foreground import next_lines, redis_cli
+from rsm.cli.options import pair
 from rsm.cli.output import seconds
-from rsm.cli.up import next_lines, redis_cli
 from tests.support.fake_worker import FakeWorker
 
 
@@ -112,7 +112,7 @@ def test_a_held_call_is_told_from_one_that_no_engine_serves() -> None:
 def test_call_table_tells_the_story() -> None:
     result = CallResult("c", "s", "e1", "[bold]text[/]", [1], 9, 2, 4, "stop", 3.0, 1.0, 1.5, 2)
     ended = record(
-        state=RequestState.CANCELLED, engine="e1", why="it is [here]", attempt=2, started_ms=2000, finished_ms=4000,
+        state=RequestState.CANCELLED, engine_id="e1", why="it is [here]", attempt=2, started_ms=2000, finished_ms=4000,
         assigned_ms=1100, error="enough", result=result, stolen_from=("e7", "e8"), costs={"e1": 0.1, "e7": 2.5},
     )  # fmt: skip
     shown = printed(tables.call_table(ended, now_ms=9000))

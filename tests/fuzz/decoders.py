@@ -31,7 +31,7 @@ from rsm.workers.backends.openai.calls import exchange
 from rsm.workers.backends.openai.wire import SseParser, document, error, error_inside, readable, single_line
 from rsm.workers.backends.sim.engine import SimConfig
 from rsm.workers.backends.sim.request import read as read_sim
-from rsm.workers.backends.vllm.args import command_line
+from rsm.workers.backends.vllm.start.args import command_line
 from rsm.workers.config import EngineConfig
 from rsm.workers.runtime.control import Control
 from rsm.workers.supervision import node

@@ -224,7 +224,7 @@ def test_no_such_policy(name: str) -> None:
 
 @pytest.mark.parametrize("attribute", ["function", "Unfinished", "__name__"])
 def test_what_is_no_policy(plugin: str, attribute: str) -> None:
-    with pytest.raises(InvalidRequest, match="is not a subclass of router"):
+    with pytest.raises(InvalidRequest, match=r"is not a subclass of rsm\.router\.Policy"):
         create_policy(named(f"{plugin}:{attribute}"))
 
 

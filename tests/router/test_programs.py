@@ -157,9 +157,14 @@ def test_a_row_of_the_table(world: World) -> None:
     of_program = ("service", "level", "waited_ms", "ran_ms", "wait_ratio")
     assert [main[n] for n in of_program] == [sub[n] for n in of_program] == [5_000, 2, 3_000, 2_000, 1.5]
     assert (main["engines"], sub["engines"], main["active"], sub["active"]) == ([], ["e1"], 1, 1)
-    assert [(t["call"], t["state"], t["engine"]) for t in main["threads"]] == [("c2", "PENDING", "")]
+    assert [(t["request_id"], t["state"], t["engine_id"]) for t in main["threads"]] == [("c2", "PENDING", "")]
     (thread,) = sub["threads"]
-    assert (thread["call"], thread["state"], thread["engine"], thread["service"]) == ("c1", "RUNNING", "e1", 5_000)
+    assert (thread["request_id"], thread["state"], thread["engine_id"], thread["service"]) == (
+        "c1",
+        "RUNNING",
+        "e1",
+        5_000,
+    )
     submitted, started = world.record("c1").ints("submitted_ms", "started_ms")
     assert (thread["arrival_ms"], thread["waited_ms"]) == (submitted, started - submitted)
     assert thread["ran_ms"] >= 0

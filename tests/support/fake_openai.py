@@ -24,7 +24,8 @@ class Server:
         in_stream: sent in place of the last chunk.
         piecemeal: sends its bytes one at a time.
         vllm: says that it is vLLM; token ids are sent to whom asks with return_token_ids.
-        health: status of GET /models.
+        health: status of GET /models; models: what it lists.
+        about: answers to what is asked beside OpenAI's API, by path.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,8 @@ class Server:
         self.piecemeal = False
         self.vllm = False
         self.health = 200
+        self.models = ["the-model"]
+        self.about: dict[str, str] = {}
         self.hung_up = asyncio.Event()
         self.url = ""
         self._server: asyncio.Server | None = None
@@ -68,7 +71,12 @@ class Server:
     ) -> None:
         if path == "/v1/models":
             owner = "vllm" if self.vllm else "somebody"
-            return await self._send(w, self.health, json.dumps({"data": [{"id": "the-model", "owned_by": owner}]}))
+            listed = [{"id": name, "owned_by": owner} for name in self.models]
+            return await self._send(w, self.health, json.dumps({"data": listed}))
+        if path in self.about:
+            return await self._send(w, 200, self.about[path])
+        if not path.startswith("/v1/"):
+            return await self._send(w, 404, "")
         request = json.loads(body)
         self.requests.append(request | {"path": path})
         self.headers.append(headers)

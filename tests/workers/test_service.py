@@ -79,7 +79,7 @@ def test_no_such_unit(name: str) -> None:
 
 @pytest.mark.parametrize("attribute", ["function", "Unfinished", "__name__"])
 def test_what_is_no_unit(plugin: str, attribute: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"is not a subclass of rsm.workers.scheduling.service.ServiceUnit"):
+    with pytest.raises(InvalidRequest, match=r"is not a subclass of rsm.workers.ServiceUnit"):
         create_unit(f"{plugin}:{attribute}")
 
 

@@ -85,7 +85,7 @@ def test_a_worker_that_loses_a_thread_ends(settings: Settings, client: Client, d
 
 def test_a_body_that_cannot_be_read_fails_at_once(settings: Settings, client: Client, start: Start) -> None:
     broken = client.prepare("x")._replace(body=b"\xc1\xc1\xc1")
-    refused = client.prepare("x", params={"max_tokens": -1})
+    refused = client.prepare("x", max_tokens=-1)
     start()
     with routing(settings):
         for handle in client.submit_many([broken, refused]):

@@ -23,6 +23,10 @@ class EngineDied(Exception):
     """The engine is gone, and with it every call it was running."""
 
 
+class EngineMisconfigured(EngineDied):
+    """The engine can never start like this, however often it is tried; the message says what to change."""
+
+
 @dataclass(frozen=True, slots=True)
 class Resumed:
     """What an earlier attempt of a streamed call has already published: never publish it again.
@@ -130,6 +134,7 @@ class Backend(ABC):
 
         Raises:
             EngineDied: it cannot; the message says why.
+            EngineMisconfigured: it never will.
         """
 
     @abstractmethod
@@ -169,3 +174,28 @@ class Backend(ABC):
     @abstractmethod
     async def stop(self, grace_s: float) -> None:
         """Takes the engine down and leaves no process behind."""
+
+
+class Refused(Backend):
+    """Stands for an engine whose configuration makes no sense: a worker reports the reason, and leaves."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    async def start(self) -> EngineFacts:
+        raise EngineMisconfigured(self._reason)
+
+    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+        raise EngineDied(self._reason)
+
+    def abort(self, key: str) -> None:
+        """There is none."""
+
+    def load(self) -> EngineLoad:
+        return EngineLoad()
+
+    async def died(self) -> str:
+        return self._reason
+
+    async def stop(self, grace_s: float) -> None:
+        """There is nothing to stop."""

@@ -31,12 +31,12 @@ def _vllm(config: EngineConfig, settings: Settings) -> Backend:
 def _openai(config: EngineConfig, settings: Settings) -> Backend:
     from rsm.workers.backends.openai.backend import OpenAIBackend
 
+    slots = {"max_num_seqs": config.max_num_seqs} if "max_num_seqs" in config.model_fields_set else {}
     return OpenAIBackend(
         config.base_url or "",
         config.model,
         api_key=config.api_key or settings.openai_api_key,
-        max_num_seqs=config.max_num_seqs,
-        **config.engine_args,
+        **slots | config.engine_args,
     )
 
 

@@ -10,7 +10,7 @@ from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS, Backoff
 from rsm.broker.protocol.models import EngineState
-from rsm.broker.protocol.scripts import Arg, Command
+from rsm.broker.protocol.scripts import Arg
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
@@ -44,7 +44,12 @@ class Lease(threading.Thread):
         self._redis = connect(settings)
         self._wake = threading.Event()
         self._closed = False
+        self._facts: Mapping[str, Arg] = {}
         self.state = EngineState.STARTING
+
+    def announce(self, facts: Mapping[str, Arg]) -> None:
+        """What the engine turned out to be, for its registration: goes with the next heartbeat that arrives."""
+        self._facts = facts
 
     def close(self) -> None:
         self._closed = True
@@ -55,14 +60,14 @@ class Lease(threading.Thread):
     def beat(self, state: EngineState) -> bool:
         """Reports a new state at once; False if the lease was lost. For the worker's own thread."""
         self.state = state
-        return execute.run(self._redis, self._command())
+        return self._send()
 
     def run(self) -> None:
         backoff = Backoff("lease")
         pause = self._period_s
         while not self._closed:
             try:
-                held = execute.run(self._redis, self._command())
+                held = self._send()
             except BLIPS as e:
                 pause = backoff.pause(e)
             else:
@@ -74,5 +79,12 @@ class Lease(threading.Thread):
                     break
             self._wake.wait(pause)
 
-    def _command(self) -> Command[bool]:
-        return self._transitions.heartbeat(self._engine, self._incarnation, self.state.value, self._report())
+    def _send(self) -> bool:
+        facts = self._facts
+        fields = {**facts, **self._report()}
+        held = execute.run(
+            self._redis, self._transitions.heartbeat(self._engine, self._incarnation, self.state.value, fields)
+        )
+        if held and self._facts is facts:
+            self._facts = {}
+        return held

@@ -27,15 +27,15 @@ from rsm.broker.connection.eviction import require_noeviction
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS
 from rsm.broker.errors import EngineIdTaken
-from rsm.broker.protocol.ids import check_id, new_id
+from rsm.broker.protocol.ids import check_id, new_id, shorten
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Claimed
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.protocol.scripts import Arg, Command, T
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.workers.backends.base import Backend, EngineDied, EngineFacts
-from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK
+from rsm.workers.backends.base import Backend, EngineDied, EngineFacts, EngineMisconfigured
+from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_INVALID, EXIT_OK
 from rsm.workers.meters.kv_cache import CacheMeter
 from rsm.workers.runtime.blocking import aside, ask
 from rsm.workers.runtime.calls import Calls
@@ -59,6 +59,8 @@ _FAREWELL_S = 15.0
 _LOADING_S = 5.0
 # How long a worker whose engine died waits for a Redis that is away, to say so.
 _FLUSH_S = 10.0
+# Of why an engine did not start, in its record, in characters.
+_ERROR_SHOWN = 500
 # Heartbeats between two looks at Redis's account of the calls.
 _BEATS_PER_LOOK = 4
 
@@ -69,6 +71,7 @@ class Worker:
     Args:
         model: the name calls ask for; none = what the engine says of itself.
         supervisor: the pid of the process that keeps this one running.
+        birth: what the supervisor calls this process; none = a new id.
         prefetch: calls claimed beyond the engine's slots, so that a slot never waits for a round trip.
         fuse: ends this process if it stands still; none = nothing does.
     """
@@ -82,6 +85,7 @@ class Worker:
         model: str = "",
         node: str = "",
         supervisor: str = "",
+        birth: str = "",
         prefetch: int = 2,
         fuse: Fuse | None = None,
     ) -> None:
@@ -115,6 +119,8 @@ class Worker:
         self._reconciler = Reconciler(self.engine, self._redis, self._transitions, self._calls, self._publisher)
         self._facts = EngineFacts(model=model, max_num_seqs=0)
         self._room = Room(0)
+        # The first incarnation is named after the process; each lease that is lost makes a further one, `BIRTH.2` …
+        self._birth, self._births = birth or new_id(), 0
         self._incarnation = ""
         self._lease: Lease | None = None
         self._claimer: Claimer | None = None
@@ -145,13 +151,16 @@ class Worker:
             self._facts = await self._start_engine()
             self._calls.cache = CacheMeter(self._facts.kv_tokens)
             self._publisher.start()
-            await self._announce()
             await self._open_for_work(control_from)
         except EngineDied as e:
             stopped = self._told_to_stop.is_set()
             log.log(logging.INFO if stopped else logging.ERROR, "engine %s did not start: %s", self.engine, e)
+            if self._lease is not None and not stopped:
+                self._lease.announce({"error": shorten(str(e), _ERROR_SHOWN)})
             await self._leave(0)
-            return EXIT_OK if stopped else EXIT_ENGINE_DIED
+            if stopped:
+                return EXIT_OK
+            return EXIT_INVALID if isinstance(e, EngineMisconfigured) else EXIT_ENGINE_DIED
         self._serving = True
         duties = (self._watch_engine(), self._watch_progress(), self._keep_accounts())
         watches = [asyncio.create_task(duty) for duty in duties]
@@ -200,9 +209,7 @@ class Worker:
         self._calls.drop_all()
         await self._close_ears()
         await self._calls.settle(_ABORT_S)
-        control_from = await self._register()
-        await self._announce()
-        await self._open_for_work(control_from)
+        await self._open_for_work(await self._register())
 
     async def _drain(self) -> None:
         """Out of service: no new calls, running ones finish. The process stays until it is told to stop."""
@@ -232,6 +239,8 @@ class Worker:
         log.info("engine %s has stopped", self.engine)
 
     async def _bury_engine(self, reason: str) -> None:
+        if self._lease is not None:
+            self._lease.announce({"error": shorten(reason, _ERROR_SHOWN)})
         log.error("engine %s died (%s); its calls go to others", self.engine, reason)
         self._fuse.leaving(_FLUSH_S + _FAREWELL_S)
         await self._drain()
@@ -306,7 +315,9 @@ class Worker:
 
         Returns the entry of the control stream behind which orders are for us.
         """
-        survived, self._incarnation, seen = self._incarnation, new_id(), 0
+        self._births += 1
+        survived, seen = self._incarnation, 0
+        self._incarnation = self._birth if self._births == 1 else f"{self._birth}.{self._births}"
         while True:
             command = self._transitions.register(self.engine, self._incarnation, self._registration(), survived)
             reply = await self._unless_stopped(self._run(command))
@@ -332,12 +343,6 @@ class Worker:
             "version": self._facts.version,
             "service_unit": self.settings.service_unit,
         }
-
-    async def _announce(self) -> None:
-        """Writes down what the engine turned out to be."""
-        key = self._keys.engine(self.engine)
-        fields: Any = self._registration()
-        await self._unless_stopped(ask(lambda: self._redis.hset(key, mapping=fields)))
 
     def _new_lease(self) -> Lease:
         incarnation = self._incarnation
@@ -370,6 +375,8 @@ class Worker:
             lambda op: self._call(self._want, op),
         )
         self._control.start()
+        if self._lease is not None:
+            self._lease.announce(self._registration() | {"error": ""})
         if not await self._beat(EngineState.READY):
             self._want("renew", self._incarnation)
             return

@@ -112,7 +112,5 @@ def create_unit(name: str) -> ServiceUnit:
             f"There is no service unit {name!r} ({e}). Use one of {', '.join(UNITS)}, or package.module:Class."
         ) from e
     if not (isinstance(found, type) and issubclass(found, ServiceUnit)) or isabstract(found):
-        raise InvalidRequest(
-            f"{name!r} is not a subclass of rsm.workers.scheduling.service.ServiceUnit with a method `service`."
-        )
+        raise InvalidRequest(f"{name!r} is not a subclass of rsm.workers.ServiceUnit with a method `service`.")
     return found()

@@ -9,7 +9,7 @@ import sys
 from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS
-from rsm.broker.protocol.codec import number, text
+from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
@@ -31,7 +31,10 @@ def worker_process(
     config: EngineConfig, settings: Settings, *, output: int | None = None, node: str = ""
 ) -> Supervised:
     """A worker, not yet started. It is started again when it dies, unless its engine id is taken."""
-    env = settings.environment() | {CONFIG_VARIABLE: config.model_dump_json(exclude={"api_key"}), NODE_VARIABLE: node}
+    env = settings.environment() | {
+        CONFIG_VARIABLE: config.as_json(),
+        NODE_VARIABLE: node,
+    }
     env[SUPERVISOR_VARIABLE] = str(os.getpid())
     if config.api_key is not None:
         env[API_KEY_VARIABLE] = config.api_key.get_secret_value()
@@ -42,17 +45,27 @@ def worker_process(
         give_up=[EXIT_ID_TAKEN, EXIT_INVALID],
         output=output,
         grace_s=settings.drain_grace_s,
-        died=lambda pid, _status: report_death(settings, config.engine_id, pid),
+        died=lambda birth, _status: report_death(settings, config.engine_id, birth),
     )
 
 
-def report_death(settings: Settings, engine_id: str, pid: int) -> None:
-    """Gives a dead worker's calls to others now, instead of when its lease runs out. Does nothing if Redis is away."""
+def is_of(incarnation: str, birth: str) -> bool:
+    """Whether an incarnation is one of the process of that birth."""
+    return incarnation == birth or incarnation.startswith(f"{birth}.")
+
+
+def report_death(settings: Settings, engine_id: str, birth: str) -> None:
+    """Gives a dead worker's calls to others now, instead of when its lease runs out. Does nothing if Redis is away, or
+    if a successor has the engine id by now.
+
+    Args:
+        birth: of the process that died, or an incarnation of it.
+    """
     transitions, server = Transitions(Keys(settings.namespace), settings), connect(settings)
     try:
-        found = server.hmget(Keys(settings.namespace).engine(engine_id), ["pid", "incarnation"])
-        while number(found[0]) == pid:
-            reaped = execute.run(server, transitions.reap(engine_id, text(found[1])))
+        incarnation = text(server.hget(Keys(settings.namespace).engine(engine_id), "incarnation"))
+        while is_of(incarnation, birth):
+            reaped = execute.run(server, transitions.reap(engine_id, incarnation))
             if reaped.moved < settings.batch:
                 break
     except BLIPS:

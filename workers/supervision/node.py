@@ -8,6 +8,7 @@ restart of `rsm node` touches a running engine.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -130,7 +131,7 @@ class NodeClient:
         """
         if config.api_key is not None:
             raise InvalidRequest("An API key must not travel through a queue; set RSM_OPENAI_API_KEY on the node.")
-        return self._run(start_engine, timeout_s, config.model_dump(mode="json", exclude={"api_key"}), timeout_s)
+        return self._run(start_engine, timeout_s, json.loads(config.as_json()), timeout_s)
 
     def stop_engine(self, engine_id: str, drain: bool = True) -> dict[str, Any]:
         """Stops an engine; with `drain` its running calls may finish within the grace. Raises EngineFailed."""
@@ -208,7 +209,7 @@ def start_engine(config: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         raise EngineFailed(f"Engine id {engine.engine_id} is in use; stop that engine, or choose another id.")
     supervisor = subprocess.Popen(
         [sys.executable, "-P", "-m", "rsm.workers", SUPERVISED_FLAG],
-        env=os.environ | settings.environment() | {CONFIG_VARIABLE: engine.model_dump_json(), NODE_VARIABLE: here.node},
+        env=os.environ | settings.environment() | {CONFIG_VARIABLE: engine.as_json(), NODE_VARIABLE: here.node},
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # RQ ends a job by killing its process group
     )
@@ -235,7 +236,7 @@ def stop_engine(engine_id: str, drain: bool) -> dict[str, Any]:
         if time.monotonic() > until:
             _kill_session(supervisor)  # first, for it would start the worker again
             _kill_session(worker)
-            report_death(settings, engine_id, worker)
+            report_death(settings, engine_id, str(status["incarnation"]))
         time.sleep(_POLL_S)
     log.info("engine %s stopped", engine_id)
     return Monitor(settings).engine(engine_id)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from rsm.broker import child_process as child
+from rsm.broker.protocol.ids import new_id
+from rsm.workers.environment import BIRTH_VARIABLE
 
 log = logging.getLogger("rsm.supervisor")
 
@@ -25,7 +27,10 @@ class Supervised:
 
     Args:
         give_up: exit statuses after which it is not started again, besides 0.
-        died: called, from the supervising thread, after each unexpected end with its pid and status.
+        died: called, from the supervising thread, after each unexpected end with its birth and status.
+
+    Attributes:
+        birth: what the running process is called (RSM_BIRTH): a pid may be another's by the time it is looked at.
     """
 
     def __init__(
@@ -37,7 +42,7 @@ class Supervised:
         give_up: Sequence[int] = (),
         output: int | None = None,
         grace_s: float = 30.0,
-        died: Callable[[int, int], None] | None = None,
+        died: Callable[[str, int], None] | None = None,
     ) -> None:
         self.name = name
         self._command = list(command)
@@ -50,6 +55,7 @@ class Supervised:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._watch, name=f"rsm-watch-{name}", daemon=True)
+        self.birth = ""
         self.restarts = 0
         self.status: int | None = None
 
@@ -82,15 +88,15 @@ class Supervised:
         if self._thread.is_alive():
             self._thread.join()
 
-    def kill(self) -> int:
-        """kill -9, and no further start; returns the pid it had."""
+    def kill(self) -> str:
+        """kill -9, and no further start; returns its birth."""
         with self._lock:
             self._stopping.set()
             assert self._process is not None, "not started"  # noqa: S101
             self._process.kill()
         self._process.wait()
         self._thread.join()
-        return self._process.pid
+        return self.birth
 
     def wait(self) -> int:
         """Waits until it has ended for good; returns its last exit status."""
@@ -100,18 +106,19 @@ class Supervised:
     def _spawn(self) -> None:
         with self._lock:
             if not self._stopping.is_set():
-                self._process = child.spawn(self._command, self._env, self._output)
+                self.birth = new_id()
+                self._process = child.spawn(self._command, self._env | {BIRTH_VARIABLE: self.birth}, self._output)
 
     def _watch(self) -> None:
         pause = _FIRST_PAUSE_S
         while self._process is not None:
-            began, process = time.monotonic(), self._process
+            began, process, birth = time.monotonic(), self._process, self.birth
             self.status = process.wait()
             child.end_session(process)  # such as an engine that hangs and still has its GPU
             if self._stopping.is_set() or self.status in self._give_up:
                 return
             if self._died is not None:
-                self._died(process.pid, self.status)
+                self._died(birth, self.status)
             pause = _FIRST_PAUSE_S if time.monotonic() - began > _WELL_S else pause
             log.warning("%s ended with status %d; starting it again in %.1f s", self.name, self.status, pause)
             if self._stopping.wait(pause):

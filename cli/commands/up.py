@@ -1,0 +1,103 @@
+"""`rsm up`: everything on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rsm.broker import InvalidRequest
+from rsm.cli.app import app, settings_of
+from rsm.cli.options import (
+    Backend,
+    EngineArg,
+    MaxNumSeqs,
+    Model,
+    Scheduler,
+    TensorParallel,
+    default_backend,
+    engine_config,
+)
+from rsm.engine.gpu_plan import Place, places
+
+
+@app.command()
+def up(
+    ctx: typer.Context,
+    engines: Annotated[
+        int | None,
+        typer.Option(min=0, show_default=False, help="How many, as e0, e1, … Default: 1, or one a --base-url."),
+    ] = None,
+    model: Model = "",
+    backend: Backend = None,
+    base_url: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a running OpenAI-compatible server; once for each: an engine before it."),
+    ] = None,
+    routers: Annotated[int, typer.Option(min=1, help="How many router processes.")] = 1,
+    max_num_seqs: MaxNumSeqs = None,
+    tensor_parallel: TensorParallel = 1,
+    engine_arg: EngineArg = None,
+    engine_scheduler: Scheduler = None,
+    share_gpus: Annotated[
+        bool, typer.Option("--share-gpus", help="Several engines on a GPU, where there are too few.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            show_default=False,
+            help="A fleet as YAML. Default: rsm.yaml in this folder, if no option names an engine.",
+        ),
+    ] = None,
+) -> None:
+    """Runs everything on this machine, in the foreground: Redis (unless one is named), routers and engines.
+
+    Ctrl-C lets running calls finish and gives the others back; a second one stops at once. Unfinished calls stay in
+    Redis and run when engines are back.
+    """
+    from rsm.cli.foreground import run_up
+    from rsm.engine.fleet_file import NAME, read_fleet
+
+    options = (engines, model, backend, base_url, max_num_seqs, engine_arg, engine_scheduler)
+    by_options = any(option not in (None, "") for option in options)
+    file = config or (Path(NAME) if Path(NAME).is_file() and not by_options else None)
+    settings = settings_of(ctx)
+    if file is not None:
+        if by_options:
+            raise typer.BadParameter(f"engines are described by {file}; leave the other options out")
+        fleet = read_fleet(file)
+        settings = fleet.applied().with_redis(*_named(ctx))
+        run_up(settings, fleet.engines, fleet.routers, f"the fleet of {file}")
+        return
+    described = [
+        engine_config(
+            f"e{i}", model, place.gpu_id, backend, max_num_seqs, tensor_parallel, url, engine_arg, engine_scheduler
+        ).with_args(place.engine_args)
+        for i, (url, place) in enumerate(_places(engines, backend, base_url or [], tensor_parallel, share_gpus))
+    ]
+    run_up(settings, described, routers)
+
+
+def _named(ctx: typer.Context) -> tuple[str | None, str | None]:
+    """The Redis and the namespace that the command line names; these stand above any file."""
+    root = ctx.find_root().params
+    return root["redis_url"], root["namespace"]
+
+
+def _places(
+    engines: int | None, backend: str | None, urls: list[str], tensor_parallel: int, share: bool
+) -> list[tuple[str | None, Place]]:
+    """For each engine the server before which it stands, if any, and its GPU."""
+    if urls:
+        if engines not in (None, len(urls)):
+            raise InvalidRequest(
+                f"--engines {engines} and {len(urls)} --base-url do not fit: each server is one engine. "
+                "Name --base-url once for each server, and leave --engines out."
+            )
+        return [(url, Place(0)) for url in urls]
+    if (backend or default_backend()) != "vllm":
+        return [(None, Place(0))] * (1 if engines is None else engines)
+    return [(None, place) for place in places(1 if engines is None else engines, tensor_parallel, share=share)]
