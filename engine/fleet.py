@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rsm.broker.connection.embedded import EmbeddedRedis
@@ -34,6 +34,7 @@ START_TIMEOUT_S = 900.0
 _POLL_S = 0.05
 # How often an engine may end before it was ready, for a reason that may pass.
 _TRIES = 3
+_PROGRESS = {"STARTING": "loads its model", "READY": "is ready"}
 
 
 class Fleet:
@@ -52,11 +53,20 @@ class Fleet:
         self.settings = given if self.embedded is None else given.with_redis(self.embedded.url)
         self._router_count = routers
         self._output = output
+        self._progress: Callable[[str], None] = lambda _: None
         self.routers: list[Supervised] = []
         self.workers: dict[str, Supervised] = {}
 
-    def start(self, engines: Sequence[EngineConfig], timeout_s: float = START_TIMEOUT_S) -> None:
+    def start(
+        self,
+        engines: Sequence[EngineConfig],
+        timeout_s: float = START_TIMEOUT_S,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Starts everything; returns once all engines are READY.
+
+        Args:
+            progress: told what is done now, in a few words, each time that it changes.
 
         Raises:
             EngineFailed: an engine did not start, the message says why; everything is stopped again.
@@ -65,11 +75,14 @@ class Fleet:
             EvictingRedis: Redis would delete calls when its memory is full.
         """
         create_policy(self.settings)  # a wrong name is an error here, not in the log of a router
+        self._progress = progress
         try:
             if self.embedded is not None:
+                progress("starting Redis")
                 self.embedded.start()
             with contextlib.suppress(*BLIPS):  # the parts wait for it, and look themselves
                 require_noeviction_at(self.settings)
+            progress("starting the router")
             for i in range(self._router_count):
                 self.start_router(f"router {i}")
             self._start_engines(engines, timeout_s)
@@ -120,14 +133,18 @@ class Fleet:
         Raises:
             EngineFailed: its worker gave up, or time is up; the message says why.
         """
-        monitor = Monitor(self.settings)
+        monitor, shown = Monitor(self.settings), ""
         until = time.monotonic() + timeout_s
         while True:
             worker, found = self.workers.get(engine_id), _look(monitor, engine_id)
             if worker is None:
                 raise EngineFailed(f"Engine {engine_id} is not part of this fleet.")
             own = found if is_of(str(found.get("incarnation", "")), worker.birth) else {}
-            if own.get("state") == EngineState.READY:
+            state = str(own.get("state", "")) or "is loading"
+            if state != shown:
+                shown = state
+                self._progress(f"engine {engine_id} {_PROGRESS.get(state, state)}")
+            if state == EngineState.READY:
                 return
             self._require_routers()
             if not worker.running or worker.restarts >= _TRIES:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from rsm.broker import CallHandle, CallRecord, Delta, RequestState
+from rsm.cli.demo.live import LiveStreams
 from rsm.cli.demo.stage import PATIENCE_S, Stage
 from rsm.cli.output import seconds, table
 
@@ -21,7 +22,7 @@ _AGENT_STEPS = 3
 _LONG_CALLS = 6
 _LONG_TOKENS = 6000
 _CROWD = 16
-# A call counts as being in mid-flight once it has published so many pieces.
+# A call counts as being in mid-flight once it has published so many chunks.
 _UNDER_WAY = 8
 # A cancelled call must have ended by then; it is milliseconds where the machine is not overloaded.
 _CANCEL_BOUND_S = 5.0
@@ -29,7 +30,7 @@ _CANCEL_BOUND_S = 5.0
 
 def stream_one(stage: Stage) -> float:
     """Act 1. Returns the pace of one call alone, in tokens per second."""
-    stage.act("1. A call, streamed", "Each piece goes from the engine through Redis to here as it comes.")
+    stage.act("1. A call, streamed", "Each chunk travels from the engine through Redis to this terminal as it is made.")
     began = time.monotonic()
     handle = stage.submit("Explain quantum computing to a curious child.", "reader", 64, stream=True)
     numbers, text, first = [], "", 0.0
@@ -44,11 +45,11 @@ def stream_one(stage: Stage) -> float:
     took = time.monotonic() - first
     pace = result.completion_tokens / took
     stage.out.print(
-        f"{len(numbers)} pieces, {result.completion_tokens} tokens on {result.engine_id}; first piece after "
+        f"{len(numbers)} chunks, {result.completion_tokens} tokens on {result.engine_id}; first chunk after "
         f"{seconds((first - began) * 1000)}, then {pace:.0f} tokens/s"
     )
-    stage.promise(numbers == list(range(len(numbers))), "its pieces are numbered without gap or repetition")
-    stage.promise(text == result.text, "the pieces together are the result's text")
+    stage.promise(numbers == list(range(len(numbers))), "its chunks are numbered without a gap or a repetition")
+    stage.promise(text == result.text, "the chunks together are the text of the result")
     return pace
 
 
@@ -57,14 +58,14 @@ def follow_an_agent(stage: Stage) -> None:
     threshold = stage.monitor.settings.cache_token_threshold
     stage.act(
         "2. A program of three steps, kept where its KV cache is",
-        f"Each prompt is longer than {threshold} tokens and holds the step before. Look at ENGINE, WHY and CACHED.",
+        f"Each prompt is longer than {threshold} tokens and contains the step before. Look at ENGINE, WHY and CACHED.",
     )
     ids = _words(0, threshold + 400)
     records: list[CallRecord] = []
     for step in range(_AGENT_STEPS):
         handle = stage.submit(ids, "agent", 32)
         handle.wait(PATIENCE_S)
-        record = handle.record()  # the end's news leave out why the engine was chosen
+        record = handle.record()  # what came with its end leaves out why the engine was chosen
         records.append(record)
         ids = ids + (record.result.token_ids if record.result else []) + _words(step + 1, 150)
     stage.show(table("", ["STEP", "ENGINE", "PROMPT", "CACHED", "FIRST TOKEN", "WHY"], _agent_rows(records)))
@@ -94,7 +95,7 @@ def cancel_a_session(stage: Stage) -> None:
         stage.submit(f"Write chapter {i} of a long novel.", "novel", _LONG_TOKENS, stream=True)
         for i in range(_LONG_CALLS)
     ]
-    stage.until(lambda: all(stage.pieces(h) >= _UNDER_WAY for h in handles), "all long calls under way")
+    stage.until(lambda: all(stage.chunks(h) >= _UNDER_WAY for h in handles), "all long calls under way")
     began = time.monotonic()
     cancelled = stage.client.cancel_session("novel", "the reader has gone")
     ended: dict[str, float] = {}
@@ -115,7 +116,7 @@ def cancel_a_session(stage: Stage) -> None:
     stage.promise(cancelled == _LONG_CALLS, f"one command reached {cancelled} calls")
     stage.promise(all(r.state is RequestState.CANCELLED for r in records), "all of them are CANCELLED")
     stage.promise({r.engine_id for r in records} == set(stage.engine_ids), "they were running on both engines")
-    stage.promise(all(r.result and r.result.text for r in records), "what they had said until then was kept")
+    stage.promise(all(r.result and r.result.text for r in records), "the partial text of each was kept")
     stage.promise(
         max(ended.values()) < _CANCEL_BOUND_S, f"the last one ended after {seconds(max(ended.values()) * 1000)}"
     )
@@ -149,54 +150,55 @@ def kill_an_engine(stage: Stage, pace: float) -> None:
         [stage.submit(p, f"crowd-{i}", tokens, stream=True) for i, p in enumerate(prompts)],
         [r.result.text if r.result else "" for r in calm],
     )
-    with ThreadPoolExecutor(_CROWD) as readers:
-        reading = [readers.submit(_read, handle) for handle in crowd.handles]
-        stage.until(lambda: all(stage.pieces(h) >= _UNDER_WAY for h in crowd.handles), "all calls under way")
-        _kill_the_busier(stage, crowd)
+    live = LiveStreams(stage.out, stage.monitor, crowd.handles, tokens, stage.engine_ids)
+    with live, ThreadPoolExecutor(_CROWD) as readers:
+        reading = [readers.submit(live.read, handle) for handle in crowd.handles]
+        stage.until(lambda: all(stage.chunks(h) >= _UNDER_WAY for h in crowd.handles), "all calls under way")
+        live.note(_kill_the_busier(stage, crowd))
         crowd.streams = [future.result(PATIENCE_S) for future in reading]
     crowd.after = stage.records(crowd.handles)
-    _tell_of_the_kill(stage, crowd)
+    _report_the_kill(stage, crowd)
 
 
-def _read(handle: CallHandle) -> list[Delta]:
-    return list(handle.stream())
-
-
-def _kill_the_busier(stage: Stage, crowd: Crowd) -> None:
+def _kill_the_busier(stage: Stage, crowd: Crowd) -> str:
+    """What was done, in a sentence."""
     crowd.before = [handle.record() for handle in crowd.handles]
     busy = Counter(r.engine_id for r in crowd.before if r.state is RequestState.RUNNING)
     crowd.victim = busy.most_common(1)[0][0]
     pid = stage.monitor.engine(crowd.victim)["pid"]
     crowd.killed_ms = stage.monitor.now_ms()
     os.kill(pid, signal.SIGKILL)
-    stage.out.print(f"kill -9 {pid}: {crowd.victim} is gone, with {busy[crowd.victim]} calls running on it")
+    sentence = f"kill -9 {pid}: {crowd.victim} is gone, with {busy[crowd.victim]} calls running on it"
+    if not stage.out.is_terminal:  # else it stands below the streams
+        stage.out.print(sentence)
+    return sentence
 
 
-def _tell_of_the_kill(stage: Stage, crowd: Crowd) -> None:
-    told = list(zip(crowd.before, crowd.after, crowd.streams, crowd.expected, strict=True))
+def _report_the_kill(stage: Stage, crowd: Crowd) -> None:
+    outcomes = list(zip(crowd.before, crowd.after, crowd.streams, crowd.expected, strict=True))
     rows = [
-        [i, b.engine_id, a.engine_id, a.attempt, len(pieces), _yes(_gapless(pieces)), _yes(_said(pieces) == text)]
-        for i, (b, a, pieces, text) in enumerate(told, 1)
+        [i, b.engine_id, a.engine_id, a.attempt, len(chunks), _yes(_gapless(chunks)), _yes(_text(chunks) == text)]
+        for i, (b, a, chunks, text) in enumerate(outcomes, 1)
     ]
-    columns = ["CALL", "RAN ON", "ENDED ON", "ATTEMPTS", "PIECES", "NUMBERED RIGHT", "SAME TEXT"]
+    columns = ["CALL", "RAN ON", "ENDED ON", "ATTEMPTS", "CHUNKS", "NUMBERED RIGHT", "SAME TEXT"]
     stage.show(table("", columns, rows))
-    hit = [a for b, a, _, _ in told if b.engine_id == crowd.victim and b.state is RequestState.RUNNING]
+    hit = [a for b, a, _, _ in outcomes if b.engine_id == crowd.victim and b.state is RequestState.RUNNING]
     pauses = [a.started_ms - crowd.killed_ms for a in hit if a.started_ms is not None]
     heirs = ", ".join(sorted({a.engine_id for a in hit}))
-    stage.out.print(f"{len(hit)} calls went on on {heirs}, the last of them {seconds(max(pauses))} after the kill")
+    stage.out.print(f"{len(hit)} calls resumed on {heirs}, the last of them {seconds(max(pauses))} after the kill")
     stage.promise(all(a.state is RequestState.COMPLETED for a in crowd.after), f"all {_CROWD} calls have completed")
     stage.promise(bool(hit) and all(a.attempt > 1 for a in hit), "each call of the dead engine took a second attempt")
-    stage.promise(all(_gapless(s) for s in crowd.streams), "every stream is numbered without gap or repetition")
-    same = all(_said(pieces) == text for _, _, pieces, text in told)
-    stage.promise(same, "every stream says what the undisturbed call said")
+    stage.promise(all(_gapless(s) for s in crowd.streams), "every stream is numbered without a gap or a repetition")
+    same = all(_text(chunks) == text for _, _, chunks, text in outcomes)
+    stage.promise(same, "every stream has the text of the undisturbed call")
 
 
-def _gapless(pieces: Sequence[Delta]) -> bool:
-    return [d.n for d in pieces] == list(range(len(pieces)))
+def _gapless(chunks: Sequence[Delta]) -> bool:
+    return [d.n for d in chunks] == list(range(len(chunks)))
 
 
-def _said(pieces: Sequence[Delta]) -> str:
-    return "".join(d.text for d in pieces)
+def _text(chunks: Sequence[Delta]) -> str:
+    return "".join(d.text for d in chunks)
 
 
 def _yes(fact: bool) -> str:
@@ -205,15 +207,15 @@ def _yes(fact: bool) -> str:
 
 def close_the_books(stage: Stage) -> None:
     """Act 5."""
-    stage.act("5. The books", "Two ledgers: the counters in Redis, and the ids that this demo has sent.")
-    stage.until(lambda: not _moving(stage), "nothing waiting or running")
+    stage.act("5. The books", "Two ledgers: the counters in Redis, and the ids of the calls that this demo has sent.")
+    stage.until(lambda: not _moving(stage), "nothing waits or runs")
     stats, own = stage.monitor.stats(), stage.states_of_ledger()
     states = [s.value for s in RequestState]
     rows = [[state, stats[state.lower()], own[state]] for state in states]
     stage.show(table("", ["CALLS", "IN REDIS", "SENT BY US"], [*rows, ["all", stats["submitted"], len(stage.ledger)]]))
     lost = len(stage.ledger) - sum(own[s.value] for s in RequestState if s.terminal)
     stage.promise(all(stats[s.lower()] == own[s] for s in states), "both ledgers agree")
-    stage.promise(lost == 0 and stats["unaccounted"] == 0, f"lost: {lost + stats['unaccounted']}")
+    stage.promise(lost == 0 and stats["unaccounted"] == 0, f"calls lost: {lost + stats['unaccounted']}")
 
 
 def _moving(stage: Stage) -> bool:

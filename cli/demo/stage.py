@@ -1,4 +1,4 @@
-"""What the acts of `rsm demo` stand on: a private fleet, a ledger of every call sent, and a list of promises."""
+"""What the acts of `rsm demo` need: a private fleet, a ledger of every call sent, and a list of promises."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,13 +34,13 @@ class Stage:
     """Two engines, a router and a Redis of their own; nothing of the user's is touched.
 
     Args:
-        out: where the story is told. The parts' logs go to a file.
+        out: where the story is told. The processes' logs go to a file.
     """
 
     def __init__(self, configs: Sequence[EngineConfig], out: Console) -> None:
         self.out = out
         self.configs = list(configs)
-        self.log_file = Path(tempfile.mkdtemp(prefix="rsm-demo-")) / "parts.log"
+        self.log_file = Path(tempfile.mkdtemp(prefix="rsm-demo-")) / "processes.log"
         self.broken: list[str] = []
         self.ledger: list[str] = []
         self._log = self.log_file.open("ab")
@@ -49,12 +50,20 @@ class Stage:
         self.client: Client
 
     @property
+    def backend(self) -> str:
+        return self.configs[0].backend
+
+    @property
     def engine_ids(self) -> list[str]:
         return [config.engine_id for config in self.configs]
 
     def __enter__(self) -> Stage:
         logging.getLogger("rsm").addHandler(self._handler)
-        self._fleet.start(self.configs, _START_S)
+        began = time.monotonic()
+        with self._waiting() as waiting:
+            self._fleet.start(
+                self.configs, _START_S, lambda what: waiting(f"{what} [{time.monotonic() - began:.0f} s]")
+            )
         self.monitor = Monitor(self._fleet.settings)
         self.client = Client(settings=self._fleet.settings)
         return self
@@ -66,6 +75,15 @@ class Stage:
         self._handler.stream.close()
         self._log.close()
 
+    @contextmanager
+    def _waiting(self) -> Iterator[Callable[[str], None]]:
+        """What is being done, as it is: a spinner on a terminal, else a line each time that it changes."""
+        if not self.out.is_terminal:
+            yield lambda what: self.out.print(f"  {what}", soft_wrap=True)
+            return
+        with self.out.status("starting") as status:
+            yield status.update
+
     # -- calls
 
     def submit(self, prompt: Prompt, session: str, max_tokens: int, *, stream: bool = False) -> CallHandle:
@@ -76,8 +94,8 @@ class Stage:
         self.ledger.append(handle.id)
         return handle
 
-    def pieces(self, handle: CallHandle) -> int:
-        """How many pieces of a streamed call are out."""
+    def chunks(self, handle: CallHandle) -> int:
+        """How many chunks of a streamed call are out."""
         return int(self.client.redis.xlen(self.client.keys.events(handle.id)))
 
     def records(self, handles: Sequence[CallHandle]) -> list[CallRecord]:
@@ -97,7 +115,7 @@ class Stage:
         end = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > end:
-                raise RsmError(f"Waited {PATIENCE_S:g} s in vain: {what}.")
+                raise RsmError(f"Waited {PATIENCE_S:g} s and did not see this: {what}.")
             time.sleep(_POLL_S)
 
     # -- telling
@@ -115,6 +133,10 @@ class Stage:
         if not kept:
             self.broken.append(sentence)
         self.out.print(Text(f"{'✓' if kept else '✗ NOT'} {sentence}", style="green" if kept else "bold red"))
+
+
+def _with_time(began: float, waiting: Callable[[str], None], what: str) -> None:
+    waiting(f"[{time.monotonic() - began:3.0f} s] {what}")
 
 
 def _own_settings() -> Settings:
