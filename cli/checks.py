@@ -198,7 +198,7 @@ def _backlog(server: Any, monitor: Monitor) -> Check:
 
 def _engines(_: Any, monitor: Monitor) -> Check:
     now, lease = monitor.now_ms(), monitor.settings.lease_ms
-    engines = [e for e in monitor.engines() if e["state"] != EngineState.STOPPED]
+    engines = [e for e in monitor.engines() if e["state"] != EngineState.STOPPED or e["error"]]
     ready = [e for e in engines if e["state"] == EngineState.READY and now - e["heartbeat_ms"] <= lease]
     ids = {e["engine_id"] for e in ready}
     others = ", ".join(f"{e['engine_id']} {_ails(e, now, lease)}" for e in engines if e["engine_id"] not in ids)
@@ -215,7 +215,7 @@ def _engines(_: Any, monitor: Monitor) -> Check:
 def _ails(engine: Mapping[str, Any], now: int, lease: int) -> str:
     if engine["state"] == EngineState.READY:
         return f"silent for {(now - engine['heartbeat_ms']) / 1000:.1f} s (lease: {lease / 1000:g} s)"
-    return str(engine["state"])
+    return f"{engine['state']}{': ' + engine['error'] if engine['error'] else ''}"
 
 
 def _dead_letters(server: Any, monitor: Monitor) -> Check:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.eviction import require_noeviction_at
-from rsm.broker.connection.retry import BLIPS
+from rsm.broker.connection.retry import BLIPS, no_answer, persist
 from rsm.broker.errors import BrokerUnavailable, EngineFailed, UnknownCall
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.settings import Settings
@@ -32,6 +31,7 @@ log = logging.getLogger("rsm.fleet")
 # Loading a large model takes minutes.
 START_TIMEOUT_S = 900.0
 _POLL_S = 0.05
+_REDIS_S = 5.0
 # How often an engine may end before it was ready, for a reason that may pass.
 _TRIES = 3
 _PROGRESS = {"STARTING": "loads its model", "READY": "is ready"}
@@ -80,8 +80,7 @@ class Fleet:
             if self.embedded is not None:
                 progress("starting Redis")
                 self.embedded.start()
-            with contextlib.suppress(*BLIPS):  # the parts wait for it, and look themselves
-                require_noeviction_at(self.settings)
+            self._require_redis()
             progress("starting the router")
             for i in range(self._router_count):
                 self.start_router(f"router {i}")
@@ -90,16 +89,30 @@ class Fleet:
             self.stop()
             raise
 
+    def _require_redis(self) -> None:
+        """Waits a little for a Redis that starts beside us; the processes wait for ever, and would hide that it is not.
+
+        Raises:
+            BrokerUnavailable: it is not there.
+            EvictingRedis: it would delete calls.
+        """
+        try:
+            persist(
+                lambda: require_noeviction_at(self.settings), "fleet", lambda: False, _REDIS_S, denial_is_final=True
+            )
+        except BLIPS as e:
+            raise no_answer(self.settings, _REDIS_S, e) from None
+
     def _start_engines(self, engines: Sequence[EngineConfig], timeout_s: float) -> None:
         """All at once; those that share a GPU one after the other, for each measures what is free of it."""
-        started: list[EngineConfig] = []
+        waiting: list[EngineConfig] = []
         for config in engines:
-            for other in started:
-                if on_gpu() and config.shares_gpu_with(other):
-                    self.wait_ready(other.engine_id, timeout_s)
+            for other in [o for o in waiting if on_gpu() and config.shares_gpu_with(o)]:
+                self.wait_ready(other.engine_id, timeout_s)
+                waiting.remove(other)
             self.add(config)
-            started.append(config)
-        for config in engines:
+            waiting.append(config)
+        for config in waiting:
             self.wait_ready(config.engine_id, timeout_s)
 
     def start_router(self, name: str) -> Supervised:
@@ -147,7 +160,7 @@ class Fleet:
             if state == EngineState.READY:
                 return
             self._require_routers()
-            if not worker.running or worker.restarts >= _TRIES:
+            if not worker.running or worker.restarts + 1 > _TRIES:
                 raise EngineFailed(_why(engine_id, worker, found))
             if time.monotonic() > until:
                 tried = f" It ended {worker.restarts} times: {found.get('error')}" if worker.restarts else ""
@@ -198,5 +211,5 @@ def _why(engine_id: str, worker: Supervised, found: Mapping[str, Any]) -> str:
             "Stop that one, choose another engine_id, or use a namespace of your own (RSM_NAMESPACE)."
         )
     cause = found.get("error") or f"its process ended with status {worker.status}, and its log says why."
-    tried = f" (tried {worker.restarts + 1} times)" if worker.restarts else ""
+    tried = f" (tried {worker.restarts} times)" if worker.restarts else ""
     return f"Engine {engine_id} did not start{tried}: {cause}"

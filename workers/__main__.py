@@ -53,6 +53,7 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
         backend = create_backend(config, settings)
     except InvalidRequest as e:
         backend = Refused(str(e))  # so that the engine's record says so, for whoever waits for it
+        settings = settings.model_copy(update={"service_unit": "tokens"})
     try:
         fuse = Fuse(settings, armed=True)
         worker = Worker(

@@ -190,7 +190,14 @@ def _report_the_kill(stage: Stage, crowd: Crowd) -> None:
     stage.promise(bool(hit) and all(a.attempt > 1 for a in hit), "each call of the dead engine took a second attempt")
     stage.promise(all(_gapless(s) for s in crowd.streams), "every stream is numbered without a gap or a repetition")
     same = all(_text(chunks) == text for _, _, chunks, text in outcomes)
-    stage.promise(same, "every stream has the text of the undisturbed call")
+    whole = all(a.result is not None and _text(chunks) == a.result.text for _, a, chunks, _ in outcomes)
+    stage.promise(whole, "every stream has the text of its result")
+    if stage.exact:
+        stage.promise(same, "every stream has the text of the undisturbed call")
+    elif not same:
+        stage.out.print(
+            "On a GPU a batch of another size rounds otherwise, so a text may differ from an undisturbed one."
+        )
 
 
 def _gapless(chunks: Sequence[Delta]) -> bool:

@@ -8,14 +8,16 @@ from rsm.broker.errors import InvalidRequest
 from rsm.broker.settings import Settings
 from rsm.workers.backends.base import Backend
 from rsm.workers.config import EngineConfig
+from rsm.workers.scheduling.service import create_unit
 
 
 def create_backend(config: EngineConfig, settings: Settings) -> Backend:
     """The backend that `config` names, not yet started. Imports no other: a remote server's worker needs no vLLM.
 
     Raises:
-        InvalidRequest: `engine_args` names something that this backend does not know.
+        InvalidRequest: `engine_args` names something that this backend does not know, or there is no such service unit.
     """
+    create_unit(settings.service_unit)
     try:
         return _FACTORIES[config.backend](config, settings)
     except (TypeError, ValueError) as e:

@@ -32,7 +32,7 @@ from rsm.workers.backends.vllm.generate import GenerateCall
 from rsm.workers.backends.vllm.openai import PATHS, OpenAICall, ProxyEngineClient
 from rsm.workers.backends.vllm.preemption import worst_rank
 from rsm.workers.backends.vllm.start.args import TINY_NAME, displaces, parse, prepare_environment
-from rsm.workers.backends.vllm.start.failure import failure, require_model
+from rsm.workers.backends.vllm.start.failure import failure, misconfigured, require_model
 from rsm.workers.backends.vllm.start.output import Output
 from rsm.workers.backends.vllm.start.tiny_model import ensure_tiny_model
 from rsm.workers.config import EngineConfig
@@ -149,7 +149,12 @@ class VllmBackend(Backend):
 
     async def _start(self) -> EngineFacts:
         vllm = await asyncio.to_thread(_import)
-        args, config = await asyncio.to_thread(self._configure, vllm)
+        try:
+            args, config = await asyncio.to_thread(self._configure, vllm)
+        except EngineDied:
+            raise
+        except Exception as e:
+            raise misconfigured(e) from e
         llm = vllm.AsyncLLM.from_vllm_config(
             vllm_config=config,
             usage_context=vllm.usage,

@@ -74,11 +74,8 @@ def parse(config: EngineConfig, model: str, settings: Settings) -> Any:
     asked = {name.lstrip("-").replace("-", "_"): value for name, value in config.engine_args.items()}
     unknown = [name for name in asked if f"--{name.replace('_', '-')}" not in parser._option_string_actions]
     if unknown:
-        close = [
-            c[2:]
-            for u in unknown
-            for c in get_close_matches(f"--{u.replace('_', '-')}", parser._option_string_actions, 1)
-        ]
+        options = {option.lstrip("-").replace("-", "_"): None for option in parser._option_string_actions}
+        close = [match for name in unknown for match in get_close_matches(name, options, 1)]
         hint = f" Did you mean {', '.join(close)}?" if close else ""
         raise EngineMisconfigured(f"vLLM {_version()} knows no argument {', '.join(unknown)}.{hint}")
     by_default = defaults(config, model, parser._option_string_actions)
