@@ -92,6 +92,8 @@ def _places(
 ) -> list[tuple[str | None, Place]]:
     """For each engine the server before which it stands, if any, and its GPU."""
     if urls:
+        if backend not in (None, "openai"):
+            raise typer.BadParameter(f"--base-url is for backend openai; leave out --backend {backend}")
         if engines not in (None, len(urls)):
             raise InvalidRequest(
                 f"--engines {engines} and {len(urls)} --base-url do not fit: each server is one engine. "

@@ -154,21 +154,28 @@ def kill_an_engine(stage: Stage, pace: float) -> None:
     with live, ThreadPoolExecutor(_CROWD) as readers:
         reading = [readers.submit(live.read, handle) for handle in crowd.handles]
         stage.until(lambda: all(stage.chunks(h) >= _UNDER_WAY for h in crowd.handles), "all calls under way")
-        live.note(_kill_the_busier(stage, crowd))
+        _choose_the_busier(crowd)
+        for record in crowd.before:
+            live.seen(record.request_id, record.engine_id)
+        live.note(_kill(stage, crowd))
         crowd.streams = [future.result(PATIENCE_S) for future in reading]
     crowd.after = stage.records(crowd.handles)
     _report_the_kill(stage, crowd)
 
 
-def _kill_the_busier(stage: Stage, crowd: Crowd) -> str:
-    """What was done, in a sentence."""
+def _choose_the_busier(crowd: Crowd) -> None:
     crowd.before = [handle.record() for handle in crowd.handles]
     busy = Counter(r.engine_id for r in crowd.before if r.state is RequestState.RUNNING)
     crowd.victim = busy.most_common(1)[0][0]
+
+
+def _kill(stage: Stage, crowd: Crowd) -> str:
+    """What was done, in a sentence."""
+    running = sum(r.engine_id == crowd.victim and r.state is RequestState.RUNNING for r in crowd.before)
     pid = stage.monitor.engine(crowd.victim)["pid"]
     crowd.killed_ms = stage.monitor.now_ms()
     os.kill(pid, signal.SIGKILL)
-    sentence = f"kill -9 {pid}: {crowd.victim} is gone, with {busy[crowd.victim]} calls running on it"
+    sentence = f"kill -9 {pid}: {crowd.victim} is gone, with {running} calls running on it"
     if not stage.out.is_terminal:  # else it stands below the streams
         stage.out.print(sentence)
     return sentence

@@ -69,6 +69,12 @@ class LiveStreams:
             self._got[handle.id] += len(delta.token_ids)
         return deltas
 
+    def seen(self, request_id: str, engine_id: str) -> None:
+        """A call runs on an engine."""
+        ran_on = self._ran_on.get(request_id)
+        if ran_on is not None and engine_id and ran_on[-1:] != [engine_id]:
+            ran_on.append(engine_id)
+
     def note(self, sentence: str) -> None:
         """A line below the streams."""
         self._note = sentence
@@ -109,7 +115,5 @@ class LiveStreams:
             if engine["engine_id"] in self._states:
                 self._states[engine["engine_id"]] = str(engine["state"])
         for call in self._monitor.active_calls():
-            ran_on = self._ran_on.get(call.request_id)
-            running = call.record.state is RequestState.RUNNING
-            if ran_on is not None and running and call.engine_id and ran_on[-1:] != [call.engine_id]:
-                ran_on.append(call.engine_id)
+            if call.record.state is RequestState.RUNNING:
+                self.seen(call.request_id, call.engine_id)

@@ -1,0 +1,80 @@
+"""`rsm.yaml`: a fleet written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rsm.broker import InvalidRequest
+from rsm.engine.fleet_file import read_fleet
+
+WHOLE = """
+settings:
+  namespace: prod
+  level_bounds: [10, 20]
+  lease_ms: 3000
+routers: 2
+engines:
+  - {engine_id: e0, backend: sim, max_num_seqs: 4, engine_args: {step_s: 0.02}}
+  - engine_id: far
+    backend: openai
+    base_url: http://host:8000/v1
+"""
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "rsm.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_all_that_it_may_hold(tmp_path: Path) -> None:
+    fleet = read_fleet(write(tmp_path, WHOLE))
+    assert (fleet.routers, [e.engine_id for e in fleet.engines]) == (2, ["e0", "far"])
+    assert fleet.engines[0].engine_args == {"step_s": 0.02}
+    assert "max_num_seqs" not in fleet.engines[1].model_fields_set, "so the server is asked"
+    settings = fleet.applied()
+    assert (settings.namespace, settings.level_bounds, settings.lease_ms) == ("prod", (10, 20), 3000)
+
+
+def test_the_environment_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RSM_NAMESPACE", "mine")
+    settings = read_fleet(write(tmp_path, WHOLE)).applied()
+    assert (settings.namespace, settings.lease_ms) == ("mine", 3000)
+
+
+def test_an_empty_file_is_a_fleet_without_engines(tmp_path: Path) -> None:
+    assert read_fleet(write(tmp_path, "")).engines == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("engines: [{backend: sim}]", r"is not a fleet: engines\.0\.engine_id: Field required"),
+        ("engines: [{engine_id: a b, backend: sim}]", r"engines\.0\.engine_id: .*1 to 128 characters"),
+        ("engine: []", "engine: Extra inputs are not permitted"),
+        ("engines: [{engine_id: e, backend: sim}, {engine_id: e, backend: sim}]", "engine_id e is there twice"),
+        ("settings: {leese_ms: 3}", "settings has no leese_ms"),
+        ("routers: 0", "routers: Input should be greater than or equal to 1"),
+        ("engines: [\n", r"cannot be read as YAML \(ParserError, line 2\)"),
+        ("- just\n- a list", "rsm.yaml"),
+        (b"\xff\xfe\x00", "cannot be read as YAML"),
+        ("!!python/object/apply:os.system ['true']", r"cannot be read as YAML \(ConstructorError"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, text: str | bytes, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        read_fleet(write(tmp_path, text))
+
+
+def test_a_wrong_setting_is_said_without_its_value(tmp_path: Path) -> None:
+    fleet = read_fleet(write(tmp_path, "settings: {lease_ms: geheim}"))
+    with pytest.raises(ValueError, match="lease_ms") as caught:
+        fleet.applied()
+    assert "geheim" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"There is no file .*none\.yaml"):
+        read_fleet(tmp_path / "none.yaml")
