@@ -83,7 +83,7 @@ def main() -> None:
             server.flushall()
         server.close()
     path = page.write(args.name, runs, medians(ours), about)
-    page.into_readme(path, ROOT / "README.md")
+    page.into_docs(path, ROOT / "docs" / "performance.md")
     print(path.read_text())
 
 

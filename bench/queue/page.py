@@ -69,16 +69,16 @@ def _at_least(what: str, value: float, limit: float) -> Target:
     return Target(what, f"≥ {limit:,.0f}", f"{value:,.0f}", value >= limit)
 
 
-def into_readme(page: Path, readme: Path) -> None:
-    """Puts the tables of a page between the README's two bench marks, so that its figures are those of a run."""
-    head, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+def into_docs(page: Path, docs: Path) -> None:
+    """Puts the tables of a page between the two bench marks of docs/performance.md: its figures are those of a run."""
+    head, rest = docs.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(END)[1]
-    readme.write_text(head + excerpt(page) + tail, encoding="utf-8")
+    docs.write_text(head + excerpt(page) + tail, encoding="utf-8")
 
 
 def excerpt(page: Path) -> str:
-    """What the README shows of a page: everything below its title, one level deeper."""
-    body = page.read_text(encoding="utf-8").split("\n", 1)[1].strip().replace("## ", "### ")
+    """What docs/performance.md shows of a page: everything below its title."""
+    body = page.read_text(encoding="utf-8").split("\n", 1)[1].strip()
     return f"{BEGIN}\n{body}\n{END}"
 
 

@@ -20,6 +20,7 @@ from tests.support.paths import ROOT
 from tests.support.waiting import eventually
 
 README = (ROOT / "README.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 RSM = Path(sys.executable).with_name("rsm")
 
@@ -29,7 +30,8 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    return [shlex.split(line[2:]) for block in blocks("console") for line in block.splitlines()]
+    lines = [line[2:] for block in blocks("console") for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("rsm ")]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,13 @@ def up() -> Iterator[dict[str, str]]:
         finally:
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
+
+
+def test_the_line_that_puts_rsm_on_the_path() -> None:
+    (line,) = [line[2:] for block in blocks("console") for line in block.splitlines() if "activate" in line]
+    here = line.replace(".venv", shlex.quote(sys.prefix))
+    done = subprocess.run(["sh", "-c", f"{here} && command -v rsm"], capture_output=True, text=True, timeout=30)
+    assert done.stdout.strip() == str(RSM), done.stderr
 
 
 def test_a_bare_xadd_as_shown(up: dict[str, str]) -> None:
@@ -77,12 +86,16 @@ def test_a_command_as_shown(up: dict[str, str], command: list[str]) -> None:
     assert done.stdout.strip()
 
 
+# A finish reason and a message; a partial text that is not empty; the engine that the snippet itself started.
+SHOWN = (r"length\n\{.*'content'", r"cancelled\n.*user left.* '.+'", r" mine-[01] ")
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_a_snippet_as_shown(up: dict[str, str], number: int) -> None:
     code = blocks("python")[number]
     done = subprocess.run([sys.executable, "-c", code], env=up, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert re.search(SHOWN[number], done.stdout), done.stdout
 
 
 def test_the_policy_of_ones_own_as_shown(tmp_path: Path) -> None:
@@ -98,7 +111,7 @@ def test_the_policy_of_ones_own_as_shown(tmp_path: Path) -> None:
 def test_the_figures_are_those_of_a_run() -> None:
     from bench.queue.page import excerpt
 
-    assert excerpt(ROOT / "bench" / "results" / "broker.md") in README
+    assert excerpt(ROOT / "bench" / "results" / "broker.md") in PERFORMANCE
 
 
 def test_every_setting_is_documented() -> None:
