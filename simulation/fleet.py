@@ -326,7 +326,7 @@ class _Run:
         self._go_on(engine)
 
     def _sim_call(self, waiting: Waiting) -> SimCall:
-        """The call as its worker hands it to the engine (claim.lua, `account_of`)."""
+        """The call as its worker hands it to the engine (claim.lua, `waited_and_ran`)."""
         call: _Call = waiting.call
         times, now, since = call.times, int(self._now * 1000), waiting.submitted_ms
         waited, ran = self._table.unpaid(waiting.had)

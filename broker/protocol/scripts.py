@@ -34,12 +34,18 @@ class Script:
 
 @cache
 def script(name: str) -> Script:
-    """The script in lua/NAME.lua. Its first line may name the shared pieces it needs."""
+    """The script in lua/transitions/NAME.lua, behind the modules that its first line names."""
+    text = "\n".join(part for _, part in parts(name))
+    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def parts(name: str) -> list[tuple[str, str]]:
+    """What a script is put together from, as names and texts: its modules in order, then what is its own."""
     text = source(name)
     head = _INCLUDE.match(text)
-    if head:
-        text = "\n".join([*(source(piece) for piece in head[1].split()), text[head.end() :]])
-    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    if not head:
+        return [(name, text)]
+    return [*((module, source(module)) for module in head[1].split()), (name, text[head.end() :])]
 
 
 def source(name: str) -> str:

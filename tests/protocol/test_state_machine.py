@@ -1,6 +1,6 @@
 """The scripts against the reference model: producers, two routers, two engines and their zombies, in any order.
 
-RSM_MODEL_EXAMPLES=N walks N random ways (`make model`); without it the ways are the same in each run.
+RSM_TEST_MODEL_EXAMPLES=N walks N random ways (`make model`); without it the ways are the same in each run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.support.reference.model import Model
 from tests.support.reference.records import NEVER, Call, Entry
 from tests.support.reference.view import AGE, look, texts
 
-EXAMPLES = int(os.environ.get("RSM_MODEL_EXAMPLES", "0"))
+EXAMPLES = int(os.environ.get("RSM_TEST_MODEL_EXAMPLES", "0"))
 CALLS, SESSIONS, ENGINES, ROUTERS = ("c1", "c2", "c3", "c4"), ("s1", "s2", "s3"), ("e1", "e2"), ("A", "B")
 TOKENS = dict(zip(CALLS, (1, 20, 300, 4000), strict=True))
 LONG_AGO, FAR_AWAY = 1, 1 << 50

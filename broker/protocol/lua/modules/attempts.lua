@@ -1,4 +1,4 @@
--- Where a call waits: the router stream, or the queue of an engine. Needs lib, programs, residence and terminal.
+-- Where a call waits: the router stream, or the queue of an engine. Needs lib, programs and residence.
 
 -- What a call is given with its engine, and loses with it.
 local assigned = {'level', 'program', 'inherited', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms', 'promoted_ms',
@@ -25,14 +25,6 @@ end
 local function to_queue(id, e, c)
   redis.call('HSET', call_key(id), 'state', 'PENDING')
   enqueue(id, e, c, tonumber(c.level) or 0, c.starves_ms)
-end
-
-local function end_flagged(id, c)
-  if c.cancel == 'deadline' then
-    end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.', '')
-  else
-    end_call(id, c, 'CANCELLED', '', c.cancel_reason, '')
-  end
 end
 
 -- Gives an engine's waiting calls back to the router, at most limit of them. Returns how many.

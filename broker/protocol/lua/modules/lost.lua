@@ -2,6 +2,14 @@
 
 local attempt_fields = {'failures', 'deaths', 'on_engine_loss', 'begins', 'kind', unpack(call_fields)}
 
+local function end_flagged(id, c)
+  if c.cancel == 'deadline' then
+    end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.', '')
+  else
+    end_call(id, c, 'CANCELLED', '', c.cancel_reason, '')
+  end
+end
+
 local function end_as_dead_letter(id, c, code, message, ...)
   c.traceparent = redis.call('HGET', call_key(id), 'traceparent') or ''
   local body = redis.call('HGET', call_key(id), c.format) or ''

@@ -29,7 +29,7 @@ local function number(value) return tonumber(value) or 0 end
 
 -- What the program has waited, with this call, and run, since a promotion last paid for it; if that was of this very
 -- call, it has waited since.
-local function account_of(c)
+local function waited_and_ran(c)
   local started = number(c.started_ms)
   if c.promoted_ms ~= '' then return started - number(c.promoted_ms), 0 end
   local waited = unpaid(number(c.waited_ms), number(c.paid_waited_ms))
@@ -37,7 +37,7 @@ local function account_of(c)
 end
 
 local function hand_over(id, c)
-  local waited, ran = account_of(c)
+  local waited, ran = waited_and_ran(c)
   out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
     c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel, c.on_engine_loss, c.begins,
     c.deadline_ms ~= '' and int(math.max(0, tonumber(c.deadline_ms) - NOW)) or '',

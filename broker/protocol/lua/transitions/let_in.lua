@@ -34,8 +34,8 @@ for model, of_model in pairs(rooms) do
   if many < limit then many = many + open_doors(model, of_model, half, limit - many) end
 end
 for _, model in ipairs(redis.call('SMEMBERS', HOLDING)) do
-  local served = model == '' and next(rooms) ~= nil or rooms[model] ~= nil
-  if not served and many < limit then many = many + let_go_all(model, limit - many) end
+  local has_engine = model == '' and next(rooms) ~= nil or rooms[model] ~= nil
+  if not has_engine and many < limit then many = many + let_go_all(model, limit - many) end
   if redis.call('ZCARD', held_key(model)) == 0 then redis.call('SREM', HOLDING, model) end
 end
 write_all()
