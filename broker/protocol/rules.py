@@ -1,20 +1,39 @@
-"""Rules that the scripts state, too (programs.lua, residents.lua), for parts that have no Lua at hand.
+"""Rules that the scripts state, too (programs.lua, residents.lua), for processes that have no Lua at hand.
 
-`tests/protocol/test_rules.py` holds each of them to its original.
+Tests compare each of them with its original: tests/protocol/test_rules.py; NEW_CACHE in test_transitions_routing.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 
 from rsm.broker.protocol.codec import number, real, text
 
 LAST_TIER = 15
+# A program counts as having run for at least so long, or whoever has just begun would starve at once.
+RUN_FLOOR_MS = 1000
+# How many ancestors a session may have.
+MOST_DEEP = 32
+# What a program has used, as fields of the entry of its root.
+TOTALS = ("service", "waited_ms", "ran_ms", "paid_waited_ms", "paid_ran_ms")
+# An engine's count of computed tokens jumps by so many when its process, and its cache, begin anew (register.lua).
+NEW_CACHE = 1 << 40
 
 
 def rank_of(priority: int, level: int) -> int:
     """Where a call stands in its engine's queue, arrival aside: lower is earlier (programs.lua, queue_score)."""
     return (min(max(priority, -128), 127) + 128) * 16 + level
+
+
+def level_of(service: float, bounds: Sequence[float]) -> int:
+    """The bin of an amount of service: 0 is the best, the number of bounds the last (programs.lua, level_of)."""
+    return bisect_right(bounds, service)
+
+
+def unpaid(total: int, paid: int) -> int:
+    """What is left of a program's waiting, or running, since a promotion last paid for it (programs.lua, unpaid)."""
+    return max(0, total - paid)
 
 
 def tier_of(priority: int, level: int) -> int:

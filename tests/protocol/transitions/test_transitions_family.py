@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rsm.broker import InvalidRequest
+from rsm.broker.views.monitor import Monitor
 from tests.support.world import World
 
 
@@ -93,6 +94,21 @@ def test_a_tree_has_a_greatest_depth(world: World) -> None:
     chain(world, 33)
     with pytest.raises(InvalidRequest, match="at most 32 deep"):
         child(world, "s34", "s33")
+
+
+def test_the_deepest_session_is_of_the_program_of_its_root(world: World) -> None:
+    """For the router that looks, for the script that assigns, for the one that charges, and for people."""
+    worker = world.worker()
+    world.charge("s1", 5_000)
+    chain(world, 33)
+    seen = world.run(world.transitions.look(["s33"], fleet=False)).sessions["s33"]
+    assert (seen.program, seen.service, seen.level) == ("s1", 5_000, 2)
+    call = world.start("c1", worker, session="s33")
+    assert (call.program, call.inherited, call.level) == ("s1", 5_000, 2)
+    worker.finish(call, service=10)
+    assert world.session("s1")["service"] == "5010"
+    shown = Monitor(world.settings, world.db).session("s33")
+    assert (shown["program"], shown["service"]) == ("s1", 5_010)
 
 
 def test_the_retry_of_a_push_is_a_duplicate_whatever_it_says_of_parents(world: World) -> None:

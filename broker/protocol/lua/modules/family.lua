@@ -1,17 +1,12 @@
 -- A program is a session with its descendants: a sub-agent's session names its parent, and the root of the tree is
 -- charged for the calls of all of them (programs.lua). Needs lib and programs.
 
--- Every step costs a read, wherever a call of a descendant is placed or ends.
-local MOST_DEEP = 32
 local REFUSAL = {
   self = 'Session %s cannot be its own parent.',
   cycle = 'Session %s is an ancestor of %s, so it cannot be its child, too.',
   other = 'Session %s has another parent than %s already; a sub-agent keeps the one that it had first.',
   deep = 'Session %s cannot be a child of %s: a tree of sub-agents is at most ' .. MOST_DEEP .. ' deep.',
 }
-
--- What a program has used, in the entry of its root.
-local totals = {'service', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms'}
 
 local function parent_of(s) return redis.call('HGET', session_key(s), 'parent') end
 

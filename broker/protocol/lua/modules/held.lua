@@ -4,7 +4,6 @@
 -- starving:MODEL until it starves, if it is not in the first level; `holding` names the models of which calls are held.
 -- Its record has what it is asked by: level, starves_ms, context.
 local HOLDING = P .. 'holding'
-local HELD_PROMOTE_MANY = 64
 local held_fields = {'state', 'engine', 'gen', 'session', 'model', 'priority', 'level', 'starves_ms', 'prompt_tokens',
   'context'}
 
@@ -36,7 +35,7 @@ end
 
 -- As in an engine's queue (claim.lua): calls that starve by now go to the best level of their class.
 local function promote_held(model)
-  local due = redis.call('ZRANGEBYSCORE', held_starving_key(model), '-inf', NOW_TEXT, 'LIMIT', 0, HELD_PROMOTE_MANY)
+  local due = redis.call('ZRANGEBYSCORE', held_starving_key(model), '-inf', NOW_TEXT, 'LIMIT', 0, PROMOTE_MANY)
   for _, id in ipairs(due) do
     local c = read_call(id, {'state', 'engine', 'priority', 'submitted_ms'})
     redis.call('ZREM', held_starving_key(model), id)

@@ -6,6 +6,12 @@
 -- A program counts as having run for at least so long, or whoever has just begun would starve at once.
 local RUN_FLOOR_MS = 1000
 local NEVER = math.huge
+-- Calls that starve are moved ahead so many at once, the longest overdue first.
+local PROMOTE_MANY = 64
+-- How many ancestors a session may have. Each costs a read wherever a call of a descendant is placed or ends.
+local MOST_DEEP = 32
+-- What a program has used, as fields of the entry of its root.
+local totals = {'service', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms'}
 
 -- The bin of an amount of service: 0 is the best, #bounds the last. Calls enter the queue of what their program has had,
 -- not all of them the first one: that is what tells this from a plain MLFQ.

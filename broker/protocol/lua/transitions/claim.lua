@@ -52,9 +52,7 @@ if owner[2] == claim_no then
   return out
 end
 
--- Calls that starve by now go to the best level of their class (programs.lua). So many at once, the longest overdue
--- first.
-local PROMOTE_MANY = 64
+-- Calls that starve by now go to the best level of their class (programs.lua).
 local function promote(id)
   redis.call('ZREM', starving_key(e), id)
   local c = read_call(id, {'state', 'engine', 'priority', 'level', 'submitted_ms', 'prompt_tokens', 'reuse'})

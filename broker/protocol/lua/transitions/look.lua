@@ -29,16 +29,14 @@ local function engine_row(e, beat)
   return row
 end
 
--- Its program is the session at the root of its tree; trees are at most so deep (family.lua).
-local MOST_DEEP = 32
-local totals = {'service', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms'}
+-- Its program is the session at the root of its tree (family.lua, which keeps entries alive besides).
 local function program_of(s)
-  for _ = 1, MOST_DEEP do
+  local steps = 0
+  while true do
     local v = redis.call('HMGET', session_key(s), 'parent', unpack(totals))
-    if not v[1] then return s, v end
-    s = v[1]
+    if not v[1] or steps == MOST_DEEP then return s, v end
+    s, steps = v[1], steps + 1
   end
-  return s, {}
 end
 
 local function shares_of(s)
