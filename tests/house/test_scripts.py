@@ -1,18 +1,22 @@
-"""The Lua scripts as Redis gets them: luacheck finds nothing in them, and there is room for more locals."""
+"""The Lua scripts as Redis gets them: nothing that luacheck knows, locals to spare, modules behind what they need."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from rsm.broker.protocol.scripts import all_scripts, parts, script
+from rsm.broker.protocol.scripts import all_scripts, parts, script, source
 from tests.support.lua import lint
 from tests.support.lua.runtime import LOCALS, locals_left
+from tests.support.paths import LUA
 
 # The next change of a script must not be the one that does not compile.
 SPARE_LOCALS = 5
 
 MODULE = "local function used() return 1 end\nlocal function unused() return 2 end\n"
 SCRIPTS = {script.name: parts(script.name) for script in all_scripts()}
+MODULES = sorted(path.stem for path in LUA.glob("modules/*.lua"))
 
 
 @pytest.fixture
@@ -89,3 +93,46 @@ def test_locals_are_counted_as_lua_counts_them() -> None:
 def test_a_script_has_locals_left(name: str) -> None:
     left = locals_left(script(name).text)
     assert left >= SPARE_LOCALS, f"{name}.lua has {left} of Lua's {LOCALS} locals left; use tables, or fewer modules"
+
+
+# -- what a module needs
+
+
+def needs(module: str) -> list[str]:
+    """The modules of which it uses something, as its first line says."""
+    head = re.match(r"--- @needs (.+)\n", source(module))
+    assert head, f"{module}.lua does not begin with `--- @needs MODULE …`, or `--- @needs nothing`"
+    return [] if head[1] == "nothing" else head[1].split()
+
+
+def names_of(module: str) -> set[str]:
+    """What it gives to those behind it: its outermost locals."""
+    declared = re.findall(r"^local (?:function )?(\w+(?:, \w+)*)", source(module), re.MULTILINE)
+    return {name for names in declared for name in names.split(", ")}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_has_each_module_behind_those_that_it_needs(name: str) -> None:
+    before: list[str] = []
+    for module, _ in SCRIPTS[name][:-1]:
+        missing = set(needs(module)) - set(before)
+        assert not missing, f"{name}.lua includes {module}, and not before it what that needs: {', '.join(missing)}"
+        before.append(module)
+    assert len(set(before)) == len(before), f"{name}.lua includes a module twice"
+
+
+@pytest.mark.usefixtures("luacheck")
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_names_just_what_it_needs(module: str) -> None:
+    """Each name that it does not define is one of those modules', and of each of them it uses something."""
+    absent = [f.text for f in lint.lint({module: [(module, source(module))]}) if f.code == "W113"]
+    used = {text.split("'")[1] for text in absent}
+    origins = {name: [m for m in MODULES if name in names_of(m)] for name in used}
+    assert {m for found in origins.values() for m in found} == set(needs(module)), origins
+    assert all(origins.values()), f"nobody defines {[n for n, found in origins.items() if not found]}"
+
+
+def test_no_two_modules_use_one_name() -> None:
+    """They share one scope: the second would hide the first."""
+    names = [(name, module) for module in MODULES for name in names_of(module)]
+    assert len(dict(names)) == len(names)

@@ -1,4 +1,5 @@
--- Where a call waits: the router stream, or the queue of an engine. Needs lib, programs and residence.
+--- @needs lib programs residence
+-- Where a call waits: the router stream, or the queue of an engine.
 
 -- What a call is given with its engine, and loses with it.
 local assigned = {'level', 'program', 'inherited', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms', 'promoted_ms',

@@ -1,3 +1,4 @@
+--- @needs lib family
 -- create_call: the one place where a call's record is born.
 --
 -- push: gives the id of the call's entry on the router stream; it doubles as the generation of the call, so that a

@@ -1,4 +1,5 @@
--- add_event: one more event of a streamed call, into its log and its client's inbox. Needs lib.
+--- @needs lib
+-- add_event: one more event of a streamed call, into its log and its client's inbox.
 
 -- What an entry of a log takes beside what it says.
 local PIECE_BYTES = 32

@@ -1,5 +1,6 @@
+--- @needs lib programs
 -- A program is a session with its descendants: a sub-agent's session names its parent, and the root of the tree is
--- charged for the calls of all of them (programs.lua). Needs lib and programs.
+-- charged for the calls of all of them (programs.lua).
 
 local REFUSAL = {
   self = 'Session %s cannot be its own parent.',

@@ -1,4 +1,5 @@
--- Calls that wait at the router until there is room for their contexts. Needs lib, programs, residence and attempts.
+--- @needs lib programs residents residence attempts
+-- Calls that wait at the router until there is room for their contexts.
 --
 -- A held call is PENDING without an engine. It stands in held:MODEL in the order of an engine's queue, and in
 -- starving:MODEL until it starves, if it is not in the first level; `holding` names the models of which calls are held.

@@ -1,3 +1,4 @@
+--- @needs nothing
 -- Shared head of every script: names, the clock, reading a call, and writes that are gathered over a batch.
 --
 -- KEYS[1]  the namespace prefix, e.g. "{rsm}:"; all other keys are built from it, so they share its slot

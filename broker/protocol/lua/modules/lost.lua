@@ -1,4 +1,5 @@
--- end_attempt: a running call's attempt is over without a result. Needs lib, terminal, attempts, events and poison.
+--- @needs lib terminal attempts events poison
+-- end_attempt: a running call's attempt is over without a result.
 
 local attempt_fields = {'failures', 'deaths', 'on_engine_loss', 'begins', 'kind', unpack(call_fields)}
 

@@ -1,3 +1,4 @@
+--- @needs lib
 -- room: whether a new call may come in, by the bounds of ARGV[3]. Usage is counted where calls are created and ended
 -- (create_call, end_call), inside the scripts, so that any number of producers together never exceed a bound.
 --

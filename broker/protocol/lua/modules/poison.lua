@@ -1,4 +1,5 @@
--- Poison: calls that are suspected of killing their engines, and the engine that is kept for one of them. Needs lib.
+--- @needs lib
+-- Poison: calls that are suspected of killing their engines, and the engine that is kept for one of them.
 --
 -- An incident is the incarnation of an engine whose process died. A call keeps the incidents that it was part of, in
 -- `deaths`; those whose culprit was found, or that turned out to be none, are in the zset `solved` and count for nobody

@@ -1,3 +1,4 @@
+--- @needs nothing
 -- The rules of program scheduling: numbers in, numbers out. No key, no clock and no Redis here, so that the simulator
 -- runs this very file, with a `return {…}` behind it. Times in ms; service in the unit that the engines report.
 --

@@ -1,4 +1,5 @@
--- The accounts of residents.lua in Redis: whose contexts the engines' KV caches hold. Needs lib and residents.
+--- @needs lib residents
+-- The accounts of residents.lua in Redis: whose contexts the engines' KV caches hold.
 --
 -- engine:E:residents  the sums of an engine: `active` and `thinking` by tier, as of `at`; beside them `calls` counted in,
 --                     and `half` and `factor` as the last router had them, so that whoever ends a call need not know them

@@ -1,3 +1,4 @@
+--- @needs nothing
 -- Whose contexts an engine's KV cache holds: numbers and tables in, numbers out. No key, no clock and no Redis here, so
 -- that the simulator runs this very file. Times in ms, contexts in tokens.
 --

@@ -1,4 +1,5 @@
--- stop_call: ends a waiting call at once, flags a running one and wakes its worker. Needs lib and terminal.
+--- @needs lib terminal
+-- stop_call: ends a waiting call at once, flags a running one and wakes its worker.
 --
 -- flag: "user" (the call becomes CANCELLED) | "deadline" (it becomes FAILED)
 -- Returns "ended" | "flagged" | "before" (flagged so earlier) | "other" (it will end by the other flag)

@@ -1,4 +1,5 @@
--- end_call: the one place where a call ends. Needs lib and residence. Every path to COMPLETED, CANCELLED or FAILED runs through
+--- @needs lib residence
+-- end_call: the one place where a call ends. Every path to COMPLETED, CANCELLED or FAILED runs through
 -- it, so a waiter is told exactly once and no key is left without an expiry (rule 4).
 --
 -- It is worse to lose a call than to run it twice: callers have checked state and fence before.
