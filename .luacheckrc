@@ -6,4 +6,4 @@ not_globals = {
   "arg", "collectgarbage", "debug", "dofile", "getfenv", "io", "load", "loadfile", "loadstring", "module", "newproxy", "os",
   "package", "print", "require", "setfenv",
 }
-max_line_length = false
+max_line_length = 120

@@ -185,7 +185,7 @@ def test_what_a_call_takes_up(
         LUA.leaves(sums, mine, 10, NOW, HALF)
     now = NOW + idle_ms
     engine = EngineView("e", "READY", "m", spoken_for=list(LUA.spoken_for(sums, now, HALF).values()))
-    share = Share(LUA.share_of(mine, now, HALF), LUA.is_home(mine, now, HALF), False, mine.tier)
+    share = Share(LUA.share_of(mine, now, HALF), LUA.is_cached_here(mine, now, HALF), False, mine.tier)
     session = SessionView(resident={"e": resident}, shares={"e": share})
     for level in at:  # the second one beside the first
         LUA.arrives(sums, mine, prompt, max(0, prompt - resident), LUA.tier_of(0, level), now, HALF)
@@ -235,7 +235,7 @@ def test_limits_are_those_of_the_settings() -> None:
         max_session_calls=505, max_session_bytes=6006,
     )  # fmt: skip
     given_to_lua = Transitions(Keys("n"), chosen).listen("c", "i").args[1 : len(ARGS) + 1]
-    limits = run_modules("lib", exports=("BOUND",), args=given_to_lua).BOUND
+    limits = run_modules("lib", exports=("LIMITS",), args=given_to_lua).LIMITS
     assert dict(limits.items()) == {
         "inbox_max": 101, "dead_bytes": 2002, "open_calls": 303, "open_bytes": 4004, "session_calls": 505,
         "session_bytes": 6006,
