@@ -32,6 +32,7 @@ check: $(BASE_STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(PY) -m tests.support.lua.lint
 
 bench: $(BASE_STAMP)
 	$(PY) -m bench.queue
@@ -63,7 +64,7 @@ bench-programs-quick: $(BENCH_STAMP)
 # `make model EXAMPLES=5000` walks new ways each time; the tests walk the same few.
 EXAMPLES ?= 1000
 model: $(BASE_STAMP)
-	RSM_MODEL_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/protocol/test_state_machine.py -k server
+	RSM_TEST_MODEL_EXAMPLES=$(EXAMPLES) $(PY) -m pytest tests/protocol/test_state_machine.py -k server
 
 # `make chaos MINUTES=30 SEED=2 VLLM=1` is a long one, with a worker of real vLLM; its figures go into docs/conformance.md.
 MINUTES ?= 2

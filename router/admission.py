@@ -1,8 +1,9 @@
-"""Admission: an engine's KV cache is given to programs in the order in which they wait. No clock and no I/O here.
+"""Admission: gives an engine's KV cache to programs in the order in which they wait. No clock and no I/O here.
 
-Where the contexts of the programs in hand exceed an engine's cache, they evict each other: each next call computes its
-whole context anew, and while it does so, evicts another's. So calls of programs whose contexts are there go first, and
-others wait at the router until there is room. The rules, and whose contexts are there: residents.lua.
+If the contexts of the current programs exceed an engine's cache, they evict each other: each next call computes its
+whole context again, and evicts another one by that. So calls of programs whose contexts are cached go first. Others
+are throttled: they wait at the router until an engine has KV headroom. residents.lua has the rules, and says whose
+contexts are cached.
 """
 
 from __future__ import annotations
@@ -14,47 +15,49 @@ from rsm.broker.protocol.rules import LAST_TIER, tier_of
 from rsm.broker.protocol.snapshot import NOT_THERE, EngineView, SessionView, Share
 from rsm.router.views import CallView
 
-HELD = "no engine has room for its context of {tokens} tokens"
+THROTTLED = "no engine has room for its context of {tokens} tokens"
 
 
 class Admission:
-    """Says which engines a call may go to. `factor`: contexts that an engine may have, over what its cache holds."""
+    """Says which engines a call may go to. `factor`: contexts that an engine may have, over the size of its cache."""
 
     def __init__(self, factor: float = 1.0) -> None:
         self._factor = factor
 
     def open_to(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> list[EngineView]:
-        """The engines where the session's context is, or else those that have room for it; none: the call is held.
+        """The engines where the session's context is cached, or else those with headroom for it.
 
-        An engine that does not say how large its cache is has room for everybody.
+        An empty list means that the call is to be throttled.
+
+        An engine that does not report the size of its cache has headroom for every call.
         """
         fitting = [e for e in engines if self._fits(call, e, session)]
-        return [e for e in fitting if session.shares.get(e.id, NOT_THERE).home] or fitting
+        return [e for e in fitting if session.shares.get(e.id, NOT_THERE).cached] or fitting
 
     def _fits(self, call: CallView, engine: EngineView, session: SessionView) -> bool:
-        """As `fits` in residents.lua, which has the last word where two routers place calls at once."""
+        """As `fits` in residents.lua, which decides if two routers place calls at once."""
         capacity, context = engine.kv_tokens * self._factor, context_of(call, engine, session)
         if capacity <= 0 or (context > capacity and not engine.queued + engine.running):
             return True
         share, tiers = session.shares.get(engine.id, NOT_THERE), tier_of(call.priority, session.level) + 1
-        if share.home:
-            tiers -= 1  # it asks against better ones alone
+        if share.cached:
+            tiers -= 1  # it competes with better tiers only
         mine = share.tokens if share.tier < tiers else 0.0
         return sum(engine.spoken_for[:tiers]) - mine + context <= capacity
 
 
 def context_of(call: CallView, engine: EngineView, session: SessionView) -> int:
-    """Tokens of KV that a call will hold at its end: its prompt, and an answer as long as others of late."""
+    """Tokens of KV that a call will hold at its end: its prompt, and an answer of the usual length."""
     return call.prompt_tokens + round(session.completion_tokens or engine.completion_tokens)
 
 
 def new_of(call: CallView, engine: EngineView, session: SessionView) -> int:
-    """What of its context no other call of its session holds on that engine."""
+    """How much of its context no other call of its session holds on that engine."""
     return max(0, context_of(call, engine, session) - session.resident.get(engine.id, 0))
 
 
 def with_context(engine: EngineView, call: CallView, session: SessionView) -> tuple[EngineView, SessionView]:
-    """The engine and the session as they are once the call has been given to it."""
+    """The engine and the session once the call has been assigned."""
     share, tier = session.shares.get(engine.id, NOT_THERE), tier_of(call.priority, session.level)
     spoken = [*engine.spoken_for, *[0.0] * (LAST_TIER + 1 - len(engine.spoken_for))]
     if share.active:
@@ -63,5 +66,5 @@ def with_context(engine: EngineView, call: CallView, session: SessionView) -> tu
         tokens = float(context_of(call, engine, session))
     spoken[share.tier] -= share.tokens
     spoken[tier] += tokens
-    shares = {**session.shares, engine.id: Share(tokens, home=True, active=True, tier=tier)}
+    shares = {**session.shares, engine.id: Share(tokens, cached=True, active=True, tier=tier)}
     return replace(engine, spoken_for=spoken), replace(session, shares=shares)

@@ -63,8 +63,8 @@ class KVCacheCoordinator:
         """The engine where the session's cache is; None = any will do (a short prompt), or none of them has it."""
         if prompt_tokens <= self.cache_token_threshold:
             return None
-        look = execute.run(self._redis, self._transitions.look([check_id(session_id, "session")]))
-        engine = best_engine(look.sessions[session_id], available_engines)
+        snapshot = execute.run(self._redis, self._transitions.snapshot([check_id(session_id, "session")]))
+        engine = best_engine(snapshot.sessions[session_id], available_engines)
         self._redis.hincrby(self._keys.stats, "affinity_misses" if engine is None else "affinity_hits")
         return engine
 

@@ -19,7 +19,7 @@ from heapq import nsmallest
 from math import inf
 from statistics import fmean
 
-from rsm.broker.protocol.rules import rank_of
+from rsm.broker.protocol.rules import NEW_CACHE, rank_of
 from rsm.broker.protocol.snapshot import EngineView, SessionView, Speed
 from rsm.router.views import CallView
 
@@ -36,9 +36,6 @@ _STEPS = 1.5
 _RETURN_S = 60.0
 # Of how many engines, at most, besides the chosen one, and in how many bytes a call's record tells the costs.
 _COSTS_KEPT, _COSTS_BYTES = 8, 192
-# An engine's count of computed tokens jumps by so many when its process begins anew, with an empty cache
-# (register.lua).
-_COLD = 1 << 40
 # How long the fleet's means hold, in seconds.
 _MEAN_S = 1.0
 
@@ -182,7 +179,7 @@ def reusable(call: CallView, engine: EngineView, session: SessionView) -> int:
     use = session.used.get(engine.id)
     if use is not None and use.computed is not None:
         since = engine.computed - use.computed
-        if engine.kv_tokens or since >= _COLD:
+        if engine.kv_tokens or since >= NEW_CACHE:
             left = min(left, engine.kv_tokens - since)
     return max(0, min(int(left * engine.reuse_found), call.prompt_tokens - 1))
 

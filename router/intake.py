@@ -11,7 +11,7 @@ from rsm.broker.errors import InvalidRequest
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.ids import check_id, check_model, is_id, shorten
-from rsm.broker.protocol.messages import Admission, Rejection
+from rsm.broker.protocol.messages import RawCall, Rejection
 from rsm.broker.protocol.models import KINDS, MAX_PROMPT_TOKENS, ErrorCode
 from rsm.broker.protocol.rules import LAST_TIER
 from rsm.router.views import CallView
@@ -21,13 +21,13 @@ Fields = Mapping[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A call to place. `gen`: empty for a first arrival. `admission`: of a bare XADD, which has no record yet."""
+    """A call to place. `gen`: empty for a first arrival. `raw`: what a bare XADD pushed, which has no record yet."""
 
     entry: str
     call_id: str
     gen: str
     view: CallView
-    admission: Admission | None = None
+    raw: RawCall | None = None
 
 
 def read_entry(entry: str, fields: Fields, max_body_bytes: int) -> Arrival | Rejection:
@@ -90,9 +90,9 @@ def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
         on_engine_loss=text(fields.get(b"on_engine_loss")) or "continue",
         parent_session=text(fields.get(b"parent_session")),
     )
-    admission = Admission(entry, request, codec.digest(request.kind, request.model, data), field)
+    raw = RawCall(entry, request, codec.digest(request.kind, request.model, data), field)
     view = CallView(request.session, request.model, request.prompt_tokens, priority=request.priority)
-    return Arrival(entry, call_id, "", view, admission)
+    return Arrival(entry, call_id, "", view, raw)
 
 
 def _deadline_ms(entry: str, fields: Fields) -> int | None:

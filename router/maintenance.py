@@ -46,7 +46,7 @@ class Upkeep:
         while execute.run(self._redis, self._transitions.retain()).entries == RETAIN_ENTRIES:
             pass
         self._unpark()
-        self._let_in()
+        self._admit_throttled()
         return self._take_over()
 
     def leave(self) -> None:
@@ -66,14 +66,14 @@ class Upkeep:
                 return
 
     def _unpark(self) -> None:
-        self.engines = execute.run(self._redis, self._transitions.look()).engines
+        self.engines = execute.run(self._redis, self._transitions.snapshot()).engines
         for model in {e.model for e in self.engines if e.state == EngineState.READY}:
             for wanted in (model, ""):
                 while execute.run(self._redis, self._transitions.unpark(wanted)) == self._settings.batch:
                     pass
 
-    def _let_in(self) -> None:
-        while execute.run(self._redis, self._transitions.let_in()) >= self._settings.batch:
+    def _admit_throttled(self) -> None:
+        while execute.run(self._redis, self._transitions.admit_throttled()) >= self._settings.batch:
             pass
 
     def _take_over(self) -> list[Any]:

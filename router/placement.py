@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.protocol.rules import rank_of
 from rsm.broker.protocol.snapshot import EngineView, SessionView
-from rsm.router.admission import HELD, Admission, context_of, new_of, with_context
+from rsm.router.admission import THROTTLED, Admission, context_of, new_of, with_context
 from rsm.router.policies.base import Policy, with_call
 from rsm.router.views import CallView, Choice
 
@@ -42,7 +42,7 @@ class Decision:
 class Chooser:
     """Places calls by a policy, and keeps the view of the fleet up to date with what it has placed itself.
 
-    Not for several threads. Between two looks at the fleet (`see`), calls that it placed count as queued.
+    Not for several threads. Between two snapshots of the fleet (`see`), calls that it placed count as queued.
     """
 
     def __init__(self, policy: Policy, admission: Admission | None = None) -> None:
@@ -116,7 +116,7 @@ class Chooser:
         if self.admission is not None:
             ready = self.admission.open_to(call, ready, session)
         if not ready:
-            return Choice("", HELD.format(tokens=call.prompt_tokens), hold=True)
+            return Choice("", THROTTLED.format(tokens=call.prompt_tokens), hold=True)
         return self.policy.choose(call, ready, session)
 
     def _given(

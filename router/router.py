@@ -42,9 +42,9 @@ from rsm.router.work_stealing.loop import Thief
 log = logging.getLogger("rsm.router")
 
 Entries = Sequence[tuple[bytes, Fields]]
-# How old the view of the fleet may be. Between two looks a router counts what it assigns itself; what other routers
-# assign and what engines finish meanwhile it learns by the next look.
-_LOOK_AGAIN_S = 0.02
+# How old a snapshot of the fleet may be. Between two snapshots a router counts what it assigns itself; what other
+# routers assign and what engines finish meanwhile it learns from the next one.
+_SNAPSHOT_S = 0.02
 # What a read says that finds no group, a read that was blocking when the stream went, and a look at the consumers.
 _GROUP_IS_GONE = ("NOGROUP", "UNBLOCKED", "no such key")
 _NO_RECORD = "The entry refers to a record that does not exist. Push a body with it, as `json` or `body`."
@@ -65,7 +65,7 @@ class Router:
         self._redis = connect(self.settings)
         self._upkeep = Upkeep(self._redis, self.keys, self.settings, self.name)
         self._thief = Thief(self._redis, self._transitions, self._chooser) if self.settings.stealing else None
-        self._looked = -_LOOK_AGAIN_S
+        self._seen_at = -_SNAPSHOT_S
         self._stopping = False
         self._examined = False
 
@@ -148,12 +148,12 @@ class Router:
         return arrivals, rejections
 
     def _place(self, arrivals: list[Arrival], rejections: list[Rejection]) -> tuple[list[Arrival], list[Rejection]]:
-        """One round trip to look, one to act. Returns what has to be placed or refused once more."""
-        placements, refused = self._choose(arrivals, self._look(arrivals))
+        """One round trip for a snapshot, one to act. Returns what has to be placed or refused once more."""
+        placements, refused = self._choose(arrivals, self._see(arrivals))
         commands: list[Command[Any]] = []
-        admissions = [a.admission for a in arrivals if a.admission is not None]
-        if admissions:
-            commands.append(self._transitions.admit(admissions))
+        raw = [a.raw for a in arrivals if a.raw is not None]
+        if raw:
+            commands.append(self._transitions.accept(raw))
         if rejections or refused:
             commands.append(self._transitions.reject([*rejections, *refused]))
         if placements:
@@ -163,19 +163,19 @@ class Router:
             log.info("refused %s: %s", r.call_id or r.entry, r.error_code)
         return self._leftovers(arrivals, placements, replies[-1]) if placements else ([], [])
 
-    def _look(self, arrivals: Sequence[Arrival]) -> dict[str, SessionView]:
+    def _see(self, arrivals: Sequence[Arrival]) -> dict[str, SessionView]:
         """Brings the view of the fleet up to date, unless it is fresh and serves all models asked for; returns the
         sessions that the policy wants to know."""
         sessions = {a.view.session for a in arrivals if self._chooser.needs_session(a.view)}
         unserved = {a.view.model for a in arrivals if a.view.model} - self._chooser.models
-        stale = bool(unserved) or time.monotonic() - self._looked > _LOOK_AGAIN_S
+        stale = bool(unserved) or time.monotonic() - self._seen_at > _SNAPSHOT_S
         if not (sessions or stale):
             return {}
-        look = execute.run(self._line, self._transitions.look(list(sessions), fleet=stale))
+        snapshot = execute.run(self._line, self._transitions.snapshot(list(sessions), fleet=stale))
         if stale:
-            self._chooser.see(look.engines)
-            self._looked = time.monotonic()
-        return look.sessions
+            self._chooser.see(snapshot.engines)
+            self._seen_at = time.monotonic()
+        return snapshot.sessions
 
     def _choose(
         self, arrivals: Sequence[Arrival], sessions: dict[str, SessionView]
@@ -190,7 +190,7 @@ class Router:
         return placements, refused
 
     def _refuse(self, a: Arrival, code: ErrorCode, message: str) -> Rejection:
-        inbox = a.admission.request.inbox if a.admission else ""
+        inbox = a.raw.request.inbox if a.raw else ""
         return Rejection(a.entry, a.call_id, a.gen, a.view.session, inbox, code.value, message)
 
     def _leftovers(
@@ -202,9 +202,9 @@ class Router:
         for p, reply in zip(placements, placed, strict=True):
             a = by_entry[p.entry]
             if reply.code == "unplaced":
-                self._looked = -_LOOK_AGAIN_S  # the fleet is not what it seemed
+                self._seen_at = -_SNAPSHOT_S  # the fleet is not what it seemed
                 again.append(a)
-            elif reply.code == "missing" and a.admission is None:
+            elif reply.code == "missing" and a.raw is None:
                 refused.append(reject(a.entry, {b"id": a.call_id.encode()}, ErrorCode.INVALID_REQUEST, _NO_RECORD))
         return again, refused
 
@@ -214,7 +214,7 @@ def _placement(a: Arrival, d: Decision) -> Placement:
     if c is None:
         return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, PARKED)
     if c.hold:
-        return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, c.why, hold=True, context=d.context)
+        return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, c.why, throttle=True, context=d.context)
     costs = costs_text(c.costs, c.engine)
     placed = Placement(a.entry, a.call_id, a.gen, c.engine, c.bind, d.seen, c.hit, c.why, c.reuse, costs)
     return placed._replace(context=d.context, new=d.new)

@@ -13,9 +13,6 @@ from rsm.broker.protocol.snapshot import Ahead
 from rsm.simulation.process_table import Account, ProcessTable
 from rsm.workers.scheduling.plas import Rank
 
-# As in claim.lua: so many starving calls are moved ahead with one claim.
-_PROMOTE_MANY = 64
-
 
 @dataclass(slots=True, eq=False)
 class Waiting:
@@ -122,7 +119,7 @@ class Queue:
         return [entry[3] for entry in entries]
 
     def _promote(self, now_ms: int) -> None:
-        for _ in range(_PROMOTE_MANY):
+        for _ in range(self._table.promote_many):
             if not self._starving or self._starving[0][0] > now_ms:
                 return
             waiting = heappop(self._starving)[3]

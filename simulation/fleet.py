@@ -142,7 +142,7 @@ class _Call:
     times: CallTimes
     waited: Waiting | None = None  # as it stood in its engine's queue
     context: int = 0  # what it was expected to hold of its engine's KV cache
-    let_in: bool = False  # it has waited for room, and had its turn
+    admitted: bool = False  # it was throttled, and has had its turn
 
 
 class _Run:
@@ -236,7 +236,7 @@ class _Run:
         times, table = call.times, self._table
         session, waiting = table.session(times.session), self._waiting(call)
         times.level = waiting.level
-        if not call.let_in and self._residents and self._residents.must_wait(times.session, waiting, self._now):
+        if not call.admitted and self._residents and self._residents.must_wait(times.session, waiting, self._now):
             self._hold(waiting)
             return
         view = CallView(times.session, "", times.prompt_tokens, times.program)
@@ -272,8 +272,8 @@ class _Run:
         if self._residents is None:
             self._at(self._now + self._tick_s, _ASSIGN, waiting.call)
             return
-        waiting.call.let_in = False
-        self._residents.held.add(waiting)
+        waiting.call.admitted = False
+        self._residents.throttled.add(waiting)
         self._start_ticking()
 
     def _start_ticking(self) -> None:
@@ -283,10 +283,10 @@ class _Run:
 
     def _tick(self, _: object) -> None:
         """The router's timer, while calls are held, or wait where they may be taken away."""
-        self._let_in()
+        self._admit_throttled()
         for engine, waiting in self._front.to_move(self._now, self._table.session):
             self._move(engine, waiting)
-        held = bool(self._residents and self._residents.held)
+        held = bool(self._residents and self._residents.throttled)
         self._ticking = False
         if held or (self._front.steals and any(e.queued for e in self.engines)):
             self._start_ticking()
@@ -304,9 +304,9 @@ class _Run:
         call.times.moves += 1
         self._at(self._hop(self._config.hops.submit_s), _ASSIGN, call)
 
-    def _let_in(self) -> None:
-        for waiting in self._residents.let_in(self._now) if self._residents else ():
-            waiting.call.let_in = True
+    def _admit_throttled(self) -> None:
+        for waiting in self._residents.admit(self._now) if self._residents else ():
+            waiting.call.admitted = True
             self._at(self._hop(self._config.hops.submit_s), _ASSIGN, waiting.call)
 
     def _ring(self, engine: Engine) -> None:
@@ -326,7 +326,7 @@ class _Run:
         self._go_on(engine)
 
     def _sim_call(self, waiting: Waiting) -> SimCall:
-        """The call as its worker hands it to the engine (claim.lua, `account_of`)."""
+        """The call as its worker hands it to the engine (claim.lua, `waited_and_ran`)."""
         call: _Call = waiting.call
         times, now, since = call.times, int(self._now * 1000), waiting.submitted_ms
         waited, ran = self._table.unpaid(waiting.had)
@@ -392,7 +392,7 @@ class _Run:
         session.finished(engine.id, resident, self._now, engine.computed, times.output_tokens)
         if self._residents is not None:
             self._residents.leaves(engine.id, times.session, resident - call.context, self._now)
-            self._let_in()
+            self._admit_throttled()
         self._follow(program, call.index)
 
     def _follow(self, program: _Program, index: int) -> None:

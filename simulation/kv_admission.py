@@ -1,4 +1,4 @@
-"""Whose contexts the engines of a fleet hold, and the calls that wait for room: as in Redis, by residents.lua."""
+"""Whose contexts the engines of a fleet hold, and the throttled calls: as in Redis, by residents.lua."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Residents:
         self._table = table
         self._sums = {e.id: self._nothing() for e in engines}
         self._mine: dict[str, dict[str, Any]] = {}
-        self.held = Queue(table)
+        self.throttled = Queue(table)
 
     def _nothing(self) -> Any:
         none = [0.0] * (int(self._rules.LAST_TIER) + 1)
@@ -43,7 +43,7 @@ class Residents:
 
     def _share(self, mine: Any, now_ms: float) -> Share:
         tokens = self._rules.share_of(mine, now_ms, self._half)
-        return Share(tokens, self._rules.is_home(mine, now_ms, self._half), mine.calls > 0, mine.tier)
+        return Share(tokens, self._rules.is_cached_here(mine, now_ms, self._half), mine.calls > 0, mine.tier)
 
     def arrives(self, engine: str, session: str, context: int, new: int, level: int, now: float) -> None:
         """A call has been assigned."""
@@ -61,37 +61,37 @@ class Residents:
         self._rules.leaves(self._sums[engine], self._mine[session][engine], None, now * 1000, self._half)
 
     def must_wait(self, session: str, waiting: Waiting, now: float) -> bool:
-        """Whether calls are held that go ahead of this one, which is not at home."""
-        first = self.held.first(1, int(now * 1000))
+        """Whether a call has to wait behind throttled ones. One whose context is still in some cache never does."""
+        first = self.throttled.first(1, int(now * 1000))
         return (
             bool(first)
             and first[0].score < waiting.score
-            and not any(s.home for s in self.shares(session, now).values())
+            and not any(s.cached for s in self.shares(session, now).values())
         )
 
-    def let_in(self, now: float) -> list[Waiting]:
-        """The held calls for which there is room now; they are held no more."""
-        if not self.held:
+    def admit(self, now: float) -> list[Waiting]:
+        """The throttled calls for which there is headroom now; they are no longer throttled."""
+        if not self.throttled:
             return []
-        first = self.held.first(self._rules.BYPASS + 1, int(now * 1000))
-        rooms = [self._room(e, now) for e in self._engines]
-        chosen = self._rules.let_in(self._list(self._asks(w, now) for w in first), self._list(rooms))
+        first = self.throttled.first(self._rules.BYPASS + 1, int(now * 1000))
+        caches = [self._cache(e, now) for e in self._engines]
+        chosen = self._rules.admissible(self._list(self._demand(w, now) for w in first), self._list(caches))
         found = [first[int(n) - 1] for n in chosen.values()]
         for waiting in found:
-            self.held.remove(waiting)
+            self.throttled.remove(waiting)
         return found
 
-    def _room(self, engine: Engine, now: float) -> Any:
+    def _cache(self, engine: Engine, now: float) -> Any:
         view = engine.view(now)
         spoken, capacity = self._spoken(engine.id, now), view.kv_tokens * self._factor
         calls = view.queued + view.running
         return self._rules.list({"id": engine.id, "spoken": spoken, "capacity": capacity, "calls": calls})
 
-    def _asks(self, waiting: Waiting, now: float) -> Any:
+    def _demand(self, waiting: Waiting, now: float) -> Any:
         shares = {e: self._rules.list(s._asdict()) for e, s in self.shares(waiting.call.times.session, now).items()}
         since = self._rules.starves_at(waiting.submitted_ms, *self._table.unpaid(waiting.had), self._beta)
-        asks = {"context": waiting.tokens, "tier": waiting.level, "starves": since <= now * 1000}
-        return self._rules.list({**asks, "shares": self._rules.list(shares)})
+        demand = {"context": waiting.tokens, "tier": waiting.level, "starves": since <= now * 1000}
+        return self._rules.list({**demand, "shares": self._rules.list(shares)})
 
     def _list(self, items: Any) -> Any:
         return self._rules.list(list(items))

@@ -11,8 +11,8 @@ from rsm.broker.protocol.scripts import source
 _FILES = ("programs", "residents")
 _NAMES = (
     "level_of", "charged", "served", "unpaid", "starves_at", "place", "queue_score", "RUN_FLOOR_MS",
-    "spoken_for", "share_of", "is_home", "fits", "arrives", "leaves", "let_in", "decayed",
-    "up_to", "tier_of", "BYPASS", "LAST_TIER",
+    "spoken_for", "share_of", "is_cached_here", "fits", "arrives", "leaves", "admissible", "decayed",
+    "up_to", "tier_of", "BYPASS", "LAST_TIER", "PROMOTE_MANY", "MOST_DEEP", "totals",
 )  # fmt: skip
 MISSING = "Simulating a fleet needs lupa, a Lua for Python: pip install 'rsm-engine[simulation]'."
 

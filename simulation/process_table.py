@@ -9,7 +9,7 @@ from rsm.broker.protocol.snapshot import CacheUse, SessionView
 
 
 class Account(NamedTuple):
-    """What a program has been charged. Times in ms, service in service units; `paid_…`: family.lua, `totals`."""
+    """What a program has been charged. Times in ms, service in service units; the fields are `TOTALS`."""
 
     service: float = 0.0
     waited_ms: float = 0
@@ -62,6 +62,7 @@ class ProcessTable:
         self._rule = rule
         self._bounds = rules.list(level_bounds)
         self._beta = beta
+        self.promote_many = int(rules.PROMOTE_MANY)  # starving calls that are moved ahead with one claim
         self._sessions: dict[str, Session] = {}
 
     def session(self, name: str) -> Session:

@@ -19,11 +19,11 @@ from rsm.simulation.kv_admission import Residents
 from rsm.simulation.process_table import Session
 
 # As in router/router.py.
-_LOOK_AGAIN_S = 0.02
+_SNAPSHOT_S = 0.02
 
 
 class Front:
-    """Chooses engines. Between two looks it knows of changes only what it assigned itself, like `router.Router`."""
+    """Chooses engines. Between two snapshots it knows of changes only what it assigned itself, like `router.Router`."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Front:
         self._residents = residents
         self._engines = {e.id: e for e in engines}
         self._changed = dict.fromkeys(engines)
-        self._looked = -inf
+        self._seen_at = -inf
 
     def changed(self, engine: Engine) -> None:
         """What Redis knows of the engine is not what the router saw."""
@@ -48,8 +48,8 @@ class Front:
     def choose(self, now: float, call: CallView, entry: Session, service: float, level: int) -> tuple[Choice, Decision]:
         """The engine for a call of a program that has had so much, and why; or that it is to wait."""
         wanted = self._chooser.needs_session(call)
-        if now - self._looked > _LOOK_AGAIN_S:
-            self._look(now)
+        if now - self._seen_at > _SNAPSHOT_S:
+            self._see(now)
         sessions = {call.session: self._seen(call.session, entry.view(now, service, level), now)} if wanted else {}
         decision = self._chooser.place([call], sessions, now)[0]
         choice = decision.choice
@@ -87,15 +87,15 @@ class Front:
         view = engine.view(now)
         return replace(view, spoken_for=self._residents.spoken_for(engine.id, now)) if self._residents else view
 
-    def _look(self, now: float) -> None:
-        if self._looked == -inf:
+    def _see(self, now: float) -> None:
+        if self._seen_at == -inf:
             self._chooser.see(self._view(engine, now) for engine in self._engines.values())
         else:
             # What thinks on an engine becomes less by itself.
             for engine in self._engines.values() if self._residents else self._changed:
                 self._chooser.update(self._view(engine, now))
         self._changed.clear()
-        self._looked = now
+        self._seen_at = now
 
 
 def _waiting_call(engine: Engine, waiting: Waiting) -> WaitingCall:

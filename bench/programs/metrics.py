@@ -13,6 +13,7 @@ from math import ceil
 from statistics import fmean
 from typing import Any, Self
 
+from rsm.broker.protocol.rules import RUN_FLOOR_MS
 from rsm.simulation.results import CallTimes, ProgramTimes
 from rsm.simulation.workload.programs import CallSpec, ProgramSpec
 from rsm.workers.backends.sim.engine import SimTimes
@@ -20,7 +21,7 @@ from rsm.workers.backends.sim.engine import SimTimes
 # A program starved if it did not end in a run that was waited out, or if its calls together waited so many times as
 # long as they ran (at least 1 s): what the paper's rule against starvation bounds by beta, and this with room for those
 # that wait behind others promoted at the same time.
-STARVED_TIMES, RUN_FLOOR_S = 20.0, 1.0
+STARVED_TIMES, RUN_FLOOR_S = 20.0, RUN_FLOOR_MS / 1000
 
 
 @dataclass(frozen=True, slots=True)

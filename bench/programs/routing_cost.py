@@ -85,13 +85,13 @@ class Watched:
         """One batch, which must be of so many calls."""
         entries = self.router._read()
         self.chose_s.clear()
-        looked = self.router._looked
+        looked = self.router._seen_at
         began = time.perf_counter()
         placed = self.router.place(entries)
         took = time.perf_counter() - began
         if placed != calls:
             raise RuntimeError(f"a batch had {placed} calls, not {calls}")
-        return Placing(took / calls, sum(self.chose_s) / calls, self.router._looked != looked)
+        return Placing(took / calls, sum(self.chose_s) / calls, self.router._seen_at != looked)
 
 
 def measure(url: str, policy: str, engines: int, calls: int, batches: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Redis users for the parts, as lines of an ACL file: each may do just what its part needs.
+"""A Redis user for each process, as lines of an ACL file: each may do just what that process needs.
 
-Redis checks a script's commands with the rights of whoever runs it, so a right is a command together with the keys
-that it may touch. What users of one namespace can do to each other, no ACL can keep apart: a producer that may write
-call records may write any of them, and nobody who may read a record can be kept from its fields, bodies included.
+Redis checks a script's commands with the rights of the user that runs it. So a right is a command together with the
+keys that it may touch. An ACL cannot protect users of one namespace from each other: a producer that may write call
+records may write any of them, and whoever may read a record may read all its fields, including the body.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from rsm.broker.protocol.keys import Keys
 
-# The hash of no password that anybody knows: until it is replaced, the user can log in nowhere.
+# Not the hash of any known password: until it is replaced, the user cannot log in.
 LOCKED = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Commands, the keys (globs behind the namespace's prefix) that they may read or write, and channels."""
+    """Commands, the keys that they may read or write (globs after the namespace's prefix), and channels."""
 
     commands: str
     read: str = ""
@@ -27,7 +27,7 @@ class Grant:
     channels: str = ""
 
     def rules(self, prefix: str) -> list[str]:
-        """As Redis reads them. A key that is both read and written takes one rule."""
+        """As Redis reads them. A key that is both read and written needs one rule."""
         read, write = self.read.split(), self.write.split()
         both = [f"~{_key(prefix, key)}" for key in read if key in write]
         return [
@@ -40,7 +40,7 @@ class Grant:
 
 
 def _key(prefix: str, key: str) -> str:
-    """`.` is the bare prefix, which every script is given as its key; `rq:` is RQ's own key space."""
+    """`.` is the bare prefix, which every script gets as its key; `rq:` is RQ's own key space."""
     if key.startswith("rq:"):
         return key
     return prefix if key == "." else prefix + key
@@ -48,7 +48,7 @@ def _key(prefix: str, key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One kind of user. `grants[0]` are its root permissions, the others selectors, each a pair of its own."""
+    """One kind of user. `grants[0]` are its root permissions; each of the others is a selector."""
 
     name: str
     grants: Sequence[Grant]
@@ -70,9 +70,9 @@ def password_hash(password: str) -> str:
 
 
 def acl_file(namespace: str, hashes: Mapping[str, str]) -> str:
-    """A whole ACL file. `hashes`: of the passwords by role, "default" among them; without one a user is locked.
+    """A whole ACL file. `hashes`: of the passwords, by role and "default". A user without one is locked.
 
-    Redis puts this in place of all users it has, so Redis's own `default` user, who may do everything, is in it.
+    Redis replaces all its users by those of the file, so its own `default` user, who may do everything, is in it, too.
     """
     keys = Keys(namespace)
     lines = [f"user default on #{hashes.get('default', LOCKED)} ~* &* +@all"]
@@ -83,7 +83,7 @@ _CONNECT = "hello ping time select client|setinfo client|setname"
 _SCRIPTS = "eval evalsha script|load"
 _CLUSTER = "cluster|slots wait"  # where the master is, and whether its replicas have it
 
-# What create_call, stop_call and end_call do, whoever runs them: they write no stream but logs and inboxes.
+# What create_call, stop_call and end_call do, whoever runs them. They write no streams except logs and inboxes.
 _CALL_COMMANDS = (
     "hget hmget hset hsetnx hexists hdel hincrby hgetall del persist pexpire strlen hstrlen xread xrange xlen xadd "
     "sadd srem scard smembers sscan zadd zrem zrange zremrangebyscore lpush ltrim lrange"
@@ -93,10 +93,10 @@ _CALL_WRITES = f"{_CALL_KEYS} deadlines finished parked:* held:* starving:*"
 
 _PRODUCER = (
     Grant(f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS}", f"{_CALL_KEYS} finished", _CALL_WRITES),
-    Grant("xtrim", write="inbox:*"),  # of what it has read
+    Grant("xtrim", write="inbox:*"),  # removes what it has read
     Grant("xadd", write="calls"),
     Grant("xrevrange xlen", read="calls"),
-    # To take a waiting call out of its queue, and to tell the worker of a running one.
+    # To take a waiting call out of its queue, and to send a cancel to the worker of a running one.
     Grant("hincrby hexists", read="engine:*", write="engine:*"),
     Grant("llen lpush pexpire", read="engine:*:bell", write="engine:*:bell"),
     Grant("hdel", write="engine:*:work"),
@@ -112,7 +112,7 @@ _VIEWS = (
         read="*",
     ),
 )
-# Redis-side queues of RQ know no namespace: whoever may write here may give orders to the nodes of all of them.
+# RQ's queues in Redis have no namespace: whoever may write them may command the nodes of all namespaces.
 _RQ = Grant(
     "get set setex del unlink exists expire persist ttl hget hgetall hmget hset hsetnx hdel hexists hlen hincrby "
     "hincrbyfloat lpush rpush lpop lrem llen lrange lmove blmove brpop blpop rpoplpush brpoplpush lpos sadd srem "
@@ -123,9 +123,9 @@ _RQ = Grant(
     "rq:*",
     "rq:pubsub:*",
 )
-# The policy of a full Redis is looked at before anything is served (`rsm.broker.connection.eviction`).
+# The eviction policy is checked before anything is served (`rsm.broker.connection.eviction`).
 _SERVER = "info"
-# What engines' queues need from those who fill, empty and give them back.
+# What it takes to fill, empty and give back engines' queues.
 _FLEET_COMMANDS = "llen zcard zscore zrangebyscore xrevrange xack xdel unlink blpop"
 _ROUTER = (
     Grant(
@@ -148,7 +148,7 @@ _WORKER = (
 ROLES: dict[str, Role] = {
     role.name: role
     for role in (
-        # A program of another language that only pushes by XADD and reads what became of its calls.
+        # A program in another language that only pushes by XADD and reads the outcome of its calls.
         Role(
             "pusher",
             (

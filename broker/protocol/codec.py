@@ -1,4 +1,4 @@
-"""Bodies and results as bytes: msgpack, or JSON where the producer pushed JSON. Nothing is pickled."""
+"""Bodies and results as bytes: msgpack, or JSON if the producer pushed JSON. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import msgpack
 
 from rsm.broker.errors import InvalidRequest
 
-# A record keeps its body under the name of its format, so the result can be written in the same one:
-# who pushes JSON with redis-cli reads JSON with redis-cli.
+# A record keeps its body under the name of its format, so the result can be written in the same one: whoever pushes
+# JSON with redis-cli reads JSON with redis-cli.
 Format = Literal["json", "body"]
-# How a timestamp, msgpack's own extension type, begins: in 4, 8 or 12 bytes.
+# The first bytes of a timestamp, which is msgpack's own extension type: of 4, 8 or 12 bytes.
 _TIMESTAMPS = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
 
 
@@ -52,7 +52,7 @@ def decode(data: bytes, fmt: Format = "body") -> dict[str, Any]:
 
 def _loads(data: bytes) -> Any:
     value = json.loads(data)
-    if b"\\u" in data:  # an escaped lone surrogate is text in JSON alone: nothing behind here could write it
+    if b"\\u" in data:  # an escaped lone surrogate is valid in JSON only: nothing that handles it later could write it
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -60,7 +60,7 @@ def _loads(data: bytes) -> Any:
 def _unpack(data: bytes) -> Any:
     # Inner maps may have any keys: logit_bias has token ids.
     value = msgpack.unpackb(data, ext_hook=_no_extensions, strict_map_key=False, timestamp=3)
-    if any(head in data for head in _TIMESTAMPS):  # these pass the hook by, as datetimes, which cannot be packed
+    if any(head in data for head in _TIMESTAMPS):  # these bypass the hook and become datetimes, which cannot be packed
         msgpack.packb(value)
     return value
 
@@ -70,26 +70,26 @@ def _no_extensions(code: int, data: bytes) -> Any:
 
 
 def digest(kind: str, model: str, data: bytes) -> str:
-    """Tells a repeated push of a call from another call under the same id."""
+    """Distinguishes a repeated push of a call from another call with the same id."""
     hashed = hashlib.blake2b(f"{kind}|{model}|".encode(), digest_size=16)
     hashed.update(data)
     return hashed.hexdigest()
 
 
 def text(raw: bytes | str | None) -> str:
-    """A Redis reply as text, "" for a missing one."""
+    """A Redis reply as text; "" if it is missing."""
     if raw is None:
         return ""
     return raw if isinstance(raw, str) else raw.decode("utf-8", "replace")
 
 
 def number(raw: bytes | str | None, default: int = 0) -> int:
-    """A Redis reply as a whole number, `default` for one that is missing, empty or none."""
+    """A Redis reply as a whole number; `default` if it is missing, empty or not a number."""
     return int(real(raw, default)) if raw else default
 
 
 def real(raw: bytes | str | None, default: float = 0.0) -> float:
-    """A Redis reply as a finite number, `default` for one that is missing, empty or none."""
+    """A Redis reply as a finite number; `default` if it is missing, empty or not a number."""
     try:
         value = float(raw) if raw else default
     except ValueError:
@@ -98,5 +98,5 @@ def real(raw: bytes | str | None, default: float = 0.0) -> float:
 
 
 def pairs(reply: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """A flat list of Redis, two by two."""
+    """The pairs of a flat list of Redis."""
     return list(zip(reply[::2], reply[1::2], strict=True))

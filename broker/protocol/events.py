@@ -1,4 +1,4 @@
-"""Entries of inboxes and call logs, read back: pieces of output, and ends."""
+"""Reads entries of inboxes and call logs: chunks of output, and ends."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Fields = Mapping[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The end of a call. `n`: how many pieces its log holds. `record` is None where the news left the result out."""
+    """The end of a call. `n`: how many events its log holds. `record` is None if the event left the result out."""
 
     n: int
     record: CallRecord | None
 
 
 def read_event(call_id: str, fields: Fields, event_id: str) -> Delta | End | None:
-    """One entry of an inbox or a log; None for one that no part has written so, which a reader skips."""
+    """One entry of an inbox or a log; None if it cannot be read, so that a reader skips it."""
     try:
         return _end(call_id, fields) if b"state" in fields else _delta(fields, event_id)
     except (LookupError, ValueError):
@@ -33,12 +33,12 @@ def read_event(call_id: str, fields: Fields, event_id: str) -> Delta | End | Non
 
 
 def is_end(fields: Fields) -> bool:
-    """Whether an entry of an inbox tells that its call has ended."""
+    """Whether an entry of an inbox says that its call has ended."""
     return fields.get(b"state") in ENDS and b"call" in fields
 
 
 def end_record(call_id: str, fields: Fields) -> CallRecord | None:
-    """The record as the news of an end tell it; None where they leave the result out, or cannot be read."""
+    """The record that the event of an end holds; None if the event leaves the result out, or cannot be read."""
     if b"submitted_ms" not in fields or fields.get(b"big"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Ids: what may be one, and how new ones are made."""
+"""Ids: what is valid, and how new ones are made."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 
 from rsm.broker.errors import InvalidRequest
 
-# Ids become parts of Redis keys, so they can hold nothing that leaves their key space: no braces, no
-# white space, no glob characters.
+# Ids become parts of Redis keys, so they must not hold characters that could lead out of their key space: braces, white
+# space, glob characters.
 ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# The ends of the key names that hang on a call, a session or an engine (keys.py): a call "c:events" would
-# share its key with the log of call "c".
+# The ends of key names that belong to a call, a session or an engine (keys.py). A call "c:events" would share its key
+# with the log of call "c".
 RESERVED_ENDS = (
     ":events", ":calls", ":recent", ":children", ":queue", ":work", ":starving", ":running", ":bell", ":control",
     ":residents",
@@ -51,7 +51,7 @@ def check_id(value: str, what: str) -> str:
 
 
 def is_id(value: str) -> bool:
-    """Whether `check_id` would take it."""
+    """Whether `check_id` would accept it."""
     return bool(ID_PATTERN.fullmatch(value)) and not value.endswith(RESERVED_ENDS)
 
 

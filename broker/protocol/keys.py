@@ -1,4 +1,4 @@
-"""The names of all keys of one namespace. Lua builds the same names (lib.lua); nothing else does."""
+"""The names of all keys of one namespace. Only this file and the scripts (lib.lua) build key names."""
 
 from __future__ import annotations
 

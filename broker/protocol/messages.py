@@ -1,4 +1,4 @@
-"""What the scripts are given and what they answer, as records; broker/protocol/transitions.py has the commands."""
+"""The arguments and replies of the scripts as records; broker/protocol/transitions.py has the commands."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rsm.broker.protocol.models import CallRequest, OnEngineLoss, RequestState
 
 
 class Submission(NamedTuple):
-    """A checked call with its encoded body: msgpack ("body") or JSON, as its result will be.
+    """A checked call with its encoded body: msgpack ("body") or JSON. Its result will have the same format.
 
-    `until`: when its timeout is over, on this process's monotonic clock, in seconds; None = it has none.
+    `until`: when its timeout ends, on this process's monotonic clock, in seconds; None = it has none.
     """
 
     request: CallRequest
@@ -24,7 +24,7 @@ class Submission(NamedTuple):
     until: float | None = None
 
     def fields(self) -> list[str | int]:
-        """Its routing fields, as of now."""
+        """Its routing fields now."""
         return self.request.fields(None if self.until is None else max(0, round((self.until - monotonic()) * 1000)))
 
     def __repr__(self) -> str:  # prompts and outputs never appear in a repr
@@ -34,8 +34,8 @@ class Submission(NamedTuple):
 class Submitted(NamedTuple):
     code: str  # "new" | "duplicate" | "conflict" | "overloaded" | "invalid"
     state: RequestState | None  # None if overloaded or invalid: there is no record
-    bound: str = ""  # which one is in the way (overload.lua)
-    retry_ms: int = 0  # when to try again; 0 = never, its deadline has passed
+    bound: str = ""  # which limit was reached (overload.lua)
+    retry_ms: int = 0  # when to try again; 0 = never, its deadline will have passed
     error: str = ""  # why it is invalid
 
     @property
@@ -44,15 +44,15 @@ class Submitted(NamedTuple):
 
 
 class SessionCancel(NamedTuple):
-    """One round of a session's cancel."""
+    """One round of the cancel of a session."""
 
     cursor: str  # "0" = done
     ended: int  # calls ended or flagged
-    children: tuple[str, ...] = ()  # whose calls are to be cancelled, too
+    children: tuple[str, ...] = ()  # sessions whose calls are to be cancelled, too
 
 
-class Admission(NamedTuple):
-    """A raw entry of the router stream, checked. Its body stays in Redis, in the field `body_field`."""
+class RawCall(NamedTuple):
+    """A call that was pushed by a bare XADD, checked. Its body stays in Redis, in the entry's field `body_field`."""
 
     entry: str
     request: CallRequest
@@ -73,9 +73,12 @@ class Rejection(NamedTuple):
 class Placement(NamedTuple):
     """Where the router puts a call. `engine=""` parks it until an engine of its model is ready.
 
-    `reuse`: tokens of its prompt that the engine should find in its cache. `costs`: what the call would take on each
-    engine, as text for its record (`costs_text`). `hold`: no engine has room for it. `context`: tokens of KV that it
-    will hold, `new`: what of them no other call of its session holds on that engine; 0 where programs are not admitted.
+    Attributes:
+        reuse: tokens of its prompt that the engine should find in its cache.
+        costs: how long the call would take on each engine, as text for its record (`costs_text`).
+        throttle: no engine has KV headroom for it.
+        context: tokens of KV that it will hold; 0 without admission.
+        new: those of them that no other call of its session holds on that engine.
     """
 
     entry: str
@@ -88,7 +91,7 @@ class Placement(NamedTuple):
     why: str
     reuse: int = 0
     costs: str = ""
-    hold: bool = False
+    throttle: bool = False
     context: int = 0
     new: int = 0
 
@@ -114,12 +117,15 @@ class Fence:
 class Claimed:
     """A call that a worker has taken.
 
-    `events` counts the pieces that earlier attempts have published; those before number `begins` are void.
-    `left_ms`: what was left until its deadline when it was claimed, on Redis's clock; None = it has none.
-    `program`: the session that is charged for it, its own or an ancestor's; `inherited`: what it had been charged when
-    the call was assigned, in service units. `waited_ms` and `ran_ms`: what the program has waited, this call's waiting
-    until now included, and run, since a promotion last paid for it (programs.lua). `reuse`: tokens of its prompt
-    that its session should have left in this engine's cache, as the router reckoned.
+    Attributes:
+        events: how many events earlier attempts have published; those before number `begins` are void.
+        left_ms: the time until its deadline when it was claimed, on Redis's clock; None = it has none.
+        program: the session that is charged for it, its own or an ancestor.
+        inherited: what the program had been charged when the call was assigned, in service units.
+        waited_ms: how long the program has waited since a promotion last paid for it (programs.lua), including this
+            call's waiting until now.
+        ran_ms: how long it has run since then.
+        reuse: tokens of its prompt that its session should have left in this engine's cache, by the router's estimate.
     """
 
     fence: Fence
@@ -146,7 +152,7 @@ class Claimed:
 
 
 class Event(NamedTuple):
-    """A piece of a streamed call. `chunk` is used by OpenAI kinds, `text` and `token_ids` by `generate`."""
+    """An event of a streamed call. OpenAI kinds use `chunk`; `generate` uses `text` and `token_ids`."""
 
     fence: Fence
     n: int
@@ -169,14 +175,14 @@ class Finish(NamedTuple):
     completion_tokens: int
     cached_tokens: int
     resident_tokens: int
-    events: int | None = None  # published of the call, earlier attempts included
+    events: int | None = None  # how many were published of the call, earlier attempts included
     service: int = 0  # what the call cost, in the deployment's service unit
 
     def __repr__(self) -> str:
         return f"Finish({self.fence}, {self.state}, {self.error_code!r})"
 
 
-# Why an attempt was lost: its engine's process died, its engine failed on it, or "": it was given back in order.
+# Why an attempt was lost: its engine's process died, the engine failed on the call, or "": it was given back in order.
 Fault = Literal["death", "error", ""]
 
 
@@ -186,7 +192,7 @@ class Release(NamedTuple):
     error_code: str
     error: str
 
-    def __repr__(self) -> str:  # its error may be what a remote server said, of the prompt too
+    def __repr__(self) -> str:  # its error may be what a remote server said, and quote the prompt
         return f"Release({self.fence}, {self.fault!r}, {self.error_code!r})"
 
 
@@ -199,9 +205,9 @@ class Registered(NamedTuple):
 
 
 class Differences(NamedTuple):
-    """How a worker's calls and Redis's account of them differ."""
+    """How a worker's calls differ from what Redis knows of them."""
 
-    lost: list[Fence]  # held by the worker, and not running on it by Redis's account
+    lost: list[Fence]  # the worker has them, but by Redis they do not run on it
     unknown: list[Fence]  # the reverse
 
 
@@ -211,5 +217,5 @@ class Reaped(NamedTuple):
 
 
 class Retained(NamedTuple):
-    entries: int  # of the index of finished calls that went
-    early: int  # calls whose records went before their TTL
+    entries: int  # removed from the index of finished calls
+    early: int  # calls whose records were removed before their TTL

@@ -1,4 +1,4 @@
-"""Messages and records: what producers push, what Redis keeps, what callers get back."""
+"""Messages and records: what producers push, what Redis keeps, and what callers get back."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ class CallRequest(BaseModel):
         return check_model(value) if value else value
 
     def fields(self, remaining_ms: int | None = None) -> list[str | int]:
-        """The routing fields in the order of the submit and admit scripts.
+        """The routing fields in the order of submit.lua and accept.lua.
 
         Args:
-            remaining_ms: the deadline as a span from now on; none = `deadline_ms`.
+            remaining_ms: the deadline as a time from now; None = `deadline_ms`.
         """
         deadline: str | int = "" if self.deadline_ms is None else self.deadline_ms
         return [
@@ -112,10 +112,10 @@ class CallRequest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """What a call gave. Times in seconds on Redis's clock; token counts are the engine's own.
+    """The result of a call. Times in seconds on Redis's clock; token counts are the engine's own.
 
-    `text` and `token_ids` are those of the first choice; for OpenAI kinds `response` is the whole response body.
-    `latency` runs from submit to finish, `waiting_time` from submit to the claim, `ttft` from submit to first token.
+    `text` and `token_ids` are those of the first choice. For OpenAI kinds, `response` is the whole response body.
+    `latency` is from submit to finish, `waiting_time` from submit to the claim, `ttft` from submit to the first token.
     """
 
     request_id: str
@@ -138,11 +138,14 @@ class CallResult:
 class CallRecord:
     """A call as Redis keeps it, without its body.
 
-    `failures` counts attempts lost to errors; `deaths` engine processes that died while it ran, without those that were
-    known to be another call's doing when the last of them died. `costs`: what the router reckoned that it would take
-    on each engine, in seconds, the chosen one first; of a large fleet those of the cheapest alone; empty if its policy
-    does not reckon. `reuse`: tokens of its prompt that it should find in the cache there. `stolen_from`: the engines
-    that it waited for until it was taken away, for an idle one, in that order.
+    Attributes:
+        failures: how many attempts were lost to errors.
+        deaths: how many engine processes died while it ran. Deaths that another call was known to have caused when the
+            last one happened do not count.
+        costs: the router's estimate of the time that it would take on each engine, in seconds, the chosen engine first.
+            In a large fleet only the cheapest are listed. Empty if the policy estimates no costs.
+        reuse: tokens of its prompt that it should find in the cache there.
+        stolen_from: the engines from whose queues it was moved to idle ones, in order.
     """
 
     request_id: str
@@ -177,7 +180,7 @@ class CallRecord:
         """Reads the hash `{ns}:call:ID`.
 
         Raises:
-            BadRecord: no part has written it so. The message never quotes it.
+            BadRecord: it is not as the scripts write it. The message never quotes it.
         """
         try:
             return cls._from_hash(call_id, h)
@@ -186,7 +189,7 @@ class CallRecord:
 
     @classmethod
     def _from_hash(cls, call_id: str, h: Mapping[bytes, bytes]) -> CallRecord:
-        """On the way of every result, so it takes each field once and as it is."""
+        """Every result goes through here, so it reads each field once and copies nothing."""
         get = h.get
 
         def words(name: bytes) -> str:
@@ -240,7 +243,7 @@ class CallRecord:
         raise self.ending()
 
     def ending(self) -> CallEnded:
-        """The error that says how this call ended."""
+        """The error that says how the call ended."""
         return CallCancelled(self) if self.state is RequestState.CANCELLED else CallFailed(self)
 
 
@@ -248,8 +251,8 @@ class CallEnded(RsmError):
     """A call reached a terminal state without a result.
 
     Attributes:
-        record: the call's record as it stood at its end.
-        partial_text: what the engine had produced until then, "" if nothing.
+        record: the call's record at its end.
+        partial_text: what the engine had produced by then, "" if nothing.
     """
 
     def __init__(self, record: CallRecord) -> None:
@@ -263,7 +266,7 @@ class CallCancelled(CallEnded):
 
 
 class CallFailed(CallEnded):
-    """The call failed; `error_code` says how, the message what to do about it."""
+    """The call failed. `error_code` says why, the message what to do about it."""
 
     @property
     def error_code(self) -> str:
@@ -271,18 +274,18 @@ class CallFailed(CallEnded):
 
 
 def _costs(words: str) -> dict[str, float]:
-    """Of `ENGINE=MS ENGINE=MS …` (router/cost_model.py)."""
+    """From `ENGINE=MS ENGINE=MS …` (router/cost_model.py)."""
     pairs = (word.partition("=") for word in words.split())
     return {engine: int(ms) / 1000 for engine, _, ms in pairs}
 
 
 _STATES = {state.value.encode(): state for state in RequestState}
-# What a reader of news takes for an end.
+# The states that mark an event as an end.
 ENDS = frozenset(raw for raw, state in _STATES.items() if state.terminal)
 
 
 def result_format(data: bytes) -> codec.Format:
-    """A result is JSON where the body was; a msgpack map never begins with a brace."""
+    """A result is JSON if the body was. A msgpack map never begins with a brace."""
     return "json" if data[:1] == b"{" else "body"
 
 
@@ -322,13 +325,15 @@ def _check_result(r: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of a streamed call.
+    """A chunk of a streamed call.
 
-    `n` numbers the pieces of a call from 0, across attempts. `event_id` is the entry id in the call's log: give it
-    to `stream(last_event_id=…)` to continue behind this piece. OpenAI kinds carry `chunks`, the JSON documents of
-    the response stream; `generate` carries `text` and `token_ids`.
-    `restart`: forget the pieces so far, the text begins anew behind this one. Only with `on_engine_loss="restart"`, and
-    where Redis has lost pieces that were read (`n` = -1 then): by a fail-over to a replica that lacked them.
+    OpenAI kinds carry `chunks`, the JSON documents of the response stream; `generate` carries `text` and `token_ids`.
+
+    Attributes:
+        n: numbers the chunks of a call from 0, across attempts.
+        event_id: the entry's id in the call's log. Give it to `stream(last_event_id=…)` to resume after this chunk.
+        restart: forget the chunks so far: the text starts again after this one. Happens with `on_engine_loss="restart"`
+            only, or if Redis has lost chunks that were read, in a failover to a replica that lacked them (then n = -1).
     """
 
     n: int

@@ -1,29 +1,48 @@
-"""Rules that the scripts state, too (programs.lua, residents.lua), for parts that have no Lua at hand.
+"""Python copies of rules of the scripts (programs.lua, residents.lua), for processes that run no Lua.
 
-`tests/protocol/test_rules.py` holds each of them to its original.
+Tests compare each of them with its original: tests/protocol/test_rules.py; NEW_CACHE in test_transitions_routing.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 
 from rsm.broker.protocol.codec import number, real, text
 
 LAST_TIER = 15
+# A program counts as having run for at least this long. Otherwise every program would starve as soon as it begins.
+RUN_FLOOR_MS = 1000
+# How many ancestors a session may have.
+MOST_DEEP = 32
+# What a program has used, as fields of the entry of its root.
+TOTALS = ("service", "waited_ms", "ran_ms", "paid_waited_ms", "paid_ran_ms")
+# An engine's count of computed tokens jumps by so many when its process, and its cache, begin anew (register.lua).
+NEW_CACHE = 1 << 40
 
 
 def rank_of(priority: int, level: int) -> int:
-    """Where a call stands in its engine's queue, arrival aside: lower is earlier (programs.lua, queue_score)."""
+    """A call's place in its engine's queue, without its arrival: lower is earlier (programs.lua, queue_score)."""
     return (min(max(priority, -128), 127) + 128) * 16 + level
 
 
+def level_of(service: float, bounds: Sequence[float]) -> int:
+    """The bin of an amount of service: 0 is the best, the number of bounds the last (programs.lua, level_of)."""
+    return bisect_right(bounds, service)
+
+
+def unpaid(total: int, paid: int) -> int:
+    """What is left of a program's waiting, or running, since a promotion last paid for it (programs.lua, unpaid)."""
+    return max(0, total - paid)
+
+
 def tier_of(priority: int, level: int) -> int:
-    """For whom KV cache is taken or free: 0 is the best, 15 the last (residents.lua, tier_of)."""
+    """The tier in which a call competes for KV cache: 0 is the best, 15 the last (residents.lua, tier_of)."""
     return min(level, LAST_TIER) if priority == 0 else 0 if priority < 0 else LAST_TIER
 
 
 def spoken_for(residents: Mapping[bytes, bytes], now_ms: int) -> int:
-    """Tokens of an engine's KV cache that sessions have, of its accounts as they stand in Redis (residence.lua)."""
+    """Tokens of an engine's KV cache that sessions have, by the engine's account in Redis (residence.lua)."""
     active, thinking = (sum(real(n) for n in text(residents.get(name)).split()) for name in (b"active", b"thinking"))
     half_ms, idle_ms = max(1.0, real(residents.get(b"half"))), max(0, now_ms - number(residents.get(b"at")))
     return round(min(active + thinking * 2 ** (-idle_ms / half_ms), 1 << 53))

@@ -1,7 +1,7 @@
 """Lua scripts as typed commands: one file per transition, loaded once, run by EVALSHA.
 
-A `Command` is a script with its arguments and the parser of its reply. It knows nothing of connections, so the
-synchronous and the asynchronous client run the very same ones.
+A `Command` is a script with its arguments and a parser of its reply. It does no I/O, so the synchronous and the
+asynchronous client run the same commands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INCLUDE = re.compile(r"^--- @include (.+)\n")
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A script with its includes in place."""
+    """A script with all that it includes."""
 
     name: str
     text: str = field(repr=False)
@@ -34,16 +34,22 @@ class Script:
 
 @cache
 def script(name: str) -> Script:
-    """The script in lua/NAME.lua. Its first line may name the shared pieces it needs."""
-    text = source(name)
-    head = _INCLUDE.match(text)
-    if head:
-        text = "\n".join([*(source(piece) for piece in head[1].split()), text[head.end() :]])
+    """The script in lua/transitions/NAME.lua, preceded by the modules that its first line names."""
+    text = "\n".join(part for _, part in parts(name))
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
+def parts(name: str) -> list[tuple[str, str]]:
+    """The parts of a script in order, as names and texts: the modules that it includes, then its own text."""
+    text = source(name)
+    head = _INCLUDE.match(text)
+    if not head:
+        return [(name, text)]
+    return [*((module, source(module)) for module in head[1].split()), (name, text[head.end() :])]
+
+
 def source(name: str) -> str:
-    """The text of one Lua file, without what it includes."""
+    """The text of one Lua file, without its includes."""
     found = next(path for folder in _FOLDERS if (path := folder / f"{name}.lua").is_file())
     return found.read_text(encoding="utf-8")
 

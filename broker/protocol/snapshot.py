@@ -1,4 +1,4 @@
-"""What look.lua answers: the fleet and the sessions, as a router sees them."""
+"""The reply of snapshot.lua: the fleet and the sessions, as a router sees them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from rsm.broker.protocol.rules import LAST_TIER
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What a step of an engine costs, in seconds: `step_s` in any case, `token_s` for each prompt token that it
-    computes, `seq_s` for each call that gets a token in it. Measured by the engine's worker."""
+    """What a step of an engine takes, in seconds. The engine's worker measures it.
+
+    Attributes:
+        step_s: of every step.
+        token_s: more for each prompt token that it computes.
+        seq_s: more for each call that gets a token in it.
+    """
 
     step_s: float
     token_s: float
     seq_s: float
 
     def __str__(self) -> str:
-        """As it stands in an engine's hash; `of` reads it."""
+        """As it is written into an engine's hash; `of` reads it."""
         return f"{self.step_s:.6g} {self.token_s:.6g} {self.seq_s:.6g}"
 
     @classmethod
     def of(cls, value: str) -> Speed | None:
-        """None if there is none, or none that makes sense: it comes from another process."""
+        """None if the value is empty or makes no sense: another process has written it."""
         try:
             step_s, token_s, seq_s = map(float, value.split())
         except ValueError:
@@ -36,17 +41,17 @@ class Speed:
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens per second that it computes; 0 = prompts cost nothing."""
+        """Prompt tokens that it computes per second; 0 = prompts cost nothing."""
         return 1 / self.token_s if self.token_s > 0 else 0.0
 
     def decode_tps(self, batch: float) -> float:
-        """Output tokens per second, of all calls together, with so many calls that decode."""
+        """Output tokens per second of all calls together, while `batch` of them decode."""
         step = self.step_s + batch * self.seq_s
         return batch / step if step > 0 else 0.0
 
 
 class Ahead(NamedTuple):
-    """Waiting calls of one rank in an engine's queue, and the prompt tokens that they are expected to compute."""
+    """The waiting calls of one rank in an engine's queue, and the prompt tokens that they are expected to compute."""
 
     calls: int
     tokens: int
@@ -54,18 +59,19 @@ class Ahead(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """An engine as the router sees it. Token counts are of prompts, in tokens; `heartbeat_ms` on Redis's clock.
+    """An engine as the router sees it. Token counts are of prompts; `heartbeat_ms` is on Redis's clock.
 
     Attributes:
-        kv_tokens: capacity of its KV cache, 0 = unknown; `kv_usage` is the share of it that running calls hold.
+        kv_tokens: capacity of its KV cache, 0 = unknown. `kv_usage` is the share of it that running calls hold.
         speed: as measured; None = not yet.
-        prefill_s: how long it will be computing the prompts of the calls that it has begun, in seconds.
+        prefill_s: how long it will be computing the prompts of the calls that it has started, in seconds.
         ahead: what waits in its queue, by rank (`rank_of`).
-        computed: tokens whose KV it has computed in its life, prompts and outputs: how far its cache has turned over.
-        cache_age_s: how long ago the oldest of what its cache can hold was computed; inf = it still has room.
-        completion_tokens: how long answers were of late, in the mean; 0 = not known.
+        computed: tokens whose KV it has computed in its life, prompts and outputs. Shows how much of its cache has been
+            replaced since.
+        cache_age_s: how long ago the oldest tokens that its cache can hold were computed; inf = the cache is not full.
+        completion_tokens: the mean length of recent answers; 0 = not known.
         spoken_for: tokens of its KV cache that sessions have, or will soon ask for again, by tier (residents.lua).
-        reuse_found: share of the tokens that were expected in its cache and were there.
+        reuse_found: share of the tokens expected in its cache that were there.
     """
 
     id: str
@@ -96,18 +102,18 @@ class EngineView:
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens per second that it computes; 0 = not measured."""
+        """Prompt tokens that it computes per second; 0 = not measured."""
         return self.speed.prefill_tps if self.speed else 0.0
 
     @property
     def decode_tps(self) -> float:
-        """Output tokens per second with all slots taken; 0 = not measured."""
+        """Output tokens per second while all slots are taken; 0 = not measured."""
         return self.speed.decode_tps(self.max_num_seqs) if self.speed else 0.0
 
 
 class CacheUse(NamedTuple):
-    """When a session's cache on an engine was last used: `idle_s` seconds ago, when the engine had computed so many
-    tokens in its life (`EngineView.computed`; None = not noted)."""
+    """When a session's cache on an engine was last used: `idle_s` seconds ago. `computed` is what the engine had
+    computed in its life by then (`EngineView.computed`); None = unknown."""
 
     idle_s: float
     computed: int | None = None
@@ -116,12 +122,12 @@ class CacheUse(NamedTuple):
 class Share(NamedTuple):
     """What a session has of an engine's KV cache, in tokens, decayed since its last call there ended.
 
-    `home`: the cache still holds its context, by all that is known. `active`: it has unfinished calls there.
-    `tier`: the one in which it is counted.
+    `cached`: the cache still holds its context, as far as is known. `active`: it has unfinished calls there.
+    `tier`: the tier in which it is counted.
     """
 
     tokens: float = 0.0
-    home: bool = False
+    cached: bool = False
     active: bool = False
     tier: int = 0
 
@@ -131,13 +137,13 @@ NOT_THERE = Share()
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """Where a session's KV cache is believed to be: engine id → resident tokens; `bound`: the engine it is tied to.
+    """Where a session's KV cache should be: engine id → resident tokens. `bound`: the engine that it is bound to.
 
     Attributes:
         used: engine id → the last use of that cache.
-        program: the root of its tree, "" = not asked; `service`: what that has had, in service units.
-        level: of a call that came now.
-        completion_tokens: how long its answers were, in the mean, of `completed` calls.
+        program: the root of its tree, "" = not asked for. `service`: what the program has had, in service units.
+        level: the level of a call that came now.
+        completion_tokens: the mean length of its answers, over `completed` calls.
         shares: engine id → what it has of that engine's KV cache, where it has any.
     """
 
@@ -153,12 +159,12 @@ class SessionView:
 
 
 def resident_tokens(affinity: Iterable[tuple[bytes, bytes]]) -> dict[str, int]:
-    """The fields of an affinity hash, engine id and `TOKENS:LAST_USE_MS`, as tokens by engine."""
+    """Tokens by engine, from the fields of an affinity hash: engine id and `TOKENS:LAST_USE_MS`."""
     return {text(e): number(text(v).partition(":")[0]) for e, v in affinity}
 
 
 def cache_uses(affinity: Iterable[tuple[bytes, bytes]], now_ms: int) -> dict[str, CacheUse]:
-    """The same fields as last uses; `TOKENS:LAST_USE_MS:COMPUTED` where a worker has written them."""
+    """Last uses from the same fields, which are `TOKENS:LAST_USE_MS:COMPUTED` where a worker has written them."""
     uses = {}
     for e, value in affinity:
         _, last_ms, computed = (*text(value).split(":"), "", "")[:3]
@@ -166,25 +172,26 @@ def cache_uses(affinity: Iterable[tuple[bytes, bytes]], now_ms: int) -> dict[str
     return uses
 
 
-class Look(NamedTuple):
+class FleetSnapshot(NamedTuple):
     engines: list[EngineView]
     sessions: dict[str, SessionView]
 
 
-class Looks:
-    """Reads looks. Of an engine of which nothing has changed since the last one it gives the very same view, so that
-    what was made of that (cost_model.py) holds, too: in a large fleet most are, for a look is 20 ms after another."""
+class SnapshotReader:
+    """Reads snapshots. An engine that has not changed since the last one keeps its view, the same object, so what was
+    derived from it (cost_model.py) stays valid. Snapshots are 20 ms apart, so most engines of a large fleet have not
+    changed."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, tuple[Sequence[bytes], EngineView]] = {}
 
-    def read(self, reply: Sequence[Any], sessions: Sequence[str]) -> Look:
+    def read(self, reply: Sequence[Any], sessions: Sequence[str]) -> FleetSnapshot:
         rows, found, now_ms = reply
         views = [session_view(row, number(now_ms)) for row in found]
-        return Look(self._engines(rows), dict(zip(sessions, views, strict=True)))
+        return FleetSnapshot(self._engines(rows), dict(zip(sessions, views, strict=True)))
 
     def _engines(self, rows: Sequence[Sequence[bytes]]) -> list[EngineView]:
-        if not rows:  # it may not have been asked for them
+        if not rows:  # they may not have been asked for
             return []
         self._known = {row[0]: self._view(row) for row in rows}
         return [view for _, view in self._known.values()]
@@ -195,7 +202,7 @@ class Looks:
 
 
 def engine_view(row: Sequence[bytes]) -> EngineView:
-    """As look.lua gives it; what another process has written may be missing or junk."""
+    """From a row of snapshot.lua. Fields that other processes write may be missing, or junk."""
     return EngineView(
         id=text(row[0]),
         heartbeat_ms=number(row[1]),
@@ -222,7 +229,7 @@ def engine_view(row: Sequence[bytes]) -> EngineView:
 
 
 def _ahead(work: bytes) -> dict[int, Ahead]:
-    """Of `RANK CALLS RANK:tokens TOKENS …`, in any order."""
+    """From `RANK CALLS RANK:tokens TOKENS …`, in any order."""
     if not work:
         return {}
     words = text(work).split()
@@ -250,6 +257,6 @@ def session_view(row: Sequence[Any], now_ms: int) -> SessionView:
 
 
 def _share(value: bytes) -> Share:
-    """Of `TOKENS HOME CALLS TIER`."""
-    tokens, home, calls, tier = (*map(number, text(value).split()), 0, 0, 0, 0)[:4]
-    return Share(float(tokens), home=home > 0, active=calls > 0, tier=min(max(tier, 0), LAST_TIER))
+    """From `TOKENS CACHED CALLS TIER`."""
+    tokens, cached, calls, tier = (*map(number, text(value).split()), 0, 0, 0, 0)[:4]
+    return Share(float(tokens), cached=cached > 0, active=calls > 0, tier=min(max(tier, 0), LAST_TIER))

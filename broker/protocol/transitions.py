@@ -1,4 +1,4 @@
-"""Every state change of a call, an engine or a session, as a typed command; lua/NAME.lua of that name is the law."""
+"""Every state change of a call, an engine or a session, as a typed command. lua/transitions/NAME.lua defines it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from rsm.broker.errors import InvalidRequest
 from rsm.broker.protocol.codec import number, pairs, text
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import (
-    Admission,
     Claimed,
     Differences,
     Event,
@@ -18,6 +17,7 @@ from rsm.broker.protocol.messages import (
     Finish,
     Placed,
     Placement,
+    RawCall,
     Reaped,
     Registered,
     Rejection,
@@ -29,13 +29,12 @@ from rsm.broker.protocol.messages import (
 )
 from rsm.broker.protocol.models import OnEngineLoss, RequestState
 from rsm.broker.protocol.scripts import Arg, Command, script
-from rsm.broker.protocol.snapshot import EngineView, Look, Looks, SessionView
+from rsm.broker.protocol.snapshot import EngineView, FleetSnapshot, SessionView, SnapshotReader
 from rsm.broker.protocol.waiting_calls import Waiting, WaitingCall, read_waiting
 from rsm.broker.settings import Settings
 
 __all__ = [
     "RETAIN_ENTRIES",
-    "Admission",
     "Claimed",
     "Differences",
     "EngineView",
@@ -43,9 +42,10 @@ __all__ = [
     "Fault",
     "Fence",
     "Finish",
-    "Look",
+    "FleetSnapshot",
     "Placed",
     "Placement",
+    "RawCall",
     "Reaped",
     "Registered",
     "Rejection",
@@ -58,12 +58,12 @@ __all__ = [
     "Transitions",
 ]
 
-# Index entries (of up to 64 calls each) that one run of `retain` may remove: some milliseconds of Redis.
+# How many index entries, of up to 64 calls each, one run of `retain` may remove: some milliseconds of Redis's time.
 RETAIN_ENTRIES = 16
 
 
 class Transitions:
-    """Commands of one namespace. Building one is free of I/O; `rsm.broker.protocol.scripts.run` and `arun` send it."""
+    """Commands of one namespace. Building one does no I/O; `rsm.broker.connection.execute` sends it."""
 
     def __init__(self, keys: Keys, settings: Settings) -> None:
         self._settings = settings
@@ -71,12 +71,12 @@ class Transitions:
             keys.prefix,
             settings.result_ttl_s * 1000,
             settings.session_ttl_s * 1000,
-            _bounds(settings),
+            _limits(settings),
         ]
-        self._looks = Looks()
-        self._bounds = " ".join(map(str, settings.level_bounds))
+        self._reader = SnapshotReader()
+        self._level_bounds = " ".join(map(str, settings.level_bounds))
         half_ms = settings.admission_half_life_s * 1000
-        # The half-life and the factor, as let_in.lua takes them.
+        # The half-life and the factor, as admit_throttled.lua takes them.
         self._admission: tuple[Arg, Arg] = (half_ms if settings.admission else "", settings.admission_factor)
 
     def _args(self, *args: Arg) -> list[Arg]:
@@ -91,7 +91,7 @@ class Transitions:
         return Command(script("submit"), args, _submitted)
 
     def listen(self, call_id: str, inbox: str) -> Command[str]:
-        """Sends a call's news to this inbox from now on; gives the call's state, "" = no record."""
+        """Sends a call's events to this inbox from now on. Gives the call's state, "" = no record."""
         return Command(script("listen"), self._args(call_id, inbox), text)
 
     def cancel(self, call_id: str, reason: str) -> Command[str]:
@@ -107,11 +107,12 @@ class Transitions:
 
     # -- router
 
-    def admit(self, calls: Sequence[Admission]) -> Command[list[str]]:
+    def accept(self, calls: Sequence[RawCall]) -> Command[list[str]]:
+        """Creates the records of raw calls; gives a code each (accept.lua)."""
         args = self._args()
         for c in calls:
             args += [c.entry, *c.request.fields(), c.digest, c.body_field]
-        return Command(script("admit"), args, _texts)
+        return Command(script("accept"), args, _texts)
 
     def reject(self, entries: Sequence[Rejection]) -> Command[list[str]]:
         args = self._args()
@@ -119,18 +120,18 @@ class Transitions:
             args += e
         return Command(script("reject"), args, _texts)
 
-    def look(self, sessions: Sequence[str] = (), fleet: bool = True) -> Command[Look]:
-        """`fleet`: the engines, too."""
+    def snapshot(self, sessions: Sequence[str] = (), fleet: bool = True) -> Command[FleetSnapshot]:
+        """These sessions, and with `fleet` all engines."""
         half, _ = self._admission
-        args = self._args(self._bounds, self._settings.starvation_beta, "1" if fleet else "", half, *sessions)
-        return Command(script("look"), args, lambda r: self._looks.read(r, sessions))
+        args = self._args(self._level_bounds, self._settings.starvation_beta, "1" if fleet else "", half, *sessions)
+        return Command(script("snapshot"), args, lambda r: self._reader.read(r, sessions))
 
     def assign(self, placements: Sequence[Placement]) -> Command[list[Placed]]:
-        args = self._args(self._bounds, self._settings.starvation_beta, *self._admission)
+        args = self._args(self._level_bounds, self._settings.starvation_beta, *self._admission)
         for p in placements:
             hit = "" if p.hit is None else int(p.hit)
             args += [p.entry, p.call_id, p.gen, p.engine, int(p.bind), p.seen, hit, p.why, p.reuse, p.costs]
-            args += [int(p.hold), p.context, p.new]
+            args += [int(p.throttle), p.context, p.new]
         return Command(script("assign"), args, lambda r: [Placed(text(a), text(b)) for a, b in pairs(r)])
 
     def reap(self, engine: str = "", incarnation: str = "") -> Command[Reaped]:
@@ -151,27 +152,30 @@ class Transitions:
         return Command(script("unpark"), self._args(model, self._settings.batch), int)
 
     def waiting(self, idle: Sequence[str], loaded: Sequence[str], most: int) -> Command[Waiting]:
-        """The first calls of loaded engines' queues, `most` of each."""
+        """The first calls in the queues of loaded engines, `most` of each."""
         args = self._args(self._settings.max_deaths, most, len(idle), *idle, *loaded)
         return Command(script("waiting"), args, read_waiting)
 
     def steal(self, calls: Sequence[WaitingCall]) -> Command[list[bool]]:
-        """True: the call was taken from its engine and is on the router stream."""
+        """True where the call was taken from its engine and is on the router stream again."""
         args = self._args(self._settings.max_deaths)
         for c in calls:
             args += [c.id, c.gen, c.engine, c.moves]
         return Command(script("steal"), args, lambda r: [bool(n) for n in r])
 
-    def let_in(self) -> Command[int]:
-        """Held calls that have room by now, or that nobody holds any more, go back to the stream; gives how many."""
-        return Command(script("let_in"), self._args(*self._admission, self._settings.batch), int)
+    def admit_throttled(self) -> Command[int]:
+        """Puts throttled calls back on the stream for which there is KV headroom now, or which need none any more.
+
+        Gives how many.
+        """
+        return Command(script("admit_throttled"), self._args(*self._admission, self._settings.batch), int)
 
     def drain(self, engine: str, op: str = "drain", incarnation: str = "") -> Command[int]:
-        """`incarnation`: drains no other one's engine."""
+        """`incarnation`: drains the engine only if this one still owns it; "" = in any case."""
         return Command(script("drain"), self._args(engine, op, self._settings.batch, incarnation), int)
 
     def leave(self, router: str) -> Command[bool]:
-        """True if the router's consumer is gone, False if entries are pending for it."""
+        """True if the router's consumer was deleted, False if entries are pending for it."""
         return Command(script("leave"), self._args(router), bool)
 
     # -- workers
@@ -179,7 +183,7 @@ class Transitions:
     def register(
         self, engine: str, incarnation: str, fields: Mapping[str, Arg], survived: str = ""
     ) -> Command[Registered]:
-        """`survived`: the incarnation that this very process was before its lease ended."""
+        """`survived`: the incarnation that this same process was before its lease ended."""
         s = self._settings
         args = self._args(engine, incarnation, s.lease_ms, s.max_deaths, survived, *_flat(fields))
         return Command(script("register"), args, _registered)
@@ -196,20 +200,21 @@ class Transitions:
         claim_no: int,
         most: int,
         ahead: int = 0,
-        bar: tuple[int, int] = (0, 0),
+        threshold: tuple[int, int] = (0, 0),
     ) -> Command[list[Claimed] | None]:
         """The calls claimed, None if the lease was lost.
 
         Args:
-            most: calls that there is room for.
-            ahead: up to so many are claimed if they are better than `bar`, a class and a level, whatever `most` says.
+            most: how many calls the engine can start.
+            ahead: up to so many are claimed, even beyond `most`, if they are better than `threshold`.
+            threshold: the preemption threshold, a class and a level.
         """
-        args = self._args(engine, incarnation, claim_no, most, self._settings.max_deaths, ahead, *bar)
+        args = self._args(engine, incarnation, claim_no, most, self._settings.max_deaths, ahead, *threshold)
         return Command(script("claim"), args, _claimed)
 
-    def ring(self, engine: str) -> Command[int]:
-        """Wakes who sleeps on the engine's bell."""
-        return Command(script("ring"), self._args(engine), int)
+    def wake(self, engine: str) -> Command[int]:
+        """Wakes the claimer that waits on the engine's wake-up list."""
+        return Command(script("wake"), self._args(engine), int)
 
     def publish(self, engine: str, events: Sequence[Event]) -> Command[list[str]]:
         args = self._args(engine)
@@ -245,24 +250,24 @@ class Transitions:
             args += [c.fence.call_id, c.fence.gen, c.fence.attempt, c.fault, c.error_code, c.error]
         return Command(script("release"), args, _texts)
 
-    def reconcile(self, engine: str, incarnation: str, held: Sequence[Fence]) -> Command[Differences | None]:
-        """None if the lease was lost."""
+    def reconcile(self, engine: str, incarnation: str, fences: Sequence[Fence]) -> Command[Differences | None]:
+        """Compares the worker's calls with Redis. None if the lease was lost."""
         args = self._args(engine, incarnation)
-        for f in held:
+        for f in fences:
             args += [f.call_id, f.gen, f.attempt]
-        return Command(script("reconcile"), args, lambda r: _differences(r, held))
+        return Command(script("reconcile"), args, lambda r: _differences(r, fences))
 
     # -- life cycle and process table
 
     def transition(
         self, call_id: str, state: RequestState, session: str = "", engine: str = "", reason: str = ""
     ) -> Command[tuple[bool, str]]:
-        """(whether it was legal, the state before, "" for no such call)."""
+        """Gives whether it was legal, and the state before; "" = there was no such call."""
         args = self._args(call_id, state.value, session, engine, reason)
         return Command(script("transition"), args, lambda r: (text(r[0]) == "ok", text(r[1])))
 
     def session(self, op: str, session: str, *args: Arg) -> Command[int]:
-        """Its reply may be a refusal: `execute.run` then raises InvalidRequest."""
+        """The script may refuse: `execute.run` then raises InvalidRequest."""
         rule = (self._settings.service_rule,) if op == "charge" else ()
         return Command(script("session"), self._args(op, session, *args, *rule), _number_or_refusal)
 
@@ -282,9 +287,9 @@ def _flat(fields: Mapping[str, Arg]) -> list[Arg]:
     return [part for pair in fields.items() for part in pair]
 
 
-def _bounds(s: Settings) -> str:
+def _limits(s: Settings) -> str:
     """As lib.lua reads them."""
-    bounds = (
+    limits = (
         s.inbox_max,
         s.max_dead_bytes,
         s.max_open_calls,
@@ -292,7 +297,7 @@ def _bounds(s: Settings) -> str:
         s.max_session_calls,
         s.max_session_bytes,
     )
-    return " ".join(map(str, bounds))
+    return " ".join(map(str, limits))
 
 
 def _submitted(reply: Sequence[bytes]) -> list[Submitted]:
@@ -350,8 +355,8 @@ def _claimed_call(r: Sequence[bytes]) -> Claimed:
     )
 
 
-def _differences(reply: Sequence[Any], held: Sequence[Fence]) -> Differences | None:
+def _differences(reply: Sequence[Any], fences: Sequence[Fence]) -> Differences | None:
     if reply[0] == b"fenced":
         return None
     lost, unknown = reply
-    return Differences([held[i] for i in lost], [Fence(text(r[0]), text(r[1]), int(r[2])) for r in unknown])
+    return Differences([fences[i] for i in lost], [Fence(text(r[0]), text(r[1]), int(r[2])) for r in unknown])

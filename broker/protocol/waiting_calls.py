@@ -1,4 +1,4 @@
-"""A call that waits in an engine's queue, as a router sees it that may give it to another engine (waiting.lua)."""
+"""Calls that wait in engines' queues, for a router that may move them to other engines (waiting.lua)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rsm.broker.protocol.codec import number, text
 
 
 class WaitingCall(NamedTuple):
-    """`reuse`: tokens of its prompt that it should find in its engine's cache, as reckoned when it was assigned.
+    """`reuse`: tokens of its prompt that it should find in its engine's cache, estimated when it was assigned.
     `moves`: how often it was taken from an engine before."""
 
     id: str
@@ -25,16 +25,16 @@ class WaitingCall(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """`kept`: idle engines that can start nothing, being kept for a suspect. `calls`: of a queue in its order."""
+    """`reserved`: idle engines that are reserved for a suspect of poison. `calls`: of each queue in its order."""
 
-    kept: frozenset[str]
+    reserved: frozenset[str]
     calls: list[WaitingCall]
 
 
 def read_waiting(reply: Sequence[Any]) -> Waiting:
-    """Of the script's reply."""
-    kept, rows = reply
-    return Waiting(frozenset(map(text, kept)), [_call(row) for row in rows])
+    """From the script's reply."""
+    reserved, rows = reply
+    return Waiting(frozenset(map(text, reserved)), [_call(row) for row in rows])
 
 
 def _call(row: Sequence[bytes]) -> WaitingCall:

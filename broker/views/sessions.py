@@ -10,15 +10,13 @@ from typing import Any
 
 from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.rules import MOST_DEEP, RUN_FLOOR_MS, TOTALS, level_of, unpaid
 from rsm.broker.protocol.snapshot import resident_tokens
 from rsm.broker.settings import Settings
 
-# As in programs.lua: a program counts as having run for at least so long.
-RUN_FLOOR_MS = 1000
 # Unfinished calls of a session that are looked at, of more an arbitrary choice.
 MOST_THREADS = 256
 _MANY = 500
-_MOST_DEEP = 64
 
 Row = dict[str, Any]
 
@@ -55,7 +53,7 @@ class Programs:
 
     def _read_ancestors(self, entries: dict[str, dict[str, str]]) -> None:
         """Completes the entries by those of their ancestors."""
-        for _ in range(_MOST_DEEP):
+        for _ in range(MOST_DEEP):
             missing = {h.get("parent", "") for h in entries.values()} - entries.keys() - {""}
             if not missing:
                 return
@@ -78,15 +76,15 @@ class Programs:
 
     def _row(self, session: str, found: Sequence[Any], entries: Mapping[str, Mapping[str, str]], threads: Any) -> Row:
         h, active, affinity, open_bytes, _ = found
-        program = _root_of(session, entries)
-        total = {n: number(entries[program].get(n)) for n in _TOTALS}
-        waited, ran = (max(0, total[n] - total[f"paid_{n}"]) for n in ("waited_ms", "ran_ms"))
+        program = root_of(session, entries)
+        total = {n: number(entries[program].get(n)) for n in TOTALS}
+        waited, ran = (unpaid(total[n], total[f"paid_{n}"]) for n in ("waited_ms", "ran_ms"))
         return {
             "session_id": session,
             "program": program,
             "parent": h.get("parent", ""),
             "service": total["service"],
-            "level": sum(total["service"] >= bound for bound in self._bounds),
+            "level": level_of(total["service"], self._bounds),
             "waited_ms": total["waited_ms"],
             "ran_ms": total["ran_ms"],
             "wait_ratio": round(waited / max(ran, RUN_FLOOR_MS), 3),
@@ -100,9 +98,6 @@ class Programs:
             "last_arrival_ms": number(h.get("last_arrival_ms")),
             "last_completion_ms": number(h.get("last_completion_ms")),
         }
-
-
-_TOTALS = ("service", "waited_ms", "ran_ms", "paid_waited_ms", "paid_ran_ms")
 
 
 def _thread(call: str, fields: Sequence[bytes | None], now_ms: int) -> Row:
@@ -121,8 +116,9 @@ def _thread(call: str, fields: Sequence[bytes | None], now_ms: int) -> Row:
     }
 
 
-def _root_of(session: str, entries: Mapping[str, Mapping[str, str]]) -> str:
-    for _ in range(_MOST_DEEP):
+def root_of(session: str, entries: Mapping[str, Mapping[str, str]]) -> str:
+    """The session that is charged for another one: its farthest ancestor (family.lua, program_of)."""
+    for _ in range(MOST_DEEP):
         parent = entries[session].get("parent", "")
         if parent not in entries:
             return session

@@ -35,7 +35,7 @@ class Thief:
         if self._model is None or not idle:
             return 0
         waiting = self._waiting(idle, loaded)
-        idle = [e for e in idle if e.id not in waiting.kept]
+        idle = [e for e in idle if e.id not in waiting.reserved]
         if not (idle and waiting.calls):
             return 0
         self._model.look_around([e for e in engines if e.state == EngineState.READY], time.monotonic())
@@ -48,7 +48,7 @@ class Thief:
 
     def _sessions(self, calls: Sequence[WaitingCall]) -> dict[str, SessionView]:
         sessions = list({c.session for c in calls})
-        return execute.run(self._redis, self._transitions.look(sessions, fleet=False)).sessions
+        return execute.run(self._redis, self._transitions.snapshot(sessions, fleet=False)).sessions
 
     def _take(self, calls: Sequence[WaitingCall]) -> int:
         if not calls:

@@ -141,7 +141,7 @@ def test_a_dead_letter_can_be_replayed_by_an_operator(roles: Roles, settings: Se
     monitor = Monitor(roles.settings("observer"))
     eventually(lambda: state_of(monitor, "e1") == "READY")
     keys = Keys(settings.namespace)
-    with roles.client("router") as router:  # the part that buries calls
+    with roles.client("router") as router:  # the process that writes dead letters
         router.xadd(
             keys.dead,
             {"id": "d1", "error_code": "engine_error", "kind": "generate", "session": "d1", "json": '{"prompt":"a"}'},
@@ -168,7 +168,7 @@ def test_admission_works_with_each_part_under_its_own_user(roles: Roles, setting
         for n in range(8):
             execute.run(producer, t.submit([world.prepare(f"c{n}", session=f"s{n}")]))
         for n in range(8):
-            execute.run(router, t.look([f"s{n}"]))
+            execute.run(router, t.snapshot([f"s{n}"]))
             place = world.placement(f"c{n}", "e2" if n in (2, 3) else "e1", context=50, new=50)
             execute.run(router, t.assign([place]))
         for fake in workers:
@@ -179,7 +179,7 @@ def test_admission_works_with_each_part_under_its_own_user(roles: Roles, setting
         assert execute.run(producer, t.cancel("c5", "held")) == "cancelled"
         assert execute.run(producer, t.cancel("c1", "in the queue")) == "cancelled"
         assert execute.run(producer, t.session("end", "s0")) == 0
-        assert execute.run(router, t.let_in()) == 2
+        assert execute.run(router, t.admit_throttled()) == 2
         with roles.client("operator") as operator:
             assert execute.run(operator, t.drain("e2")) == 1
             assert execute.run(operator, t.cancel("c6", "on the stream")) == "cancelled"
@@ -375,11 +375,11 @@ def login_to(socket: str, user: str | None, password: str | None) -> bool:
             return False
 
 
-def test_a_worker_may_take_better_calls_and_ring_its_bell(roles: Roles) -> None:
+def test_a_worker_may_take_better_calls_and_wake_its_claimer(roles: Roles) -> None:
     with roles.client("worker") as server:
         worker = FakeWorker(roles.settings("worker"), server=server).up()
-        assert worker.claim(0, ahead=2, bar=(1, 0)) == []
-        assert execute.run(server, worker.transitions.ring(worker.engine)) == 1
+        assert worker.claim(0, ahead=2, threshold=(1, 0)) == []
+        assert execute.run(server, worker.transitions.wake(worker.engine)) == 1
     assert roles.refusals() == []
 
 

@@ -112,7 +112,7 @@ class Walk:
             self.world.run(self.world.transitions.drain(self.worker().engine))
 
     def tick(self) -> None:
-        self.rooms.let_in()
+        self.rooms.admit()
         for model in MODELS:
             self.world.run(self.world.transitions.unpark(model))
 

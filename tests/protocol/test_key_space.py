@@ -114,7 +114,7 @@ def test_what_could_leave_is_no_id(value: str) -> None:
 
 def test_lua_builds_the_same_names() -> None:
     """Each name function of lib.lua, read as a pattern, is that of a method of Keys."""
-    text = script("look").text
+    text = script("snapshot").text
     made = re.findall(
         r"local function (\w+)_key\(\w+\) return P \.\. '([a-z]+:)' \.\. \w+(?: \.\. '(:[a-z]+)')? end", text
     )

@@ -20,7 +20,7 @@ def test_a_call_that_asked_to_fail_fails_when_its_engine_dies(world: World) -> N
     assert (record["state"], record["error_code"]) == ("FAILED", "engine_lost")
     assert "died" in record["error"]
     assert [f["text"] for _, f in world.log("c1")[:-1]] == ["one", "two"], "what it said can still be read"
-    assert [n["state"] for n in world.news("box")] == ["", "", "FAILED"]
+    assert [n["state"] for n in world.events("box")] == ["", "", "FAILED"]
     assert not world.stream()
     assert not world.dead()
 
@@ -53,8 +53,8 @@ def test_a_call_that_asked_to_restart_begins_anew(world: World, how: str) -> Non
     worker.finish(again)
     told = [(f["n"], f["text"], f["restart"]) for _, f in world.log("c1")[:-1]]
     assert told == [("0", "one", ""), ("1", "two", ""), ("2", "", "1"), ("3", "three", "")]
-    assert [(f["n"], f["text"], f["restart"]) for f in world.news("box")[:-1]] == told
-    eids = [f["eid"] for f in world.news("box")[:-1]]
+    assert [(f["n"], f["text"], f["restart"]) for f in world.events("box")[:-1]] == told
+    eids = [f["eid"] for f in world.events("box")[:-1]]
     assert eids == [eid for eid, _ in world.log("c1")[:-1]]
     assert world.log("c1")[-1][1]["n"] == "4"
     raw: Any = world.db.xrange(world.keys.events("c1"))

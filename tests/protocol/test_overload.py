@@ -182,13 +182,13 @@ def test_how_long_calls_stay_is_measured_on_the_timer(small: World) -> None:
 def test_a_raw_push_without_room_fails(small: World) -> None:
     submit(small, *(small.prepare(f"c{i}") for i in range(3)))
     entry = small.push("raw")
-    assert small.admit(entry, "raw", inbox="box", stream=True) == "overloaded"
+    assert small.accept(entry, "raw", inbox="box", stream=True) == "overloaded"
     record = small.record("raw")
     assert (record["state"], record["error_code"]) == ("FAILED", "overloaded")
     assert "open_calls" in record["error"]
     assert "json" not in record
-    (news,) = small.news("box")
-    assert (news["call"], news["state"], news["error_code"]) == ("raw", "FAILED", "overloaded")
+    (end,) = small.events("box")
+    assert (end["call"], end["state"], end["error_code"]) == ("raw", "FAILED", "overloaded")
     assert len(small.stream()) == 3
     assert usage(small)["open_calls"] == 3
     assert small.open_calls("raw") == set()
@@ -197,25 +197,25 @@ def test_a_raw_push_without_room_fails(small: World) -> None:
 def test_a_refused_raw_push_may_be_repeated_under_its_id(small: World) -> None:
     worker = small.worker()
     submit(small, *(small.prepare(f"c{i}") for i in range(3)))
-    small.admit(small.push("raw"), "raw", stream=True)
+    small.accept(small.push("raw"), "raw", stream=True)
     small.cancel("c0")
     entry = small.push("raw")
-    assert small.admit(entry, "raw", inbox="box", stream=True) == "new"
+    assert small.accept(entry, "raw", inbox="box", stream=True) == "new"
     assert small.state("raw") == "PENDING"
     assert small.log("raw") == [], "the end of the refused one is not that of this one"
     assert small.db.ttl(small.keys.call("raw")) == -1
     small.assign("raw")
     assert worker.finish(worker.take()) == "done"
-    assert [n["state"] for n in small.news("box")] == ["COMPLETED"]
-    assert small.admit(small.push("raw"), "raw") == "duplicate", "this one was accepted"
+    assert [n["state"] for n in small.events("box")] == ["COMPLETED"]
+    assert small.accept(small.push("raw"), "raw") == "duplicate", "this one was accepted"
 
 
 def test_a_refused_raw_push_with_another_body_is_a_conflict(small: World) -> None:
     submit(small, *(small.prepare(f"c{i}") for i in range(3)))
-    small.admit(small.push("raw"), "raw")
+    small.accept(small.push("raw"), "raw")
     small.cancel("c0")
     body = '{"prompt":"other"}'
-    assert small.admit(small.push("raw", body), "raw", body) == "conflict"
+    assert small.accept(small.push("raw", body), "raw", body) == "conflict"
 
 
 def test_calls_that_others_run_are_counted_and_not_refused(small: World) -> None:

@@ -226,7 +226,7 @@ def test_a_suspect_that_kills_again_is_a_dead_letter(world: World, how: str) -> 
     assert (letter["id"], letter["error_code"], letter["session"], letter["attempts"]) == (
         "poison", "attempts_exhausted", "s", "3",
     )  # fmt: skip
-    assert [n["state"] for n in world.news("box")] == ["FAILED"]
+    assert [n["state"] for n in world.events("box")] == ["FAILED"]
     assert not world.stream()
     assert not world.running()
 

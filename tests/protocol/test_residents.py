@@ -69,18 +69,18 @@ def test_a_call_that_never_ran_leaves_nothing_behind() -> None:
     LUA.arrives(s, m, 1000, 1000, 0, 0, HALF)
     LUA.leaves(s, m, None, 10, HALF)
     assert seen(s, m) == (0, 0, 0, 0)
-    assert not LUA.is_home(m, 10, HALF)
+    assert not LUA.is_cached_here(m, 10, HALF)
 
 
-def test_a_session_is_at_home_for_two_half_lives() -> None:
+def test_a_session_counts_as_cached_for_two_half_lives() -> None:
     m = mine(tokens=1000, since=5)
-    assert LUA.is_home(m, 5 + 2 * HALF, HALF)
-    assert not LUA.is_home(m, 6 + 2 * HALF, HALF)
-    assert LUA.is_home(mine(calls=1, tokens=0, since=0), 10**9, HALF)
-    assert not LUA.is_home(mine(), 0, HALF), "who was never there"
+    assert LUA.is_cached_here(m, 5 + 2 * HALF, HALF)
+    assert not LUA.is_cached_here(m, 6 + 2 * HALF, HALF)
+    assert LUA.is_cached_here(mine(calls=1, tokens=0, since=0), 10**9, HALF)
+    assert not LUA.is_cached_here(mine(), 0, HALF), "who was never there"
 
 
-AWAY = {"tokens": 0, "home": False, "tier": 0}
+AWAY = {"tokens": 0, "cached": False, "tier": 0}
 
 
 def fits(
@@ -93,14 +93,14 @@ def fits(
 def test_a_call_finds_taken_what_its_tier_and_better_ones_have() -> None:
     assert [fits([600, 0, 300], tier, 400) for tier in range(4)] == [True, True, False, False]
     assert fits([600, 0, 300], 2, 100)
-    assert fits([700, 0, 300], 2, 200, tokens=200, tier=2), "its own share is room"
+    assert fits([700, 0, 300], 2, 200, tokens=200, tier=2), "its own share is headroom"
     assert not fits([700, 300], 0, 301, tokens=200, tier=1), "but only if it was counted"
 
 
-def test_who_is_at_home_asks_against_better_tiers_alone() -> None:
-    assert fits([600, 5000], 1, 400, home=True, tokens=400, tier=1)
-    assert not fits([601, 5000], 1, 400, home=True, tokens=400, tier=1)
-    assert fits([5000], 0, 900, home=True)
+def test_a_cached_session_competes_with_better_tiers_only() -> None:
+    assert fits([600, 5000], 1, 400, cached=True, tokens=400, tier=1)
+    assert not fits([601, 5000], 1, 400, cached=True, tokens=400, tier=1)
+    assert fits([5000], 0, 900, cached=True)
 
 
 def test_what_is_larger_than_the_cache_fits_where_nothing_runs() -> None:
@@ -109,7 +109,7 @@ def test_what_is_larger_than_the_cache_fits_where_nothing_runs() -> None:
     assert not fits([900], 0, 400, calls=0), "others wait for what will be asked for again"
 
 
-def test_an_engine_of_unknown_size_has_room() -> None:
+def test_an_engine_of_unknown_size_has_headroom() -> None:
     assert fits([9e9], 3, 1e6, capacity=0)
 
 
@@ -141,48 +141,50 @@ def test_sums_are_those_of_all_sessions_whatever_happens() -> None:
     assert spoken_for(s, now + 100 * HALF) < 1e-9
 
 
-def let_in(waiting: Sequence[dict[str, Any]], *rooms: tuple[str, float, float, int]) -> list[int]:
-    """Positions, from 0, of those let in. The rooms' contexts are of tier 0."""
+def admissible(waiting: Sequence[dict[str, Any]], *caches: tuple[str, float, float, int]) -> list[int]:
+    """Positions, from 0, of the calls that are admitted. The caches' contexts are of tier 0."""
 
-    def asks(c: dict[str, Any]) -> Any:
+    def demand(c: dict[str, Any]) -> Any:
         shares = {e: LUA.list(AWAY | s) for e, s in c.get("shares", {}).items()}
         return LUA.list({"tier": 0, "starves": False, **c, "shares": LUA.list(shares)})
 
-    def room(name: str, spoken: float, capacity: float, calls: int) -> Any:
+    def cache(name: str, spoken: float, capacity: float, calls: int) -> Any:
         taken = LUA.list([spoken, *[0.0] * (TIERS - 1)])
         return LUA.list({"id": name, "spoken": taken, "capacity": capacity, "calls": calls})
 
     return [
         int(n) - 1
-        for n in LUA.let_in(LUA.list([asks(c) for c in waiting]), LUA.list([room(*r) for r in rooms])).values()
+        for n in LUA.admissible(LUA.list([demand(c) for c in waiting]), LUA.list([cache(*c) for c in caches])).values()
     ]
 
 
-def test_calls_are_let_in_in_order_each_where_most_room_is() -> None:
+def test_calls_are_admitted_in_order_each_where_most_headroom_is() -> None:
     waiting = [{"context": 500}, {"context": 601}, {"context": 200}]
-    assert let_in(waiting, ("a", 400, 1000, 1), ("b", 300, 1000, 1)) == [0, 2], "the second found no room any more"
+    assert admissible(waiting, ("a", 400, 1000, 1), ("b", 300, 1000, 1)) == [0, 2], (
+        "the second found no headroom any more"
+    )
 
 
-def test_what_is_left_of_a_session_counts_as_room_for_it() -> None:
-    assert let_in([{"context": 500}], ("a", 900, 1000, 1)) == []
-    assert let_in([{"context": 500, "shares": {"a": {"tokens": 400}}}], ("a", 900, 1000, 1)) == [0]
+def test_what_is_left_of_a_session_counts_as_headroom_for_it() -> None:
+    assert admissible([{"context": 500}], ("a", 900, 1000, 1)) == []
+    assert admissible([{"context": 500, "shares": {"a": {"tokens": 400}}}], ("a", 900, 1000, 1)) == [0]
 
 
-def test_who_is_at_home_goes_home() -> None:
+def test_a_call_goes_where_its_context_is_cached() -> None:
     crowded, empty = ("a", 0, 1000, 1), ("b", 0, 2000, 1)
-    at_home = {"context": 500, "tier": 1, "shares": {"a": {"tokens": 500, "home": True, "tier": 1}}}
-    assert let_in([at_home, {"context": 1100}], ("b", 0, 1000, 1), crowded) == [0]
-    assert let_in([at_home, {"context": 1100}], empty, crowded) == [0, 1]
+    there = {"context": 500, "tier": 1, "shares": {"a": {"tokens": 500, "cached": True, "tier": 1}}}
+    assert admissible([there, {"context": 1100}], ("b", 0, 1000, 1), crowded) == [0]
+    assert admissible([there, {"context": 1100}], empty, crowded) == [0, 1]
 
 
-def test_only_a_few_may_go_ahead_of_one_that_fits_nowhere() -> None:
+def test_only_a_few_may_overtake_one_that_fits_nowhere() -> None:
     large, small = {"context": 900}, {"context": 1}
-    room = ("a", 500, 1000, 1)
-    assert let_in([large, small, small], room) == [1, 2]
-    assert let_in([*[large] * LUA.BYPASS, small], room) == [LUA.BYPASS]
-    assert let_in([*[large] * (LUA.BYPASS + 1), small], room) == []
+    cache = ("a", 500, 1000, 1)
+    assert admissible([large, small, small], cache) == [1, 2]
+    assert admissible([*[large] * LUA.BYPASS, small], cache) == [LUA.BYPASS]
+    assert admissible([*[large] * (LUA.BYPASS + 1), small], cache) == []
 
 
-def test_nobody_goes_ahead_of_one_that_starves() -> None:
-    assert let_in([{"context": 900, "starves": True}, {"context": 1}], ("a", 500, 1000, 1)) == []
-    assert let_in([{"context": 400, "starves": True}, {"context": 1}], ("a", 500, 1000, 1)) == [0, 1]
+def test_nobody_overtakes_one_that_starves() -> None:
+    assert admissible([{"context": 900, "starves": True}, {"context": 1}], ("a", 500, 1000, 1)) == []
+    assert admissible([{"context": 400, "starves": True}, {"context": 1}], ("a", 500, 1000, 1)) == [0, 1]

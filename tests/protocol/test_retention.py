@@ -182,7 +182,7 @@ def test_an_inbox_that_nobody_reads_gets_no_more_large_results(world: World) -> 
         world.queue(f"c{i}", inbox="box")
     for call in worker.claim(600) or ():
         worker.finish(call, "y" * 2000)
-    news = world.news("box")
+    news = world.events("box")
     assert len(news) == 600
     assert [bool(n["result"]) for n in news] == [True] * 512 + [False] * 88
     assert {n["big"] for n in news[512:]} == {"1"}

@@ -42,9 +42,9 @@ MUTANTS = {
 
 @pytest.fixture(autouse=True)
 def tools() -> None:
-    if MISSING and os.environ.get("RSM_REQUIRE_SPIN") != "1":
+    if MISSING and os.environ.get("RSM_TEST_REQUIRE_SPIN") != "1":
         pytest.skip(f"{' and '.join(MISSING)} not installed (Debian: apt-get install spin gcc)")
-    assert not MISSING, f"RSM_REQUIRE_SPIN=1, and {MISSING} not installed"
+    assert not MISSING, f"RSM_TEST_REQUIRE_SPIN=1, and {MISSING} not installed"
 
 
 def check(folder: Path, world: str, *defines: str, cycles: bool = False) -> str:

@@ -1,6 +1,6 @@
 """The scripts against the reference model: producers, two routers, two engines and their zombies, in any order.
 
-RSM_MODEL_EXAMPLES=N walks N random ways (`make model`); without it the ways are the same in each run.
+RSM_TEST_MODEL_EXAMPLES=N walks N random ways (`make model`); without it the ways are the same in each run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.support.reference.model import Model
 from tests.support.reference.records import NEVER, Call, Entry
 from tests.support.reference.view import AGE, look, texts
 
-EXAMPLES = int(os.environ.get("RSM_MODEL_EXAMPLES", "0"))
+EXAMPLES = int(os.environ.get("RSM_TEST_MODEL_EXAMPLES", "0"))
 CALLS, SESSIONS, ENGINES, ROUTERS = ("c1", "c2", "c3", "c4"), ("s1", "s2", "s3"), ("e1", "e2"), ("A", "B")
 TOKENS = dict(zip(CALLS, (1, 20, 300, 4000), strict=True))
 LONG_AGO, FAR_AWAY = 1, 1 << 50
@@ -249,11 +249,11 @@ class Protocol(RuleBasedStateMachine):
     @rule(router=routers, chosen=choices, bind=st.booleans(), seen=engines, again=rarely, reuse=reuses)
     @when(lambda m: any(m.hands.values()))
     def place(self, router: str, chosen: list[str], bind: bool, seen: str, again: bool, reuse: int) -> None:
-        """As Router._place does it: admit, reject and assign a batch. again: it may come once more (a lost reply)."""
+        """As Router._place does it: accept, reject and assign a batch. again: it may come once more (a lost reply)."""
         batch = self.hands[router][: len(chosen)]
         arrivals = [a for a in batch if isinstance(a, Arrival)]
         self.refuse([r for r in batch if isinstance(r, Rejection)])
-        self.admit(arrivals)
+        self.accept(arrivals)
         placements = [
             Placement(a.entry, a.call_id, a.gen, e, bind, seen, None, "the model says so", reuse)
             for a, e in zip(arrivals, chosen, strict=False)
@@ -265,14 +265,14 @@ class Protocol(RuleBasedStateMachine):
         left = [a for a, (code, _) in zip(arrivals, placed, strict=True) if code == "unplaced"]
         self.hands[router] = (batch if again else left) + self.hands[router][len(batch) :]
 
-    def admit(self, arrivals: list[Arrival]) -> None:
-        admissions = [a.admission for a in arrivals if a.admission]
+    def accept(self, arrivals: list[Arrival]) -> None:
+        raw = [a.raw for a in arrivals if a.raw]
         codes = [
-            self.model.admit(a.entry, self.known(a.request, a.digest, a.entry, len(BODY)), a.request.parent_session)
-            for a in admissions
+            self.model.accept(a.entry, self.known(a.request, a.digest, a.entry, len(BODY)), a.request.parent_session)
+            for a in raw
         ]
-        if admissions:
-            assert self.run(self.transitions.admit(admissions)) == codes
+        if raw:
+            assert self.run(self.transitions.accept(raw)) == codes
 
     def refuse(self, rejections: list[Rejection]) -> None:
         codes = []
@@ -290,7 +290,7 @@ class Protocol(RuleBasedStateMachine):
         self.hands[router] = self.hands[router][1:]
         for a in batch:
             if isinstance(a, Arrival):
-                self.admit([a])
+                self.accept([a])
                 self.refuse([Rejection(a.entry, a.call_id, a.gen, "s1", "box", "invalid_request", "Nobody serves it.")])
 
     @rule()
@@ -408,9 +408,11 @@ class Protocol(RuleBasedStateMachine):
         most=st.sampled_from((0, 1, 2, 10)),
         again=st.sampled_from((False, False, False, True)),
         ahead=st.sampled_from((0, 0, 2)),
-        bar=st.sampled_from(((0, 1), (0, 0), (5, 2))),
+        threshold=st.sampled_from(((0, 1), (0, 0), (5, 2))),
     )
-    def claim(self, n: int, most: int, again: bool = False, ahead: int = 0, bar: tuple[int, int] = (0, 0)) -> None:
+    def claim(
+        self, n: int, most: int, again: bool = False, ahead: int = 0, threshold: tuple[int, int] = (0, 0)
+    ) -> None:
         worker = pick(self.workers, n)
         if worker is None:
             return
@@ -418,8 +420,8 @@ class Protocol(RuleBasedStateMachine):
         if not (again and self.claims[incarnation]):
             self.claims[incarnation] += 1
         number = self.claims[incarnation]
-        expected = self.model.claim(e, incarnation, number, most, ahead, bar)
-        claimed = self.run(self.transitions.claim(e, incarnation, number, most, ahead, bar))
+        expected = self.model.claim(e, incarnation, number, most, ahead, threshold)
+        claimed = self.run(self.transitions.claim(e, incarnation, number, most, ahead, threshold))
         assert (claimed is None) is (expected is None)
         for got, c in zip(claimed or [], expected or [], strict=True):
             f = got.fence

@@ -54,7 +54,7 @@ class Walk:
 
     def push(self) -> None:
         call_id, options = self._new()
-        self.world.admit(self.world.push(call_id), call_id, **options)
+        self.world.accept(self.world.push(call_id), call_id, **options)
 
     def assign(self) -> None:
         entries = self.world.stream()

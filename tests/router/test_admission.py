@@ -52,10 +52,10 @@ def test_a_factor_makes_room() -> None:
     assert chosen(place(chooser(engine("a", 900), factor=0.5), 1)) == [""]
 
 
-def test_a_session_at_home_goes_there_without_question() -> None:
-    at_home = SessionView(shares={"a": Share(400, home=True), "b": Share(9, home=False)})
+def test_a_session_goes_where_it_is_cached_without_question() -> None:
+    there = SessionView(shares={"a": Share(400, cached=True), "b": Share(9, cached=False)})
     c = chooser(engine("a", 5000), engine("b"))
-    assert chosen(place(c, 800, session=at_home)) == ["a"]
+    assert chosen(place(c, 800, session=there)) == ["a"]
     assert spoken_for(c, "a") == 5400, "its share was counted already"
 
 
@@ -66,12 +66,12 @@ def test_what_worse_tiers_have_is_room_and_they_ask_again() -> None:
     first, last = CallView("s", "m", 500, priority=-1), CallView("s", "m", 500, priority=1)
     assert chosen(chooser(full).place([first], {"s": level[3]}, 0.0)) == ["a"], "a class ahead is the best tier"
     assert chosen(chooser(full).place([last], {"s": level[0]}, 0.0)) == [""], "one behind the last"
-    there = SessionView(level=2, shares={"a": Share(450, home=True, tier=2)})
+    there = SessionView(level=2, shares={"a": Share(450, cached=True, tier=2)})
     assert chosen(place(chooser(full), 800, session=there)) == ["a"], "its own tier does not matter"
     assert chosen(place(chooser(full), 801, session=there)) == [""], "those that came before it do"
 
 
-def test_later_calls_of_a_batch_are_at_home_where_the_first_went() -> None:
+def test_later_calls_of_a_batch_are_cached_where_the_first_went() -> None:
     c = chooser(engine("a", 400), engine("b", 500))
     first, second = place(c, 550, 600, session=SessionView(resident={"a": 500}))
     assert chosen([first, second]) == ["a", "a"]
@@ -80,7 +80,7 @@ def test_later_calls_of_a_batch_are_at_home_where_the_first_went() -> None:
 
 
 def test_what_is_left_of_its_own_context_is_room() -> None:
-    fading = SessionView(shares={"a": Share(200, home=False)})
+    fading = SessionView(shares={"a": Share(200, cached=False)})
     assert chosen(place(chooser(engine("a", 900)), 300)) == [""]
     assert chosen(place(chooser(engine("a", 900)), 300, session=fading)) == ["a"]
 

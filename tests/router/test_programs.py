@@ -14,9 +14,7 @@ from rsm.broker import AsyncClient, CallCancelled, Client, InvalidRequest, Setti
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Claimed
 from rsm.broker.views.monitor import Monitor
-from rsm.broker.views.sessions import RUN_FLOOR_MS
 from rsm.engine.seed_api.process_table import GlobalProcessTable, SessionManager
-from rsm.simulation.lua_rules import rules
 from tests.support.fake_worker import FakeWorker, hold, patient, routing
 from tests.support.waiting import eventually
 from tests.support.world import World
@@ -177,7 +175,6 @@ def test_the_ratio_is_what_is_compared_with_beta(world: World) -> None:
     world.charge("s", 1, waited_ms=4_000)
     monitor = Monitor(world.settings, world.db)
     assert monitor.session("s")["wait_ratio"] == 4.0, "who has run for no time counts as having run for a second"
-    assert rules().RUN_FLOOR_MS == RUN_FLOOR_MS
     world.db.hset(Keys(world.settings.namespace).session("s"), mapping={"paid_waited_ms": 3_000})
     assert monitor.session("s")["wait_ratio"] == 1.0, "a promotion has paid for the rest"
 

@@ -299,7 +299,7 @@ def test_an_engine_that_has_just_come_is_known(
     place: Callable[[], int], ready: FakeWorker, settings: Settings, producer: Producer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The router's view of the fleet may be a moment old; a refusal is for ever."""
-    monkeypatch.setattr(router_module, "_LOOK_AGAIN_S", 60.0)
+    monkeypatch.setattr(router_module, "_SNAPSHOT_S", 60.0)
     producer.push(id="c1", json=HI)
     place()
     newcomer = FakeWorker(settings, "e2", "m2").up()
@@ -312,7 +312,7 @@ def test_an_engine_that_has_just_come_is_known(
 def test_an_engine_that_has_just_gone_gets_no_calls(
     place: Callable[[], int], ready: FakeWorker, settings: Settings, producer: Producer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(router_module, "_LOOK_AGAIN_S", 60.0)
+    monkeypatch.setattr(router_module, "_SNAPSHOT_S", 60.0)
     producer.push_many(["c1"])
     place()
     execute.run(producer.db, Transitions(producer.keys, settings).drain("e1"))
@@ -411,8 +411,8 @@ def test_the_entries_of_a_dead_router_are_taken_over(quick: Settings, producer: 
     assert len(read[0][1]) == 41
     ghost = Router(quick)
     arrivals, _ = ghost._sort(read[0][1][:1])
-    admissions = [a.admission for a in arrivals if a.admission]
-    assert execute.run(producer.db, Transitions(producer.keys, quick).admit(admissions)) == ["new"]
+    raw = [a.raw for a in arrivals if a.raw]
+    assert execute.run(producer.db, Transitions(producer.keys, quick).accept(raw)) == ["new"]
     ghost._redis.close()
     with routing(quick), FakeWorker(quick).serving(echo):
         producer.await_end(ids)

@@ -42,7 +42,7 @@ def state(monitor: Monitor, call_id: str) -> tuple[str, str]:
     return record.state.value, record.engine_id
 
 
-def test_calls_without_room_wait_and_are_let_in(
+def test_calls_without_headroom_wait_and_are_admitted(
     admitting: Settings, worker: FakeWorker, client: Client, monitor: Monitor
 ) -> None:
     with routing(admitting):

@@ -28,7 +28,7 @@ class Rooms:
         return FakeWorker(self.world.settings, engine, model, server=self.world.db, kv_tokens=kv_tokens).up()
 
     def place(self, call_id: str, context: int, engine: str = "e1", new: int | None = None, **changes: Any) -> str:
-        """A call that is on the stream; returns the script's word for it."""
+        """Places a call that is on the stream; returns the script's code."""
         changes |= {"context": context, "new": context if new is None else new}
         return self.world.assign(call_id, engine, **changes).code
 
@@ -45,9 +45,9 @@ class Rooms:
         assert self.world.submit(call_id, session=session or f"of-{call_id}", prompt_tokens=context, **o).code == "new"
         return self.place(call_id, context, engine, new)
 
-    def let_in(self) -> list[str]:
+    def admit(self) -> list[str]:
         """A router's tick; returns the calls that are on the stream then."""
-        self.world.run(self.world.transitions.let_in())
+        self.world.run(self.world.transitions.admit_throttled())
         return self.on_stream()
 
     def on_stream(self) -> list[str]:

@@ -74,11 +74,11 @@ class FakeWorker:
         return self
 
     def claim(
-        self, most: int = 10, claim_no: int | None = None, ahead: int = 0, bar: tuple[int, int] = (0, 0)
+        self, most: int = 10, claim_no: int | None = None, ahead: int = 0, threshold: tuple[int, int] = (0, 0)
     ) -> list[Claimed] | None:
         """Claims up to so many calls; the same number again after a lost reply, so that no call is lost."""
         claim_no = self.claims + 1 if claim_no is None else claim_no
-        command = self.transitions.claim(self.engine, self.incarnation, claim_no, most, ahead, bar)
+        command = self.transitions.claim(self.engine, self.incarnation, claim_no, most, ahead, threshold)
         claimed = execute.run(self.db, command)
         self.claims = claim_no
         self.held |= {c.fence.call_id: c for c in claimed or ()}

@@ -13,7 +13,7 @@ from rsm.broker.protocol import codec
 from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
 from rsm.broker.protocol.models import CallRequest
 from rsm.broker.protocol.scripts import Command, T
-from rsm.broker.protocol.transitions import Admission, Placed, Placement, Rejection, Submission, Submitted, Transitions
+from rsm.broker.protocol.transitions import Placed, Placement, RawCall, Rejection, Submission, Submitted, Transitions
 from tests.support.fake_worker import FakeWorker
 
 LONG_AGO = 1
@@ -54,12 +54,12 @@ class World:
         """A bare XADD; returns its entry."""
         return codec.text(self.db.xadd(self.keys.calls, {"id": call_id, "json": body, **fields}))
 
-    def admission(self, entry: str, call_id: str, body: str = '{"prompt":"hi"}', **fields: Any) -> Admission:
+    def raw_call(self, entry: str, call_id: str, body: str = '{"prompt":"hi"}', **fields: Any) -> RawCall:
         request = CallRequest(id=call_id, **{"session": call_id, **fields})
-        return Admission(entry, request, codec.digest(request.kind, request.model, body.encode()), "json")
+        return RawCall(entry, request, codec.digest(request.kind, request.model, body.encode()), "json")
 
-    def admit(self, *args: Any, **fields: Any) -> str:
-        return self.run(self.transitions.admit([self.admission(*args, **fields)]))[0]
+    def accept(self, *args: Any, **fields: Any) -> str:
+        return self.run(self.transitions.accept([self.raw_call(*args, **fields)]))[0]
 
     def reject(self, entry: str, call_id: str, gen: str = "", inbox: str = "") -> str:
         refusal = Rejection(entry, call_id, gen, call_id, inbox, "invalid_request", "It is wrong.")
@@ -144,7 +144,7 @@ class World:
     def entry_of(self, call_id: str) -> tuple[str, Fields]:
         return next((e, f) for e, f in self.stream() if f.get("id") == call_id)
 
-    def news(self, inbox: str) -> list[Fields]:
+    def events(self, inbox: str) -> list[Fields]:
         return [texts(f) for _, f in self.db.xrange(self.keys.inbox(inbox))]
 
     def log(self, call_id: str) -> list[tuple[str, Fields]]:

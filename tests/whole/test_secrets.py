@@ -23,7 +23,7 @@ from rsm.broker.protocol import codec
 from rsm.broker.protocol.events import read_event
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.models import CallRecord, RequestState
-from rsm.broker.protocol.transitions import Admission, Claimed, Event, Fence, Finish, Release, Transitions
+from rsm.broker.protocol.transitions import Claimed, Event, Fence, Finish, RawCall, Release, Transitions
 from rsm.broker.views.dead_letters import DeadLetter, DeadLetters
 from rsm.broker.views.monitor import Monitor
 from rsm.cli.checks import examine
@@ -74,7 +74,7 @@ def _objects() -> Iterator[object]:
     for field in (b"text", b"chunk"):
         yield read_event("c1", {b"n": b"0", field: OUTPUT.encode()}, "1-1")
     arrival = read_entry("1-1", {b"json": b'{"prompt":"%s"}' % PROMPT.encode()}, 4096)
-    assert isinstance(getattr(arrival, "admission", None), Admission)
+    assert isinstance(getattr(arrival, "raw", None), RawCall)
     yield arrival
     yield read_entry("1-1", {b"json": b'{"prompt":"%s"' % PROMPT.encode()}, 4096)
     yield DeadLetter("1-1", "c1", "engine_error", "", "s", "generate", "", 3, 0, 9, "body", PROMPT.encode())

@@ -146,7 +146,7 @@ class Publisher(threading.Thread):
         if g.releases:
             commands.append(self._transitions.release(self._engine, g.releases))
         if g.ring:
-            commands.append(self._transitions.ring(self._engine))
+            commands.append(self._transitions.wake(self._engine))
         return commands
 
     def _report(self, g: _Gathered, replies: Sequence[list[str]]) -> None:

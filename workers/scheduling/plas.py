@@ -21,12 +21,13 @@ until `until_demotion` units have gathered.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
 from math import inf, isfinite
+
+from rsm.broker.protocol.rules import RUN_FLOOR_MS, level_of
 
 _SPARE = 64  # entries of a heap that may be out of date, besides as many as are not
 
@@ -51,7 +52,7 @@ class PlasRules:
     bounds: tuple[int, ...] = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
     quanta: tuple[int, ...] = ()
     beta: float = 8.0
-    floor_s: float = 1.0
+    floor_s: float = RUN_FLOOR_MS / 1000
     most_victims: int = 8
     prompt_chunk: int = 512
 
@@ -67,7 +68,7 @@ class PlasRules:
 
     def level_of(self, service: float) -> int:
         """The bin of an amount of service; 0 is the best."""
-        return bisect_right(self.bounds, service)
+        return level_of(service, self.bounds)
 
     def budget(self, level: int, service: float = 0.0) -> float:
         """Service units that a call may use in a level that it enters with so much service; inf in the last."""

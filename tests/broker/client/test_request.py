@@ -18,7 +18,7 @@ from rsm.broker.protocol import codec
 from rsm.broker.protocol.ids import RESERVED_ENDS, check_id, check_model, is_id, new_id, shorten
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.models import KINDS, CallRequest
-from rsm.broker.protocol.transitions import Admission, Rejection
+from rsm.broker.protocol.transitions import RawCall, Rejection
 from rsm.router.intake import Arrival, read_entry
 
 LIMIT = 4096
@@ -318,9 +318,9 @@ def check_reading(read: Arrival | Rejection, fields: dict[bytes, bytes]) -> None
     assert is_id(read.call_id)
     assert is_id(read.view.session)
     assert 0 <= read.view.prompt_tokens <= 100_000_000
-    if read.admission is not None:
-        assert read.admission.body_field.encode() in fields
-        assert CallRequest(**read.admission.request.model_dump()) == read.admission.request
+    if read.raw is not None:
+        assert read.raw.body_field.encode() in fields
+        assert CallRequest(**read.raw.request.model_dump()) == read.raw.request
 
 
 def read(**fields: str | bytes) -> Arrival | Rejection:
@@ -330,9 +330,9 @@ def read(**fields: str | bytes) -> Arrival | Rejection:
 def test_the_defaults_of_a_raw_entry() -> None:
     arrival = read(json='{"prompt":"0123456789ab"}')
     assert isinstance(arrival, Arrival)
-    assert isinstance(arrival.admission, Admission)
-    assert (arrival.call_id, arrival.gen, arrival.admission.body_field) == ("5-1", "", "json")
-    assert arrival.admission.request == CallRequest(id="5-1", session="5-1", prompt_tokens=3)
+    assert isinstance(arrival.raw, RawCall)
+    assert (arrival.call_id, arrival.gen, arrival.raw.body_field) == ("5-1", "", "json")
+    assert arrival.raw.request == CallRequest(id="5-1", session="5-1", prompt_tokens=3)
 
 
 def test_every_field_of_a_raw_entry() -> None:
@@ -342,9 +342,9 @@ def test_every_field_of_a_raw_entry() -> None:
         on_engine_loss="restart",
     )  # fmt: skip
     assert isinstance(arrival, Arrival)
-    assert arrival.admission is not None
-    assert arrival.admission.body_field == "body"
-    assert arrival.admission.request == CallRequest(
+    assert arrival.raw is not None
+    assert arrival.raw.body_field == "body"
+    assert arrival.raw.request == CallRequest(
         id="c1", session="s", kind="chat.completions", model="m", priority=-5, prompt_tokens=9, deadline_ms=123,
         stream=True, inbox="box", traceparent="00-ab", on_engine_loss="restart",
     )  # fmt: skip
@@ -354,14 +354,14 @@ def test_client_and_raw_push_of_the_same_call_agree() -> None:
     call = build("hi", max_body_bytes=LIMIT, id="c1")
     arrival = read(id="c1", body=call.body)
     assert isinstance(arrival, Arrival)
-    assert arrival.admission is not None
-    assert (arrival.admission.digest, arrival.admission.request) == (call.digest, call.request)
+    assert arrival.raw is not None
+    assert (arrival.raw.digest, arrival.raw.request) == (call.digest, call.request)
 
 
 def test_a_reference_needs_no_body() -> None:
     arrival = read(id="c1", session="s", model="m", prompt_tokens="9", ref="1")
     assert isinstance(arrival, Arrival)
-    assert (arrival.call_id, arrival.gen, arrival.admission) == ("c1", "", None)
+    assert (arrival.call_id, arrival.gen, arrival.raw) == ("c1", "", None)
     assert (arrival.view.session, arrival.view.model, arrival.view.prompt_tokens) == ("s", "m", 9)
     again = read(id="c1", gen="4-0", session="s", model="")
     assert isinstance(again, Arrival)

@@ -17,7 +17,7 @@ def rooms(world: World) -> Rooms:
 
 
 def session(rooms: Rooms, name: str) -> SessionView:
-    return rooms.world.run(rooms.world.transitions.look([name], fleet=False)).sessions[name]
+    return rooms.world.run(rooms.world.transitions.snapshot([name], fleet=False)).sessions[name]
 
 
 # -- what is counted
@@ -33,9 +33,9 @@ def test_a_context_counts_while_its_call_is_an_engines_and_fades_then(rooms: Roo
     rooms.think("e1", HALF_S)
     seen = session(rooms, "s").shares["e1"]
     assert seen.tokens == pytest.approx(320, abs=10)
-    assert (seen.home, seen.active) == (True, False)
+    assert (seen.cached, seen.active) == (True, False)
     rooms.think("e1", 1.1 * HALF_S)
-    assert not session(rooms, "s").shares["e1"].home
+    assert not session(rooms, "s").shares["e1"].cached
 
 
 def test_a_router_sees_what_is_spoken_for_by_tier(rooms: Rooms) -> None:
@@ -44,12 +44,12 @@ def test_a_router_sees_what_is_spoken_for_by_tier(rooms: Rooms) -> None:
     rooms.bring("c1", 100)
     rooms.bring("c2", 200, session="old")
     rooms.bring("c3", 300, priority=1)
-    (engine,) = rooms.world.run(rooms.world.transitions.look()).engines
+    (engine,) = rooms.world.run(rooms.world.transitions.snapshot()).engines
     assert list(engine.spoken_for) == [100, 0, 200, *[0] * 12, 300]
     seen = session(rooms, "old").shares["e1"]
-    assert (seen.tokens, seen.home, seen.active, seen.tier) == (200, True, True, 2)
+    assert (seen.tokens, seen.cached, seen.active, seen.tier) == (200, True, True, 2)
     rooms.use(admission=False)
-    (engine,) = rooms.world.run(rooms.world.transitions.look()).engines
+    (engine,) = rooms.world.run(rooms.world.transitions.snapshot()).engines
     assert (list(engine.spoken_for), session(rooms, "old").shares) == ([], {})
 
 
@@ -75,7 +75,7 @@ def test_a_session_that_is_ended_gives_its_room_back(rooms: Rooms) -> None:
     assert rooms.bring("c2", 900) == "held"
     assert rooms.world.run(rooms.world.transitions.session("end", "s")) == 0
     assert rooms.account() == (0, 0, 0)
-    assert rooms.let_in() == ["c2"]
+    assert rooms.admit() == ["c2"]
 
 
 def test_what_a_session_has_lasts_while_its_calls_do(rooms: Rooms) -> None:
@@ -114,9 +114,9 @@ def test_a_call_without_room_is_held(rooms: Rooms) -> None:
 def test_a_router_may_hold_a_call_by_itself(rooms: Rooms) -> None:
     rooms.engine()
     rooms.world.submit("c1")
-    assert rooms.place("c1", 5, "", hold=True, why="no room anywhere") == "held"
+    assert rooms.place("c1", 5, "", throttle=True, why="no room anywhere") == "held"
     assert rooms.world.record("c1")["why"] == "no room anywhere"
-    assert rooms.let_in() == ["c1"]
+    assert rooms.admit() == ["c1"]
     assert rooms.place("c1", 5) == "assigned"
 
 
@@ -137,16 +137,16 @@ def test_an_entry_that_two_routers_have_in_hand_is_held_or_placed_once(rooms: Ro
     rooms.engine()
     world = rooms.world
     world.submit("c1")
-    hold = world.transitions.assign([world.placement("c1", "", hold=True, context=10)])
+    throttled = world.transitions.assign([world.placement("c1", "", throttle=True, context=10)])
     place = world.transitions.assign([world.placement("c1", context=10, new=10)])
-    assert [world.run(c)[0].code for c in (hold, hold, place, hold, place)] == [
+    assert [world.run(c)[0].code for c in (throttled, throttled, place, throttled, place)] == [
         "held", "held", "assigned", "stale", "stale",
     ]  # fmt: skip
     assert (rooms.held(), rooms.account()) == ([], (1, 10, 0))
     assert not world.record("c1")["starves_ms"]
 
 
-def test_those_at_home_do_not_wait_behind_others(rooms: Rooms) -> None:
+def test_those_that_are_cached_do_not_wait_behind_others(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 600, session="s")
     worker.finish(worker.take(), resident_tokens=600)
@@ -218,7 +218,7 @@ def test_an_end_lets_nobody_in_whom_an_engine_does_not_serve(rooms: Rooms) -> No
     rooms.bring("c2", 900, "e2", session="c2")
     rooms.bring("c3", 500, "e2", model="m2")
     worker.finish(worker.take())
-    assert (rooms.on_stream(), rooms.held("m2"), rooms.let_in()) == ([], ["c3"], [])
+    assert (rooms.on_stream(), rooms.held("m2"), rooms.admit()) == ([], ["c3"], [])
     other.finish(other.take())
     assert rooms.on_stream() == ["c3"]
 
@@ -258,7 +258,7 @@ def test_a_few_may_go_ahead_of_one_that_fits_nowhere(rooms: Rooms) -> None:
     rooms.bring("large", 900)
     for n in range(5):
         rooms.bring(f"small{n}", 50)
-    assert rooms.let_in() == ["small0", "small1", "small2"]
+    assert rooms.admit() == ["small0", "small1", "small2"]
     assert rooms.place("small0", 50) == "assigned", "though the large one stands before it"
     assert rooms.held() == ["large", "small3", "small4"]
 
@@ -269,7 +269,7 @@ def test_behind_four_that_fit_nowhere_all_wait(rooms: Rooms) -> None:
     for n in range(4):
         rooms.bring(f"large{n}", 900)
     rooms.bring("small", 50)
-    assert rooms.let_in() == []
+    assert rooms.admit() == []
 
 
 def test_behind_one_that_starves_all_wait(rooms: Rooms) -> None:
@@ -279,12 +279,12 @@ def test_behind_one_that_starves_all_wait(rooms: Rooms) -> None:
     rooms.bring("large", 900)
     rooms.bring("small", 50)
     rooms.age("large", 8_001)
-    assert rooms.let_in() == []
+    assert rooms.admit() == []
     worker.finish(worker.take())
     assert rooms.on_stream() == ["large", "small"]
 
 
-def test_one_that_starves_is_let_in_before_better_levels(rooms: Rooms) -> None:
+def test_one_that_starves_is_admitted_before_better_levels(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.world.charge("old", 5_000)
     rooms.bring("c1", 1000, session="c1")
@@ -301,7 +301,7 @@ def test_one_that_starves_is_let_in_before_better_levels(rooms: Rooms) -> None:
     assert float(rooms.world.db.zscore(rooms.world.keys.queue("e1"), "old")) < rank_of(0, 1) * 2.0**41
 
 
-def test_who_was_let_in_and_finds_no_room_waits_at_its_old_place(rooms: Rooms) -> None:
+def test_an_admitted_call_that_finds_no_headroom_waits_at_its_old_place(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 900, session="c1")
     rooms.bring("c2", 900)
@@ -320,7 +320,7 @@ def test_a_tick_lets_in_who_fits_elsewhere(rooms: Rooms) -> None:
     for n in range(8):
         rooms.bring(f"h{n}", 200)
     rooms.engine("e2")
-    assert rooms.let_in() == [f"h{n}" for n in range(5)]
+    assert rooms.admit() == [f"h{n}" for n in range(5)]
 
 
 def test_programs_that_think_make_room_by_and_by(rooms: Rooms) -> None:
@@ -328,9 +328,9 @@ def test_programs_that_think_make_room_by_and_by(rooms: Rooms) -> None:
     rooms.bring("c1", 800, session="s")
     worker.finish(worker.take(), resident_tokens=800)
     rooms.bring("c2", 600)
-    assert rooms.let_in() == []
+    assert rooms.admit() == []
     rooms.think("e1", 1.1 * HALF_S)
-    assert rooms.let_in() == ["c2"]
+    assert rooms.admit() == ["c2"]
 
 
 # -- what else becomes of them
@@ -343,10 +343,10 @@ def test_a_cancel_ends_a_held_call(rooms: Rooms) -> None:
     rooms.bring("c3", 900, session="s")
     assert rooms.world.cancel("c2") == "cancelled"
     assert (rooms.world.state("c2"), rooms.held()) == ("CANCELLED", ["c3"])
-    assert [n["state"] for n in rooms.world.news("box")] == ["CANCELLED"]
+    assert [n["state"] for n in rooms.world.events("box")] == ["CANCELLED"]
     assert rooms.world.cancel_session("s") == 1
     assert rooms.held() == []
-    assert rooms.let_in() == []
+    assert rooms.admit() == []
     assert not rooms.world.db.exists(rooms.world.keys.holding, rooms.world.keys.held_starving(""))
 
 
@@ -421,7 +421,7 @@ def test_an_engine_that_died_takes_its_residents_with_it(rooms: Rooms) -> None:
     rooms.world.run(rooms.world.transitions.reap())
     assert not rooms.world.db.exists(rooms.world.keys.residents("e1"))
     rooms.engine()
-    assert session(rooms, "s").shares["e1"].home is False, "its cache is gone"
+    assert session(rooms, "s").shares["e1"].cached is False, "its cache is gone"
     assert [rooms.place(c, 300) for c in ("c2", "c3")] == ["assigned", "assigned"]
     assert rooms.bring("c4", 400, session="s") == "assigned"
     assert rooms.account() == (3, 1000, 0)
@@ -437,7 +437,7 @@ def test_an_engine_that_comes_back_has_its_calls_and_an_empty_cache(rooms: Rooms
     rooms.world.lapse()
     heir = rooms.engine()
     assert rooms.account() == (2, 600, 0)
-    assert not session(rooms, "s").shares["e1"].home
+    assert not session(rooms, "s").shares["e1"].cached
     assert session(rooms, "of-c2").shares["e1"].active
     assert rooms.bring("c4", 401) == "held"
     for call in heir.claim() or ():
@@ -453,7 +453,7 @@ def test_a_process_that_lives_keeps_its_cache(rooms: Rooms) -> None:
     before, worker.incarnation = worker.incarnation, "another"
     rooms.world.lapse()
     assert worker.register(survived=before).ok
-    assert session(rooms, "s").shares["e1"].home
+    assert session(rooms, "s").shares["e1"].cached
 
 
 def test_calls_of_a_model_that_nobody_serves_now_are_held_no_more(rooms: Rooms) -> None:
@@ -462,7 +462,7 @@ def test_calls_of_a_model_that_nobody_serves_now_are_held_no_more(rooms: Rooms) 
     rooms.bring("c2", 900, model="m")
     rooms.bring("c3", 900)
     worker.beat("DRAINING")
-    assert sorted(rooms.let_in()) == ["c2", "c3"]
+    assert sorted(rooms.admit()) == ["c2", "c3"]
     assert rooms.place("c2", 0, "") == "parked"
 
 
@@ -472,7 +472,7 @@ def test_where_admission_is_switched_off_nobody_waits_on(rooms: Rooms) -> None:
     for n in range(3):
         rooms.bring(f"h{n}", 900, model="m")
     rooms.use(admission=False)
-    assert rooms.let_in() == ["h0", "h1", "h2"]
+    assert rooms.admit() == ["h0", "h1", "h2"]
     assert [rooms.place(f"h{n}", 0) for n in range(3)] == ["assigned"] * 3
     for call in worker.claim() or ():
         worker.finish(call)
@@ -490,7 +490,7 @@ def test_a_record_that_was_deleted_by_hand_stops_nobody(rooms: Rooms) -> None:
         rooms.world.db.zrem(rooms.world.keys.queue("e1"), call_id)
         rooms.world.db.srem(rooms.world.keys.session_calls(f"of-{call_id}"), call_id)
         rooms.world.db.delete(rooms.world.keys.residency(f"of-{call_id}"))
-    assert rooms.let_in() == ["c3"]
+    assert rooms.admit() == ["c3"]
     assert rooms.place("c3", 900) == "assigned"
 
 
@@ -506,7 +506,7 @@ def test_held_records_that_were_deleted_by_hand_stop_nobody(rooms: Rooms, admiss
     world.db.srem(world.keys.session_calls("old"), "c2")
     assert rooms.bring("c3", 50, priority=-1) == "assigned"
     rooms.use(admission=admission)
-    assert rooms.let_in() == []
+    assert rooms.admit() == []
     assert not world.record("c2")
     assert not world.db.exists(world.keys.held(""), world.keys.holding)
 
@@ -521,9 +521,9 @@ def test_junk_in_an_account_stops_nobody(rooms: Rooms, junk: bytes) -> None:
     for field in ("at", "half", "factor", "calls", "epoch", "active", "thinking"):
         world.db.hset(world.keys.residents("e1"), field, junk)
     world.db.hset(world.keys.residency("s"), "e1", junk)
-    world.run(world.transitions.look(["s"]))
+    world.run(world.transitions.snapshot(["s"]))
     worker.finish(worker.take(), resident_tokens=600)
-    rooms.let_in()
+    rooms.admit()
     rooms.bring("c3", 100, session="s")
     world.db.hset(world.keys.residency("s"), "e1", junk)
     world.run(world.transitions.session("end", "s"))

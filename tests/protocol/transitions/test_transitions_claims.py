@@ -32,7 +32,7 @@ def test_claim_hands_over_all_that_a_worker_needs(world: World) -> None:
 def test_a_raw_json_body_is_handed_over_as_json(world: World) -> None:
     worker = world.worker()
     entry = world.push("c1")
-    world.admit(entry, "c1")
+    world.accept(entry, "c1")
     world.assign("c1")
     call = worker.take()
     assert (call.body_field, call.body) == ("json", b'{"prompt":"hi"}')
@@ -75,12 +75,12 @@ def test_a_full_engine_may_take_calls_that_are_better_than_its_bar(world: World)
         world.queue(name, session=session or f"new-{name}", priority=priority)
 
     assert worker.claim(0) == []
-    assert worker.claim(0, ahead=0, bar=(9, 9)) == []
-    assert [c.fence.call_id for c in worker.claim(0, ahead=9, bar=(0, 0)) or ()] == []
-    assert [c.fence.call_id for c in worker.claim(0, ahead=9, bar=(0, 2)) or ()] == ["a"]
-    assert [c.fence.call_id for c in worker.claim(0, ahead=1, bar=(1, 1)) or ()] == ["b"]
-    assert [c.fence.call_id for c in worker.claim(2, ahead=9, bar=(1, 1)) or ()] == ["c", "d"], "room is room"
-    assert [c.fence.call_id for c in worker.claim(1, ahead=1, bar=(0, 0)) or ()] == ["e"]
+    assert worker.claim(0, ahead=0, threshold=(9, 9)) == []
+    assert [c.fence.call_id for c in worker.claim(0, ahead=9, threshold=(0, 0)) or ()] == []
+    assert [c.fence.call_id for c in worker.claim(0, ahead=9, threshold=(0, 2)) or ()] == ["a"]
+    assert [c.fence.call_id for c in worker.claim(0, ahead=1, threshold=(1, 1)) or ()] == ["b"]
+    assert [c.fence.call_id for c in worker.claim(2, ahead=9, threshold=(1, 1)) or ()] == ["c", "d"], "room is room"
+    assert [c.fence.call_id for c in worker.claim(1, ahead=1, threshold=(0, 0)) or ()] == ["e"]
     assert (world.waiting(), len(world.running())) == ([], 5)
 
 
@@ -88,15 +88,15 @@ def test_a_claim_for_better_calls_can_be_repeated(world: World) -> None:
     worker = world.worker()
     for i in range(3):
         world.queue(f"c{i}", priority=i)
-    first = worker.claim(0, claim_no=7, ahead=2, bar=(2, 0))
+    first = worker.claim(0, claim_no=7, ahead=2, threshold=(2, 0))
     assert [c.fence.call_id for c in first or ()] == ["c0", "c1"]
-    assert worker.claim(0, claim_no=7, ahead=2, bar=(9, 0)) == first
+    assert worker.claim(0, claim_no=7, ahead=2, threshold=(9, 0)) == first
 
 
-def test_a_worker_rings_its_own_bell(world: World) -> None:
+def test_a_worker_wakes_its_own_claimer(world: World) -> None:
     worker = world.worker()
     for _ in range(3):
-        assert execute.run(world.db, worker.transitions.ring("e1")) == 1
+        assert execute.run(world.db, worker.transitions.wake("e1")) == 1
     assert world.db.lrange(world.keys.bell("e1"), 0, -1) == [b"1"]
     assert world.db.ttl(world.keys.bell("e1")) > 0
 
@@ -124,7 +124,7 @@ def test_claim_ends_a_call_whose_deadline_passed(world: World) -> None:
     world.queue("c2")
     assert [c.fence.call_id for c in worker.claim() or ()] == ["c2"]
     assert world.record("c1")["error_code"] == "deadline_exceeded"
-    assert world.news("box")
+    assert world.events("box")
     assert world.engine().ints("queued_tokens") == (0,)
 
 
@@ -180,7 +180,7 @@ def test_a_piece_goes_to_the_log_and_to_the_inbox(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker, stream=True, inbox="box")
     assert worker.publish(call, "a", "b") == ["ok", "ok"]
-    log, news = world.log("c1"), world.news("box")
+    log, news = world.log("c1"), world.events("box")
     assert [f for _, f in log] == [
         {"n": "0", "text": "a", "token_ids": "0"},
         {"n": "1", "text": "b", "token_ids": "1"},
@@ -197,7 +197,7 @@ def test_a_chunk_stands_alone_and_its_replay_stays_in_the_log(world: World) -> N
     event = Event(call.fence, 0, "", (), '{"a":1}', "xyz")
     assert world.run(world.transitions.publish("e1", [event])) == ["ok"]
     assert world.log("c1")[0][1] == {"n": "0", "chunk": '{"a":1}', "replay": "xyz"}
-    assert "replay" not in world.news("box")[0]
+    assert "replay" not in world.events("box")[0]
 
 
 def test_without_an_inbox_the_log_is_enough(world: World) -> None:
@@ -214,7 +214,7 @@ def test_a_repeated_publish_is_seen(world: World) -> None:
     worker.publish(call, "a", "b")
     assert worker.publish(call, "a", "b", "c") == ["seen", "seen", "ok"]
     assert [f["text"] for _, f in world.log("c1")] == ["a", "b", "c"]
-    assert len(world.news("box")) == 3
+    assert len(world.events("box")) == 3
 
 
 def test_a_publish_under_an_old_fence_changes_nothing(world: World) -> None:

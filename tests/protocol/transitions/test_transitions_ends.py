@@ -49,8 +49,8 @@ def test_the_end_is_told_once_with_the_result(world: World) -> None:
     worker.publish(call, "a")
     assert worker.finish(call) == "done"
     assert worker.finish(call, "other") == "again"
-    end = world.news("box")[-1]
-    assert len([n for n in world.news("box") if "state" in n]) == 1
+    end = world.events("box")[-1]
+    assert len([n for n in world.events("box") if "state" in n]) == 1
     assert (end["call"], end["state"], end["n"], end["session"], end["engine"]) == ("c1", "COMPLETED", "1", "s", "e1")
     assert (end["attempt"], end["gen"]) == ("1", call.fence.gen)
     assert end["big"] in ("", "0")
@@ -62,7 +62,7 @@ def test_the_end_is_told_once_with_the_result(world: World) -> None:
 def test_a_big_result_stays_in_the_record(world: World) -> None:
     worker = world.worker()
     worker.finish(world.start("c1", worker, inbox="box"), "x" * 70_000)
-    (end,) = world.news("box")
+    (end,) = world.events("box")
     assert (end["big"], end["result"]) == ("1", "")
     assert len(world.result("c1")["text"]) == 70_000
 
@@ -87,7 +87,7 @@ def test_an_acknowledged_cancel_beats_the_finish(world: World, state: RequestSta
     record = world.record("c1")
     assert (record["state"], record["error_code"], record["error"]) == ("CANCELLED", "", "no longer needed")
     assert world.result("c1")["text"] == "almost"
-    assert world.news("box")[-1]["state"] == "CANCELLED"
+    assert world.events("box")[-1]["state"] == "CANCELLED"
 
 
 def test_a_failed_call_keeps_its_body(world: World) -> None:
@@ -121,14 +121,14 @@ def test_after_reassignment_the_old_engine_can_change_nothing(world: World) -> N
     world.run(world.transitions.reap())
     world.assign("c1", "e2")
     new = new_worker.take()
-    before = (world.record("c1"), world.news("box"), world.log("c1"), world.session("c1"), world.engine("e1"))
+    before = (world.record("c1"), world.events("box"), world.log("c1"), world.session("c1"), world.engine("e1"))
     assert old_worker.publish(old, "late") == ["stale"]
     assert old_worker.finish(old) == "stale"
     assert old_worker.release(old, fault=True) == ["stale"]
     assert not old_worker.beat()
     forged = old_worker.finish(old, fence=new.fence)
     assert forged == "stale", "the right fence from the wrong engine is no better"
-    after = (world.record("c1"), world.news("box"), world.log("c1"), world.session("c1"), world.engine("e1"))
+    after = (world.record("c1"), world.events("box"), world.log("c1"), world.session("c1"), world.engine("e1"))
     assert after == before
     assert new_worker.finish(new) == "done"
 
@@ -189,7 +189,7 @@ def test_the_engines_own_count_of_tokens_replaces_the_estimate(world: World) -> 
     for call_id, tokens in (("c1", 12), ("c2", 0)):
         worker.finish(world.start(call_id, worker, inbox="box"), prompt_tokens=tokens)
         assert world.record(call_id).ints("prompt_tokens") == (tokens,)
-        assert world.news("box")[-1].ints("prompt_tokens") == (tokens,)
+        assert world.events("box")[-1].ints("prompt_tokens") == (tokens,)
     assert world.engine().ints("queued_tokens", "running_tokens") == (0, 0)
 
 
@@ -228,13 +228,13 @@ def test_faults_count_up_to_the_last_attempt(world: World) -> None:
     assert letter["attempts"] == "3"
     (_, raw) = world.db.xrange(world.keys.dead)[0]
     assert codec.decode(raw[b"body"]) == {"prompt": "tell me"}
-    assert [n["state"] for n in world.news("box")] == ["FAILED"]
+    assert [n["state"] for n in world.events("box")] == ["FAILED"]
     assert not world.stream()
 
 
 def test_a_raw_json_body_goes_into_its_dead_letter(world: World) -> None:
     worker = world.worker()
-    world.admit(world.push("c1"), "c1")
+    world.accept(world.push("c1"), "c1")
     for _ in range(world.settings.max_attempts):
         world.assign("c1")
         worker.release(worker.take(), fault=True)
@@ -256,7 +256,7 @@ def test_a_flagged_call_given_back_is_cancelled(world: World) -> None:
     world.cancel("c1", "enough")
     assert worker.release(call, fault=False) == ["released"]
     assert (world.state("c1"), world.record("c1")["error"]) == ("CANCELLED", "enough")
-    assert world.news("box")[0]["state"] == "CANCELLED"
+    assert world.events("box")[0]["state"] == "CANCELLED"
     assert not world.stream()
 
 

@@ -17,7 +17,7 @@ def test_register_writes_what_the_worker_says(world: World) -> None:
     engine = world.engine()
     assert (engine["state"], engine["model"], engine["max_num_seqs"]) == ("STARTING", "m", "3")
     assert engine["incarnation"] == worker.incarnation
-    (view,) = world.run(world.transitions.look()).engines
+    (view,) = world.run(world.transitions.snapshot()).engines
     assert (view.id, view.state, view.model, view.max_num_seqs) == ("e1", "STARTING", "m", 3)
 
 
@@ -25,10 +25,10 @@ def test_an_engine_that_starts_again_keeps_its_model_until_it_says_another(world
     FakeWorker(world.settings, server=world.db).register()
     world.lapse()
     assert FakeWorker(world.settings, server=world.db, model="").register().ok
-    assert world.run(world.transitions.look()).engines[0].model == "m", "calls of its model must wait, not fail"
+    assert world.run(world.transitions.snapshot()).engines[0].model == "m", "calls of its model must wait, not fail"
     world.lapse()
     assert FakeWorker(world.settings, server=world.db, model="other").register().ok
-    assert world.run(world.transitions.look()).engines[0].model == "other"
+    assert world.run(world.transitions.snapshot()).engines[0].model == "other"
 
 
 def test_an_engine_id_is_taken_while_its_lease_holds(world: World) -> None:
@@ -113,7 +113,7 @@ def test_a_heartbeat_renews_the_lease_and_reports_the_load(world: World) -> None
     world.lapse()
     assert worker.beat(tokens_per_s=12.5)
     assert world.db.zscore(world.keys.engines, "e1") > LONG_AGO
-    (view,) = world.run(world.transitions.look()).engines
+    (view,) = world.run(world.transitions.snapshot()).engines
     assert (view.state, view.tokens_per_s) == ("READY", 12.5)
     assert world.run(world.transitions.reap()) == (0, [])
 
@@ -214,7 +214,7 @@ def test_a_call_that_dies_with_every_engine_fails(world: World) -> None:
     assert "3 engine processes" in record["error"]
     (letter,) = world.dead()
     assert (letter["error_code"], letter["attempts"]) == ("attempts_exhausted", "3")
-    assert world.news("box")[0]["error_code"] == "attempts_exhausted"
+    assert world.events("box")[0]["error_code"] == "attempts_exhausted"
 
 
 @pytest.mark.parametrize(("flag", "state"), [("user", "CANCELLED"), ("deadline", "FAILED")])
@@ -228,7 +228,7 @@ def test_a_flagged_call_of_a_dead_engine_ends(world: World, flag: str, state: st
     world.lapse()
     assert world.run(world.transitions.reap()) == (1, ["e1"])
     assert world.state("c1") == state
-    assert world.news("box")[0]["state"] == state
+    assert world.events("box")[0]["state"] == state
     assert not world.stream()
 
 
@@ -253,7 +253,7 @@ def test_an_engine_newly_dead_stays_listed(world: World) -> None:
     world.worker()
     world.db.zadd(world.keys.engines, {"e1": now_ms(world) - 60_000})
     world.run(world.transitions.reap())
-    assert [e.state for e in world.run(world.transitions.look()).engines] == ["DEAD"]
+    assert [e.state for e in world.run(world.transitions.snapshot()).engines] == ["DEAD"]
 
 
 def test_a_stopped_engine_is_not_dead(world: World) -> None:

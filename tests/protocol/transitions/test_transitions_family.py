@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rsm.broker import InvalidRequest
+from rsm.broker.views.monitor import Monitor
 from tests.support.world import World
 
 
@@ -35,7 +36,7 @@ def test_a_first_call_names_the_parent(world: World) -> None:
 
 def test_a_bare_push_names_the_parent(world: World) -> None:
     entry = world.push("c1", session="sub", parent_session="main")
-    assert world.admit(entry, "c1", session="sub", parent_session="main") == "new"
+    assert world.accept(entry, "c1", session="sub", parent_session="main") == "new"
     assert world.session("sub")["parent"] == "main"
 
 
@@ -72,11 +73,11 @@ def test_what_cannot_be_a_child_is_refused_and_nothing_has_changed(
 def test_such_a_push_fails(world: World, session: str, parent: str, why: str) -> None:
     chain(world, 3)
     entry = world.push("c1", inbox="box")
-    assert world.admit(entry, "c1", session=session, parent_session=parent, inbox="box") == "invalid"
+    assert world.accept(entry, "c1", session=session, parent_session=parent, inbox="box") == "invalid"
     record = world.record("c1")
     assert (record["state"], record["error_code"]) == ("FAILED", "invalid_request")
     assert why in record["error"]
-    assert [n["state"] for n in world.news("box")] == ["FAILED"]
+    assert [n["state"] for n in world.events("box")] == ["FAILED"]
     assert not world.stream()
 
 
@@ -93,6 +94,21 @@ def test_a_tree_has_a_greatest_depth(world: World) -> None:
     chain(world, 33)
     with pytest.raises(InvalidRequest, match="at most 32 deep"):
         child(world, "s34", "s33")
+
+
+def test_the_deepest_session_is_of_the_program_of_its_root(world: World) -> None:
+    """For the router that looks, for the script that assigns, for the one that charges, and for people."""
+    worker = world.worker()
+    world.charge("s1", 5_000)
+    chain(world, 33)
+    seen = world.run(world.transitions.snapshot(["s33"], fleet=False)).sessions["s33"]
+    assert (seen.program, seen.service, seen.level) == ("s1", 5_000, 2)
+    call = world.start("c1", worker, session="s33")
+    assert (call.program, call.inherited, call.level) == ("s1", 5_000, 2)
+    worker.finish(call, service=10)
+    assert world.session("s1")["service"] == "5010"
+    shown = Monitor(world.settings, world.db).session("s33")
+    assert (shown["program"], shown["service"]) == ("s1", 5_010)
 
 
 def test_the_retry_of_a_push_is_a_duplicate_whatever_it_says_of_parents(world: World) -> None:
@@ -256,7 +272,7 @@ def test_calls_of_the_tree_that_no_router_has_read_yet_end_on_arrival(world: Wor
     fields = {"session": "new", "parent_session": "main"}
     entry = world.push("c1", **fields)
     world.cancel_session("main", "enough", descendants)
-    world.admit(entry, "c1", **fields)
+    world.accept(entry, "c1", **fields)
     assert world.assign("c1").code == ("cancelled" if descendants else "assigned")
     assert world.record("c1")["error"] == ("enough" if descendants else "")
     world.queue("c2", session="new")

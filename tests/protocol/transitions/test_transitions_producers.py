@@ -78,7 +78,7 @@ def test_a_waiting_call_is_cancelled_at_once(world: World) -> None:
     assert world.cancel("c1", "enough") == "cancelled"
     assert (world.state("c1"), world.record("c1")["error"]) == ("CANCELLED", "enough")
     assert (world.waiting(), world.engine().ints("queued_tokens"), world.open_calls("s")) == ([], (0,), set())
-    assert world.news("box")[0]["state"] == "CANCELLED"
+    assert world.events("box")[0]["state"] == "CANCELLED"
     assert not world.record("c1")["body"]
     assert worker.claim() == []
 
@@ -97,7 +97,7 @@ def test_the_entry_of_a_call_that_ended_on_the_stream_goes_with_its_record(world
     """Left there it would be admitted once more: its router died, and none ran until the record had expired."""
     entry = world.push("c1", session="s")
     world.read("a router that dies")
-    assert world.admit(entry, "c1", session="s", deadline_ms=1 << 50) == "new"
+    assert world.accept(entry, "c1", session="s", deadline_ms=1 << 50) == "new"
     if how == "cancel":
         assert world.cancel("c1") == "cancelled"
     elif how == "session":
@@ -110,7 +110,7 @@ def test_the_entry_of_a_call_that_ended_on_the_stream_goes_with_its_record(world
     other = world.push("c2")
     world.forget("c1")
     assert world.run(world.expired().retain()).entries == 1
-    assert world.admit(entry, "c1", session="s") == "gone"
+    assert world.accept(entry, "c1", session="s") == "gone"
     assert [e for e, _ in world.stream()] == [other]
     assert world.db.xpending(world.keys.calls, ROUTER_GROUP)["pending"] == 0
 
@@ -156,7 +156,7 @@ def test_whoever_listens_is_told_while_the_call_is_open(world: World) -> None:
     call = world.start("c1", worker, inbox="first")
     assert world.run(world.transitions.listen("c1", "second")) == "RUNNING"
     worker.finish(call)
-    assert [len(world.news(box)) for box in ("first", "second")] == [0, 1]
+    assert [len(world.events(box)) for box in ("first", "second")] == [0, 1]
     assert world.run(world.transitions.listen("c1", "third")) == "COMPLETED"
     assert world.record("c1")["inbox"] == "second"
     assert world.run(world.transitions.listen("gone", "third")) == ""
@@ -201,10 +201,10 @@ def test_a_cancel_noted_before_the_entry_is_read_ends_it_on_arrival(world: World
     entry = world.push("c1")
     assert world.cancel("c1", "too slow") == "noted"
     assert 0 < world.db.ttl(world.keys.call("c1")) <= 3600, "a note without a call expires"
-    assert world.admit(entry, "c1", inbox="box") == "new"
+    assert world.accept(entry, "c1", inbox="box") == "new"
     assert world.assign("c1").code == "cancelled"
     assert (world.state("c1"), world.record("c1")["error"]) == ("CANCELLED", "too slow")
-    assert world.news("box")[0]["state"] == "CANCELLED"
+    assert world.events("box")[0]["state"] == "CANCELLED"
     assert not world.stream()
 
 
@@ -250,7 +250,7 @@ def test_a_sessions_raw_entries_end_on_arrival(world: World) -> None:
     entry, foreign = world.push("c1", session="s"), world.push("c2", session="t")
     assert world.cancel_session("s", "the user left") == 0
     for e, call_id, session in ((entry, "c1", "s"), (foreign, "c2", "t")):
-        world.admit(e, call_id, session=session)
+        world.accept(e, call_id, session=session)
     assert world.assign("c1").code == "cancelled"
     assert (world.state("c1"), world.record("c1")["error"]) == ("CANCELLED", "the user left")
     assert world.assign("c2").code == "assigned"
@@ -265,7 +265,7 @@ def test_a_cancelled_session_can_be_used_again(world: World) -> None:
     worker.release(call, fault=False)
     assert world.assign("c2").code == "assigned", "also when it comes by the stream a second time"
     entry = world.push("c3", session="s")
-    world.admit(entry, "c3", session="s")
+    world.accept(entry, "c3", session="s")
     assert world.assign("c3").code == "assigned"
 
 
@@ -303,7 +303,7 @@ def test_everything_may_be_called_0(world: World) -> None:
     assert world.session("0")["engine"] == "0"
     assert world.cancel_session("0", "0") == 1
     assert (world.state("0"), world.record("0")["error"]) == ("CANCELLED", "0")
-    assert [n["state"] for n in world.news("0")] == ["", "CANCELLED"]
+    assert [n["state"] for n in world.events("0")] == ["", "CANCELLED"]
     assert not world.open_calls("0")
 
 
@@ -326,7 +326,7 @@ def test_a_reused_id_is_not_hit_by_what_was_meant_for_its_predecessor(world: Wor
     assert worker.finish(old) == "stale"
     assert order["gen"] == old.fence.gen != new.fence.gen, "the worker can tell whom the old order meant"
     assert "cancel" not in world.record("c1")
-    assert (world.state("c1"), world.record("c1").ints("events"), world.news("box")) == ("RUNNING", (0,), [])
+    assert (world.state("c1"), world.record("c1").ints("events"), world.events("box")) == ("RUNNING", (0,), [])
     assert worker.finish(new) == "done"
     assert world.state("c1") == "COMPLETED"
 
@@ -336,5 +336,5 @@ def test_one_run_of_every_script_survives_a_server_without_scripts(world: World)
     worker = world.worker()
     assert worker.finish(world.start("c1", worker)) == "done"
     world.db.script_flush()
-    commands: list[Command[Any]] = [world.transitions.look(), world.transitions.expire(), world.transitions.reap()]
-    assert [type(r).__name__ for r in execute.run_all(world.db, commands)] == ["Look", "int", "Reaped"]
+    commands: list[Command[Any]] = [world.transitions.snapshot(), world.transitions.expire(), world.transitions.reap()]
+    assert [type(r).__name__ for r in execute.run_all(world.db, commands)] == ["FleetSnapshot", "int", "Reaped"]

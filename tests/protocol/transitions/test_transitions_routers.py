@@ -14,7 +14,7 @@ from tests.support.world import LONG_AGO, World, now_ms
 
 def test_admit_moves_the_body_into_the_record(world: World) -> None:
     entry = world.push("c1", stream="1")
-    assert world.admit(entry, "c1", stream=True, inbox="box", prompt_tokens=3, on_engine_loss="fail") == "new"
+    assert world.accept(entry, "c1", stream=True, inbox="box", prompt_tokens=3, on_engine_loss="fail") == "new"
     record = world.record("c1")
     assert (record["stream"], record["inbox"], record["on_engine_loss"]) == ("1", "box", "fail")
     assert (record["json"], record["gen"], record["state"]) == ('{"prompt":"hi"}', entry, "PENDING")
@@ -28,20 +28,20 @@ def test_admit_moves_the_body_into_the_record(world: World) -> None:
 
 def test_an_entry_admitted_twice_is_one_call(world: World) -> None:
     entry = world.push("c1")
-    assert [world.admit(entry, "c1") for _ in range(2)] == ["new", "duplicate"]
+    assert [world.accept(entry, "c1") for _ in range(2)] == ["new", "duplicate"]
     assert world.stream()
     assert world.stat("submitted") == 1
 
 
 def test_the_same_raw_push_twice_is_one_call(world: World) -> None:
     first, second = world.push("c1"), world.push("c1")
-    admissions = [world.admission(first, "c1"), world.admission(second, "c1")]
-    assert world.run(world.transitions.admit(admissions)) == ["new", "duplicate"]
+    raw = [world.raw_call(first, "c1"), world.raw_call(second, "c1")]
+    assert world.run(world.transitions.accept(raw)) == ["new", "duplicate"]
     assert [e for e, _ in world.stream()] == [first]
 
 
 def test_an_entry_that_another_router_took_is_gone(world: World) -> None:
-    assert world.admit("5-1", "c1") == "gone"
+    assert world.accept("5-1", "c1") == "gone"
     assert not world.record("c1")
 
 
@@ -49,12 +49,12 @@ def test_a_raw_push_under_a_foreign_id_is_a_dead_letter(world: World) -> None:
     world.submit("c1", "mine")
     before = world.record("c1")
     entry = world.push("c1", session="s2")
-    assert world.admit(entry, "c1", session="s2", inbox="box") == "conflict"
+    assert world.accept(entry, "c1", session="s2", inbox="box") == "conflict"
     assert world.record("c1") == before
     assert [f["ref"] for _, f in world.stream()] == ["1"]
     (letter,) = world.dead()
     assert (letter["id"], letter["error_code"], letter["session"]) == ("c1", "conflict", "s2")
-    (news,) = world.news("box")
+    (news,) = world.events("box")
     assert (news["call"], news["state"], news["error_code"], news["gen"]) == ("c1", "FAILED", "conflict", entry)
 
 
@@ -66,7 +66,7 @@ def test_a_refused_entry_becomes_a_failed_record(world: World) -> None:
     assert world.reject(entry, "c1", inbox="box") == "failed"
     record = world.record("c1")
     assert (record["state"], record["error_code"], record["error"]) == ("FAILED", "invalid_request", "It is wrong.")
-    assert world.news("box")[0]["error_code"] == "invalid_request"
+    assert world.events("box")[0]["error_code"] == "invalid_request"
     assert not world.stream()
     assert not world.open_calls("c1")
     assert world.db.ttl(world.keys.call("c1")) > 0
@@ -82,12 +82,12 @@ def test_a_refused_entry_without_a_free_id_becomes_a_dead_letter(world: World, c
     assert [f["id"] for _, f in world.stream()] == ["taken"]
     (letter,) = world.dead()
     assert (letter["id"], letter["entry"], letter["error"]) == (call_id, entry, "It is wrong.")
-    assert world.news("box")[0]["state"] == "FAILED"
+    assert world.events("box")[0]["state"] == "FAILED"
 
 
 def test_an_admitted_call_can_be_refused(world: World) -> None:
     entry = world.push("c1")
-    world.admit(entry, "c1")
+    world.accept(entry, "c1")
     assert world.reject(entry, "c1") == "failed"
     assert world.state("c1") == "FAILED"
     assert not world.dead()
@@ -100,7 +100,7 @@ def test_a_refusal_does_not_end_a_call_twice(world: World) -> None:
     world.cancel("c1")
     assert world.reject(entry, "c1", gen=entry, inbox="box") == "stale"
     assert world.state("c1") == "CANCELLED"
-    assert [n["state"] for n in world.news("box")] == ["CANCELLED"]
+    assert [n["state"] for n in world.events("box")] == ["CANCELLED"]
     assert not world.dead()
     assert not world.stream()
 
@@ -291,7 +291,7 @@ def test_a_passed_deadline_ends_the_call_on_arrival(world: World) -> None:
     world.submit("c1", deadline_ms=LONG_AGO, inbox="box")
     assert world.assign("c1").code == "expired"
     assert world.record("c1")["error_code"] == "deadline_exceeded"
-    assert world.news("box")[0]["error_code"] == "deadline_exceeded"
+    assert world.events("box")[0]["error_code"] == "deadline_exceeded"
     assert not world.db.zcard(world.keys.deadlines)
     assert not world.stream()
 
@@ -344,7 +344,7 @@ def test_a_waiting_call_expires(world: World) -> None:
     assert world.run(world.transitions.expire()) == 3
     for call_id in ("queued", "parked", "pushed"):
         assert (world.state(call_id), world.record(call_id)["error_code"]) == ("FAILED", "deadline_exceeded")
-    assert world.news("box")[0]["error_code"] == "deadline_exceeded"
+    assert world.events("box")[0]["error_code"] == "deadline_exceeded"
     assert [c.fence.call_id for c in worker.claim() or ()] == ["later"]
     assert world.run(world.transitions.expire()) == 0
 
@@ -386,7 +386,7 @@ def test_a_consumer_leaves_unless_entries_are_pending_for_it(world: World) -> No
     assert consumers() == []
 
 
-# -- look
+# -- snapshot
 
 
 def test_look_shows_loads_and_caches(world: World) -> None:
@@ -397,10 +397,10 @@ def test_look_shows_loads_and_caches(world: World) -> None:
     world.submit("c3", session="s")
     world.assign("c3", bind=True)
     world.db.hset(world.keys.affinity("s"), mapping={"e1": "70:5", "e2": "8:6"})
-    look = world.run(world.transitions.look(["s", "unknown"]))
-    e1, e2 = sorted(look.engines, key=lambda e: e.id)
+    seen = world.run(world.transitions.snapshot(["s", "unknown"]))
+    e1, e2 = sorted(seen.engines, key=lambda e: e.id)
     assert (e1.queued, e1.running, e1.queued_tokens, e1.running_tokens, e1.load_tokens) == (2, 1, 20, 10, 30)
     assert (e1.served, e2.served, e2.model, e2.load_tokens) == (3, 0, "m2", 0)
-    assert (look.sessions["s"].bound, look.sessions["s"].resident) == ("e1", {"e1": 70, "e2": 8})
-    assert (look.sessions["unknown"].bound, look.sessions["unknown"].resident) == ("", {})
+    assert (seen.sessions["s"].bound, seen.sessions["s"].resident) == ("e1", {"e1": 70, "e2": 8})
+    assert (seen.sessions["unknown"].bound, seen.sessions["unknown"].resident) == ("", {})
     world.db.delete(world.keys.affinity("s"))

@@ -133,9 +133,9 @@ def test_a_suspect_is_neither_shown_nor_taken(world: World) -> None:
 def test_an_engine_that_is_kept_for_a_suspect_is_told(world: World) -> None:
     worker = suspect(world, "bad")
     world.worker("e2")
-    assert waiting(world, "e2", idle=("e1", "e2")).kept == frozenset()
+    assert waiting(world, "e2", idle=("e1", "e2")).reserved == frozenset()
     assert [c.fence.call_id for c in worker.claim() or ()] == ["bad"]
-    assert waiting(world, "e2", idle=("e1", "e2")).kept == {"e1"}
+    assert waiting(world, "e2", idle=("e1", "e2")).reserved == {"e1"}
 
 
 def test_of_many_each_is_counted(world: World) -> None:

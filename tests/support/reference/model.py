@@ -212,7 +212,7 @@ class Model:
 
     # -- router
 
-    def admit(self, entry: str, new: Call, parent: str) -> str:
+    def accept(self, entry: str, new: Call, parent: str) -> str:
         if not any(e.name == entry for e in self.stream):
             return "gone"
         old = self.calls.get(new.id)
@@ -362,13 +362,13 @@ class Model:
         return True
 
     def claim(
-        self, e: str, incarnation: str, claim_no: int, most: int, ahead: int = 0, bar: tuple[int, int] = (0, 0)
+        self, e: str, incarnation: str, claim_no: int, most: int, ahead: int = 0, threshold: tuple[int, int] = (0, 0)
     ) -> list[Call] | None:
         x = self.engines.get(e)
         if x is None or x.incarnation != incarnation or x.state == "DEAD":
             return None
         if claim_no != x.claim_no:
-            claimed = self.hand_out(e, x, most, ahead, bar)
+            claimed = self.hand_out(e, x, most, ahead, threshold)
             if not claimed:
                 return []
             x.claim_no, x.claimed = claim_no, [c.id for c in claimed]
@@ -379,12 +379,12 @@ class Model:
         c.level, c.starves, c.promoted = 0, False, True
         self.stats["promoted"] += 1
 
-    def hand_out(self, e: str, x: Engine, most: int, ahead: int, bar: tuple[int, int]) -> list[Call]:
+    def hand_out(self, e: str, x: Engine, most: int, ahead: int, threshold: tuple[int, int]) -> list[Call]:
         for i in self.queue(e):
             if self.calls[i].starves:
                 self.promote(self.calls[i])
         claimed: list[Call] = []
-        better = sum((self.calls[i].priority, self.calls[i].level) < bar for i in self.queue(e))
+        better = sum((self.calls[i].priority, self.calls[i].level) < threshold for i in self.queue(e))
         for c in self.next_calls(e, x, max(most, min(ahead, better))):
             if c.due:
                 self.end(c, "FAILED", "deadline_exceeded")

@@ -1,19 +1,20 @@
--- Where a call waits: the router stream, or the queue of an engine. Needs lib, programs, residence and terminal.
+--- @needs lib programs residence
+-- Where a call waits: on the router stream, or in the queue of an engine.
 
--- What a call is given with its engine, and loses with it.
-local assigned = {'level', 'program', 'inherited', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms', 'promoted_ms',
-  'starves_ms', 'reuse', 'costs', 'context', 'let_in'}
+-- The fields that a call gets when it is assigned to an engine, and loses when it leaves that engine.
+local assigned = {'level', 'program', 'inherited', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms',
+  'promoted_ms', 'starves_ms', 'reuse', 'costs', 'context', 'let_in'}
 
 local function enqueue(id, e, c, level, starves)
   local score = queue_score(tonumber(c.priority) or 0, level, tonumber(c.submitted_ms))
   later('ZADD', queue_key(e), int(score), id)
   if starves ~= '' then later('ZADD', starving_key(e), starves, id) end
   count_waiting(e, c, level, 1)
-  ring(e)
+  wake(e)
 end
 
--- Puts a PENDING call back on the router stream, without its body. c: the call as read_call gave it. Further pairs are
--- added to its entry.
+-- Puts a PENDING call back on the router stream, without its body. c is the call as read_call gave it. Further pairs
+-- are added to its entry.
 local function to_router(id, c, ...)
   depart(id, c)
   redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING')
@@ -27,15 +28,7 @@ local function to_queue(id, e, c)
   enqueue(id, e, c, tonumber(c.level) or 0, c.starves_ms)
 end
 
-local function end_flagged(id, c)
-  if c.cancel == 'deadline' then
-    end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.', '')
-  else
-    end_call(id, c, 'CANCELLED', '', c.cancel_reason, '')
-  end
-end
-
--- Gives an engine's waiting calls back to the router, at most limit of them. Returns how many.
+-- Gives an engine's waiting calls back to the router, up to `limit` of them. Returns how many.
 local function give_back_queue(e, limit)
   local ids = redis.call('ZRANGE', queue_key(e), 0, limit - 1)
   for _, id in ipairs(ids) do

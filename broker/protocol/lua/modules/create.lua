@@ -1,29 +1,29 @@
--- create_call: the one place where a call's record is born.
+--- @needs lib family
+-- create_call: the only place where a call's record is created.
 --
--- push: gives the id of the call's entry on the router stream; it doubles as the generation of the call, so that a
--- re-used call id is never hit by a cancel or a publish meant for its predecessor (rule 3).
--- format: "json" (text) or "body" (msgpack); the name of the record's field, and how the result will be encoded.
+-- push      returns the id of the call's entry on the router stream, which is also the call's generation. So a cancel
+--           or a publish that was meant for an earlier call can never hit a later one of the same id (rule 3).
+-- format    "json" (text) or "body" (msgpack): the name of the record's field, and how the result will be encoded
+-- headroom  says whether there is any for a new call (overload.lua); nil = do not ask
 --
--- room: whether there is any for a new call (overload.lua), none = it is not asked.
---
--- Returns "new", "duplicate" (same id, same content: the retry of a push) or "conflict", and the state;
---         or "overloaded", and which bound is in the way, or "invalid", and a sentence why its session cannot be a child
---         of c.parent_session: then nothing has changed.
-local function create_call(c, push, format, body, room)
+-- Returns   "new", "duplicate" (same id, same content: the retry of a push) or "conflict", and the call's state
+--           or "overloaded" and the limit that was reached; or "invalid" and a sentence that says why its session
+--           cannot be a child of c.parent_session. In these two cases nothing has changed.
+local function create_call(c, push, format, body, headroom)
   local key = call_key(c.id)
   -- "+N": N ms from now.
   if string.sub(c.deadline_ms, 1, 1) == '+' then c.deadline_ms = int(NOW + tonumber(c.deadline_ms)) end
   local seen = redis.call('HMGET', key, 'state', 'digest', 'cancel_before', 'error_code')
-  -- A push that was refused for want of room may be repeated under its id; it is a call of its own.
+  -- A push that was refused as overloaded may be repeated under its id. It is then a new call.
   local refused = seen[4] == 'overloaded' and seen[2] == c.digest
   if seen[1] and not refused then
     if seen[2] ~= c.digest then return 'conflict', seen[1] end
-    -- The producer came back, perhaps as a new process: it wants the news where it listens now.
+    -- The producer is back, perhaps as a new process: it wants the events where it listens now.
     if c.inbox ~= '' then redis.call('HSET', key, 'inbox', c.inbox) end
     return 'duplicate', seen[1]
   end
-  local full = room and room(c.session, #body)
-  if full then return 'overloaded', full end
+  local limit = headroom and headroom(c.session, #body)
+  if limit then return 'overloaded', limit end
   local refusal = (c.parent_session or '') ~= '' and adopt(c.session, c.parent_session)
   if refusal then return 'invalid', refusal end
   if refused then redis.call('DEL', key, log_key(c.id)) end

@@ -1,8 +1,7 @@
--- A program is a session with its descendants: a sub-agent's session names its parent, and the root of the tree is
--- charged for the calls of all of them (programs.lua). Needs lib and programs.
+--- @needs lib programs
+-- A program is a session with its descendants. A sub-agent's session names its parent, and the root of the tree is
+-- charged for the calls of all of them (programs.lua).
 
--- Every step costs a read, wherever a call of a descendant is placed or ends.
-local MOST_DEEP = 32
 local REFUSAL = {
   self = 'Session %s cannot be its own parent.',
   cycle = 'Session %s is an ancestor of %s, so it cannot be its child, too.',
@@ -10,19 +9,16 @@ local REFUSAL = {
   deep = 'Session %s cannot be a child of %s: a tree of sub-agents is at most ' .. MOST_DEEP .. ' deep.',
 }
 
--- What a program has used, in the entry of its root.
-local totals = {'service', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms'}
-
 local function parent_of(s) return redis.call('HGET', session_key(s), 'parent') end
 
--- A live child keeps the entries of its ancestors alive, and itself among their children.
+-- A live child keeps the entries of its ancestors alive, and its own place among their children.
 local function keep_alive(child, parent)
   touch(session_key(parent), SESSION_TTL)
   later('ZADD', children_key(parent), NOW_TEXT, child)
   touch(children_key(parent), SESSION_TTL)
 end
 
--- The ancestor that has no parent; whether s is one of them; how many there are from `parent` on.
+-- Returns the ancestor that has no parent, whether s is among the ancestors, and their number from `parent` on.
 local function climb(parent, s)
   local root, steps = parent, 1
   while root ~= s and steps <= MOST_DEEP do
@@ -33,7 +29,7 @@ local function climb(parent, s)
   return root, root == s, steps
 end
 
--- What s has used before it got a parent is its program's.
+-- What s used before it had a parent now counts as its program's.
 local function bring_along(s, root)
   local mine, theirs = redis.call('HMGET', session_key(s), unpack(totals)), nil
   for i, name in ipairs(totals) do
@@ -57,13 +53,13 @@ local function adopt(s, parent)
     redis.call('PEXPIRE', session_key(s), SESSION_TTL)
     redis.call('HSETNX', session_key(parent), 'service', 0)
     bring_along(s, root)
-    -- Those that were idle for so long have no entry any more.
+    -- Children that have been idle for so long have no entry any more.
     redis.call('ZREMRANGEBYSCORE', children_key(parent), '-inf', int(NOW - tonumber(SESSION_TTL)))
   end
   keep_alive(s, parent)
 end
 
--- What the program of a session has used, as this batch sees it; read once, and written once.
+-- What the program of a session has used, as this batch sees it: read once, and written once.
 local programs = {}
 local function program_of(s, steps)
   local p = programs[s]

@@ -1,15 +1,24 @@
--- end_attempt: a running call's attempt is over without a result. Needs lib, terminal, attempts, events and poison.
+--- @needs lib terminal attempts events poison
+-- end_attempt: an attempt of a running call is over and has given no result.
 
 local attempt_fields = {'failures', 'deaths', 'on_engine_loss', 'begins', 'kind', unpack(call_fields)}
+
+local function end_flagged(id, c)
+  if c.cancel == 'deadline' then
+    end_call(id, c, 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.', '')
+  else
+    end_call(id, c, 'CANCELLED', '', c.cancel_reason, '')
+  end
+end
 
 local function end_as_dead_letter(id, c, code, message, ...)
   c.traceparent = redis.call('HGET', call_key(id), 'traceparent') or ''
   local body = redis.call('HGET', call_key(id), c.format) or ''
-  bury(id, code, message, 'attempts', c.attempt, unpack(letter_of(c, c.format, body)))
+  add_dead_letter(id, code, message, 'attempts', c.attempt, unpack(letter_of(c, c.format, body)))
   end_call(id, c, 'FAILED', code, message, '', ...)
 end
 
--- The engine's process died under the call. Returns whether the call may go on.
+-- The engine's process died under the call. Returns whether the call may continue.
 local function outlives_engine(id, c, e, lost)
   if c.on_engine_loss == 'fail' then
     end_call(id, c, 'FAILED', 'engine_lost', lost.message, '')
@@ -28,7 +37,7 @@ local function outlives_engine(id, c, e, lost)
   return true
 end
 
--- The engine failed on the call and lives. Returns whether the call may go on.
+-- The engine reported an error for the call, and still runs. Returns whether the call may continue.
 local function outlives_error(id, c, lost)
   local failures = (tonumber(c.failures) or 0) + 1
   if failures < lost.max_attempts then
@@ -39,7 +48,7 @@ local function outlives_error(id, c, lost)
   return false
 end
 
--- A stream that is not to be continued: its reader is told that the text begins anew behind this event.
+-- For a stream that is not to be continued: this event tells its reader that the text starts again after it.
 local function begin_anew(id, c)
   local n = tonumber(c.events) or 0
   if c.on_engine_loss ~= 'restart' or n <= (tonumber(c.begins) or 0) then return end
@@ -47,25 +56,25 @@ local function begin_anew(id, c)
   redis.call('HSET', call_key(id), 'begins', int(n + 1))
 end
 
--- A call lost its attempt on engine e. lost:
+-- A call has lost its attempt on engine e. lost:
 --   fault         "death" (the engine's process is gone) | "error" (it failed on this call) | "" (given back in order)
 --   incident      the incarnation of the engine
---   max_attempts  errors before a call is a dead letter; max_deaths: engine processes that it may take with it
---   home          the engine whose queue takes the call, "" = the router decides
---   code, message what the record will say if this was the last attempt allowed
+--   max_attempts  errors after which a call is a dead letter; max_deaths: engine deaths after which it is one
+--   requeue_on    the engine whose queue takes the call; "" = the router decides
+--   code, message what the record will say if no more attempts are allowed
 local function end_attempt(id, e, lost)
   local c = read_call(id, attempt_fields)
   later('ZREM', running_key(e), id)
-  -- A running set may hold the id of a call that ended or moved: its record says so, and is the law.
+  -- A running set may hold the id of a call that has ended or moved. Its record says so, and the record decides.
   if c.state ~= 'RUNNING' or c.engine ~= e then return end
   count(engine_key(e), 'running_tokens', -load_of(c))
-  make_way(e)
+  wake_if_reserved(e)
   if c.cancel ~= '' then return end_flagged(id, c) end
   if lost.fault == 'death' and not outlives_engine(id, c, e, lost) then return end
   if lost.fault == 'error' and not outlives_error(id, c, lost) then return end
   begin_anew(id, c)
-  -- attempt is half of the fence: from here on the old attempt can change nothing.
+  -- The attempt is half of the fence: from here on the old attempt can change nothing.
   redis.call('HSET', call_key(id), 'attempt', int((tonumber(c.attempt) or 1) + 1), 'lost', lost.message)
   count_total('requeued')
-  if lost.home == '' then to_router(id, c) else to_queue(id, lost.home, c) end
+  if lost.requeue_on == '' then to_router(id, c) else to_queue(id, lost.requeue_on, c) end
 end

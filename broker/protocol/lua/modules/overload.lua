@@ -1,10 +1,11 @@
--- room: whether a new call may come in, by the bounds of ARGV[3]. Usage is counted where calls are created and ended
--- (create_call, end_call), inside the scripts, so that any number of producers together never exceed a bound.
+--- @needs lib
+-- headroom: whether a new call may come in, by the limits of ARGV[3]. Usage is counted where calls are created and
+-- ended (create_call, end_call), inside the scripts, so any number of producers together never exceed a limit.
 --
--- Names of bounds: "open_calls", "open_bytes", "session_calls", "session_bytes"; bytes are those of bodies.
+-- The limits are called "open_calls", "open_bytes", "session_calls" and "session_bytes". The bytes are those of bodies.
 
--- Once a call of a batch was refused, later ones of the same reach are, too: order is kept, and a large call is not
--- overtaken by small ones for ever. Reach: the session, or everything ('').
+-- Once a call of a batch is refused, later ones of the same scope are refused too. That keeps their order, and small
+-- calls cannot overtake a large one for ever. A scope is a session, or everything ('').
 local refused = {}
 
 local usage
@@ -29,40 +30,40 @@ local function used_by(s, name)
   return known.session_bytes + pending(SESSION_BYTES, s)
 end
 
-local function exceeds(name, used_now, more) return BOUND[name] > 0 and used_now + more > BOUND[name] end
+local function exceeds(name, used_now, more) return LIMITS[name] > 0 and used_now + more > LIMITS[name] end
 
--- The bound that a new call of this session, with a body of so many bytes, would exceed; nil = there is room.
-local function room(s, bytes)
-  local bound = refused[''] or refused[s]
-  if bound then return bound end
+-- The limit that a new call of this session, with a body of so many bytes, would exceed; nil = there is headroom.
+local function headroom(s, bytes)
+  local limit = refused[''] or refused[s]
+  if limit then return limit end
   if exceeds('open_calls', used('open_calls'), 1) then
     refused[''] = 'open_calls'
   elseif exceeds('open_bytes', used('open_bytes'), bytes) then
     refused[''] = 'open_bytes'
-  elseif BOUND.session_calls > 0 and exceeds('session_calls', used_by(s, 'session_calls'), 1) then
+  elseif LIMITS.session_calls > 0 and exceeds('session_calls', used_by(s, 'session_calls'), 1) then
     refused[s] = 'session_calls'
-  elseif BOUND.session_bytes > 0 and exceeds('session_bytes', used_by(s, 'session_bytes'), bytes) then
+  elseif LIMITS.session_bytes > 0 and exceeds('session_bytes', used_by(s, 'session_bytes'), bytes) then
     refused[s] = 'session_bytes'
   end
   return refused[''] or refused[s]
 end
 
--- When to try again, in ms; 0 = never, its deadline has passed. Of n calls that stay for a time T each, n / T end in a
--- second (Little's law; retain.lua measures T). A plain count of ends would not do: while those who were refused
--- stay away it falls, and keeps them away for longer. Others that were refused of late wait for the same room, so the
--- n-th of them is sent away for n ends.
+-- When to try again, in ms; 0 = never, because the deadline will have passed. If n calls stay for a time T each, n / T
+-- of them end in a second (Little's law; retain.lua measures T). Counting ends would not do: the count falls while
+-- refused producers stay away, and would keep them away even longer. Others that were refused recently wait for the
+-- same headroom, so the n-th of them is told to wait for n ends.
 local RETRY_MIN, RETRY_MAX, RETRY_UNKNOWN = 50, 30000, 1000
-local function retry_after(c, bound, bytes)
+local function retry_after(c, limit, bytes)
   local ends = 1 + used('refused')
   count(USAGE, 'refused', 1)
-  local calls, open_bytes, room_bytes = used('open_calls'), used('open_bytes'), BOUND.open_bytes
-  if string.find(bound, 'session', 1, true) then
+  local calls, open_bytes, limit_bytes = used('open_calls'), used('open_bytes'), LIMITS.open_bytes
+  if string.find(limit, 'session', 1, true) then
     calls, open_bytes = used_by(c.session, 'session_calls'), used_by(c.session, 'session_bytes')
-    room_bytes = BOUND.session_bytes
+    limit_bytes = LIMITS.session_bytes
   end
   calls = math.max(1, calls)
-  if string.find(bound, 'bytes', 1, true) then
-    ends = ends + (open_bytes + bytes - room_bytes) / math.max(1, open_bytes / calls)
+  if string.find(limit, 'bytes', 1, true) then
+    ends = ends + (open_bytes + bytes - limit_bytes) / math.max(1, open_bytes / calls)
   end
   local wait = RETRY_UNKNOWN
   if used('turnaround_ms') > 0 then

@@ -1,9 +1,10 @@
--- Poison: calls that are suspected of killing their engines, and the engine that is kept for one of them. Needs lib.
+--- @needs lib
+-- Poison: calls that are suspected of killing their engines, and engines that are reserved for one of them.
 --
--- An incident is the incarnation of an engine whose process died. A call keeps the incidents that it was part of, in
--- `deaths`; those whose culprit was found, or that turned out to be none, are in the zset `solved` and count for nobody
--- any more.
--- An engine's field `alone` names the suspect for which it empties itself, or which runs on it alone.
+-- An incident is the incarnation of an engine whose process died. A call keeps the incidents that it was part of in its
+-- field `deaths`. An incident whose cause was found, or that was no death after all, is in the zset `solved` and no
+-- longer counts against anybody.
+-- An engine's field `alone` names a suspect: the engine runs empty for it, or runs it alone.
 local SOLVED = P .. 'solved'
 
 -- but: an incident to leave out.
@@ -21,12 +22,12 @@ local function solve(incidents)
   redis.call('PEXPIRE', SOLVED, SESSION_TTL)
 end
 
--- A suspect's next death would be its last, so it happens alone: then there is no doubt whose doing it was.
+-- One more death would be a suspect's last. It runs alone, so that there will be no doubt about the cause.
 local function is_suspect(deaths, max_deaths)
   return deaths ~= '' and #unsolved(deaths) >= max_deaths - 1
 end
 
--- Whether anything runs on an engine. A running set may hold the id of a call that ended or moved.
+-- Whether anything runs on an engine. A running set may hold the id of a call that has ended or moved.
 local function is_busy(e)
   for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do
     local r = redis.call('HMGET', call_key(id), 'state', 'engine')

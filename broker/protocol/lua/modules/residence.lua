@@ -1,18 +1,20 @@
--- The accounts of residents.lua in Redis: whose contexts the engines' KV caches hold. Needs lib and residents.
+--- @needs lib residents
+-- The accounts of residents.lua in Redis: whose contexts the engines' KV caches hold.
 --
--- engine:E:residents  the sums of an engine: `active` and `thinking` by tier, as of `at`; beside them `calls` counted in,
---                     and `half` and `factor` as the last router had them, so that whoever ends a call need not know them
+-- engine:E:residents  the sums of an engine: `active` and `thinking` by tier, as of `at`. Also `calls`, the number of
+--                     calls counted, and `half` and `factor` as the last router used them, so that whoever ends a call
+--                     need not know them.
 -- residency:SESSION   by engine: "CALLS TOKENS SINCE TIER EPOCH" of that session there
 --
--- A call that was assigned under admission has a `context` in its record as long as an engine has it. It is counted in
--- by `arrive` (assign.lua) and counted out, once, wherever it leaves its engine: in end_call and in to_router. Where it
--- stays with an engine whose process died and came back, it stays counted.
--- An `epoch` is the life of a cache: what sessions that think have left in it is gone with the engine's process.
+-- A call that was assigned under admission has a `context` in its record as long as an engine has the call. `arrive`
+-- (assign.lua) adds it to the account. Wherever the call leaves its engine, in end_call or in to_router, it is taken
+-- out once. If it stays with an engine whose process died and came back, it stays counted.
+-- An `epoch` is the life of a cache: what idle sessions have left in it is gone with the engine's process.
 
 -- What this batch knows of engines (false: nothing was ever counted there) and of sessions, and what it has changed.
-local accounts, homes, changed = {}, {}, {engines = {}, sessions = {}}
+local accounts, residencies, changed = {}, {}, {engines = {}, sessions = {}}
 
--- What others have written may be junk: a number of tokens, of calls or of ms, or else `default`.
+-- Other programs may have written junk: a count of tokens, calls or ms, or else `default`.
 local function sound(text, default)
   local n = tonumber(text or '')
   return n and n >= 0 and n < 2 ^ 53 and n or default
@@ -34,7 +36,7 @@ local function account_of(e)
   return accounts[e]
 end
 
--- half: of the decay, in ms.
+-- half: the half-life of the decay, in ms.
 local function new_account(half, epoch)
   return {at = NOW, half = half, calls = 0, epoch = epoch, active = by_tier(), thinking = by_tier()}
 end
@@ -45,21 +47,21 @@ local function open_account(e, half)
 end
 
 -- What a session has on each engine.
-local function homes_of(s)
-  if homes[s] then return homes[s] end
+local function residency_of(s)
+  if residencies[s] then return residencies[s] end
   local flat, found = redis.call('HGETALL', residency_key(s)), {}
   for i = 1, #flat, 2 do
     local calls, tokens, since, tier, epoch = string.match(flat[i + 1], '^(%S+) (%S+) (%S+) (%S+) ?(%S*)$')
     found[flat[i]] = {calls = sound(calls, 0), tokens = sound(tokens, 0), since = sound(since, 0),
       tier = math.min(math.floor(sound(tier, 0)), LAST_TIER), epoch = epoch or ''}
   end
-  homes[s] = found
+  residencies[s] = found
   return found
 end
 
--- The same on one of them: nothing, if that engine's cache has gone since.
-local function home_on(s, e)
-  local mine, account = homes_of(s)[e], account_of(e)
+-- What it has on one of them: nothing, if that engine's cache is gone.
+local function residency_on(s, e)
+  local mine, account = residency_of(s)[e], account_of(e)
   if mine and (mine.calls > 0 or (account and account.epoch == mine.epoch)) then return mine end
   return {calls = 0, tokens = 0, since = 0, tier = 0, epoch = ''}
 end
@@ -68,19 +70,19 @@ local function note(s, e) gather(changed.sessions, s)[e] = true end
 
 -- A call has been given to an engine.
 local function arrive(s, e, tier, context, new, half, factor)
-  local account, mine = open_account(e, half), home_on(s, e)
+  local account, mine = open_account(e, half), residency_on(s, e)
   account.half, account.factor = half, factor
   arrives(account, mine, context, new, tier, NOW, half)
   account.calls = account.calls + 1
-  homes_of(s)[e], changed.engines[e] = mine, true
+  residency_of(s)[e], changed.engines[e] = mine, true
   note(s, e)
 end
 
--- A call leaves its engine. c.more: by how much its context has become larger than was thought, if it ran. A call that
--- is a session by itself leaves nothing that anybody will ask for.
+-- A call leaves its engine. c.more: how much larger its context is than expected, if it ran. Nobody will ask for the
+-- context of a call that is a session by itself, so it leaves nothing behind.
 local function depart(id, c)
   if c.context == '' or c.engine == '' then return end
-  local mine = homes_of(c.session)[c.engine]
+  local mine = residency_of(c.session)[c.engine]
   if not mine or mine.calls == 0 then return end
   local account = account_of(c.engine) or new_account(1, '')
   leaves(account, mine, c.session ~= id and c.more or nil, NOW, account.half)
@@ -102,16 +104,16 @@ local function empty_account(e)
   account.calls, account.active, changed.engines[e] = 0, by_tier(), true
 end
 
--- An engine's process died, and another takes its place: the calls are there, the cache is empty.
+-- An engine's process died and another takes its place: the calls are still there, but the cache is empty.
 local function begin_epoch(e, incarnation)
   local account = account_of(e)
   if not account then return end
   account.epoch, account.thinking, changed.engines[e] = incarnation, by_tier(), true
 end
 
--- A session is over: nobody will ask for what it has left.
+-- A session is over: nobody will ask for what it has left behind.
 local function forget_session(s)
-  for e, mine in pairs(homes_of(s)) do
+  for e, mine in pairs(residency_of(s)) do
     local account = account_of(e)
     if account and mine.calls == 0 and mine.epoch == account.epoch then
       settle(account, NOW, account.half)
@@ -120,25 +122,26 @@ local function forget_session(s)
       changed.engines[e] = true
     end
   end
-  homes[s] = {}
+  residencies[s] = {}
   redis.call('DEL', residency_key(s))
 end
 
--- What a session has of an engine's cache, as `fits` wants it.
+-- What a session has of an engine's cache, as `fits` takes it.
 local function share_on(s, e, half)
-  local mine = home_on(s, e)
-  return {tokens = share_of(mine, NOW, half), home = is_home(mine, NOW, half), tier = mine.tier, calls = mine.calls}
+  local mine = residency_on(s, e)
+  return {tokens = share_of(mine, NOW, half), cached = is_cached_here(mine, NOW, half), tier = mine.tier,
+    calls = mine.calls}
 end
 
-local function is_home_anywhere(s, half)
-  for e in pairs(homes_of(s)) do
-    if share_on(s, e, half).home then return true end
+local function is_cached_anywhere(s, half)
+  for e in pairs(residency_of(s)) do
+    if share_on(s, e, half).cached then return true end
   end
   return false
 end
 
--- An engine's cache as `let_in` wants it.
-local function room_of(e, capacity, half)
+-- An engine's cache as `admissible` takes it.
+local function cache_of(e, capacity, half)
   local account = account_of(e) or new_account(half, '')
   return {id = e, spoken = spoken_for(account, NOW, half), capacity = capacity, calls = account.calls}
 end
@@ -156,21 +159,21 @@ local function write_account(e)
 end
 
 -- It expires like the session's entry, but not while calls are counted in it.
-local function write_homes(s, engines)
+local function write_residency(s, engines)
   local key, active = residency_key(s), false
   for e in pairs(engines) do
-    local m = homes[s][e]
+    local m = residencies[s][e]
     if m.calls == 0 and m.tokens == 0 then
       redis.call('HDEL', key, e)
     else
       redis.call('HSET', key, e, string.format('%d %.0f %.0f %d %s', m.calls, m.tokens, m.since, m.tier, m.epoch))
     end
   end
-  for _, m in pairs(homes[s]) do active = active or m.calls > 0 end
+  for _, m in pairs(residencies[s]) do active = active or m.calls > 0 end
   if active then redis.call('PERSIST', key) else redis.call('PEXPIRE', key, SESSION_TTL) end
 end
 
 before_writing[#before_writing + 1] = function()
   for e in pairs(changed.engines) do write_account(e) end
-  for s, engines in pairs(changed.sessions) do write_homes(s, engines) end
+  for s, engines in pairs(changed.sessions) do write_residency(s, engines) end
 end

@@ -1,12 +1,13 @@
--- end_call: the one place where a call ends. Needs lib and residence. Every path to COMPLETED, CANCELLED or FAILED runs through
--- it, so a waiter is told exactly once and no key is left without an expiry (rule 4).
+--- @needs lib residence
+-- end_call: the only place where a call ends. Every path to COMPLETED, CANCELLED or FAILED goes through it, so whoever
+-- waits gets exactly one end, and no key is left without an expiry (rule 4).
 --
--- It is worse to lose a call than to run it twice: callers have checked state and fence before.
+-- It is worse to lose a call than to run it twice, so the callers have already checked state and fence.
 --
--- Emits: the record's end to the client's inbox and to the call's log. An event with a `state` is an end.
+-- Emits: the end of the call to the client's inbox and to the call's log. An event that has a `state` is an end.
 
--- Results larger than this stay in the record alone; the inbox event then says big=1. An inbox that nobody empties
--- gets small results only, so that 10,000 events for a client that is gone are not 10,000 results.
+-- A larger result is kept in the record only, and the inbox event says big=1. An inbox that nobody empties gets small
+-- results only, so that 10,000 events for a client that is gone are not 10,000 results.
 local INBOX_RESULT_MAX, UNREAD_RESULT_MAX, UNREAD_MANY = 65536, 1024, 512
 
 local unread = {}
@@ -15,26 +16,26 @@ local function result_max(inbox)
   return unread[inbox] > UNREAD_MANY and UNREAD_RESULT_MAX or INBOX_RESULT_MAX
 end
 
-local function tell_inbox(client, id, state, code, message, result, ...)
+local function report_end(client, id, state, code, message, result, ...)
   if client == '' then return end
   local inbox = inbox_key(client)
-  if #result > result_max(inbox) then return tell_inbox(client, id, state, code, message, '', 'big', 1, ...) end
+  if #result > result_max(inbox) then return report_end(client, id, state, code, message, '', 'big', 1, ...) end
   local event = {'call', id, 'state', state, 'finished_ms', NOW_TEXT, ...}
   if code ~= '' then event[#event + 1] = 'error_code'; event[#event + 1] = code end
   if message ~= '' then event[#event + 1] = 'error'; event[#event + 1] = message end
   if result ~= '' then event[#event + 1] = 'result'; event[#event + 1] = result end
-  redis.call('XADD', inbox, 'MAXLEN', '~', BOUND.inbox_max, '*', unpack(event))
+  redis.call('XADD', inbox, 'MAXLEN', '~', LIMITS.inbox_max, '*', unpack(event))
   touch(inbox, RESULT_TTL)
 end
 
--- What a finished call's record takes in Redis beside its body, result and log, its share of the index and of the
--- process table included. Measured by tests/protocol/test_retention.py.
+-- What a finished call's record takes up in Redis besides its body, result and log, including its share of the index
+-- and of the process table. Measured by tests/protocol/test_retention.py.
 local RECORD_BYTES = 768
 
--- On the router stream, parked, or held.
+-- Whether it is on the router stream, parked or throttled.
 local function waits_for_router(c) return c.state == 'PENDING' and c.engine == '' end
 
--- What was counted when the call was created is counted back, and what stays of it until its TTL is counted instead.
+-- Takes back what was counted when the call was created, and counts what remains of it until its TTL.
 local function settle_usage(id, c, state, result)
   if c.bytes == '' then return end -- a record of a version that did not count
   local body = tonumber(c.bytes)
@@ -48,23 +49,25 @@ local function settle_usage(id, c, state, result)
   if waits_for_router(c) then finished.entries[n] = c.gen end
 end
 
--- c: the call as read_call gave it. Further field-value pairs go into the record, and are told.
+-- c is the call as read_call gave it. Further field-value pairs go into the record and into the inbox event.
 local function end_call(id, c, state, code, message, result, ...)
   local key = call_key(id)
   if waits_for_router(c) then
     later('ZREM', parked_key(c.model), id)
-    if c.context ~= '' then -- it is held (held.lua)
-      redis.call('ZREM', held_key(c.model), id)
-      redis.call('ZREM', held_starving_key(c.model), id)
+    if c.context ~= '' then -- it is throttled (throttled.lua)
+      redis.call('ZREM', throttled_key(c.model), id)
+      redis.call('ZREM', throttled_starving_key(c.model), id)
     end
   end
   depart(id, c)
-  -- A finished call's body is not needed any more; a failed one's is, to look at it and to replay it.
-  set_fields(key, {'state', state, 'finished_ms', NOW_TEXT, 'error_code', code, 'error', message, 'result', result, ...})
+  -- A finished call's body is no longer needed. That of a failed one is: people look at it, and may replay it.
+  set_fields(key, {'state', state, 'finished_ms', NOW_TEXT, 'error_code', code, 'error', message,
+    'result', result, ...})
   if state ~= 'FAILED' then redis.call('HDEL', key, c.format) end
   redis.call('PEXPIRE', key, RESULT_TTL)
   if c.stream == '1' then
-    redis.call('XADD', log_key(id), '*', 'n', c.events == '' and '0' or c.events, 'state', state, 'error_code', code, 'error', message)
+    redis.call('XADD', log_key(id), '*', 'n', c.events == '' and '0' or c.events, 'state', state, 'error_code', code,
+      'error', message)
     redis.call('PEXPIRE', log_key(id), RESULT_TTL)
   end
   if c.deadline_ms ~= '' then redis.call('ZREM', DEADLINES, id) end
@@ -78,19 +81,20 @@ local function end_call(id, c, state, code, message, result, ...)
     later('LPUSH', session_recent_key(c.session), id)
     touch(session_recent_key(c.session), RESULT_TTL)
   end
-  -- What the waiter needs to make the result of, so that it need not look at the record.
-  tell_inbox(c.inbox, id, state, code, message, result, 'n', c.events, 'session', c.session, 'gen', c.gen, 'engine',
+  -- All that the waiter needs to build its result, so that it need not read the record.
+  report_end(c.inbox, id, state, code, message, result, 'n', c.events, 'session', c.session, 'gen', c.gen, 'engine',
     c.engine, 'attempt', c.attempt, 'submitted_ms', c.submitted_ms, 'started_ms', c.started_ms, ...)
   count_total(string.lower(state))
 end
 
 -- A dead letter keeps what is needed to understand and to replay the call. Letters have bodies of up to megabytes, so
--- the stream is bounded in bytes, too: each letter says how many bytes had been buried before it (`before`), so that
--- the oldest and the newest tell what lies between them, also when some of that was replayed or deleted by hand.
--- Their names: session … on_engine_loss, and the body under `format`.
+-- the stream is limited in bytes, too. Each letter says how many bytes of letters came before it (`before`), so the
+-- oldest and the newest tell how much lies between them, even if some of that was replayed or deleted by hand.
+
+-- The fields that it takes from the call. The body goes under the name of its format.
 local letter_fields = {'session', 'kind', 'model', 'priority', 'stream', 'prompt_tokens', 'traceparent',
   'on_engine_loss', 'parent_session'}
--- The routing fields and the body of a letter, of a table that has them.
+-- The routing fields and the body of a letter, from a table that has them.
 local function letter_of(c, format, body)
   local out = {}
   for _, name in ipairs(letter_fields) do
@@ -105,21 +109,21 @@ local function letter_of(c, format, body)
   end
   return out
 end
-local function bury(id, code, message, ...)
+local function add_dead_letter(id, code, message, ...)
   local size = RECORD_BYTES
   for i = 1, select('#', ...) do size = size + #tostring((select(i, ...))) end
-  local buried = redis.call('HINCRBY', USAGE, 'buried_bytes', size)
+  local written = redis.call('HINCRBY', USAGE, 'buried_bytes', size)
   redis.call('XADD', DEAD, 'MAXLEN', '~', 10000, '*', 'id', id, 'error_code', code, 'error', message,
-    'before', int(buried - size), ...)
+    'before', int(written - size), ...)
   count_total('dead_letters')
-  if BOUND.dead_bytes == 0 then return end
+  if LIMITS.dead_bytes == 0 then return end
   for _ = 1, 100 do
     local oldest = redis.call('XRANGE', DEAD, '-', '+', 'COUNT', 1)[1]
     local fields, before = oldest[2], 0
     for i = 1, #fields, 2 do
       if fields[i] == 'before' then before = tonumber(fields[i + 1]) end
     end
-    if buried - before <= BOUND.dead_bytes then return end
+    if written - before <= LIMITS.dead_bytes then return end
     redis.call('XDEL', DEAD, oldest[1])
   end
 end

@@ -1,22 +1,24 @@
---- @include lib programs family residents residence terminal attempts held
--- The router gives each call to the queue of one engine, or parks it until an engine of its model is ready, or holds it
--- until there is room for its context (held.lua). Whether there is, this script says: routers may choose at once.
+--- @include lib programs family residents residence terminal attempts throttled
+-- The router gives each call to the queue of one engine, parks it until an engine of its model is ready, or throttles
+-- it until an engine has KV headroom for its context (throttled.lua). This script decides whether one has, because
+-- several routers may place calls at once.
 --
--- ARGV     bounds: the upper ends of the scheduling levels, in service units, separated by spaces
---          beta: wait / run of a program at which its calls starve (programs.lua), 0 = none
---          half factor: of admission, as in let_in.lua
+-- ARGV     level_bounds: the upper ends of the scheduling levels, in service units, separated by spaces
+--          beta: wait / run of a program at which its calls starve (programs.lua), 0 = never
+--          half factor: of admission, as in admit_throttled.lua
 --          per call: entry id gen ("" = the entry itself) engine ("" = park) bind ("1" = bind the session to
 --          this engine) seen (the session's engine as the router saw it) hit ("1" hit, "0" miss, "" not asked)
 --          why reuse (tokens of the prompt that the engine should find in its cache)
---          costs (of each engine, as the router reckoned; "" = it did not), both for `rsm call`
---          hold ("1" = the router knows no engine with room for it)
---          context (tokens that it will hold) new (what of them no other call of its session holds on that engine)
+--          costs (of each engine, as the router estimated them; "" = it did not), both for `rsm call`
+--          throttle ("1" = the router knows no engine with headroom for it)
+--          context (tokens that it will hold) new (those that no other call of its session holds on that engine)
 -- Returns  flat list, per call: code, engine
---          "assigned" | "parked" | "held" | "cancelled" | "expired" | "stale" (nothing to do) | and, with the entry left
---          on the stream: "unplaced" (the engine takes no calls any more: choose again) | "missing" (no record)
--- Emits    a ring to each engine's bell
-local bounds = {}
-for b in string.gmatch(ARGV[4], '%S+') do bounds[#bounds + 1] = tonumber(b) end
+--          "assigned" | "parked" | "held" (throttled) | "cancelled" | "expired" | "stale" (nothing to do)
+--          and, with the entry left on the stream: "unplaced" (the engine takes no calls any more: choose again) |
+--          "missing" (no record)
+-- Emits    a wake-up to each engine that got a call
+local level_bounds = {}
+for b in string.gmatch(ARGV[4], '%S+') do level_bounds[#level_bounds + 1] = tonumber(b) end
 local beta, half, factor = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 
 local ready = {}
@@ -30,8 +32,8 @@ local function add(fields, name, value)
   fields[#fields + 1] = value
 end
 
--- A session as this batch sees it: read once, its binding kept up to date. `program`: what its root has used; `had`: the
--- same, as fields of a record.
+-- A session as this batch sees it: read once, its binding kept up to date. `program`: what its root has used. `had`:
+-- the same, as fields of a record.
 local sessions = {}
 local session_fields = {'parent', 'engine', 'cancel_before', 'cancel_reason', 'cancel_tree_before', unpack(totals)}
 local NONE = {}
@@ -62,8 +64,8 @@ local function session_of(s)
   return known
 end
 
--- The cancel that was sent while the call's entry was still on the stream: of its session, of an ancestor with all its
--- descendants, or of its id alone.
+-- A cancel that was sent while the call's entry was still on the stream: of its session, of an ancestor with all its
+-- descendants, or of the call itself.
 local function cancelled_by(session, c, gen)
   for _, cancel in ipairs(session.cancels) do
     if id_at_most(gen, cancel.before) then return cancel end
@@ -71,7 +73,7 @@ local function cancelled_by(session, c, gen)
   if c.cancel_before ~= '' and id_at_most(gen, c.cancel_before) then return {reason = c.cancel_reason} end
 end
 
--- Two routers may choose for one session at once; the first binding wins while its engine takes calls.
+-- Two routers may choose for one session at once. The first binding wins while its engine takes calls.
 local function bound_engine(session, chosen, seen)
   if session.engine ~= '' and session.engine ~= seen and takes_calls(session.engine) then return session.engine end
   return chosen
@@ -82,20 +84,21 @@ local function bind_to(name, session, e)
   set_later(session_key(name), 'engine', e)
 end
 
--- Admission: why a call cannot go to an engine now; nil: it can. One that was let in goes ahead of others that wait.
-local FULL, BEHIND = '%s has no room for its context of %d tokens any more', 'calls that go ahead of it wait for room'
-local function in_the_way(id, c, e, level, score, context)
-  if c.let_in == '' and is_holding() and must_wait(id, c.session, c.model, score, half) then return BEHIND end
-  local room = room_of(e, (tonumber(redis.call('HGET', engine_key(e), 'kv_tokens')) or 0) * factor, half)
+-- Why a call cannot go to an engine now; nil = it can. A call that was admitted does not wait behind others.
+local FULL = '%s has no room for its context of %d tokens any more'
+local BEHIND = 'calls that go ahead of it wait for room'
+local function why_throttled(id, c, e, level, score, context)
+  if c.let_in == '' and any_throttled() and must_wait(id, c.session, c.model, score, half) then return BEHIND end
+  local cache = cache_of(e, (tonumber(redis.call('HGET', engine_key(e), 'kv_tokens')) or 0) * factor, half)
   local tier = tier_of(tonumber(c.priority) or 0, level)
   local share = share_on(c.session, e, half)
-  if fits(room.spoken, tier, share, context, room.capacity, room.calls) then return nil end
+  if fits(cache.spoken, tier, share, context, cache.capacity, cache.calls) then return nil end
   return string.format(FULL, e, context)
 end
 
 local place_fields = {'state', 'gen', 'engine', 'session', 'model', 'priority', 'submitted_ms', 'deadline_ms',
   'prompt_tokens', 'cancel_before', 'cancel_reason', half and 'let_in'}
-local function assign(entry, id, gen, e, bind, seen, hit, why, reuse, costs, hold, context, new)
+local function assign(entry, id, gen, e, bind, seen, hit, why, reuse, costs, throttled, context, new)
   local c = read_call(id, place_fields)
   if c.state == '' then return 'missing', '' end
   take_entry(entry)
@@ -107,16 +110,17 @@ local function assign(entry, id, gen, e, bind, seen, hit, why, reuse, costs, hol
     return 'cancelled', ''
   end
   if c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW then
-    end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed before an engine took the call.', '')
+    end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed before an engine took the call.',
+      '')
     return 'expired', ''
   end
-  hold = half and hold == '1'
-  if e == '' and not hold then
+  throttled = half and throttled == '1'
+  if e == '' and not throttled then
     redis.call('HSET', call_key(id), 'why', why)
     later('ZADD', parked_key(c.model), c.submitted_ms, id)
     return 'parked', ''
   end
-  if not hold and not takes_calls(e) then
+  if not throttled and not takes_calls(e) then
     taken[#taken] = nil -- it stays on the stream
     return 'unplaced', e
   end
@@ -128,17 +132,17 @@ local function assign(entry, id, gen, e, bind, seen, hit, why, reuse, costs, hol
   end
   local p = session.program
   local waited, ran = unpaid(p.waited_ms, p.paid_waited_ms), unpaid(p.ran_ms, p.paid_ran_ms)
-  local level, moment, promoted = place(p.service, waited, ran, tonumber(c.submitted_ms), NOW, bounds, beta)
+  local level, moment, promoted = place(p.service, waited, ran, tonumber(c.submitted_ms), NOW, level_bounds, beta)
   local starves = moment < NEVER and int(moment) or ''
   if half then
     local score = int(queue_score(tonumber(c.priority) or 0, level, tonumber(c.submitted_ms)))
-    local reason = hold and why or in_the_way(id, c, e, level, score, tonumber(context))
+    local reason = throttled and why or why_throttled(id, c, e, level, score, tonumber(context))
     if reason then
       local since = starves_at(tonumber(c.submitted_ms), waited, ran, beta)
-      hold_call(id, c, score, level, since < NEVER and int(since) or '', context, reason)
+      throttle(id, c, score, level, since < NEVER and int(since) or '', context, reason)
       return 'held', ''
     end
-    hold_no_more(id, c.model)
+    unthrottle(id, c.model)
     arrive(c.session, e, tier_of(tonumber(c.priority) or 0, level), tonumber(context), tonumber(new), half, factor)
   end
   if bind == '1' then bind_to(c.session, session, e) end

@@ -1,5 +1,5 @@
 --- @include lib residents residence terminal stop
--- Cancels one call: a waiting one at once, a running one by flag and wake-up.
+-- Cancels one call: a waiting one at once, a running one by a flag that its worker is told of.
 --
 -- ARGV     id reason
 -- Returns  "cancelled" (now or before: a cancel may be repeated after a lost reply)

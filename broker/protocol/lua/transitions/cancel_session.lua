@@ -1,10 +1,11 @@
 --- @include lib residents residence terminal stop
--- Cancels all calls of a session, on every engine. Calls that are still on the router stream end on arrival:
+-- Cancels all calls of a session, on every engine. Calls that are still on the router stream end on arrival, because
 -- the session remembers up to which entry it is cancelled. Large sessions take several rounds.
 --
--- ARGV     session reason cursor ("0" starts a cancel) batch tree ("1": so it does for those of its descendants; each
---          of these is a cancel of its own for the calls that are beyond the stream)
--- Returns  {cursor ("0" = done), calls ended or flagged in this round, child, …}: its children, once it is done, if tree
+-- ARGV     session reason cursor ("0" starts a cancel) batch tree ("1" = calls of its descendants that are still on the
+--          stream end on arrival, too; their other calls take a cancel for each descendant)
+-- Returns  {cursor ("0" = done), calls ended or flagged in this round, child, …}; the children come with the last round
+--          of a tree
 -- Emits    one op=cancel per running call to its worker
 local session, reason, cursor, batch, tree = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8] == '1'
 local key = session_key(session)

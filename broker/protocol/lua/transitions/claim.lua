@@ -1,16 +1,16 @@
 --- @include lib programs residents residence terminal poison
--- A worker takes the calls its engine can start now. A claim carries a number: the same number again, after a
--- reply was lost, gives the same calls again instead of losing them.
+-- A worker takes the calls that its engine can start now. A claim has a number: after a lost reply, the same number
+-- gives the same calls again instead of losing them.
 --
--- A suspect of killing engines (poison.lua) runs alone: once the claims have come to it, nothing more is handed out
--- until all that runs has left; then it is, alone; and nothing again until it has left.
+-- A suspect of killing engines (poison.lua) runs alone. Once it is the first in the queue, nothing more is handed out
+-- until all running calls have left. Then it is handed out alone, and again nothing until it has left.
 --
--- Before that, calls that have waited for too long are moved ahead in the queue.
+-- Calls that have waited for too long are first moved ahead in the queue.
 --
--- An engine that is full may make room for calls that are better than one of those it runs: it takes up to `ahead` calls
--- beyond `max`, if their class, or in the same class their level, is better than that of its bar.
+-- A full engine may preempt running calls for better ones. It claims up to `ahead` calls beyond `max` if they are
+-- better than its preemption threshold: of a better class, or of the same class and a better level.
 --
--- ARGV     engine incarnation claim_no max max_deaths ahead bar_class bar_level
+-- ARGV     engine incarnation claim_no max max_deaths ahead threshold_class threshold_level
 -- Returns  {"fenced"} if another incarnation owns the engine, else {"ok", call, call, …}, per call
 --          {id, gen, attempt, session, kind, stream, inbox, priority, level, events, traceparent, prompt_tokens,
 --          format, body, cancel, on_engine_loss, begins, left: milliseconds until its deadline, "" = it has none,
@@ -27,9 +27,9 @@ local job_fields = {'state', 'engine', 'gen', 'attempt', 'session', 'kind', 'str
   'paid_waited_ms', 'paid_ran_ms', 'promoted_ms', 'reuse'}
 local function number(value) return tonumber(value) or 0 end
 
--- What the program has waited, with this call, and run, since a promotion last paid for it; if that was of this very
--- call, it has waited since.
-local function account_of(c)
+-- What the program has waited, including this call, and run, since a promotion last paid for it. If this very call was
+-- promoted, that is its waiting since then.
+local function waited_and_ran(c)
   local started = number(c.started_ms)
   if c.promoted_ms ~= '' then return started - number(c.promoted_ms), 0 end
   local waited = unpaid(number(c.waited_ms), number(c.paid_waited_ms))
@@ -37,7 +37,7 @@ local function account_of(c)
 end
 
 local function hand_over(id, c)
-  local waited, ran = account_of(c)
+  local waited, ran = waited_and_ran(c)
   out[#out + 1] = {id, c.gen, c.attempt, c.session, c.kind, c.stream, c.inbox, c.priority, c.level, c.events,
     c.traceparent, c.prompt_tokens, c.format, c[c.format], c.cancel, c.on_engine_loss, c.begins,
     c.deadline_ms ~= '' and int(math.max(0, tonumber(c.deadline_ms) - NOW)) or '',
@@ -52,9 +52,7 @@ if owner[2] == claim_no then
   return out
 end
 
--- Calls that starve by now go to the best level of their class (programs.lua). So many at once, the longest overdue
--- first.
-local PROMOTE_MANY = 64
+-- Calls that starve by now move to the best level of their class (programs.lua).
 local function promote(id)
   redis.call('ZREM', starving_key(e), id)
   local c = read_call(id, {'state', 'engine', 'priority', 'level', 'submitted_ms', 'prompt_tokens', 'reuse'})
@@ -74,8 +72,8 @@ end
 local function first()
   local many, ahead = max, tonumber(ARGV[9])
   if ahead > many then
-    local bar = int(queue_score(tonumber(ARGV[10]), tonumber(ARGV[11]), 0))
-    many = math.max(many, math.min(ahead, redis.call('ZCOUNT', queue_key(e), '-inf', '(' .. bar)))
+    local threshold = int(queue_score(tonumber(ARGV[10]), tonumber(ARGV[11]), 0))
+    many = math.max(many, math.min(ahead, redis.call('ZCOUNT', queue_key(e), '-inf', '(' .. threshold)))
   end
   return many > 0 and redis.call('ZRANGE', queue_key(e), 0, many - 1) or {}
 end
@@ -89,7 +87,7 @@ local function candidates()
     if c.state == 'RUNNING' then return {} end
     if c.state == 'PENDING' then return {alone} end
   end
-  -- It ended, moved, or was found innocent meanwhile.
+  -- It has ended or moved, or is no suspect any more.
   redis.call('HDEL', engine_key(e), 'alone')
   return first()
 end
@@ -107,7 +105,7 @@ end
 
 for _, id in ipairs(candidates()) do
   local c = read_call(id, job_fields)
-  -- Anything else here is the trace of a call that ended or moved meanwhile.
+  -- If not: the call has ended or moved, and its id was left in the queue.
   local here = c.state == 'PENDING' and c.engine == e
   local late = here and c.deadline_ms ~= '' and tonumber(c.deadline_ms) <= NOW
   local suspect = here and not late and is_suspect(c.deaths, max_deaths)
@@ -117,14 +115,14 @@ for _, id in ipairs(candidates()) do
   if here then count_waiting(e, c, c.level, -1) end
   if late then
     end_call(id, read_call(id), 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was waiting.', '')
-    make_way(e)
+    wake_if_reserved(e)
   elseif here then
     take(id, c)
   end
   if suspect then break end
 end
--- When the engine will have computed the prompts that it has taken, by its own speed: its second number is seconds a
--- token (workers/meters/speed.py).
+-- When the engine will have computed the prompts that it has taken, by its own speed, whose second number is seconds
+-- per token (workers/meters/speed.py).
 local function prefill_until()
   local token_s = number(string.match(owner[6] or '', '^%S+ (%S+)'))
   return int(math.max(NOW, number(owner[7])) + work * token_s * 1000)

@@ -1,9 +1,9 @@
 --- @include lib residents residence terminal stop
--- Any router, on a timer: calls past their deadline. A waiting one fails at once, a running one is aborted.
--- It is also the router's sign of life: a consumer's idle time is none (Redis 7.0 counts a blocked read as idle).
+-- Any router, on a timer: ends calls past their deadline. A waiting one fails at once, a running one is aborted.
+-- It is also the router's heartbeat. A consumer's idle time would not do: Redis 7.0 counts a blocked read as idle.
 --
--- ARGV     limit router ("" = no router: nothing to sign)
--- Returns  how many deadlines passed
+-- ARGV     limit router ("" = none: no heartbeat)
+-- Returns  how many deadlines have passed
 -- Emits    op=cancel to the workers of running calls
 local due = redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', int(NOW), 'LIMIT', 0, ARGV[4])
 if ARGV[5] ~= '' then

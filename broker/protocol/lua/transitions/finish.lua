@@ -1,18 +1,18 @@
---- @include lib programs family residents residence terminal attempts held
--- A worker ends calls: record, process table, affinity and the waiter's event in one step. Where calls wait for room,
--- those that have it now go back to the router.
+--- @include lib programs family residents residence terminal attempts throttled
+-- A worker ends calls: record, process table, affinity and the waiter's event in one step. Throttled calls for which
+-- there is KV headroom now go back to the router.
 --
 -- ARGV     engine rule (of service: "path" | "total", programs.lua), then per call: id gen attempt state error_code
 --          error result prompt_tokens completion_tokens cached_tokens
 --          resident_tokens (tokens of the session now believed cached on this engine)
---          events (how many the worker has published of it, earlier attempts included; "" = not told)
+--          events (how many the worker has published of it, earlier attempts included; "" = not given)
 --          service (what the call cost, in the deployment's unit: a whole number)
--- Returns  list, per call: "done" | "again" (this very finish had arrived before) | "stale"
---          | "gap" (Redis lost some of its events; nothing is changed: give the attempt up)
+-- Returns  list, per call: "done" | "again" (this very finish has arrived before) | "stale"
+--          | "gap" (Redis has lost some of its events; nothing has changed: give the attempt up)
 local e, rule = ARGV[4], ARGV[5]
 
--- Waiting and running go by the longest path, service as it is asked for. A promotion has been paid for once the call
--- has had its turn: what its program had waited until then, and run before, counts no more for the next one.
+-- Waiting and running are charged by the longest path, service by `rule`. A call that was promoted has paid for it once
+-- it has had its turn: what its program had waited until then, and run before, does not count for the next promotion.
 local function charge_program(c, service, waited, ran)
   local p, waited_before, ran_before = program_of(c.session), tonumber(c.waited_ms) or 0, tonumber(c.ran_ms) or 0
   charge_total(p, 'service', tonumber(c.inherited) or 0, service, rule)
@@ -36,14 +36,14 @@ local function charge(c, prompt, completion, cached, service)
   count_total('cached_tokens', cached)
 end
 
--- Tokens whose KV the engine had computed in its life before this batch.
+-- Tokens whose KV the engine had computed in its whole life before this batch.
 local known
 local function computed_before()
   known = known or tonumber(redis.call('HGET', engine_key(e), 'computed')) or 0
   return known
 end
 
-local made_room = false -- in the engine's KV cache, for calls that wait for it
+local made_headroom = false -- in the engine's KV cache, for throttled calls
 local end_fields = {'state', 'gen', 'attempt', 'engine', 'session', 'stream', 'inbox', 'deadline_ms', 'submitted_ms',
   'started_ms', 'prompt_tokens', 'context', 'inherited', 'waited_ms', 'ran_ms', 'promoted_ms', 'events', 'cancel',
   'cancel_reason', 'format', 'bytes', 'log_bytes'}
@@ -52,13 +52,13 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
   local c = read_call(id, end_fields)
   if c.gen ~= gen or c.attempt ~= attempt or c.engine ~= e then return 'stale' end
   if c.state ~= 'RUNNING' then return c.state == 'PENDING' and 'stale' or 'again' end
-  -- A cancel that was acknowledged before this finish has taken effect, whatever the engine managed to do.
+  -- A cancel that was acknowledged before this finish takes effect, whatever the engine has managed to do.
   if c.cancel == 'deadline' then
     state, code, message = 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.'
   elseif c.cancel ~= '' then
     state, code, message = 'CANCELLED', '', c.cancel_reason
   end
-  -- Only a completed call promises that its log is whole.
+  -- Only a completed call promises a complete log.
   if state == 'COMPLETED' and events ~= '' and tonumber(events) > (tonumber(c.events) or 0) then return 'gap' end
   later('ZREM', running_key(e), id)
   count(engine_key(e), 'running_tokens', -load_of(c))
@@ -71,7 +71,7 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
     touch(affinity_key(c.session), SESSION_TTL)
   end
   if c.context ~= '' then
-    made_room = true
+    made_headroom = true
     if tonumber(resident) > 0 then c.more = tonumber(resident) - tonumber(c.context) end
   end
   end_call(id, c, state, code, message, result, 'prompt_tokens', prompt, 'completion_tokens', completion,
@@ -81,14 +81,14 @@ end
 
 local out = {}
 for at = 6, #ARGV, 13 do out[#out + 1] = finish(unpack(ARGV, at, at + 12)) end
-make_way(e)
--- There is room where calls have ended; whether there is any elsewhere, the routers see on their timers.
-local function let_others_in()
+wake_if_reserved(e)
+-- There is headroom where calls have ended. Whether there is any elsewhere, the routers find out on their timers.
+local function admit_others()
   local v, account = redis.call('HMGET', engine_key(e), 'state', 'model', 'kv_tokens'), account_of(e)
   if v[1] ~= 'READY' or not account then return end
-  local room = room_of(e, (tonumber(v[3]) or 0) * account.factor, account.half)
-  open_doors(v[2] or '', {room}, account.half, #out)
+  local cache = cache_of(e, (tonumber(v[3]) or 0) * account.factor, account.half)
+  admit_waiting(v[2] or '', {cache}, account.half, #out)
 end
-if made_room and is_holding() then let_others_in() end
+if made_headroom and any_throttled() then admit_others() end
 write_all()
 return out

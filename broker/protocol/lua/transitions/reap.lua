@@ -1,11 +1,12 @@
 --- @include lib residents residence terminal programs attempts events poison lost
--- Any router, on a timer: engines whose lease has ended are dead; their calls go to others.
+-- Any router, on a timer: engines whose lease has ended are dead, and their calls go to other engines.
 --
 -- ARGV     lease_ms max_deaths limit (calls moved per run, so that no run blocks Redis for long)
---          engine ("" = all whose lease ended; else only this one, whose death its supervisor has seen)
+--          engine ("" = all whose lease has ended; else only this one, whose death its supervisor has seen)
 --          incarnation of that engine
 -- Returns  {calls moved, engine, …}: the engines found dead in this run
-local lease, max_deaths, limit, only, incarnation = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7], ARGV[8]
+local lease, max_deaths, limit = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local only, incarnation = ARGV[7], ARGV[8]
 local message = 'The worker died while the call was running.'
 local candidates
 if only == '' then
@@ -18,7 +19,7 @@ end
 local moved, dead = 0, {}
 for _, e in ipairs(candidates) do
   local key = engine_key(e)
-  local state = redis.call('HGET', key, 'state') -- none: a stopped or dead engine's hash that has expired
+  local state = redis.call('HGET', key, 'state') -- nil: the hash of a stopped or dead engine has expired
   if state and state ~= 'DEAD' and state ~= 'STOPPED' then
     redis.call('HSET', key, 'state', 'DEAD', 'died_ms', int(NOW))
     redis.call('PEXPIRE', key, SESSION_TTL)
@@ -28,7 +29,7 @@ for _, e in ipairs(candidates) do
     local running = redis.call('ZRANGE', running_key(e), 0, limit - moved - 1)
     for _, id in ipairs(running) do
       end_attempt(id, e, {fault = 'death', incident = redis.call('HGET', key, 'incarnation') or e,
-        max_deaths = max_deaths, home = '', message = message})
+        max_deaths = max_deaths, requeue_on = '', message = message})
     end
     moved = moved + #running
   end
@@ -41,7 +42,7 @@ for _, e in ipairs(candidates) do
       redis.call('DEL', work_key(e))
       increments[key], increments[work_key(e)] = nil, nil
     end
-    -- Until its hash expires the engine stays listed: its model is known, so calls wait for it to come back.
+    -- The engine stays listed until its hash expires, so its model is known and calls wait for it to come back.
     local beat = tonumber(redis.call('ZSCORE', ENGINES, e) or '0')
     if not state or beat < NOW - tonumber(SESSION_TTL) then
       redis.call('ZREM', ENGINES, e)

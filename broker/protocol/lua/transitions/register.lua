@@ -1,9 +1,9 @@
 --- @include lib residents residence terminal programs attempts events poison lost
--- A worker takes an engine id. A second worker with the same id is refused while the first one's lease holds;
--- a worker that comes back under its id takes the calls of its dead predecessor back.
+-- A worker takes an engine id. A second worker with the same id is refused while the first one's lease holds. A worker
+-- that comes back under its id takes back the calls of its dead predecessor.
 --
--- A worker whose lease had ended, and who lives (it stood still, or was cut off), says which incarnation it was: no
--- process died then, so nobody is suspected of that death any more.
+-- A worker may outlive its lease, because it hung or was cut off. It then says which incarnation it was: no process
+-- died, so no call is suspected of that death any more.
 --
 -- ARGV     engine incarnation lease_ms max_deaths survived (the incarnation that the same process was, "" = none),
 --          then field value … of the registration
@@ -19,18 +19,18 @@ end
 if survived ~= '' then solve({survived}) end
 if old[1] ~= incarnation then
   local fault = old[1] == survived and '' or 'death'
-  -- Its cache went with it: as if it had turned over since, whatever its size (router/cost_model.py).
+  -- Its cache is gone, too. The count jumps so far that a cache of any size counts as replaced (router/cost_model.py).
   if old[1] and fault == 'death' then count(key, 'computed', 2 ^ 40) end
   if fault == 'death' then begin_epoch(e, incarnation) end
   for _, id in ipairs(redis.call('ZRANGE', running_key(e), 0, -1)) do
-    end_attempt(id, e, {fault = fault, incident = old[1] or e, max_deaths = max_deaths, home = e,
+    end_attempt(id, e, {fault = fault, incident = old[1] or e, max_deaths = max_deaths, requeue_on = e,
       message = 'The worker died while the call was running.'})
   end
 end
 local fields = {}
 for i = 9, #ARGV, 2 do
-  -- A worker that has to ask its engine for the model does not know it yet. Until then its predecessor's word holds:
-  -- calls of that model wait for it; without, they would be refused.
+  -- A worker that has to ask its engine for the model does not know it yet. Until then the predecessor's model stays,
+  -- so that calls of that model wait for the engine. Without it they would be refused.
   if ARGV[i] ~= 'model' or ARGV[i + 1] ~= '' then
     fields[#fields + 1] = ARGV[i]
     fields[#fields + 1] = ARGV[i + 1]

@@ -1,10 +1,11 @@
 --- @include lib programs family create residents residence terminal
--- The router refuses entries it cannot make a call of: with a usable and free id the refusal becomes a
--- FAILED record, else a dead letter. Either way the entry leaves the stream, which goes on behind it.
+-- The router refuses entries that it cannot make a call of. If the id is usable and free, the refusal becomes a FAILED
+-- record, else a dead letter. Either way the entry leaves the stream and blocks no other.
 --
 -- ARGV     per entry: entry id ("" = none usable) gen ("" = the entry itself) session inbox error_code error
--- Returns  list, per entry: "failed" | "buried" | "stale" (its call has ended or found a place meanwhile) | "gone"
--- Nobody has vouched for what a refused entry holds, so a letter takes over no more of it than this, in bytes.
+-- Returns  list, per entry: "failed" | "buried" (a dead letter) | "stale" (its call has ended or was assigned
+--          meanwhile) | "gone"
+-- Nobody has checked what a refused entry holds, so a letter takes no more of it than this, in bytes.
 local FIELD_MAX, BODY_MAX = 128, 65536
 
 -- What is usable of an entry, in case it is to be sent again.
@@ -34,8 +35,8 @@ local function refuse(entry, id, gen, session, inbox, code, message)
   elseif c.gen == gen and (c.state ~= 'PENDING' or c.engine ~= '') then
     return 'stale'
   elseif c.gen ~= gen then
-    bury(id, code, message, 'entry', entry, unpack(letter_of_entry(found[2])))
-    tell_inbox(inbox, id, 'FAILED', code, message, '', 'n', 0, 'gen', entry)
+    add_dead_letter(id, code, message, 'entry', entry, unpack(letter_of_entry(found[2])))
+    report_end(inbox, id, 'FAILED', code, message, '', 'n', 0, 'gen', entry)
     return 'buried'
   end
   end_call(id, c, 'FAILED', code, message, '')

@@ -1,5 +1,5 @@
 --- @include lib residents residence terminal programs attempts events poison lost
--- A worker gives running calls back: it drains, or an attempt failed and may be tried again elsewhere.
+-- A worker gives running calls back: it drains, or an attempt failed and may be repeated on another engine.
 --
 -- ARGV     engine max_attempts max_deaths, then per call: id gen attempt fault ("death" | "error" | "") error_code
 --          error
@@ -12,7 +12,7 @@ for at = 7, #ARGV, 6 do
   local r = redis.call('HMGET', call_key(id), 'state', 'gen', 'attempt', 'engine')
   if r[1] == 'RUNNING' and r[2] == ARGV[at + 1] and r[3] == ARGV[at + 2] and r[4] == e then
     end_attempt(id, e, {fault = ARGV[at + 3], incident = incarnation, max_attempts = max_attempts,
-      max_deaths = max_deaths, home = '', code = ARGV[at + 4], message = ARGV[at + 5]})
+      max_deaths = max_deaths, requeue_on = '', code = ARGV[at + 4], message = ARGV[at + 5]})
     out[#out + 1] = 'released'
   else
     out[#out + 1] = 'stale'

@@ -1,14 +1,14 @@
 --- @include lib
--- Any router, on a timer: what finished calls leave behind is bounded by time and by bytes. Entries of the index whose
--- records are gone by their TTL go, and what those calls left on the router stream; while those that remain take more
--- bytes than allowed, the oldest go with their records.
--- It also measures how long calls stay, for those who are refused (overload.lua).
+-- Any router, on a timer: limits what finished calls leave behind, by time and by bytes. Entries of the index whose
+-- records have expired are removed, with what those calls left on the router stream. While the others take up more
+-- bytes than allowed, the oldest are removed with their records.
+-- It also measures how long calls stay, for producers that are refused (overload.lua).
 --
--- ARGV     max_bytes (0 = no bound) limit (index entries per run, of up to 64 calls each)
+-- ARGV     max_bytes (0 = no limit) limit (index entries per run, of up to 64 calls each)
 -- Returns  {index entries removed, calls removed before their TTL}
 local max_bytes, limit = tonumber(ARGV[4]), tonumber(ARGV[5])
 
--- An id may have been used again since; the record is of this entry if it ended before the entry was written.
+-- The id may have been used again. The record belongs to this entry if it ended before the entry was written.
 local function remove(id, ended_ms)
   local r = redis.call('HMGET', call_key(id), 'state', 'finished_ms')
   if r[2] and r[1] ~= 'PENDING' and r[1] ~= 'RUNNING' and tonumber(r[2]) <= ended_ms then
@@ -35,9 +35,10 @@ in_chunks(gone, function(...) redis.call('XDEL', FINISHED, ...) end)
 count(USAGE, 'retained_bytes', -freed)
 if early > 0 then count_total('retired', early) end
 
--- From submit to end, smoothed over some seconds; and how many were refused of late.
-local SMOOTH_MS, LATE_MS, EACH_MS = 3000, 1000, 200
-local mark = redis.call('HMGET', USAGE, 'turnaround_ms', 'measured_ms', 'measured_calls', 'measured_total_ms', 'refused')
+-- How long calls take from submit to end, smoothed over some seconds; and how many were refused recently.
+local SMOOTH_MS, RECENT_MS, EACH_MS = 3000, 1000, 200
+local mark = redis.call('HMGET', USAGE, 'turnaround_ms', 'measured_ms', 'measured_calls', 'measured_total_ms',
+  'refused')
 local span = NOW - (tonumber(mark[2]) or 0)
 if span >= EACH_MS or span < 0 then
   local total = redis.call('HMGET', STATS, 'started', 'waiting_ms', 'running_ms')
@@ -50,7 +51,7 @@ if span >= EACH_MS or span < 0 then
   end
   redis.call('HSET', USAGE, 'measured_ms', int(NOW), 'measured_calls', int(calls), 'measured_total_ms', int(spent))
   if mark[5] then
-    redis.call('HSET', USAGE, 'refused', int(math.floor(math.exp(-math.max(0, span) / LATE_MS) * tonumber(mark[5]))))
+    redis.call('HSET', USAGE, 'refused', int(math.floor(math.exp(-math.max(0, span) / RECENT_MS) * tonumber(mark[5]))))
   end
 end
 write_all()

@@ -1,7 +1,7 @@
 --- @include lib programs family create residents residence terminal
--- One legal step of a call's state for whoever runs calls outside the workers (RequestLifecycleManager).
+-- One legal step of a call's state, for programs that run calls outside the workers (RequestLifecycleManager).
 --
--- ARGV     id, state ("PENDING" makes the record: then session and engine count), session engine reason
+-- ARGV     id, state ("PENDING" creates the record; only then session and engine are used), session engine reason
 -- Returns  {"ok", state before} | {"illegal", state before ("" = no such call)}
 local id, state, session, engine, reason = ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local legal = {
@@ -9,7 +9,7 @@ local legal = {
   ['RUNNING>COMPLETED'] = true, ['RUNNING>CANCELLED'] = true, ['RUNNING>FAILED'] = true,
   ['>PENDING'] = true,
 }
-local function no_entry() return '0-' .. int(NOW) end -- a generation that is no entry of the router stream
+local function no_entry() return '0-' .. int(NOW) end -- a generation that is not an entry of the router stream
 
 local key = call_key(id)
 local before = redis.call('HGET', key, 'state') or ''

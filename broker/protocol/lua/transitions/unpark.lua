@@ -1,7 +1,7 @@
 --- @include lib programs residents residence attempts
--- An engine of this model is ready: calls that waited for one go back to the router, oldest first.
+-- An engine of this model is ready: calls that were parked for it go back to the router, oldest first.
 --
--- ARGV     model ("" = calls that named none) limit
+-- ARGV     model ("" = calls that name none) limit
 -- Returns  how many
 local model, limit = ARGV[4], tonumber(ARGV[5])
 local ids = redis.call('ZRANGE', parked_key(model), 0, limit - 1)

@@ -1,11 +1,12 @@
 --- @include lib programs family create overload residents residence terminal
--- The router makes records for calls that were pushed by a bare XADD. The body moves inside Redis, from
--- the entry to the record; a refused entry leaves the stream, an admitted one stays until it is assigned.
+-- The router creates records for calls that were pushed by a bare XADD. The body is moved inside Redis, from the entry
+-- to the record. A refused entry leaves the stream; an accepted one stays until it is assigned.
 --
 -- ARGV     per call: entry id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
---          on_engine_loss ("" = continue) parent_session ("" = none told) digest format ("json" | "body")
--- Returns  list, per call: "new" | "duplicate" | "conflict" | "overloaded" | "invalid" | "gone" (another router was faster)
--- Emits    on conflict: a dead letter, and an "end" event to the inbox that the entry named
+--          on_engine_loss ("" = continue) parent_session ("" = not given) digest format ("json" | "body")
+-- Returns  list, per call: "new" | "duplicate" | "conflict" | "overloaded" | "invalid" | "gone" (another router was
+--          faster)
+-- Emits    on conflict: a dead letter, and an end to the inbox that the entry named
 --          if overloaded or invalid: a FAILED record without the body, and its end
 local names = {'entry', 'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream',
   'inbox', 'traceparent', 'on_engine_loss', 'parent_session', 'digest', 'format'}
@@ -19,10 +20,10 @@ local function body_of(fields, name)
   return ''
 end
 
-local function admit(c)
+local function accept(c)
   local found = redis.call('XRANGE', CALLS, c.entry, c.entry)
   if not found[1] then return 'gone' end
-  -- This very entry, read again after its router died: assign goes on with it.
+  -- This very entry, read again after its router died: assign continues with it.
   if redis.call('HGET', call_key(c.id), 'gen') == c.entry then return 'duplicate' end
   local function entry() return c.entry end
   local body = body_of(found[1][2], c.format)
@@ -31,7 +32,7 @@ local function admit(c)
     create_call(c, entry, c.format, '')
     end_call(c.id, read_call(c.id), 'FAILED', error_code, message, '')
   end
-  local code, detail = create_call(c, entry, c.format, body, room)
+  local code, detail = create_call(c, entry, c.format, body, headroom)
   if code ~= 'new' then take_entry(c.entry) end
   if code == 'overloaded' then
     refuse('overloaded', string.format(overloaded, detail, retry_after(c, detail, #body)))
@@ -39,8 +40,8 @@ local function admit(c)
     refuse('invalid_request', detail)
   end
   if code == 'conflict' then
-    bury(c.id, 'conflict', conflict, unpack(letter_of(c, c.format, body)))
-    tell_inbox(c.inbox, c.id, 'FAILED', 'conflict', conflict, '', 'n', 0, 'gen', c.entry)
+    add_dead_letter(c.id, 'conflict', conflict, unpack(letter_of(c, c.format, body)))
+    report_end(c.inbox, c.id, 'FAILED', 'conflict', conflict, '', 'n', 0, 'gen', c.entry)
   end
   return code
 end
@@ -49,7 +50,7 @@ local out = {}
 for at = 4, #ARGV, #names do
   local c = {}
   for i, name in ipairs(names) do c[name] = ARGV[at + i - 1] end
-  out[#out + 1] = admit(c)
+  out[#out + 1] = accept(c)
 end
 write_all()
 return out

@@ -2,8 +2,8 @@
 -- What a router needs to choose engines for a batch: the fleet, where the sessions' caches are, and what their programs
 -- have had. Read only.
 --
--- ARGV     bounds beta: as in assign.lua
---          fleet ("1" = the engines, too; "" = the sessions alone) half (as in let_in.lua), then sessions
+-- ARGV     level_bounds beta: as in assign.lua
+--          fleet ("1" = the engines, too; "" = the sessions only) half (as in admit_throttled.lua), then sessions
 -- Returns  {engines, sessions, now_ms}
 --          engines: per engine {id, heartbeat_ms, queued, running, work, prefill_ms, and the fields below, spoken_for}
 --          work: what waits there, by rank: "RANK CALLS RANK:tokens TOKENS …", "" = nothing
@@ -11,9 +11,9 @@
 --          spoken_for: under admission, tokens of its cache by tier
 --          sessions: per session {bound engine, flat affinity hash, program, service, level of a call that came now,
 --          completed calls, tokens of their answers, shares}
---          shares: under admission, what it has of caches: engine, "TOKENS HOME CALLS TIER", …
-local bounds = {}
-for b in string.gmatch(ARGV[4], '%S+') do bounds[#bounds + 1] = tonumber(b) end
+--          shares: under admission, what it has of caches: engine, "TOKENS CACHED CALLS TIER", …
+local level_bounds = {}
+for b in string.gmatch(ARGV[4], '%S+') do level_bounds[#level_bounds + 1] = tonumber(b) end
 local beta, half = tonumber(ARGV[5]), tonumber(ARGV[7])
 
 local engine_fields = {'state', 'model', 'queued_tokens', 'running_tokens', 'served', 'max_num_seqs', 'tokens_per_s',
@@ -29,24 +29,22 @@ local function engine_row(e, beat)
   return row
 end
 
--- Its program is the session at the root of its tree; trees are at most so deep (family.lua).
-local MOST_DEEP = 32
-local totals = {'service', 'waited_ms', 'ran_ms', 'paid_waited_ms', 'paid_ran_ms'}
+-- A session's program is the root of its tree. family.lua has the same rule, and keeps entries alive besides.
 local function program_of(s)
-  for _ = 1, MOST_DEEP do
+  local steps = 0
+  while true do
     local v = redis.call('HMGET', session_key(s), 'parent', unpack(totals))
-    if not v[1] then return s, v end
-    s = v[1]
+    if not v[1] or steps == MOST_DEEP then return s, v end
+    s, steps = v[1], steps + 1
   end
-  return s, {}
 end
 
 local function shares_of(s)
   local list = {}
-  for e in pairs(half and homes_of(s) or {}) do
+  for e in pairs(half and residency_of(s) or {}) do
     local share = share_on(s, e, half)
     list[#list + 1] = e
-    list[#list + 1] = string.format('%.0f %d %d %d', share.tokens, share.home and 1 or 0, share.calls, share.tier)
+    list[#list + 1] = string.format('%.0f %d %d %d', share.tokens, share.cached and 1 or 0, share.calls, share.tier)
   end
   return list
 end
@@ -56,7 +54,7 @@ local function session_row(s)
   local program, used = program_of(s)
   local n = {}
   for i = 1, #totals do n[i] = tonumber(used[1 + i]) or 0 end
-  local level = place(n[1], unpaid(n[2], n[4]), unpaid(n[3], n[5]), NOW, NOW, bounds, beta)
+  local level = place(n[1], unpaid(n[2], n[4]), unpaid(n[3], n[5]), NOW, NOW, level_bounds, beta)
   return {v[1] or '', redis.call('HGETALL', affinity_key(s)), program, int(n[1]), level, v[2] or '', v[3] or '',
     shares_of(s)}
 end

@@ -1,0 +1,1 @@
+"""The Lua of the scripts, linted and run without Redis."""
