@@ -50,12 +50,8 @@ class KVCacheCoordinator:
 
     def record_cache_usage(self, session_id: str, engine_id: str, prompt_tokens: int) -> None:
         """Notes that `prompt_tokens` of the session are now cached on the engine."""
-        seconds, micros = self._redis.time()
-        key = self._keys.affinity(check_id(session_id, "session"))
-        pipe = self._redis.pipeline()
-        pipe.hset(key, check_id(engine_id, "engine"), f"{int(prompt_tokens)}:{seconds * 1000 + micros // 1000}")
-        pipe.expire(key, self._settings.session_ttl_s)
-        pipe.execute()
+        session, engine = check_id(session_id, "session"), check_id(engine_id, "engine")
+        execute.run(self._redis, self._transitions.cached(session, engine, int(prompt_tokens)))
 
     def get_best_engine_for_session(
         self, session_id: str, available_engines: Sequence[str], prompt_tokens: int
@@ -65,7 +61,7 @@ class KVCacheCoordinator:
             return None
         snapshot = execute.run(self._redis, self._transitions.snapshot([check_id(session_id, "session")]))
         engine = best_engine(snapshot.sessions[session_id], available_engines)
-        self._redis.hincrby(self._keys.stats, "affinity_misses" if engine is None else "affinity_hits")
+        execute.run(self._redis, self._transitions.affinity_asked(engine is not None))
         return engine
 
     def get_cache_stats(self) -> dict[str, Any]:

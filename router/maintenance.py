@@ -52,7 +52,6 @@ class Upkeep:
     def leave(self) -> None:
         """Deletes this consumer if nothing is pending for it (deleting it would drop what is)."""
         try:
-            self._redis.zrem(self._keys.routers, self._name)
             self._drop_consumer(self._name)
         except redis.RedisError:
             log.debug("consumer %s stays behind", self._name)
@@ -88,10 +87,10 @@ class Upkeep:
         if entries:
             log.warning("took over %d entries of a router that is gone", len(entries))
         if self._cursor == "0-0":
-            self._bury_consumers()
+            self._drop_idle_consumers()
         return [e for e in entries if e and e[0] is not None]
 
-    def _bury_consumers(self) -> None:
+    def _drop_idle_consumers(self) -> None:
         consumers: Any = self._redis.xinfo_consumers(self._keys.calls, ROUTER_GROUP)
         for c in consumers:
             if c["pending"] == 0 and c["idle"] > 20 * self._settings.lease_ms:

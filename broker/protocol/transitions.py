@@ -178,6 +178,14 @@ class Transitions:
         """True if the router's consumer was deleted, False if entries are pending for it."""
         return Command(script("leave"), self._args(router), bool)
 
+    def cached(self, session: str, engine: str, tokens: int) -> Command[bool]:
+        """`tokens` of the session are cached on the engine now."""
+        return Command(script("affinity"), self._args("cached", session, engine, tokens), bool)
+
+    def affinity_asked(self, hit: bool) -> Command[bool]:
+        """Counts whether an engine was found that has the cache of a long prompt's session."""
+        return Command(script("affinity"), self._args("asked", int(hit)), bool)
+
     # -- workers
 
     def register(
@@ -265,6 +273,10 @@ class Transitions:
         """Gives whether it was legal, and the state before; "" = there was no such call."""
         args = self._args(call_id, state.value, session, engine, reason)
         return Command(script("transition"), args, lambda r: (text(r[0]) == "ok", text(r[1])))
+
+    def discard(self, entry: str) -> Command[bool]:
+        """Removes a dead letter. False if it was gone."""
+        return Command(script("discard"), self._args(entry), bool)
 
     def session(self, op: str, session: str, *args: Arg) -> Command[int]:
         """The script may refuse: `execute.run` then raises InvalidRequest."""

@@ -55,6 +55,7 @@ class DeadLetter:
     traceparent: str = ""
     on_engine_loss: str = "continue"
     parent_session: str = ""
+    gen: str | None = None
 
     @property
     def replayable(self) -> bool:
@@ -146,7 +147,7 @@ class DeadLetters:
         if not letter.replayable:
             raise InvalidRequest(f"Dead letter {entry} keeps no body ({letter.error_code}): send the call anew.")
         call_id = next(i for i in self._candidates(letter) if self._push(i, letter))
-        self._redis.xdel(self.keys.dead, entry)
+        execute.run(self._redis, self._transitions.discard(entry))
         return call_id
 
     def replay_all(self) -> Replayed:
@@ -163,8 +164,8 @@ class DeadLetters:
 
     def _candidates(self, letter: DeadLetter) -> Iterator[str]:
         gen = text(self._redis.hget(self.keys.call(letter.request_id), "gen"))
-        # No record, or one born after this letter: then an earlier try of this very replay may have made it.
-        if letter.request_id and (not gen or _order(gen) > _order(letter.entry)):
+        # No record, or not the one of when the letter was written: an earlier try of this replay may have made it.
+        if letter.request_id and (not gen or letter.gen not in (None, gen)):
             yield letter.request_id
         tail = f".replay-{letter.entry}"
         yield (letter.request_id[: _MAX_ID - len(tail)] + tail).lstrip(".")
@@ -238,12 +239,9 @@ def _letter(entry: bytes, fields: Mapping[bytes, bytes], with_body: bool = False
         traceparent=text(fields.get(b"traceparent")),
         on_engine_loss=text(fields.get(b"on_engine_loss")) or "continue",
         parent_session=text(fields.get(b"parent_session")),
+        gen=text(fields[b"gen"]) if b"gen" in fields else None,
         body_bytes=len(body),
         body_field=form,
         body=body if with_body else b"",
     )
 
-
-def _order(entry: str) -> tuple[int, int]:
-    ms, _, seq = entry.partition("-")
-    return number(ms), number(seq)

@@ -118,7 +118,7 @@ def test_an_interrupted_replay_may_be_repeated(
         raise redis.ConnectionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(db, "xdel", cut)
+        patch.setattr(letters._transitions, "discard", cut)
         with pytest.raises(redis.ConnectionError):
             letters.replay("c")
     assert letters.count() == 1

@@ -26,6 +26,7 @@ ALLOWED = {
     ("rsm.broker.client.aio", "pexpire"): "a client's own inbox",
     ("rsm.broker.client.aio", "xtrim"): "a client's own inbox",
     ("rsm.router.router", "xgroup_create"): "Redis makes it once, whoever asks",
+    ("rsm.workers.supervision.node", "restore"): "RQ's own method, which reads",
 }
 # Receivers that are no Redis: collections, sets of files, RQ's own objects.
 _OTHERS = {"append", "copy", "publish", "persist", "rename", "unlink", "delete", "expire"}

@@ -430,7 +430,7 @@ def test_idle_consumers_are_buried_and_busy_ones_are_not(settings: Settings, pro
     upkeep = Upkeep(producer.db, producer.keys, hasty, "me")
 
     def buried() -> bool:
-        upkeep._bury_consumers()
+        upkeep._drop_idle_consumers()
         return _consumers(producer) == ["busy"]
 
     eventually(buried)

@@ -114,7 +114,7 @@ local function add_dead_letter(id, code, message, ...)
   for i = 1, select('#', ...) do size = size + #tostring((select(i, ...))) end
   local written = redis.call('HINCRBY', USAGE, 'buried_bytes', size)
   redis.call('XADD', DEAD, 'MAXLEN', '~', 10000, '*', 'id', id, 'error_code', code, 'error', message,
-    'before', int(written - size), ...)
+    'before', int(written - size), 'gen', redis.call('HGET', call_key(id), 'gen') or '', ...)
   count_total('dead_letters')
   if LIMITS.dead_bytes == 0 then return end
   for _ = 1, 100 do

@@ -1,10 +1,12 @@
 --- @include lib
--- A router leaves, or died long ago. Its consumer is deleted, unless entries are pending for it: they would be lost,
--- too. It takes one step, because an entry could be handed to the consumer between a check and the deletion.
+-- A router leaves, or died long ago. It is listed no more, and its consumer is deleted, unless entries are pending for
+-- it: they would be lost, too. It takes one step, because an entry could be handed to the consumer between a check and
+-- the deletion.
 --
 -- ARGV     consumer
 -- Returns  1 = deleted, 0 = entries are pending for it
 local consumer = ARGV[4]
+redis.call('ZREM', P .. 'routers', consumer)
 if #redis.call('XPENDING', CALLS, 'router', '-', '+', 1, consumer) > 0 then return 0 end
 redis.call('XGROUP', 'DELCONSUMER', CALLS, 'router', consumer)
 return 1
