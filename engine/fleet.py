@@ -19,6 +19,7 @@ from rsm.broker.errors import EngineFailed, UnknownCall
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.settings import Settings
 from rsm.broker.views.monitor import Monitor
+from rsm.router.policies import create_policy
 from rsm.workers.config import EngineConfig
 from rsm.workers.supervision.launch import report_death, worker_process
 from rsm.workers.supervision.supervisor import Supervised
@@ -56,7 +57,10 @@ class Fleet:
             EngineFailed: an engine did not come up; everything is stopped again.
             BrokerUnavailable: no Redis.
             EvictingRedis: Redis would delete calls when its memory is full.
+            InvalidRequest: there is no such routing policy.
         """
+        if self._router_count:
+            create_policy(self.settings)  # routers without one would end at once, and calls wait for ever
         try:
             if self.embedded is not None:
                 self.embedded.start()
