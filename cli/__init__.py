@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 from rsm.cli.app import app
 from rsm.cli.commands import acl, calibrate, calls, dead, demo, doctor, drain, sim_server, simulate
 from rsm.cli.commands import processes as parts
 from rsm.cli.commands import views as show
+from rsm.cli.streams import OutputLost, as_utf8, ended, guard
 
 __all__ = [
     "acl",
@@ -26,4 +29,12 @@ __all__ = [
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    guard()
+    sys.argv[1:] = map(as_utf8, sys.argv[1:])
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OutputLost as lost:
+        sys.exit(ended(lost))
