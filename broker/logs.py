@@ -4,27 +4,75 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from types import TracebackType
 
 from rsm.broker.settings import Settings
 
 # Libraries that report each request of ours at INFO.
 _CHATTY = ("httpx", "httpcore")
+_HELD_BACK = 1000
+
+log = logging.getLogger("rsm")
+
+
+class _Handler(logging.Handler):
+    """Writes to whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+_handler = _Handler()
 
 
 def configure(settings: Settings, process: str = "", default: str = "INFO") -> None:
-    """Logs to stderr.
+    """Logs to stderr. May be called again, by a process that has found out what it is.
 
     Args:
         process: names this one among several that share a terminal, such as "e0" or "router".
         default: the level where the settings name none.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter(process) if settings.log_format == "json" else text_formatter(process))
-    level = settings.log_level or default
-    logging.basicConfig(level=level, handlers=[handler])
+    as_json = settings.log_format == "json"
+    _handler.setFormatter(JsonFormatter(process) if as_json else text_formatter(process))
+    root, level = logging.getLogger(), settings.log_level or default
+    root.addHandler(_handler)
+    root.setLevel(level)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    if as_json:
+        logging.captureWarnings(True)
+        sys.excepthook = _log_crash
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Keeps what is logged until the end of the block, by when `configure` knows its form."""
+    root, early = logging.getLogger(), MemoryHandler(_HELD_BACK, logging.CRITICAL + 1, flushOnClose=False)
+    root.addHandler(early)
+    try:
+        yield
+    finally:
+        root.removeHandler(early)
+        for record in early.buffer:
+            if record.levelno >= root.level:
+                root.handle(record)
+        early.close()
+
+
+def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        log.critical("ended by an error that nobody expected", exc_info=(kind, error, trace))
 
 
 def text_formatter(process: str) -> logging.Formatter:

@@ -16,7 +16,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from rsm.broker.errors import InvalidRequest
-from rsm.broker.protocol.ids import check_id
+from rsm.broker.protocol.ids import check_id, is_id
 
 log = logging.getLogger("rsm.settings")
 
@@ -103,13 +103,16 @@ class Settings(BaseSettings):
     @field_validator("namespace")
     @classmethod
     def _namespace_is_an_id(cls, value: str) -> str:
-        return check_id(value, "namespace")
+        if not is_id(value):
+            raise ValueError("must be 1 to 128 characters out of A-Z a-z 0-9 . _ : - and not the name of a key")
+        return value
 
     @model_validator(mode="after")
     def _a_body_fits(self) -> Settings:
         for name in ("max_open_bytes", "max_session_bytes", "max_dead_bytes"):
             if 0 < getattr(self, name) < self.max_body_bytes:
-                raise ValueError(f"{name} must be 0 or at least max_body_bytes ({self.max_body_bytes})")
+                variable = f"{PREFIX}{name.upper()}"
+                raise ValueError(f"{variable} must be 0 or at least RSM_MAX_BODY_BYTES ({self.max_body_bytes})")
         return self
 
     @model_validator(mode="before")
@@ -120,13 +123,18 @@ class Settings(BaseSettings):
     @field_validator("level_bounds", mode="before")
     @classmethod
     def _bounds_from_text(cls, value: object) -> object:
-        return tuple(int(v) for v in value.replace(",", " ").split()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(int(v) for v in value.replace(",", " ").split())
+        except ValueError:
+            raise ValueError("must be whole numbers") from None
 
     @field_validator("level_bounds")
     @classmethod
     def _bounds_rise(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if list(value) != sorted(set(value)):
-            raise ValueError("level_bounds must rise")
+            raise ValueError("must rise from one to the next")
         return value
 
     @field_validator("log_level")

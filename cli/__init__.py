@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rsm.cli.app import app
 from rsm.cli.commands import (
     acl,
@@ -17,6 +19,7 @@ from rsm.cli.commands import (
     up,
     views,
 )
+from rsm.cli.streams import OutputLost, as_utf8, ended, guard
 
 __all__ = ["app", "main"]
 
@@ -25,4 +28,12 @@ _COMMANDS = (acl, calibrate, calls, dead, demo, doctor, drain, processes, sim_se
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    guard()
+    sys.argv[1:] = map(as_utf8, sys.argv[1:])
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OutputLost as lost:
+        sys.exit(ended(lost))

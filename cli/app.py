@@ -14,19 +14,26 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from rsm.broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings
+from rsm.broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings, logs
+from rsm.broker.config_errors import explain
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS, reason
 from rsm.broker.connection.topology import place_of, shown_url
+from rsm.broker.protocol.keys import Keys
 from rsm.broker.views.dead_letters import DeadLetters
+from rsm.broker.views.lookup import Lookup
 from rsm.broker.views.monitor import Monitor
-from rsm.cli.output import say_error
+from rsm.cli.groups import SERVING, group_of, in_order
+from rsm.cli.output import log_errors, say_error
+from rsm.cli.streams import tolerate
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 2
 
 # These may stand behind a command's name as well as before it: `rsm ps --namespace a` is how people write.
 _GLOBAL = ("--redis", "--namespace", "--log-level")
+# Options of an engine whose names differ from those of its configuration in more than the dashes.
+_ENGINE_OPTIONS = {"gpu_id": "--gpu", "engine_args": "--engine-arg"}
 
 
 class Rsm(TyperGroup):
@@ -35,24 +42,51 @@ class Rsm(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, hoist(args))
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        return in_order(super().list_commands(ctx))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command: Any = super().get_command(ctx, cmd_name)
+        if command is not None:
+            command.rich_help_panel = group_of(cmd_name)
+        return command
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _in_a_sentence():  # --install-completion writes files
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _in_a_sentence():
             return super().invoke(ctx)
-        except BrokerUnavailable as e:
-            say_error(str(e))
-            raise typer.Exit(EXIT_UNAVAILABLE) from None
-        except EvictingRedis as e:
-            say_error(str(e))
-            raise typer.Exit(os.EX_CONFIG) from None
-        except RsmError as e:
-            say_error(str(e))
-            raise typer.Exit(EXIT_FAILED) from None
-        except ValidationError as e:
-            say_error(sentences(e))
-            raise typer.Exit(EXIT_UNAVAILABLE) from None
-        except redis.RedisError as e:
-            say_error(f"Redis refused or went away ({type(e).__name__}); `rsm doctor` says what is wrong.")
-            raise typer.Exit(EXIT_UNAVAILABLE) from None
+
+
+@contextmanager
+def _in_a_sentence() -> Iterator[None]:
+    try:
+        yield
+    except (RsmError, ValidationError, redis.RedisError, OSError, UnicodeError) as e:
+        say_error(_sentence(e))
+        raise typer.Exit(_status(e)) from None
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return explain(error, lambda name: _ENGINE_OPTIONS.get(name, f"--{name.replace('_', '-')}"))
+    if isinstance(error, redis.RedisError):
+        return f"Redis refused or went away ({type(error).__name__}); `rsm doctor` says what is wrong."
+    if isinstance(error, OSError):
+        why = error.strerror or str(error).rstrip(".") or type(error).__name__
+        return f"{error.filename}: {why}." if error.filename else f"{why}."
+    if isinstance(error, UnicodeError):
+        return f"A text that was given cannot be written as UTF-8 or read as such ({type(error).__name__})."
+    return str(error)
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, EvictingRedis):
+        return os.EX_CONFIG
+    unavailable = isinstance(error, BrokerUnavailable | ValidationError | redis.RedisError)
+    return EXIT_UNAVAILABLE if unavailable else EXIT_FAILED
 
 
 def hoist(args: list[str]) -> list[str]:
@@ -71,18 +105,11 @@ def hoist(args: list[str]) -> list[str]:
     return [*front, *rest, *args[cut:]]
 
 
-def sentences(error: ValidationError) -> str:
-    """What is wrong with a configuration, without the values: one of them may be a secret."""
-    return " ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg'].removeprefix('Value error, ')}."
-        for e in error.errors(include_url=False, include_input=False)
-    )
-
-
 app = typer.Typer(
     name="rsm",
     cls=Rsm,
     help="A durable, program-aware broker for LLM calls, on Redis. Start with `rsm demo` or `rsm up`.",
+    epilog="Commands that take an id also take its short form, or any beginning or end of it that is unique.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -101,22 +128,44 @@ def _global_options(
     redis_url: Annotated[
         str | None,
         typer.Option(
-            "--redis", help="URL (redis+sentinel:// and redis+cluster:// too); none = RSM_REDIS_URL, else embedded."
+            "--redis",
+            metavar="URL",
+            help="Redis server. Default: RSM_REDIS_URL, else the embedded server of this user.",
         ),
     ] = None,
-    namespace: Annotated[str | None, typer.Option(help="Hash tag of all keys; none = RSM_NAMESPACE, else rsm.")] = None,
+    namespace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Separates deployments that share a Redis. Default: RSM_NAMESPACE, else rsm."
+        ),
+    ] = None,
     log_level: Annotated[
-        str | None, typer.Option(help="DEBUG, INFO, WARNING or ERROR; none = RSM_LOG_LEVEL, else what suits.")
+        str | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="DEBUG, INFO, WARNING or ERROR. Default: RSM_LOG_LEVEL, else INFO if the command serves, or WARNING.",
+        ),
     ] = None,
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     if log_level is not None:
         _check_level(log_level)
-    settings = Settings() if log_level is None else Settings(log_level=log_level)
-    # A process that serves says more: it calls `rsm.broker.logs.configure` with its own default.
-    logging.getLogger().setLevel(settings.log_level or "WARNING")
+    serves = ctx.invoked_subcommand in SERVING
+    with logs.held_back():
+        settings = Settings() if log_level is None else Settings(log_level=log_level)
+        # A process that serves says more: it calls `configure` again, with its own default.
+        logs.configure(settings, str(ctx.invoked_subcommand) if serves else "rsm", "WARNING")
+    log_errors(serves and settings.log_format == "json")
+    if serves:
+        tolerate()
     ctx.obj = settings.with_redis(redis_url, namespace)
     _check_url(ctx.obj)
+
+
+def settings_while_completing(ctx: typer.Context) -> Settings:
+    """The settings that the options typed so far say; no callback is run for a completion."""
+    given = ctx.find_root().params
+    return Settings().with_redis(given.get("redis_url"), given.get("namespace"))
 
 
 def _check_url(settings: Settings) -> None:
@@ -182,6 +231,12 @@ def server_of(ctx: typer.Context) -> Iterator[redis.Redis]:
 def monitor_of(ctx: typer.Context) -> Iterator[Monitor]:
     with server_of(ctx) as server:
         yield Monitor(settings_of(ctx), server)
+
+
+@contextmanager
+def lookup_of(ctx: typer.Context) -> Iterator[Lookup]:
+    with server_of(ctx) as server:
+        yield Lookup(Keys(settings_of(ctx).namespace), server)
 
 
 @contextmanager

@@ -1,20 +1,65 @@
-"""What Redis holds, as rows for people and as JSON for programs. Pure: no I/O."""
+"""What Redis holds, as rows for people and as JSON for programs. Pure: no I/O.
+
+A list has a narrow form, for a terminal of 80 columns: short ids, and the columns that users ask for first; and a wide
+one with whole ids and all columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from rsm.broker.protocol.ids import shorten
-from rsm.broker.protocol.models import CallRecord
+from rsm.broker.protocol.models import CallRecord, EngineState
 from rsm.broker.views.monitor import ActiveCall
 from rsm.cli.checks import usage_line
-from rsm.cli.output import record_json, seconds, table
+from rsm.cli.output import GAP, record_json, seconds, table
+from rsm.cli.short_ids import ShortIds
 
 _TEXT_SHOWN = 400
+# Of a cell that is cut, so much is left.
+_LEAST = 8
+_LEFT = (EngineState.STOPPED, EngineState.DEAD)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a list. `narrow`, `wide`: in which forms it is."""
+
+    name: str
+    value: Callable[[Any], Any]
+    narrow: bool = True
+    wide: bool = True
+
+
+def _listing(
+    columns: Sequence[Column], items: Sequence[Any], room: int | None, *, cut: str, spare: Sequence[str] = ()
+) -> Table:
+    """A list, wide unless there is so much `room`.
+
+    Args:
+        cut: the column whose cells are cut where there is too little room.
+        spare: columns that are left out where even that is not enough, the least missed first.
+    """
+    shown = [c for c in columns if (c.wide if room is None else c.narrow)]
+    rows = {c.name: [c.value(item) for item in items] for c in shown}
+    widths = {name: max(map(len, [name, *map(str, values)])) for name, values in rows.items()}
+    widths[cut] = min(widths[cut], _LEAST)
+    for name in spare:
+        if room is not None and sum(widths.values()) + GAP * (len(widths) - 1) > room:
+            del widths[name]
+    names = list(widths)
+    return table("", names, list(zip(*(rows[name] for name in names), strict=True)), cut=[cut])
+
+
+# -- calls
 
 
 def calls_json(calls: Sequence[ActiveCall]) -> list[dict[str, Any]]:
@@ -22,30 +67,51 @@ def calls_json(calls: Sequence[ActiveCall]) -> list[dict[str, Any]]:
 
 
 def calls_table(
-    calls: Sequence[ActiveCall], backlog: int, now_ms: int, usage: Mapping[str, Mapping[str, int]] | None = None
+    calls: Sequence[ActiveCall],
+    backlog: int,
+    now_ms: int,
+    usage: Mapping[str, Mapping[str, int]] | None = None,
+    *,
+    room: int | None = None,
+    limit: int = 0,
 ) -> RenderableType:
-    """`usage`: as `Monitor.usage` gives it, for the foot."""
-    columns = ["CALL", "SESSION", "STATE", "ENGINE", "SINCE", "PRIORITY", "LEVEL", "PROMPT", "ATTEMPT"]
-    rows = [
-        [
-            c.request_id,
-            c.record.session_id,
-            c.record.state.value,
-            c.engine_id or ("(held)" if c.where == "throttled" else "(none ready)"),
-            seconds(now_ms - _since(c)),
-            c.record.priority,
-            c.record.level,
-            c.record.prompt_tokens,
-            c.record.attempt,
-        ]
-        for c in calls
+    """`usage`: as `Monitor.usage` gives it, for the foot. `limit`: how many calls were asked for."""
+    foot = [Text(_calls_foot(calls, backlog, limit), style="dim")]
+    if usage and room is None:
+        foot.append(Text("; ".join(usage_line(name, u) for name, u in usage.items()), style="dim"))
+    columns = _call_columns(calls, now_ms, room is None)
+    return Group(_listing(columns, calls, room, cut="ENGINE", spare=["PROMPT", "LEVEL"]), *foot)
+
+
+def _call_columns(calls: Sequence[ActiveCall], now_ms: int, wide: bool) -> list[Column]:
+    ids = ShortIds((i for c in calls for i in (c.request_id, c.record.session_id)), whole=wide)
+    engines = ShortIds((c.engine_id for c in calls), whole=wide)
+
+    def session(c: ActiveCall) -> str:
+        return "(own)" if c.record.session_id == c.request_id and not wide else ids[c.record.session_id]
+
+    def engine(c: ActiveCall) -> str:
+        return engines[c.engine_id] or ("(throttled)" if c.where == "throttled" else "(none ready)")
+
+    return [
+        Column("CALL", lambda c: ids[c.request_id]),
+        Column("SESSION", session),
+        Column("STATE", lambda c: c.record.state.value),
+        Column("ENGINE", engine),
+        Column("SINCE", lambda c: seconds(now_ms - _since(c))),
+        Column("PRIORITY", lambda c: c.record.priority, narrow=False),
+        Column("LEVEL", lambda c: c.record.level),
+        Column("PROMPT", lambda c: c.record.prompt_tokens),
+        Column("ATTEMPT", lambda c: c.record.attempt, narrow=False),
     ]
+
+
+def _calls_foot(calls: Sequence[ActiveCall], backlog: int, limit: int) -> str:
     running = sum(c.where == "running" for c in calls)
-    held = sum(c.where == "throttled" for c in calls)
-    waiting = f"{len(calls) - running} waiting" + (f" ({held} held until there is room)" if held else "")
-    foot = f"{running} running, {waiting}, {backlog} not yet routed"
-    used = "; ".join(usage_line(name, u) for name, u in (usage or {}).items())
-    return Group(table("", columns, rows), Text(foot, style="dim"), Text(used, style="dim"))
+    throttled = sum(c.where == "throttled" for c in calls)
+    why = f" ({throttled} throttled until there is headroom)" if throttled else ""
+    more = f"; the first {limit} (see --limit)" if limit and len(calls) >= limit else ""
+    return f"{running} running, {len(calls) - running} waiting{why}, {backlog} not yet routed{more}"
 
 
 def _since(call: ActiveCall) -> int:
@@ -53,73 +119,146 @@ def _since(call: ActiveCall) -> int:
     return (call.record.started_ms if call.where == "running" else None) or call.record.submitted_ms
 
 
-def engines_table(engines: Sequence[Mapping[str, Any]], now_ms: int) -> RenderableType:
-    columns = [
-        "ENGINE",
-        "STATE",
-        "MODEL",
-        "NODE",
-        "PID",
-        "RUNNING",
-        "QUEUED",
-        "TOKENS",
-        "KV",
-        "TOKENS/S",
-        "PREFILL/S",
-        "DECODE/S",
-        "SERVED",
-        "SEEN",
+# -- engines
+
+
+def engines_table(
+    engines: Sequence[Row], now_ms: int, *, room: int | None = None, everything: bool = True
+) -> RenderableType:
+    """`everything`: those that have stopped or died, too."""
+    shown = [e for e in engines if everything or e["state"] not in _LEFT]
+    foot = _hidden(engines, shown)
+    if not shown:
+        return Text(" ".join(["No engines. Start some with `rsm up` or `rsm worker`.", *foot]))
+    ids = ShortIds((e["engine_id"] for e in shown), whole=room is None)
+    listing = _listing(_engine_columns(ids, now_ms, room is None), shown, room, cut="MODEL", spare=["TOKENS/S"])
+    return Group(listing, *(Text(sentence, style="dim") for sentence in foot))
+
+
+def _hidden(engines: Sequence[Row], shown: Sequence[Row]) -> list[str]:
+    if len(shown) == len(engines):
+        return []
+    left = {state: sum(e["state"] == state for e in engines) for state in _LEFT}
+    counts = " and ".join(f"{n} {state.lower()}" for state, n in left.items() if n)
+    return [f"Not shown: {counts}; --all shows them."]
+
+
+def _engine_columns(ids: ShortIds, now_ms: int, wide: bool) -> list[Column]:
+    def model(e: Row) -> str:
+        return str(e["model"]) if wide else str(e["model"]).rstrip("/").rpartition("/")[2]
+
+    def seen(e: Row) -> str:
+        return f"{seconds(now_ms - e['heartbeat_ms'])} ago" if e["heartbeat_ms"] else "never"
+
+    return [
+        Column("ENGINE", lambda e: ids[e["engine_id"]]),
+        Column("STATE", lambda e: e["state"]),
+        Column("MODEL", model),
+        Column("NODE", lambda e: e["node"], narrow=False),
+        Column("PID", lambda e: e["pid"], narrow=False),
+        Column("RUNNING", lambda e: f"{e['running']}/{e['max_num_seqs']}"),
+        Column("QUEUED", lambda e: e["queued"]),
+        Column("TOKENS", lambda e: e["queued_tokens"], narrow=False),
+        Column("KV", lambda e: f"{e['kv_usage']:.0%}"),
+        Column("TOKENS/S", lambda e: round(e["tokens_per_s"])),
+        Column("PREFILL/S", lambda e: _learned(e["prefill_tps"]), narrow=False),
+        Column("DECODE/S", lambda e: _learned(e["decode_tps"]), narrow=False),
+        Column("SERVED", lambda e: e["served"], narrow=False),
+        Column("SEEN", seen),
     ]
-    rows = [
-        [
-            e["engine_id"],
-            e["state"],
-            e["model"],
-            e["node"],
-            e["pid"],
-            f"{e['running']}/{e['max_num_seqs']}",
-            e["queued"],
-            e["queued_tokens"],
-            f"{e['kv_usage']:.0%}",
-            round(e["tokens_per_s"]),
-            _learned(e["prefill_tps"]),
-            _learned(e["decode_tps"]),
-            e["served"],
-            f"{seconds(now_ms - e['heartbeat_ms'])} ago" if e["heartbeat_ms"] else "never",
-        ]
-        for e in engines
-    ]
-    return table("", columns, rows) if rows else Text("No engines. Start some with `rsm up` or `rsm worker`.")
 
 
 def _learned(tokens_per_s: float) -> str:
     return str(round(tokens_per_s)) if tokens_per_s else "-"
 
 
-def sessions_table(sessions: Sequence[Mapping[str, Any]], now_ms: int, unit: str = "tokens") -> RenderableType:
+# -- sessions
+
+
+def running_first(sessions: Sequence[Row]) -> list[Row]:
+    """Programs with unfinished calls, then the others, the latest active first; a program's sessions stay together."""
+    programs: dict[str, list[Row]] = {}
+    for s in sessions:
+        programs.setdefault(s["program"], []).append(s)
+
+    def place(program: str) -> tuple[bool, int, str]:
+        rows = programs[program]
+        return not any(s["active"] for s in rows), -max(map(_last_active, rows)), program
+
+    return [s for program in sorted(programs, key=place) for s in _root_first(programs[program])]
+
+
+def _last_active(session: Row) -> int:
+    return max(int(session["last_arrival_ms"]), int(session["last_completion_ms"]))
+
+
+def _root_first(rows: Sequence[Row]) -> list[Row]:
+    """A program's sessions, each behind its parent."""
+    known = {s["session_id"] for s in rows}
+    children: dict[str, list[Row]] = {}
+    for s in rows:
+        children.setdefault(s["parent"] if s["parent"] in known else "", []).append(s)
+    ordered, waiting = [], children.get("", [])[::-1]
+    while waiting:
+        ordered.append(waiting.pop())
+        waiting += children.get(ordered[-1]["session_id"], [])[::-1]
+    return ordered
+
+
+def sessions_table(
+    sessions: Sequence[Row], now_ms: int, unit: str = "tokens", *, room: int | None = None
+) -> RenderableType:
     """A session's service, level and wait are those of its program."""
-    columns = ["SESSION", "PARENT", f"SERVICE ({unit})", "LEVEL", "WAITED", "RAN", "RATIO", "THREADS", "RUNS ON"]
-    columns += ["DONE", "CANCELLED", "FAILED", "CACHE AT", "ARRIVAL"]
-    rows = [
-        [
-            s["session_id"],
-            s["parent"] or "-",
-            s["service"],
-            s["level"],
-            seconds(s["waited_ms"]),
-            seconds(s["ran_ms"]),
-            f"{s['wait_ratio']:.2f}",
-            s["active"],
-            ", ".join(s["engines"]) or "-",
-            s["completed"],
-            s["cancelled"],
-            s["failed"],
-            ", ".join(f"{e} ({n} tokens)" for e, n in s["resident_tokens"].items()) or "-",
-            f"{seconds(now_ms - s['last_arrival_ms'])} ago" if s["last_arrival_ms"] else "-",
-        ]
-        for s in sessions
+    if not sessions:
+        return Text("No sessions.")
+    columns = _session_columns(sessions, now_ms, unit, room is None)
+    listing = _listing(columns, sessions, room, cut="RUNS ON", spare=["RAN", "WAITED"])
+    running = len({s["program"] for s in sessions if s["active"]})
+    programs = len({s["program"] for s in sessions})
+    foot = f"{running} of {programs} programs have unfinished calls" + ("" if room is None else f"; service in {unit}")
+    return Group(listing, Text(foot, style="dim"))
+
+
+def _session_columns(sessions: Sequence[Row], now_ms: int, unit: str, wide: bool) -> list[Column]:
+    ids = ShortIds((s["session_id"] for s in sessions), whole=wide)
+    depth = {} if wide else _depths(sessions)
+    engines = ShortIds((e for s in sessions for e in s["engines"]), whole=wide)
+
+    def last(s: Row) -> str:
+        return f"{seconds(now_ms - _last_active(s))} ago" if _last_active(s) else "-"
+
+    def cached(s: Row) -> str:
+        return ", ".join(f"{e} ({n} tokens)" for e, n in s["resident_tokens"].items()) or "-"
+
+    return [
+        Column("SESSION", lambda s: "  " * depth.get(s["session_id"], 0) + ids[s["session_id"]]),
+        Column("PARENT", lambda s: s["parent"] or "-", narrow=False),
+        Column("CALLS", lambda s: s["active"], wide=False),
+        Column("RUNS ON", lambda s: ", ".join(engines[e] for e in s["engines"]) or "-", wide=False),
+        Column(f"SERVICE ({unit})" if wide else "SERVICE", lambda s: s["service"]),
+        Column("LEVEL", lambda s: s["level"]),
+        Column("WAITED", lambda s: seconds(s["waited_ms"])),
+        Column("RAN", lambda s: seconds(s["ran_ms"])),
+        Column("RATIO", lambda s: f"{s['wait_ratio']:.2f}", narrow=False),
+        Column("THREADS", lambda s: s["active"], narrow=False),
+        Column("RUNS ON", lambda s: ", ".join(s["engines"]) or "-", narrow=False),
+        Column("DONE", lambda s: s["completed"], narrow=False),
+        Column("CANCELLED", lambda s: s["cancelled"], narrow=False),
+        Column("FAILED", lambda s: s["failed"], narrow=False),
+        Column("CACHE AT", cached, narrow=False),
+        Column("ACTIVE", last),
     ]
-    return table("", columns, rows) if rows else Text("No sessions.")
+
+
+def _depths(sessions: Sequence[Row]) -> dict[str, int]:
+    """How far below its program's root each session is; parents come before their children."""
+    depths: dict[str, int] = {}
+    for s in sessions:
+        depths[s["session_id"]] = depths.get(s["parent"], -1) + 1
+    return depths
+
+
+# -- one call
 
 
 def call_table(record: CallRecord, now_ms: int) -> RenderableType:
@@ -175,10 +314,13 @@ def _ending(r: CallRecord) -> list[list[Any]]:
     return rows
 
 
+# -- totals, dead letters, checks
+
+
 def stats_table(stats: Mapping[str, Any]) -> RenderableType:
     ends = [[state, stats[state]] for state in ("completed", "cancelled", "failed")]
     now = [[state, stats[state]] for state in ("pending", "running", "unaccounted")]
-    now.insert(1, ["of them held until there is room", stats["held"]])
+    now.insert(1, ["of them throttled", stats["held"]])
     rest = [
         ["requeued attempts", stats["requeued"]],
         ["dead letters", stats["dead_letters"]],
@@ -198,21 +340,20 @@ def stats_table(stats: Mapping[str, Any]) -> RenderableType:
     return table("", ["SINCE THE NAMESPACE BEGAN", ""], rows)
 
 
-def dead_table(letters: Sequence[Mapping[str, Any]], now_ms: int) -> RenderableType:
-    columns = ["ENTRY", "CALL", "SESSION", "ATTEMPTS", "DIED", "BODY", "REASON"]
-    rows = [
-        [
-            d["entry"],
-            d["request_id"],
-            d["session_id"],
-            d["attempts"],
-            f"{seconds(now_ms - d['died_ms'])} ago",
-            f"{d['body_bytes']} bytes" if d["replayable"] else "not kept",
-            f"{d['error_code']}: {d['error']}",
-        ]
-        for d in letters
+def dead_table(letters: Sequence[Row], now_ms: int, *, room: int | None = None) -> RenderableType:
+    if not letters:
+        return Text("No dead letters.")
+    ids = ShortIds((i for d in letters for i in (d["request_id"], d["session_id"])), whole=room is None)
+    columns = [
+        Column("ENTRY", lambda d: d["entry"]),
+        Column("CALL", lambda d: ids[d["request_id"]]),
+        Column("SESSION", lambda d: ids[d["session_id"]], narrow=False),
+        Column("ATTEMPTS", lambda d: d["attempts"]),
+        Column("DIED", lambda d: f"{seconds(now_ms - d['died_ms'])} ago"),
+        Column("BODY", lambda d: f"{d['body_bytes']} bytes" if d["replayable"] else "not kept", narrow=False),
+        Column("REASON", lambda d: f"{d['error_code']}: {d['error']}"),
     ]
-    return table("", columns, rows) if rows else Text("No dead letters.")
+    return _listing(columns, letters, room, cut="REASON", spare=["ATTEMPTS"])
 
 
 def checks_table(checks: Sequence[Mapping[str, str]]) -> RenderableType:

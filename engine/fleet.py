@@ -70,11 +70,12 @@ class Fleet:
 
         Raises:
             EngineFailed: an engine did not start, the message says why; everything is stopped again.
-            InvalidRequest: there is no such routing policy.
             BrokerUnavailable: no Redis.
             EvictingRedis: Redis would delete calls when its memory is full.
+            InvalidRequest: there is no such routing policy.
         """
-        create_policy(self.settings)  # a wrong name is an error here, not in the log of a router
+        if self._router_count:
+            create_policy(self.settings)  # routers without one would end at once, and calls wait for ever
         self._progress = progress
         try:
             if self.embedded is not None:

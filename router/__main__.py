@@ -8,7 +8,10 @@ import signal
 import sys
 import threading
 
+from pydantic import ValidationError
+
 from rsm.broker import logs
+from rsm.broker.config_errors import explain
 from rsm.broker.errors import AccessDenied, EvictingRedis, InvalidRequest
 from rsm.broker.settings import Settings
 from rsm.router.router import Router
@@ -20,10 +23,10 @@ _LEAVE_S = 5.0
 
 
 def run_router(settings: Settings) -> int:
-    """Runs one router in this process until SIGTERM or SIGINT; returns its exit status, 78 if Redis will not do."""
+    """Runs one router in this process until SIGTERM or SIGINT; returns its exit status, 78 if it can never run so."""
     try:
         router = Router(settings)
-    except InvalidRequest as e:  # such as a policy that does not exist
+    except InvalidRequest as e:  # its policy
         log.error("%s", e)
         return os.EX_CONFIG
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -45,8 +48,13 @@ def _stop(router: Router) -> None:
 
 
 def main() -> None:
-    settings = Settings()
-    logs.configure(settings, "router")
+    try:
+        with logs.held_back():
+            settings = Settings()
+            logs.configure(settings, "router")
+    except ValidationError as e:
+        log.error("%s", explain(e))
+        sys.exit(os.EX_CONFIG)
     sys.exit(run_router(settings))
 
 

@@ -15,7 +15,10 @@ import signal
 import sys
 import threading
 
+from pydantic import ValidationError
+
 from rsm.broker import logs
+from rsm.broker.config_errors import explain
 from rsm.broker.errors import AccessDenied, EngineIdTaken, EvictingRedis, InvalidRequest
 from rsm.broker.settings import Settings
 from rsm.workers.backends.base import Backend, Refused
@@ -96,8 +99,13 @@ def run_supervised(config: EngineConfig, settings: Settings, node: str = "") -> 
 
 
 def main() -> None:
-    config, settings = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE]), Settings()
-    logs.configure(settings, config.engine_id)
+    try:
+        with logs.held_back():
+            config, settings = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE]), Settings()
+            logs.configure(settings, config.engine_id)
+    except ValidationError as e:
+        log.error("%s", explain(e))
+        sys.exit(EXIT_INVALID)
     run = run_supervised if SUPERVISED_FLAG in sys.argv[1:] else run_worker
     sys.exit(run(config, settings, os.environ.get(NODE_VARIABLE, "")))
 

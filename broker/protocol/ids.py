@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import time
+from collections.abc import Iterable
 
 from rsm.broker.errors import InvalidRequest
 
@@ -19,6 +20,12 @@ RESERVED_ENDS = (
     ":residents",
 )  # fmt: skip
 MODEL_PATTERN = re.compile(r"[A-Za-z0-9._:/@+=-]{1,256}")
+
+# What `new_id` makes: milliseconds, a number in its process, the process.
+_MADE_PATTERN = re.compile(r"[0-9a-f]{12}-([0-9a-f]{6})-([0-9a-f]{10})")
+_SHORT_PATTERN = re.compile(r"(0|[1-9a-f][0-9a-f]{0,5})-[0-9a-f]{10}")
+# How much of an id names it. Less would let a slip of the finger cancel somebody's call.
+SHORTEST_PART = 8
 
 _process = os.urandom(5).hex()
 _counter = itertools.count()
@@ -35,6 +42,29 @@ os.register_at_fork(after_in_child=_after_fork)
 def new_id() -> str:
     """A new call, session or client id. Ids of one process sort by age, so equal arrivals keep their order."""
     return f"{int(time.time() * 1000):012x}-{next(_counter) & 0xFFFFFF:06x}-{_process}"
+
+
+def short_form(value: str) -> str:
+    """The end of an id made by `new_id` that no other id has: its number without leading zeros, and its process.
+
+    The front is nearly the same for all calls of an hour. Ids that users chose are returned whole.
+    """
+    made = _MADE_PATTERN.fullmatch(value)
+    return f"{made[1].lstrip('0') or '0'}-{made[2]}" if made else value
+
+
+def is_short_form(value: str) -> bool:
+    return bool(_SHORT_PATTERN.fullmatch(value))
+
+
+def named_by(part: str, ids: Iterable[str]) -> list[str]:
+    """Those of the ids that `part` may mean: the id itself, else its short form, else all that begin or end so."""
+    known = list(dict.fromkeys(ids))
+    for matches in (lambda i: i == part, lambda i: short_form(i) == part):
+        found = [i for i in known if matches(i)]
+        if found:
+            return found
+    return [i for i in known if i.startswith(part) or i.endswith(part)] if len(part) >= SHORTEST_PART else []
 
 
 def check_id(value: str, what: str) -> str:

@@ -125,3 +125,8 @@ class Keys:
 
     def held_starving(self, model: str) -> str:
         return f"{self.prefix}starving:{model}"
+
+
+def literal(prefix: str) -> str:
+    """The beginning of a key as a glob that matches nothing else."""
+    return "".join(f"\\{c}" if c in "[]*?\\" else c for c in prefix)

@@ -244,4 +244,3 @@ def _letter(entry: bytes, fields: Mapping[bytes, bytes], with_body: bool = False
         body_field=form,
         body=body if with_body else b"",
     )
-

@@ -12,7 +12,7 @@ from rsm.broker.connection.factory import connect_view
 from rsm.broker.errors import BadRecord, UnknownCall
 from rsm.broker.protocol.codec import number, real, text
 from rsm.broker.protocol.ids import check_id
-from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.keys import Keys, literal
 from rsm.broker.protocol.models import CallRecord
 from rsm.broker.protocol.rules import spoken_for
 from rsm.broker.protocol.snapshot import Speed
@@ -125,7 +125,7 @@ class Monitor:
         return CallRecord.from_hash(call_id, found)
 
     def active_calls(self, limit: int = 1000) -> list[ActiveCall]:
-        """Calls that wait or run, engine by engine in the order of their queues; at most `limit`."""
+        """Calls that run, then those that wait; engine by engine, in the order of their queues; at most `limit`."""
         found: list[ActiveCall] = []
         for where, engine, key in self._places():
             for raw in self._redis.zrange(key, 0, limit - len(found) - 1) if len(found) < limit else ():
@@ -145,7 +145,7 @@ class Monitor:
     def running_calls(self) -> list[CallRecord]:
         """Calls that run now, longest first: on engines, and those that their makers run themselves."""
         found = []
-        for key in self._redis.scan_iter(match=_literal(self.keys.session("")) + "*:calls", count=_SCAN, _type="set"):
+        for key in self._redis.scan_iter(match=literal(self.keys.session("")) + "*:calls", count=_SCAN, _type="set"):
             ids = [text(raw) for raw in self._redis.smembers(key)]
             pipe = self._redis.pipeline(transaction=False)
             for call_id in ids:
@@ -155,9 +155,9 @@ class Monitor:
         return sorted(found, key=lambda record: record.started_ms or 0)
 
     def _places(self) -> Iterator[tuple[str, str, str]]:
-        for engine in self.engine_ids():
-            yield "running", engine, self.keys.running(engine)
-            yield "queue", engine, self.keys.queue(engine)
+        engines = self.engine_ids()
+        yield from (("running", e, self.keys.running(e)) for e in engines)
+        yield from (("queue", e, self.keys.queue(e)) for e in engines)
         for key in self._parked_keys():
             yield "parked", "", text(key)
         yield from (("throttled", "", key) for key in self._held_keys())
@@ -165,7 +165,7 @@ class Monitor:
     def sessions(self) -> list[dict[str, Any]]:
         """The process table: every session whose entry has not expired, by program, most attained service first."""
         prefix = self.keys.session("")
-        keys = self._redis.scan_iter(match=_literal(prefix) + "*", count=_SCAN, _type="hash")
+        keys = self._redis.scan_iter(match=literal(prefix) + "*", count=_SCAN, _type="hash")
         rows = self._programs.view({text(key).removeprefix(prefix) for key in keys}, self.now_ms())
         return sorted(rows, key=lambda r: (-r["service"], r["program"], r["parent"] != "", r["session_id"]))
 
@@ -256,10 +256,5 @@ class Monitor:
         return sum(int(self._redis.zcard(key)) for key in self._parked_keys())
 
     def _parked_keys(self) -> Iterator[bytes]:
-        found: Iterator[bytes] = self._redis.scan_iter(match=_literal(self.keys.parked("")) + "*", count=_SCAN)
+        found: Iterator[bytes] = self._redis.scan_iter(match=literal(self.keys.parked("")) + "*", count=_SCAN)
         return found
-
-
-def _literal(prefix: str) -> str:
-    """A key prefix as a glob that matches nothing else."""
-    return "".join(f"\\{c}" if c in "[]*?\\" else c for c in prefix)

@@ -1,9 +1,8 @@
-"""`rsm acl`: Redis users for the parts."""
+"""`rsm acl`: Redis users for the processes."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ import typer
 from rsm.broker import InvalidRequest
 from rsm.broker.protocol.acl import ROLES, acl_file, password_hash
 from rsm.cli.app import app, settings_of
+from rsm.cli.files import read_text
 
 
 @app.command()
@@ -18,11 +18,13 @@ def acl(
     ctx: typer.Context,
     passwords: Annotated[
         str,
-        typer.Option(metavar="FILE", help="Lines `role password`, - = stdin; users without one are locked."),
+        typer.Option(
+            metavar="FILE", help="Lines of a role and its password; - reads stdin. Users without a password are locked."
+        ),
     ] = "",
 ) -> None:
-    """Prints an ACL file for this namespace: one user per role, passwords as hashes. See docs/operations.md."""
-    given = "" if not passwords else sys.stdin.read() if passwords == "-" else Path(passwords).read_text()
+    """Prints a Redis ACL file for this namespace: one user per role, passwords as hashes. See docs/operations.md."""
+    given = read_text(passwords, "The file of passwords") if passwords else ""
     sys.stdout.write(acl_file(settings_of(ctx).namespace, _hashes(given)))
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json as jsonlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
-from rsm.broker import CallEnded, CallHandle, Client, Delta, RsmError
+from rsm.broker import CallEnded, CallHandle, Client, Delta, RsmError, UnknownCall
 from rsm.broker.connection import execute
-from rsm.broker.protocol.ids import check_id
+from rsm.broker.protocol.ids import check_id, new_id
 from rsm.broker.protocol.models import EngineState, OnEngineLoss
+from rsm.broker.views.lookup import Lookup
 from rsm.broker.views.monitor import Monitor
 from rsm.cli.app import EXIT_FAILED, app, client_of
+from rsm.cli.completion import complete_open_call, complete_session
+from rsm.cli.files import read_text
 from rsm.cli.output import emit_json, note, record_json, say, say_error
+from rsm.cli.presence import Departure, Presence, TimeIsUp, undisturbed
+from rsm.cli.streams import EXIT_READER_GONE, OutputLost
 
 # What the end of a call may take beyond its deadline: the router looks for passed ones on a timer.
 _MARGIN_S = 3.0
@@ -35,60 +40,107 @@ _CANCEL_SAYS = {
 @app.command()
 def submit(
     ctx: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
-    session: Annotated[str | None, typer.Option(help="Program this call belongs to; none = one of its own.")] = None,
-    stream: Annotated[
-        bool | None, typer.Option("--stream/--no-stream", help="Print the text as it comes; the default on a terminal.")
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="- reads it from stdin.")],
+    session: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="The program that the call belongs to. Default: one of its own.",
+            autocompletion=complete_session,
+        ),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    model: Annotated[str, typer.Option(help="Only engines that serve it; none = any.")] = "",
-    priority: Annotated[int, typer.Option(help="-128 to 127; lower is earlier.")] = 0,
-    call_id: Annotated[str | None, typer.Option("--id", help="Chosen by you, it makes a repetition safe.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Send it as a chat message of the user.")] = False,
-    parent: Annotated[str | None, typer.Option(help="Session that this one works for, as its sub-agent.")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print the text as it comes. Default: on a terminal."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Most tokens to generate. Default: the engine's.")
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="NAME", help="Model that the engine must serve. Default: any.")] = "",
+    priority: Annotated[int, typer.Option(metavar="N", help="-128 to 127; lower runs earlier.")] = 0,
+    call_id: Annotated[
+        str | None,
+        typer.Option("--id", metavar="ID", help="Id of the call. Repeating a command with the same id is safe."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, metavar="T", help="Sampling temperature. Default: the engine's.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's chat message.")] = False,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID", help="Parent session, if this session is a sub-agent.", autocompletion=complete_session
+        ),
+    ] = None,
     on_engine_loss: Annotated[
-        OnEngineLoss, typer.Option(help="Its engine's process dies: go on elsewhere, begin anew, or fail.")
+        OnEngineLoss,
+        typer.Option(help="If its engine dies: continue on another one, restart from the beginning, or fail."),
     ] = "continue",
-    json: Annotated[bool, typer.Option("--json", help="The record with its result, as JSON.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="Seconds; a call not finished by then fails.", min=0.0)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the record with its result as JSON.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="The call fails if it takes longer.", min=0.0)
+    ] = None,
 ) -> None:
-    """Sends one call and prints its text. Ctrl-C cancels it. Exit status 1 if it failed or was cancelled."""
+    """Submits one call and prints its text. Exit status 1 if it failed or was cancelled.
+
+    Ctrl-C, SIGTERM, a closed terminal and a closed pipe (`| head`) cancel the call.
+    """
     live = sys.stdout.isatty() if stream is None else stream
     params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_text("-", "The prompt") if prompt == "-" else prompt
+    call_id = call_id or new_id()
     with client_of(ctx) as client:
         _warn_if_idle(client)
-        handle = client.submit(
-            {"messages": [{"role": "user", "content": text}]} if chat else text,
-            kind="chat.completions" if chat else "generate",
-            session=session,
-            id=call_id,
-            model=model,
-            priority=priority,
-            stream=live and not json,
-            timeout=timeout,
-            on_engine_loss=on_engine_loss,
-            parent_session=parent,
+        lookup = Lookup(client.keys, client.redis)
+        options: dict[str, Any] = {
+            "kind": "chat.completions" if chat else "generate",
+            "session": session and lookup.session_of_short_form(session),
+            "id": call_id,
+            "model": model,
+            "priority": priority,
+            "stream": live and not json,
+            "timeout": timeout,
+            "on_engine_loss": on_engine_loss,
+            "parent_session": parent and lookup.session_of_short_form(parent),
             **{name: value for name, value in params.items() if value is not None},
-        )
-        _follow(handle, timeout, _print_record if json else _print_text)
+        }
+        body = {"messages": [{"role": "user", "content": text}]} if chat else text
+        print_call = _print_record if json else _print_text
+        _attend(client, call_id, lambda: client.submit(body, **options), timeout, print_call)
 
 
-def _follow(handle: CallHandle, timeout: float | None, print_call: Callable[[CallHandle], None]) -> None:
-    """Prints the call until it ends, however it ends."""
+def _attend(
+    client: Client,
+    call_id: str,
+    submit: Callable[[], CallHandle],
+    timeout: float | None,
+    print_call: Callable[[CallHandle], None],
+) -> None:
+    """Submits the call and prints it until it ends. Whoever turns away from it cancels it: it must not go on unseen."""
     try:
-        with _at_most(None if timeout is None else timeout + _MARGIN_S):
+        with Presence() as presence:
+            handle = submit()
+            presence.until = None if timeout is None else time.monotonic() + timeout + _MARGIN_S
             print_call(handle)
+            sys.stdout.flush()
     except CallEnded as e:
         raise _sentence(e) from None
-    except _TimeIsUp:
+    except TimeIsUp:
         raise RsmError(
-            f"Call {handle.id} has not ended after {timeout:g} s, nor has its deadline been seen: "
+            f"Call {call_id} has not ended after {timeout:g} s, nor has its deadline been noticed: "
             "is a router running? `rsm doctor` says."
         ) from None
     except KeyboardInterrupt:
-        _stop(handle)
+        say_error(_stop(client, call_id, "Ctrl-C"))
+        raise typer.Exit(EXIT_FAILED) from None
+    except OutputLost as e:
+        _stop(client, call_id, str(e))
+        raise
+    except Departure as e:
+        said = _stop(client, call_id, e.why)
+        if e.status != EXIT_READER_GONE:
+            say_error(said)
+        raise typer.Exit(e.status) from None
 
 
 def _sentence(end: CallEnded) -> RsmError:
@@ -106,19 +158,22 @@ def _print_text(handle: CallHandle) -> None:
         for delta in handle.stream():
             write(_text_of(delta))
             sys.stdout.flush()
-    finally:
-        write("\n")
+    except BaseException:
+        with suppress(OutputLost):
+            write("\n")
+        raise
+    write("\n")
 
 
 def _print_record(handle: CallHandle) -> None:
     handle.wait()
-    record = handle.record()  # the end's news leave out what was known before, such as why the engine was chosen
+    record = handle.record()  # the end's event leaves out what was known before, such as why the engine was chosen
     emit_json(record_json(record))
     record.outcome()
 
 
 def _text_of(delta: Delta) -> str:
-    """The text in a piece; that of a chat comes inside the chunks of OpenAI's protocol."""
+    """The text in a chunk; that of a chat comes inside the chunks of OpenAI's protocol."""
     return delta.text + "".join(_chunk_text(jsonlib.loads(chunk)) for chunk in delta.chunks)
 
 
@@ -127,14 +182,17 @@ def _chunk_text(chunk: Any) -> str:
     return choices[0].get("text") or (choices[0].get("delta") or {}).get("content") or ""
 
 
-def _stop(handle: CallHandle) -> None:
-    """Ctrl-C: the call must not go on unseen."""
-    handle.cancel("Ctrl-C in `rsm submit`")
-    try:
-        record = handle.wait(_CANCEL_S)
-    except TimeoutError:
-        raise RsmError(f"Call {handle.id} is being cancelled; its engine has not answered yet.") from None
-    raise RsmError(f"Call {handle.id} {record.state.lower()}.")
+def _stop(client: Client, call_id: str, why: str) -> str:
+    """Cancels the call; returns a sentence on what became of it."""
+    with undisturbed():
+        client.cancel(call_id, f"{why} in `rsm submit`")
+        try:
+            record = client.handle(call_id).wait(_CANCEL_S)
+        except TimeoutError:
+            return f"Call {call_id} is being cancelled; its engine has not answered yet."
+        except UnknownCall:
+            return f"Call {call_id} was not submitted."
+    return f"Call {call_id} {record.state.lower()}."
 
 
 def _warn_if_idle(client: Client) -> None:
@@ -143,49 +201,35 @@ def _warn_if_idle(client: Client) -> None:
         note("No engine is ready: the call waits until one is. `rsm engines` and `rsm doctor` say more.")
 
 
-class _TimeIsUp(BaseException):
-    """No Exception, and no TimeoutError above all: the Redis client would take that for a cut line and try again."""
-
-
-@contextmanager
-def _at_most(seconds: float | None) -> Iterator[None]:
-    """Raises _TimeIsUp in the main thread after so many seconds."""
-    if seconds is None:
-        yield
-        return
-
-    def ring(*_: object) -> None:
-        raise _TimeIsUp
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @app.command()
 def cancel(
     ctx: typer.Context,
-    call_id: Annotated[str | None, typer.Argument(metavar="[CALL]", show_default=False)] = None,
-    session: Annotated[
-        str | None, typer.Option(help="All calls of this session and of its sub-agents, on all engines.")
+    call_id: Annotated[
+        str | None, typer.Argument(metavar="CALL", show_default=False, autocompletion=complete_open_call)
     ] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="Of the session alone: its sub-agents go on.")] = False,
-    reason: Annotated[str, typer.Option(help="Kept in the records.")] = "",
+    session: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="All calls of this session and of its sub-agents, on all engines.",
+            autocompletion=complete_session,
+        ),
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="With --session: leave its sub-agents running.")] = False,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the records.")] = "",
 ) -> None:
     """Cancels a call, or all calls of a session. Exit status 1 if there was nothing to cancel."""
     if (call_id is None) == (session is None):
         raise typer.BadParameter("name either a call or a --session")
     with client_of(ctx) as client:
+        lookup = Lookup(client.keys, client.redis)
         if session is not None:
-            ended = client.cancel_session(session, reason, descendants=not alone)
-            say(f"{ended} calls of session {session} cancelled." if ended else f"Session {session} has no open call.")
+            whole = lookup.session(session)
+            ended = client.cancel_session(whole, reason, descendants=not alone)
+            say(f"{ended} calls of session {whole} cancelled." if ended else f"Session {whole} has no open call.")
             took_effect = ended > 0
         else:
-            took_effect = _cancel_one(client, call_id or "", reason)
+            took_effect = _cancel_one(client, lookup.call(call_id or ""), reason)
     if not took_effect:
         raise typer.Exit(EXIT_FAILED)
 

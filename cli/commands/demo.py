@@ -8,7 +8,7 @@ import typer
 
 from rsm.broker import InvalidRequest
 from rsm.cli.app import EXIT_FAILED, app
-from rsm.cli.options import default_backend
+from rsm.cli.engine_options import default_backend
 
 
 @app.command()

@@ -9,23 +9,24 @@ import typer
 from rsm.broker.connection.topology import shown_url
 from rsm.cli import tables
 from rsm.cli.app import EXIT_FAILED, app, settings_of
-from rsm.cli.commands.views import Json
-from rsm.cli.output import console, emit_json
+from rsm.cli.options import Json, Output, form_of
+from rsm.cli.output import emit_json, say, show
 
 
 @app.command()
-def doctor(ctx: typer.Context, json: Json = False) -> None:
-    """Checks Redis, routers, engines and queues, and says what to do. Exit status 1 if there is a problem."""
+def doctor(ctx: typer.Context, json: Json = False, output: Output = None) -> None:
+    """Checks Redis, routers, engines and queues, and advises. Exit status 1 if there is a problem."""
     from rsm.cli.checks import examine
 
+    form = form_of(output, json)
     settings = settings_of(ctx)
     checks = [asdict(check) for check in examine(settings)]
-    if json:
+    if form == "json":
         where = {"redis": shown_url(settings.url()), "namespace": settings.namespace}
         emit_json({**where, "healthy": not _problems(checks), "checks": checks})
     else:
-        console().print(f"Redis {shown_url(settings.url())}, namespace {settings.namespace}")
-        console().print(tables.checks_table(checks))
+        say(f"Redis {shown_url(settings.url())}, namespace {settings.namespace}")
+        show(tables.checks_table(checks), form=form)
     if _problems(checks):
         raise typer.Exit(EXIT_FAILED)
 

@@ -12,20 +12,23 @@ from rsm.broker.connection import execute
 from rsm.broker.protocol.ids import check_id
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
+from rsm.broker.views.lookup import one_of
 from rsm.broker.views.monitor import Monitor
 from rsm.cli.app import app, server_of, settings_of
+from rsm.cli.completion import complete_engine
 from rsm.cli.output import say
 
 
 @app.command()
 def drain(
     ctx: typer.Context,
-    engine_id: Annotated[str, typer.Argument(metavar="ENGINE")],
+    engine_id: Annotated[str, typer.Argument(metavar="ENGINE", autocompletion=complete_engine)],
     stop: Annotated[bool, typer.Option("--stop", help="End the worker once its running calls are done.")] = False,
 ) -> None:
-    """Takes an engine out of service: its waiting calls go to others, its running ones finish."""
+    """Takes an engine out of service. Waiting calls move to other engines; running calls finish."""
     settings = settings_of(ctx)
     with server_of(ctx) as server:
+        engine_id = one_of(engine_id.strip("…"), Monitor(settings, server).engine_ids(), "engine")
         moved = order_drain(settings, server, engine_id, "stop" if stop else "drain")
         running = Monitor(settings, server).engine(engine_id)["running"]
     say(f"Engine {engine_id} takes no new calls: {moved} waiting ones went to others, {running} are running.")

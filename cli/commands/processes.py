@@ -12,7 +12,7 @@ from rsm.broker import EngineFailed, Settings, logs
 from rsm.broker.protocol.models import EngineState
 from rsm.cli.app import app, monitor_of, require_redis, server_of, settings_of
 from rsm.cli.commands.drain import order_drain
-from rsm.cli.options import (
+from rsm.cli.engine_options import (
     Backend,
     BaseUrl,
     EngineArg,

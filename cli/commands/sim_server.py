@@ -9,22 +9,24 @@ import typer
 
 from rsm.broker import logs
 from rsm.cli.app import app, settings_of
-from rsm.cli.options import EngineArg, MaxNumSeqs, Model, engine_config
+from rsm.cli.engine_options import EngineArg, MaxNumSeqs, Model, engine_config
 from rsm.cli.output import say
 
 
 @app.command("sim-server")
 def sim_server(
     ctx: typer.Context,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one; the first line printed names it.")],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="0 = any free one; the first line printed names it.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     model: Model = "",
     max_num_seqs: MaxNumSeqs = 256,
     engine_arg: EngineArg = None,
 ) -> None:
-    """A simulated engine as an OpenAI-compatible HTTP server, in the foreground: what `vllm serve` is for a real one.
+    """Serves a simulated engine over OpenAI's HTTP API, as `vllm serve` does with a real one.
 
-    For trying out and measuring what speaks to such servers: `--backend openai`, and other products' routers.
+    For trying out and measuring whatever speaks to such servers: `--backend openai`, and other products' routers.
     """
     from rsm.workers.backends.factory import create_backend
     from rsm.workers.backends.sim.backend import SimBackend

@@ -10,9 +10,9 @@ import typer
 
 from rsm.broker import InvalidRequest
 from rsm.cli.app import app, settings_of
-from rsm.cli.commands.views import Json
-from rsm.cli.options import EngineArg, MaxNumSeqs, pair
-from rsm.cli.output import console, emit_json, note, table
+from rsm.cli.engine_options import EngineArg, MaxNumSeqs, pair
+from rsm.cli.options import Json
+from rsm.cli.output import emit_json, note, show, table
 
 _HOUR_S = 3600.0
 
@@ -21,25 +21,38 @@ _HOUR_S = 3600.0
 def simulate(
     ctx: typer.Context,
     workload: Annotated[
-        Path | None, typer.Option(help="Programs as JSON lines; none = conversations that come at --rate.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Programs as JSON lines. Default: conversations that arrive at --rate."),
     ] = None,
-    rate: Annotated[float, typer.Option(min=0.001, help="Conversations a second, for the whole fleet.")] = 1.0,
-    seconds: Annotated[float, typer.Option(min=1.0, help="Virtual time after which the run is broken off.")] = _HOUR_S,
-    engines: Annotated[int, typer.Option(min=1, help="How many.")] = 1,
+    rate: Annotated[
+        float, typer.Option(min=0.001, metavar="N", help="Conversations per second, for the whole fleet.")
+    ] = 1.0,
+    seconds: Annotated[
+        float, typer.Option(min=1.0, metavar="N", help="Virtual seconds after which the run ends.")
+    ] = _HOUR_S,
+    engines: Annotated[int, typer.Option(min=1, metavar="N", help="How many.")] = 1,
     policy: Annotated[
-        str, typer.Option(help="Routing policy, by name or package.module:Class; none = RSM_POLICY.")
+        str, typer.Option(metavar="NAME", help="Routing policy, or package.module:Class. Default: RSM_POLICY.")
     ] = "",
-    engine_scheduler: Annotated[str, typer.Option(help="Inside the engines: fcfs, priority or plas.")] = "plas",
+    engine_scheduler: Annotated[
+        str, typer.Option(metavar="NAME", help="In the engines: fcfs, priority or plas.")
+    ] = "plas",
     times_file: Annotated[
-        Path | None, typer.Option(help="What `rsm calibrate` wrote; none = an 8B model on one H100, by its data sheet.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What `rsm calibrate` wrote. Default: an 8B model on one H100, by its data sheet."
+        ),
     ] = None,
     max_num_seqs: MaxNumSeqs = 256,
     engine_arg: EngineArg = None,
-    seed: Annotated[int, typer.Option(help="Of the conversations, and of what varies in the run.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the conversations and of the run.")] = 1,
     json: Json = False,
 ) -> None:
-    """Runs a fleet in virtual time, with the router's own policies and the schedulers' own code, and says how programs
-    fared. Needs no Redis and no engine; an hour of many engines takes about a minute."""
+    """Simulates a fleet in virtual time and reports how programs fared.
+
+    The routing policies and schedulers are those of real deployments. No Redis and no engine is needed.
+    An hour of many engines takes about a minute.
+    """
     from rsm.simulation.fleet import FleetConfig, SimFleet
     from rsm.simulation.summary import summary
     from rsm.simulation.workload.conversations import conversations
@@ -64,7 +77,7 @@ def simulate(
         emit_json(figures)
         return
     rows = [(_LABELS.get(name, name), _shown(value)) for name, value in figures.items()]
-    console().print(table(f"{engines} x {sim.model}, {config.policy}, {sim.scheduler}", ("", ""), rows))
+    show(table(f"{engines} x {sim.model}, {config.policy}, {sim.scheduler}", ("", ""), rows))
     if figures["unfinished"] and seconds < inf:
         note(f"{figures['unfinished']} programs had come and were not done after {seconds:g} s.")
 

@@ -9,7 +9,7 @@ import typer
 
 from rsm.broker import InvalidRequest
 from rsm.cli.app import app, settings_of
-from rsm.cli.options import (
+from rsm.cli.engine_options import (
     Backend,
     EngineArg,
     MaxNumSeqs,

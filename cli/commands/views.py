@@ -13,51 +13,62 @@ from rich.live import Live
 from rich.text import Text
 
 from rsm.broker import EngineFailed
+from rsm.broker.errors import BrokerUnavailable
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.views.monitor import Monitor
 from rsm.cli import tables
-from rsm.cli.app import app, monitor_of
-from rsm.cli.output import console, emit_json, record_json
+from rsm.cli.app import app, lookup_of, monitor_of
+from rsm.cli.completion import complete_call, complete_engine
+from rsm.cli.options import Form, Json, Output, Watch, form_of
+from rsm.cli.output import console_for, emit_json, on_terminal, record_json, room_for, show
 
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")]
-Watch = Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second, until Ctrl-C.")]
 _REFRESH_S = 1.0
 
-View = Callable[[Monitor], tuple[Any, RenderableType]]
+# What a view shows: as JSON, and as a table for a terminal of so many columns; none = a wide one.
+View = Callable[[Monitor, int | None], tuple[Any, RenderableType]]
 
 
 @app.command()
 def ps(
     ctx: typer.Context,
     json: Json = False,
+    output: Output = None,
     watch: Watch = False,
     limit: Annotated[int, typer.Option(min=1, help="Most calls to show.")] = 200,
 ) -> None:
-    """Calls that wait or run, engine by engine in the order of their queues."""
+    """Lists unfinished calls: running ones first, then waiting ones in the order of their queues."""
 
-    def view(monitor: Monitor) -> tuple[Any, RenderableType]:
+    def view(monitor: Monitor, room: int | None) -> tuple[Any, RenderableType]:
         calls = monitor.active_calls(limit)
-        return tables.calls_json(calls), tables.calls_table(calls, monitor.backlog(), monitor.now_ms(), monitor.usage())
+        shown = tables.calls_table(calls, monitor.backlog(), monitor.now_ms(), monitor.usage(), room=room, limit=limit)
+        return tables.calls_json(calls), shown
 
-    _show(ctx, view, json, watch)
+    _show(ctx, view, form_of(output, json), watch)
 
 
 @app.command()
 def engines(
     ctx: typer.Context,
     json: Json = False,
+    output: Output = None,
     watch: Watch = False,
+    everything: Annotated[bool, typer.Option("--all", "-a", help="Also those that have stopped or died.")] = False,
     ready: Annotated[
-        str | None, typer.Option(metavar="ENGINE", help="For health checks: status 1 unless this engine is READY.")
+        str | None,
+        typer.Option(
+            metavar="ENGINE",
+            help="For health checks: exit status 1 unless this engine is READY.",
+            autocompletion=complete_engine,
+        ),
     ] = None,
 ) -> None:
-    """Engines: state, load, KV cache, heartbeat."""
+    """Lists engines: state, load, KV cache, last heartbeat."""
 
-    def view(monitor: Monitor) -> tuple[Any, RenderableType]:
+    def view(monitor: Monitor, room: int | None) -> tuple[Any, RenderableType]:
         found = monitor.engines()
-        return found, tables.engines_table(found, monitor.now_ms())
+        return found, tables.engines_table(found, monitor.now_ms(), room=room, everything=everything)
 
-    _show(ctx, view, json, watch)
+    _show(ctx, view, form_of(output, json), watch)
     if ready is not None:
         with monitor_of(ctx) as monitor:
             _require_ready(monitor, ready)
@@ -70,65 +81,86 @@ def _require_ready(monitor: Monitor, engine_id: str) -> None:
 
 
 @app.command()
-def sessions(ctx: typer.Context, json: Json = False) -> None:
-    """The process table: programs, what they have used, where their KV cache is."""
+def sessions(ctx: typer.Context, json: Json = False, output: Output = None, watch: Watch = False) -> None:
+    """Lists programs and their sessions: running ones first, then by last activity."""
 
-    def view(monitor: Monitor) -> tuple[Any, RenderableType]:
-        found = monitor.sessions()
-        return found, tables.sessions_table(found, monitor.now_ms(), monitor.service_unit())
+    def view(monitor: Monitor, room: int | None) -> tuple[Any, RenderableType]:
+        found = tables.running_first(monitor.sessions())
+        return found, tables.sessions_table(found, monitor.now_ms(), monitor.service_unit(), room=room)
 
-    _show(ctx, view, json)
+    _show(ctx, view, form_of(output, json), watch)
 
 
 @app.command()
-def call(ctx: typer.Context, call_id: Annotated[str, typer.Argument(metavar="ID")], json: Json = False) -> None:
-    """One call: why it went to its engine, when what happened, attempts, error, result."""
+def call(
+    ctx: typer.Context,
+    call_id: Annotated[str, typer.Argument(metavar="ID", autocompletion=complete_call)],
+    json: Json = False,
+    output: Output = None,
+) -> None:
+    """Shows one call: why it went to its engine, when what happened, attempts, error, result."""
+    with lookup_of(ctx) as lookup:
+        whole = lookup.call(call_id)
 
-    def view(monitor: Monitor) -> tuple[Any, RenderableType]:
-        record = monitor.call(call_id)
+    def view(monitor: Monitor, _: int | None) -> tuple[Any, RenderableType]:
+        record = monitor.call(whole)
         return record_json(record), tables.call_table(record, monitor.now_ms())
 
-    _show(ctx, view, json)
+    _show(ctx, view, form_of(output, json))
 
 
 @app.command()
-def stats(ctx: typer.Context, json: Json = False) -> None:
-    """Totals since the namespace began, and what waits and runs now."""
+def stats(ctx: typer.Context, json: Json = False, output: Output = None) -> None:
+    """Shows totals since the namespace began, and what waits and runs now."""
 
-    def view(monitor: Monitor) -> tuple[Any, RenderableType]:
+    def view(monitor: Monitor, _: int | None) -> tuple[Any, RenderableType]:
         found = monitor.stats()
         return found, tables.stats_table(found)
 
-    _show(ctx, view, json)
+    _show(ctx, view, form_of(output, json))
 
 
-def _show(ctx: typer.Context, view: View, json: bool, watch: bool = False) -> None:
-    if json and watch:
+def _show(ctx: typer.Context, view: View, form: Form, watch: bool = False) -> None:
+    if form == "json" and watch:
         raise typer.BadParameter("--json and --watch do not go together")
     with monitor_of(ctx) as monitor:
         if watch:
-            _watch(monitor, view)
+            _watch(monitor, view, form)
             return
-        value, renderable = view(monitor)
-    if json:
+        value, renderable = view(monitor, room_for(form))
+    if form == "json":
         emit_json(value)
     else:
-        console().print(renderable)
+        show(renderable, form=form)
 
 
-def _watch(monitor: Monitor, view: View) -> None:
-    """Shows a view again and again. A Redis that is away for a while is said so, and waited for."""
-    with Live(console=console(), auto_refresh=False, screen=False) as live:
-        try:
-            while True:
-                live.update(_render(monitor, view), refresh=True)
-                time.sleep(_REFRESH_S)
-        except KeyboardInterrupt:
-            return
-
-
-def _render(monitor: Monitor, view: View) -> RenderableType:
+def _watch(monitor: Monitor, view: View, form: Form) -> None:
+    """Shows a view again and again. A Redis that is away for a while is reported, and waited for."""
     try:
-        return view(monitor)[1]
-    except redis.RedisError as e:
+        if on_terminal():
+            _watch_in_place(monitor, view, form)
+        else:
+            _watch_in_turn(monitor, view, form)
+    except KeyboardInterrupt:
+        return
+
+
+def _watch_in_place(monitor: Monitor, view: View, form: Form) -> None:
+    with Live(console=console_for(form), auto_refresh=False, screen=False) as live:
+        while True:
+            live.update(_render(monitor, view, form), refresh=True)
+            time.sleep(_REFRESH_S)
+
+
+def _watch_in_turn(monitor: Monitor, view: View, form: Form) -> None:
+    """One after the other, for a file or a pipe."""
+    while True:
+        show(_render(monitor, view, form), form=form)
+        time.sleep(_REFRESH_S)
+
+
+def _render(monitor: Monitor, view: View, form: Form) -> RenderableType:
+    try:
+        return view(monitor, room_for(form))[1]
+    except (redis.RedisError, BrokerUnavailable) as e:
         return Text(f"Redis does not answer ({type(e).__name__}); trying again.", style="bold red")

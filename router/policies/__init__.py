@@ -39,7 +39,8 @@ def create_policy(settings: Settings) -> Policy:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as e:  # the last two: no module path at all
         raise InvalidRequest(
-            f"There is no routing policy {name!r} ({e}). Use one of {', '.join(POLICIES)}, or package.module:Class."
+            f"There is no routing policy {name!r} ({e}). Use one of {', '.join(POLICIES)}, or package.module:Class "
+            "(RSM_POLICY)."
         ) from e
     if not (isinstance(found, type) and issubclass(found, Policy)) or isabstract(found):
         raise InvalidRequest(f"{name!r} is not a subclass of rsm.router.Policy with a method `choose`.")

@@ -28,8 +28,10 @@ def read_workload(path: Path) -> list[ProgramSpec]:
     programs: list[ProgramSpec] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise InvalidRequest(f"The workload {path} cannot be read: {e}") from e
+    except OSError as e:
+        raise InvalidRequest(f"The workload {path} cannot be read: {e.strerror}.") from e
+    except UnicodeDecodeError as e:
+        raise InvalidRequest(f"The workload {path} cannot be read: it is not text in UTF-8.") from e
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
 import pytest
 import redis
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from rsm.broker import CallRecord, CallResult, Client, RequestState, Settings
+from rsm.broker import Client, Settings
 from rsm.broker.connection.topology import shown_url
 from rsm.broker.protocol.transitions import Transitions
-from rsm.broker.views.monitor import ActiveCall
-from rsm.cli import app, tables
+from rsm.cli import app
 from rsm.cli.app import hoist
 from rsm.cli.checks import Check, examine
+from rsm.cli.engine_options import pair
 from rsm.cli.foreground import next_lines, redis_cli
-from rsm.cli.options import pair
 from rsm.cli.output import seconds
 from tests.support.fake_worker import FakeWorker
 
@@ -32,17 +29,6 @@ def _no_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rsm(settings: Settings, *args: str) -> Result:
     return CliRunner().invoke(app, ["--redis", settings.url(), "--namespace", settings.namespace, *args])
-
-
-def printed(renderable: Any, width: int = 200) -> str:
-    out = Console(file=io.StringIO(), width=width)
-    out.print(renderable)
-    return str(out.file.getvalue())  # type: ignore[attr-defined]
-
-
-def record(**changes: Any) -> CallRecord:
-    base: dict[str, Any] = {"request_id": "c", "state": RequestState.RUNNING, "session_id": "s", "submitted_ms": 1000}
-    return CallRecord(**{**base, **changes})
 
 
 @pytest.mark.parametrize(
@@ -86,67 +72,6 @@ def test_next_lines_work_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     body = '\'{"prompt":"hi","max_tokens":8}\''
     assert f"redis-cli -u redis://host:1/0 XADD '{{ns}}:calls' '*' id c1 session s1 json {body}" in lines
     assert redis_cli(Settings().with_redis("unix:///a b/redis.sock")) == "redis-cli -s '/a b/redis.sock'"
-
-
-def test_calls_table_shows_since_when_they_run_or_wait() -> None:
-    calls = [
-        ActiveCall("r", "running", "e1", record(request_id="r", started_ms=3000)),
-        ActiveCall("w", "parked", "", record(request_id="w", state=RequestState.PENDING)),
-    ]
-    shown = printed(tables.calls_table(calls, 2, now_ms=5000))
-    assert "2.0 s" in shown
-    assert "4.0 s" in shown
-    assert "(none ready)" in shown
-    assert "1 running, 1 waiting, 2 not yet routed" in shown
-    assert [c["where"] for c in json.loads(json.dumps(tables.calls_json(calls)))] == ["running", "parked"]
-
-
-def test_a_held_call_is_told_from_one_that_no_engine_serves() -> None:
-    waiting = record(request_id="h", state=RequestState.PENDING, why="no room")
-    shown = printed(tables.calls_table([ActiveCall("h", "throttled", "", waiting)], 0, now_ms=5000))
-    assert "(held)" in shown
-    assert "0 running, 1 waiting (1 held until there is room)" in shown
-    assert "why it waits" in printed(tables.call_table(waiting, now_ms=5000))
-
-
-def test_call_table_tells_the_story() -> None:
-    result = CallResult("c", "s", "e1", "[bold]text[/]", [1], 9, 2, 4, "stop", 3.0, 1.0, 1.5, 2)
-    ended = record(
-        state=RequestState.CANCELLED, engine_id="e1", why="it is [here]", attempt=2, started_ms=2000, finished_ms=4000,
-        assigned_ms=1100, error="enough", result=result, stolen_from=("e7", "e8"), costs={"e1": 0.1, "e7": 2.5},
-    )  # fmt: skip
-    shown = printed(tables.call_table(ended, now_ms=9000))
-    for part in (
-        "it is [here]",
-        "enough",
-        "100 ms",
-        "1.0 s",
-        "2.0 s",
-        "2 out, 9 in, 4 cached",
-        "[bold]text[/]",
-        "8.0 s",
-        "e7, e8",
-        "e1 0.1 s, e7 2.5 s",
-    ):
-        assert part in shown
-    assert "deadline" not in shown
-
-
-def test_sessions_table_shows_what_the_scheduler_goes_by() -> None:
-    row = {
-        "session_id": "sub", "parent": "main", "program": "main", "service": 5000, "level": 2, "waited_ms": 3000,
-        "ran_ms": 2000, "wait_ratio": 1.5, "active": 7, "engines": ["e1", "e2"], "completed": 1, "cancelled": 2,
-        "failed": 3, "resident_tokens": {"e1": 40}, "last_arrival_ms": 1000,
-    }  # fmt: skip
-    shown = printed(tables.sessions_table([row], 5000, "kv"), width=200)
-    for part in ("main", "SERVICE (kv)", "5000", "3.0 s", "2.0 s", "1.50", "e1, e2", "e1 (40 tokens)", "4.0 s ago"):
-        assert part in shown
-
-
-def test_empty_tables_are_sentences() -> None:
-    assert "rsm up" in printed(tables.engines_table([], 0))
-    assert "No sessions" in printed(tables.sessions_table([], 0))
-    assert "No dead letters" in printed(tables.dead_table([], 0))
 
 
 def test_json_on_stdout_and_nothing_else(settings: Settings, client: Client, transitions: Transitions) -> None:

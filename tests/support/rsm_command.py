@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +93,41 @@ class Deployment:
             self.gone()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.log.unlink(missing_ok=True)
+
+
+def on_a_terminal(
+    command: Sequence[str], env: Mapping[str, str], columns: int = 80
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Starts a program as the leader of a terminal of its own; also returns the terminal's other end, to be closed."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    plain = {name: value for name, value in env.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    process = subprocess.Popen(
+        list(command),
+        env=plain,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    return process, ours
+
+
+def typed(command: Sequence[str], env: Mapping[str, str], columns: int = 80) -> str:
+    """What a program shows on a terminal of so many columns, without colours."""
+    process, terminal = on_a_terminal(command, env, columns)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    except OSError:  # nobody has the other end open any more
+        pass
+    finally:
+        os.close(terminal)
+    process.wait(30)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
 
 
 def clean_env() -> dict[str, str]:

@@ -109,7 +109,8 @@ def create_unit(name: str) -> ServiceUnit:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as e:  # the last two: no module path at all
         raise InvalidRequest(
-            f"There is no service unit {name!r} ({e}). Use one of {', '.join(UNITS)}, or package.module:Class."
+            f"There is no service unit {name!r} ({e}). Use one of {', '.join(UNITS)}, or package.module:Class "
+            "(RSM_SERVICE_UNIT)."
         ) from e
     if not (isinstance(found, type) and issubclass(found, ServiceUnit)) or isabstract(found):
         raise InvalidRequest(f"{name!r} is not a subclass of rsm.workers.ServiceUnit with a method `service`.")

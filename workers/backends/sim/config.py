@@ -143,5 +143,7 @@ def read_times(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
         return dict(read["times"]), dict(read.get("engine", {}))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except OSError as e:
+        raise ValueError(f"times_file {path} cannot be read: {e.strerror}.") from e
+    except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"times_file {path} is not what `rsm calibrate` writes: {type(e).__name__}: {e}") from e

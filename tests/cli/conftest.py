@@ -1,0 +1,27 @@
+"""One `rsm up` for all tests that leave it as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from rsm.broker import Client
+from tests.support.rsm_command import Deployment
+
+
+@pytest.fixture(scope="session")
+def standing() -> Iterator[Deployment]:
+    """Two engines with steps of 20 ms. Tests cancel the calls that they leave unfinished."""
+    deployment = Deployment("standing", "--engines", "2", "--max-num-seqs", "64", "--engine-arg", "step_s=0.02")
+    try:
+        deployment.up("e0", "e1")
+        yield deployment
+    finally:
+        deployment.clean_up()
+
+
+@pytest.fixture
+def producer(standing: Deployment) -> Iterator[Client]:
+    with Client(settings=standing.settings) as made:
+        yield made
