@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rsm.cli.app import app
-from rsm.cli.commands import acl, calibrate, calls, dead, demo, doctor, drain, sim_server, simulate
+from rsm.cli.commands import acl, calibrate, calls, dead, demo, doctor, drain, nodes, sim_server, simulate
 from rsm.cli.commands import processes as parts
 from rsm.cli.commands import views as show
 
@@ -17,6 +17,7 @@ __all__ = [
     "doctor",
     "drain",
     "main",
+    "nodes",
     "parts",
     "show",
     "sim_server",
