@@ -10,6 +10,7 @@ from rsm.broker import EngineFailed, Settings
 from rsm.broker.views.dead_letters import Replayed
 from rsm.cli import tables
 from rsm.cli.app import EXIT_FAILED, app, dead_letters_of, monitor_of, settings_of
+from rsm.cli.commands.nodes import ordering
 from rsm.cli.commands.views import Json
 from rsm.cli.output import console, emit_json, say, say_error, table
 
@@ -67,7 +68,7 @@ def replay(
 
 
 def _by_a_node(settings: Settings, node: str | None, ref: str, timeout_s: float) -> dict[str, Any]:
-    from rsm.workers.supervision.node import NodeClient, listening
+    from rsm.workers.supervision.node import listening
 
     nodes = [node] if node else listening(settings)
     if not nodes:
@@ -75,7 +76,8 @@ def _by_a_node(settings: Settings, node: str | None, ref: str, timeout_s: float)
             f"No node of namespace {settings.namespace} listens, so nobody would do it: start one by "
             "`rsm node --name NAME`, or add --now to replay from here."
         )
-    return NodeClient(nodes[0], settings).replay(ref, timeout_s)
+    with ordering(settings, nodes[0]) as client:
+        return client.replay(ref, timeout_s)
 
 
 def _tell(done: Replayed) -> bool:

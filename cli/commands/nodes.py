@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,10 +26,40 @@ from rsm.cli.commands.processes import (
     TensorParallel,
     engine_config,
 )
-from rsm.cli.output import say
+from rsm.cli.output import say, say_error
+
+if TYPE_CHECKING:
+    from rsm.workers.supervision.node import NodeClient
 
 _POLL_S = 0.1
 _LEAVE_MARGIN_S = 20.0
+# By which a command is ended from outside; the second comes when its terminal is gone.
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def ordering(settings: Settings, node: str) -> Iterator[NodeClient]:
+    """A client for orders to a node. They are withdrawn also if this command is ended by SIGTERM or SIGHUP."""
+    from rsm.workers.supervision.node import NodeClient
+
+    require_redis(settings)
+    before = {number: signal.getsignal(number) for number in _ENDS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _end)
+    try:
+        yield NodeClient(node, settings)
+    except (KeyboardInterrupt, SystemExit):
+        say_error(f"The order to node {node} is withdrawn.")
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: Any) -> None:
+    """An exception, so that what waits is given up in order; the status is that of a process that a signal ended."""
+    raise SystemExit(128 + number)
 
 
 @app.command()
@@ -58,14 +91,12 @@ def start(
     engine_scheduler: Scheduler = None,
     timeout: Annotated[float, typer.Option(help="Seconds it may take to come up.")] = 900.0,
 ) -> None:
-    """Starts an engine on another host and waits until it is READY."""
-    from rsm.workers.supervision.node import NodeClient
-
+    """Starts an engine on another host and waits until it is READY. Ctrl-C withdraws the order and undoes the start."""
     config = engine_config(
         engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg, engine_scheduler
     )
-    require_redis(settings_of(ctx))
-    status = NodeClient(node, settings_of(ctx)).start_engine(config, timeout)
+    with ordering(settings_of(ctx), node) as client:
+        status = client.start_engine(config, timeout)
     say(f"Engine {engine_id} is {status['state']} on {node}: {status['model']}.")
 
 
@@ -77,10 +108,8 @@ def stop(
 ) -> None:
     """Stops an engine: its waiting calls go to others, its running ones may finish within the grace."""
     if node is not None:
-        from rsm.workers.supervision.node import NodeClient
-
-        require_redis(settings_of(ctx))
-        NodeClient(node, settings_of(ctx)).stop_engine(engine_id)
+        with ordering(settings_of(ctx), node) as client:
+            client.stop_engine(engine_id)
     else:
         with server_of(ctx) as server:
             order_drain(settings_of(ctx), server, engine_id, "stop")

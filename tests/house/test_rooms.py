@@ -156,7 +156,7 @@ ENVIRONMENT = {
     "rsm.broker.settings": "the settings themselves, and folders",
     "rsm.broker.child_process": "hands it on",
     "rsm.workers.supervision.supervisor": "hands it on",
-    "rsm.workers.supervision.node": "hands it on",
+    "rsm.workers.supervision.node_jobs": "hands it on",
     "rsm.workers.backends.vllm.args": "vLLM's own variables and CUDA's",
     "rsm.workers.__main__": "a program",
     "rsm.cli.commands.processes": "a program",
