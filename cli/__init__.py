@@ -13,6 +13,7 @@ from rsm.cli.commands import (
     demo,
     doctor,
     drain,
+    nodes,
     processes,
     sim_server,
     simulate,
@@ -23,7 +24,7 @@ from rsm.cli.streams import OutputLost, as_utf8, ended, guard
 
 __all__ = ["app", "main"]
 
-_COMMANDS = (acl, calibrate, calls, dead, demo, doctor, drain, processes, sim_server, simulate, up, views)
+_COMMANDS = (acl, calibrate, calls, dead, demo, doctor, drain, nodes, processes, sim_server, simulate, up, views)
 
 
 def main() -> None:

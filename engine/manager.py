@@ -113,7 +113,7 @@ class MultiEngineManager:
             node: the host to start it on, where `rsm node` runs; none = this one.
 
         Raises:
-            EngineFailed: it did not come up, or its id is in use.
+            EngineFailed: it did not come up, or its id is in use, or the node does not listen.
         """
         if node is not None:
             self._require_started("add_engine(node=…)")
@@ -131,9 +131,9 @@ class MultiEngineManager:
         Raises:
             EngineFailed: there is no such engine here.
         """
-        node = self._remote.pop(engine_id, None)
-        if node is not None:
-            NodeClient(node, self.settings).stop_engine(engine_id, drain=drain)
+        if engine_id in self._remote:
+            NodeClient(self._remote[engine_id], self.settings).stop_engine(engine_id, drain=drain)
+            del self._remote[engine_id]
         elif self._started:
             self._fleet.remove(engine_id, drain)
         else:

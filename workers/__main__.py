@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 from pydantic import ValidationError
 
@@ -32,6 +33,7 @@ from rsm.workers.environment import (
     NODE_VARIABLE,
     SUPERVISED_FLAG,
     SUPERVISOR_VARIABLE,
+    TENTATIVE_FLAG,
 )
 from rsm.workers.runtime.watchdog import Fuse
 from rsm.workers.runtime.worker import Worker
@@ -89,13 +91,23 @@ def _bury(worker: Worker, failed: threading.ExceptHookArgs) -> None:
     worker.fail(f"its thread {failed.thread.name if failed.thread else ''} ended with {failed.exc_type.__name__}")
 
 
-def run_supervised(config: EngineConfig, settings: Settings, node: str = "") -> int:
-    """Keeps a worker running in a child process until SIGTERM, or until it has left in order; returns its status."""
+def run_supervised(config: EngineConfig, settings: Settings, node: str = "", *, tentative: bool = False) -> int:
+    """Keeps a worker running in a child process until SIGTERM, or until it has left in order; returns its status.
+
+    With `tentative` it also ends with whoever started it, until that one lets it stay by a byte on stdin.
+    """
     worker = worker_process(config, settings, node=node)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.request_stop())
     worker.start()
+    if tentative:
+        threading.Thread(target=_stop_unless_kept, args=(worker.request_stop,), name="rsm-kept", daemon=True).start()
     return worker.wait()
+
+
+def _stop_unless_kept(stop: Callable[[], None]) -> None:
+    if not os.read(sys.stdin.fileno(), 1):
+        stop()
 
 
 def main() -> None:
@@ -106,8 +118,10 @@ def main() -> None:
     except ValidationError as e:
         log.error("%s", explain(e))
         sys.exit(EXIT_INVALID)
-    run = run_supervised if SUPERVISED_FLAG in sys.argv[1:] else run_worker
-    sys.exit(run(config, settings, os.environ.get(NODE_VARIABLE, "")))
+    node, flags = os.environ.get(NODE_VARIABLE, ""), sys.argv[1:]
+    if SUPERVISED_FLAG in flags:
+        sys.exit(run_supervised(config, settings, node, tentative=TENTATIVE_FLAG in flags))
+    sys.exit(run_worker(config, settings, node))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ BIRTH_VARIABLE = "RSM_BIRTH"
 # The pid of the process that keeps the worker running.
 SUPERVISOR_VARIABLE = "RSM_SUPERVISOR"
 SUPERVISED_FLAG = "--supervised"
+# A supervisor that ends when its stdin does, unless it has read a byte there before.
+TENTATIVE_FLAG = "--tentative"
 
 EXIT_OK = 0
 EXIT_ENGINE_DIED = 70  # start it again

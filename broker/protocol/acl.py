@@ -171,6 +171,7 @@ ROLES: dict[str, Role] = {
                 *_VIEWS,
                 Grant("xdel xadd", write="dead"),
                 _RQ,
+                Grant("set del", write="order:*"),  # to say that it waits for its order to a node
             ),
         ),
     )

@@ -99,6 +99,9 @@ class Keys:
     def control(self, engine_id: str) -> str:
         return f"{self.prefix}engine:{engine_id}:control"
 
+    def order(self, job_id: str) -> str:
+        return f"{self.prefix}order:{job_id}"
+
     def session(self, session_id: str) -> str:
         return f"{self.prefix}session:{session_id}"
 

@@ -12,6 +12,7 @@ from rsm.broker.views.dead_letters import DeadLetter, DeadLetters, Replayed
 from rsm.broker.views.lookup import one_of
 from rsm.cli import tables
 from rsm.cli.app import EXIT_FAILED, app, dead_letters_of, monitor_of, settings_of
+from rsm.cli.commands.nodes import ordering
 from rsm.cli.completion import complete_dead_letter
 from rsm.cli.options import Json, Output, form_of
 from rsm.cli.output import emit_json, room_for, say, say_error, table
@@ -117,7 +118,7 @@ def _replay_here(letters: DeadLetters, ref: str | None) -> dict[str, Any]:
 
 
 def _by_a_node(settings: Settings, node: str | None, ref: str, timeout_s: float) -> dict[str, Any]:
-    from rsm.workers.supervision.node import NodeClient, listening
+    from rsm.workers.supervision.node import listening
 
     nodes = [node] if node else listening(settings)
     if not nodes:
@@ -125,7 +126,8 @@ def _by_a_node(settings: Settings, node: str | None, ref: str, timeout_s: float)
             f"No node of namespace {settings.namespace} listens, so nobody would do it: start one by "
             "`rsm node --name NAME`, or add --now to replay from here."
         )
-    return NodeClient(nodes[0], settings).replay(ref, timeout_s)
+    with ordering(settings, nodes[0]) as client:
+        return client.replay(ref, timeout_s)
 
 
 def _tell(done: Replayed) -> bool:

@@ -1,17 +1,14 @@
-"""The processes one by one: router, worker, node; engines on nodes by start and stop."""
+"""The processes one by one: router, worker."""
 
 from __future__ import annotations
 
 import os
-import time
 from typing import Annotated
 
 import typer
 
-from rsm.broker import EngineFailed, Settings, logs
-from rsm.broker.protocol.models import EngineState
-from rsm.cli.app import app, monitor_of, require_redis, server_of, settings_of
-from rsm.cli.commands.drain import order_drain
+from rsm.broker import logs
+from rsm.cli.app import app, settings_of
 from rsm.cli.engine_options import (
     Backend,
     BaseUrl,
@@ -24,10 +21,6 @@ from rsm.cli.engine_options import (
     TensorParallel,
     engine_config,
 )
-from rsm.cli.output import say
-
-_POLL_S = 0.1
-_LEAVE_MARGIN_S = 20.0
 
 
 @app.command()
@@ -63,71 +56,3 @@ def worker(
     )
     run = run_supervised if supervised else run_worker
     raise typer.Exit(run(config, settings_of(ctx), os.environ.get(NODE_VARIABLE, "")))
-
-
-@app.command()
-def node(
-    ctx: typer.Context, name: Annotated[str, typer.Option(help="Of this host; none = its host name.")] = ""
-) -> None:
-    """Serves this host's RQ queue, so that `rsm start --node` can bring up engines here."""
-    import socket
-
-    from rsm.workers.supervision.node import run_node
-
-    logs.configure(settings_of(ctx), "node")
-    require_redis(settings_of(ctx))
-    run_node(name or socket.gethostname(), settings_of(ctx))
-
-
-@app.command()
-def start(
-    ctx: typer.Context,
-    engine_id: EngineId,
-    node: Annotated[str, typer.Option(help="The host; `rsm node` must run there.")],
-    model: Model = "",
-    gpu: Gpu = 0,
-    backend: Backend = None,
-    max_num_seqs: MaxNumSeqs = None,
-    tensor_parallel: TensorParallel = 1,
-    base_url: BaseUrl = None,
-    engine_arg: EngineArg = None,
-    engine_scheduler: Scheduler = None,
-    timeout: Annotated[float, typer.Option(help="Seconds it may take to come up.")] = 900.0,
-) -> None:
-    """Starts an engine on another host and waits until it is READY."""
-    from rsm.workers.supervision.node import NodeClient
-
-    config = engine_config(
-        engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg, engine_scheduler
-    )
-    require_redis(settings_of(ctx))
-    status = NodeClient(node, settings_of(ctx)).start_engine(config, timeout)
-    say(f"Engine {engine_id} is {status['state']} on {node}: {status['model']}.")
-
-
-@app.command()
-def stop(
-    ctx: typer.Context,
-    engine_id: Annotated[str, typer.Argument(metavar="ENGINE")],
-    node: Annotated[str | None, typer.Option(help="The host it was started on with `rsm start`.")] = None,
-) -> None:
-    """Stops an engine: its waiting calls go to others, its running ones may finish within the grace."""
-    if node is not None:
-        from rsm.workers.supervision.node import NodeClient
-
-        require_redis(settings_of(ctx))
-        NodeClient(node, settings_of(ctx)).stop_engine(engine_id)
-    else:
-        with server_of(ctx) as server:
-            order_drain(settings_of(ctx), server, engine_id, "stop")
-        _await_stopped(ctx, settings_of(ctx), engine_id)
-    say(f"Engine {engine_id} has stopped.")
-
-
-def _await_stopped(ctx: typer.Context, settings: Settings, engine_id: str) -> None:
-    until = time.monotonic() + settings.drain_grace_s + _LEAVE_MARGIN_S
-    with monitor_of(ctx) as monitor:
-        while (state := monitor.engine(engine_id)["state"]) not in (EngineState.STOPPED, EngineState.DEAD):
-            if time.monotonic() > until:
-                raise EngineFailed(f"Engine {engine_id} is still {state}; look at its log.")
-            time.sleep(_POLL_S)

@@ -17,6 +17,7 @@ from rsm.broker.connection.factory import connect
 from rsm.broker.views.monitor import Monitor
 from rsm.cli.checks import examine
 from rsm.workers.supervision.node import NodeClient
+from tests.support.nodes.process import await_listening
 from tests.support.rsm_command import RSM, clean_env
 from tests.support.sim_processes import WorkerProcess, processes_of, sim, state_of
 from tests.support.tls import Certificates, TlsFront
@@ -62,6 +63,7 @@ async def test_every_part_works_over_tls(
             call2 = await other.submit("hi", stream=True, max_tokens=3)
             assert [d.text async for d in call2.stream()]
         assert [c for c in examine(secure) if c.status == "problem"] == []
+        await_listening(secure, "host")
         assert NodeClient("host", secure).start_engine(sim("e2"), 40)["state"] == "READY"
         NodeClient("host", secure).stop_engine("e2")
     finally:

@@ -15,6 +15,7 @@ import pytest
 from rsm.broker import Client, RequestState, Settings
 from rsm.broker.connection.factory import connect
 from rsm.broker.views.monitor import Monitor
+from tests.support.nodes.process import await_listening
 from tests.support.rsm_command import RSM, Deployment, clean_env, run
 from tests.support.waiting import eventually
 
@@ -329,6 +330,13 @@ def test_router_and_worker_by_themselves(settings: Settings, tmp_path: Path) -> 
 def test_engines_on_a_node(settings: Settings, tmp_path: Path) -> None:
     env = _env(settings)
     with part(settings, "node", "--name", "here", log=tmp_path / "log"):
+        nobody = run("start", "--node", "there", "--engine-id", "n1", "--backend", "sim", env=env)
+        assert nobody.returncode == 1
+        assert "Node there does not listen" in nobody.stderr
+        assert "start `rsm node --name there` on that host." in " ".join(nobody.stderr.split())
+        replay = run("dead", "replay", "--all", "--node", "there", env=env)
+        assert (replay.returncode, "Node there does not listen" in replay.stderr) == (1, True)
+        await_listening(settings, "here")
         started = run("start", "--node", "here", "--engine-id", "n1", "--backend", "sim", "--timeout", "30", env=env)
         assert (started.returncode, started.stderr) == (0, "")
         assert "n1 is READY on here" in started.stdout

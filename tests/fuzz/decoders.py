@@ -34,7 +34,7 @@ from rsm.workers.backends.sim.request import read as read_sim
 from rsm.workers.backends.vllm.start.args import command_line
 from rsm.workers.config import EngineConfig
 from rsm.workers.runtime.control import Control
-from rsm.workers.supervision import node
+from rsm.workers.supervision import node_jobs
 
 LIMIT = 1 << 20
 # Between the parts of an input that a decoder takes several of.
@@ -117,8 +117,8 @@ def _node_job(data: bytes) -> None:
     doc = json.loads(data)
     if not isinstance(doc, list) or len(doc) != 2:
         raise ValueError
-    assert isinstance(doc[0], str) is False or (doc[0] in node._JOBS) <= doc[0].startswith(
-        "rsm.workers.supervision.node."
+    assert isinstance(doc[0], str) is False or (doc[0] in node_jobs.JOBS) <= doc[0].startswith(
+        "rsm.workers.supervision.node_jobs."
     )
     if isinstance(doc[1], dict):
         EngineConfig(**doc[1])
@@ -270,7 +270,10 @@ DECODERS = [
         "node job",
         _node_job,
         (ValueError, TypeError, RecursionError),
-        [b'["rsm.workers.supervision.node.stop_engine","e1"]', b'["os.system",{"engine_id":"e1","backend":"sim"}]'],
+        [
+            b'["rsm.workers.supervision.node_jobs.stop_engine","e1"]',
+            b'["os.system",{"engine_id":"e1","backend":"sim"}]',
+        ],
     ),
     Decoder(
         "settings and URL",

@@ -82,7 +82,14 @@ def test_the_table_of_settings_is_complete_and_right() -> None:
 
 def test_the_table_of_keys_is_complete() -> None:
     keys = Keys("n")
-    names = {"call_id": "ID", "client_id": "CLIENT", "engine_id": "E", "session_id": "SESSION", "model": "MODEL"}
+    names = {
+        "call_id": "ID",
+        "client_id": "CLIENT",
+        "engine_id": "E",
+        "job_id": "JOB",
+        "session_id": "SESSION",
+        "model": "MODEL",
+    }
     made = set()
     for name, member in vars(Keys).items():
         if isinstance(member, property) and name != "prefix":

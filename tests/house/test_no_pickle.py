@@ -11,6 +11,7 @@ import pytest
 from tests.support.paths import ROOT
 
 _MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "jsonpickle"}
+_OF_RQ = {"Queue", "Worker", "NodeWorker"}
 _CALLS = {"eval", "exec", "compile", "__import__"}
 _FILES = sorted(
     path for room in ("broker", "router", "workers", "engine", "bench") for path in (ROOT / room).rglob("*.py")
@@ -55,7 +56,7 @@ def test_rq_is_always_told_to_use_json() -> None:
     told = 0
     for path in (p for p in _FILES if p.relative_to(ROOT).parts[0] != "bench"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Queue", "Worker"):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _OF_RQ:
                 if any(isinstance(a, ast.Name) and a.id == "SimpleQueue" for a in node.args):
                     continue
                 names = {k.arg: getattr(k.value, "id", "") for k in node.keywords}

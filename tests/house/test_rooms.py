@@ -156,7 +156,7 @@ ENVIRONMENT = {
     "rsm.broker.settings": "the settings themselves, and folders",
     "rsm.broker.child_process": "hands it on",
     "rsm.workers.supervision.supervisor": "hands it on",
-    "rsm.workers.supervision.node": "hands it on",
+    "rsm.workers.supervision.node_jobs": "hands it on",
     "rsm.workers.backends.vllm.start.args": "vLLM's own variables and CUDA's",
     "rsm.workers.backends.vllm.start.gpus": "CUDA_VISIBLE_DEVICES, which a job scheduler sets",
     "rsm.workers.__main__": "a program",

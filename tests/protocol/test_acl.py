@@ -34,6 +34,7 @@ from rsm.router.affinity import KVCacheCoordinator
 from rsm.router.router import Router
 from rsm.workers.supervision.node import NodeClient
 from tests.support.fake_worker import FakeWorker
+from tests.support.nodes.process import await_listening
 from tests.support.paths import LUA, ROOT
 from tests.support.roles import Roles, secret
 from tests.support.rsm_command import RSM, clean_env, run
@@ -194,6 +195,7 @@ def test_a_node_serves_an_operator(roles: Roles, settings: Settings, tmp_path: P
     with (tmp_path / "node.log").open("ab") as log:
         node = subprocess.Popen([RSM, "node", "--name", "host"], env=env, stdout=log, stderr=log)
     try:
+        await_listening(roles.settings("operator"), "host")
         operator = NodeClient("host", roles.settings("operator"))
         assert operator.start_engine(sim("e2"), 40)["state"] == "READY"
         assert operator.stop_engine("e2")["state"] == "STOPPED"
@@ -222,6 +224,7 @@ _NO_RQ = ["HGETALL rq:job:x", "LPUSH rq:queue:x y", "SADD rq:queues x", "PUBLISH
 _READ_ONLY = [
     f"HSET {NS}call:c1 state COMPLETED", f"DEL {NS}call:c1", f"XADD {NS}calls * json {{}}", f"PEXPIRE {NS}call:c1 1",
     f"XADD {NS}engine:e1:control * op stop", f"EVAL return(1) 1 {NS}", f"XDEL {NS}dead 1-1", "SCRIPT LOAD return(1)",
+    f"SET {NS}order:j x",
 ]  # fmt: skip
 FORBIDDEN = {
     "pusher": [
@@ -236,15 +239,18 @@ FORBIDDEN = {
         f"HSET {NS}engine:e1 state DEAD", f"DEL {NS}engine:e1", f"ZADD {NS}engines 0 e1",
         f"ZADD {NS}engine:e1:queue 0 c",
         f"ZRANGE {NS}engine:e1:queue 0 -1", f"BLPOP {NS}engine:e1:bell 1", f"DEL {NS}engine:e1:queue", "INFO",
+        f"SET {NS}order:j x",
     ],
     "router": [*_NO_RQ, "SCAN 0", f"XGROUP DESTROY {NS}calls router"],
     "worker": [
         *_NO_RQ, f"XRANGE {NS}calls - +", f"XDEL {NS}calls 1-1", f"XREADGROUP GROUP router r STREAMS {NS}calls >",
         f"XTRIM {NS}calls MAXLEN 0", f"ZADD {NS}routers 0 r", "SCAN 0", f"DEL {NS}dead",
     ],
-    "node": [f"XTRIM {NS}calls MAXLEN 0", "PUBLISH other y", "SUBSCRIBE other"],
+    "node": [
+        f"SET {NS}order:j x", f"DEL {NS}order:j", f"XTRIM {NS}calls MAXLEN 0", "PUBLISH other y", "SUBSCRIBE other",
+    ],
     "observer": [*_NO_RQ, *_READ_ONLY, f"BLPOP {NS}engine:e1:bell 1"],
-    "operator": [f"XDEL {NS}calls 1-1", f"XTRIM {NS}calls MAXLEN 0", "PUBLISH other y"],
+    "operator": [f"SET {NS}stats x", f"XDEL {NS}calls 1-1", f"XTRIM {NS}calls MAXLEN 0", "PUBLISH other y"],
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from rsm.workers.environment import API_KEY_VARIABLE, CONFIG_VARIABLE
 from rsm.workers.runtime.calls import Calls
 from rsm.workers.supervision.node import NodeClient
 from tests.support.fake_openai import Server
+from tests.support.nodes.process import await_listening
 from tests.support.roles import Roles, secret
 from tests.support.rsm_command import RSM, clean_env
 from tests.support.sim_processes import sim, state_of
@@ -223,6 +224,7 @@ def _use(roles: Roles, settings: Settings, db: Any, remote: Server) -> dict[str,
         endless.cancel()
     db.xadd(Keys(settings.namespace).calls, {"id": "x", "kind": "nonsense", "json": f'{{"prompt":"{PROMPT}"}}'})
     eventually(lambda: monitor.backlog() == 0)
+    await_listening(roles.settings("operator"), "host")
     NodeClient("host", roles.settings("operator")).start_engine(sim("n1"), 40)
     NodeClient("host", roles.settings("operator")).stop_engine("n1")
     views += [DeadLetters(monitor.settings).ls(), examine(roles.settings("operator"))]

@@ -1,0 +1,1 @@
+"""Nodes, and the orders to them."""
