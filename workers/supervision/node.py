@@ -18,11 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rq import Queue, Worker
-from rq.job import Job
-from rq.results import Result
-from rq.serializers import JSONSerializer
-
 from rsm.broker.connection import execute
 from rsm.broker.connection.eviction import require_noeviction_at
 from rsm.broker.connection.factory import connect, connect_patiently
@@ -39,6 +34,14 @@ from rsm.broker.views.monitor import Monitor
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE, NODE_VARIABLE, SUPERVISED_FLAG
 from rsm.workers.supervision.launch import report_death
+
+try:
+    from rq import Queue, Worker
+    from rq.job import Job
+    from rq.results import Result
+    from rq.serializers import JSONSerializer
+except ModuleNotFoundError as e:  # whoever asks for a node imports this module first, and shows the sentence
+    raise InvalidRequest("Nodes need RQ, which is not installed: pip install 'rsm-engine[node]'.") from e
 
 log = logging.getLogger("rsm.node")
 

@@ -1,7 +1,7 @@
 -- create_call: the one place where a call's record is born.
 --
 -- push: gives the id of the call's entry on the router stream; it doubles as the generation of the call, so that a
--- re-used call id is never hit by a cancel or a publish meant for its predecessor (rule 3).
+-- reused call id is never hit by a cancel or a publish meant for its predecessor (rule 3).
 -- format: "json" (text) or "body" (msgpack); the name of the record's field, and how the result will be encoded.
 --
 -- room: whether there is any for a new call (overload.lua), none = it is not asked.
