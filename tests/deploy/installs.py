@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.support.paths import ROOT
@@ -76,19 +77,19 @@ def install_pinned(python: Path, wheel: Path | str, *pins: Path) -> None:
 
 def distributions(python: Path) -> dict[str, str]:
     """What is installed there: normal names, and versions."""
-    return _versions(
-        _run(sys.executable, "-m", "pip", "--python", str(python), "list", "--format", "freeze", _QUIET[1])
-    )
+    frozen = _run(sys.executable, "-m", "pip", "--python", str(python), "list", "--format", "freeze", _QUIET[1])
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in frozen.split())}
 
 
 def pins(*files: Path) -> dict[str, str]:
-    """The versions that requirements files name; not those that an old Python alone needs."""
-    lines = [line for path in files for line in path.read_text().splitlines()]
-    return _versions("\n".join(line for line in lines if not line.startswith(("#", "-r")) and ";" not in line))
-
-
-def _versions(lines: str) -> dict[str, str]:
-    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines.split())}
+    """The versions that requirements files name for this Python."""
+    lines = [line for path in files for line in path.read_text().splitlines() if line and line[0] not in "#-"]
+    named = [Requirement(line) for line in lines]
+    return {
+        canonicalize_name(need.name): str(need.specifier).removeprefix("==")
+        for need in named
+        if need.marker is None or need.marker.evaluate()
+    }
 
 
 _QUIET: Sequence[str] = ("--quiet", "--disable-pip-version-check")
