@@ -60,7 +60,7 @@ class Container:
                 lines.append(f"ln -s {shlex.quote(os.readlink(path))} {_in_root(path)}")
             elif path.exists():
                 lines += [*_bind(path, path), f"mount -o remount,bind,ro {_in_root(path)}"]
-        for name in ("/proc", "/dev"):
+        for name in ("/proc", "/sys", "/dev"):
             lines += [f"mkdir {_in_root(name)}", f"mount --rbind {name} {_in_root(name)}"]
         for name, path in self.volumes.items():
             lines += _bind(path, name)

@@ -1,0 +1,65 @@
+"""Contributors and CI do the same: hooks run what `make check` runs, and hosted CI runs the README's commands."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from tests.deploy.installs import pins
+from tests.support.paths import ROOT
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+DEV = ROOT / "requirements" / "dev.txt"
+
+
+def recipe(target: str) -> set[tuple[str, ...]]:
+    """The tools of .venv that a target runs: ("mypy",), and ruff with its first word, ("ruff", "check")."""
+    (found,) = re.findall(rf"^{target}:[^\n]*\n((?:\t[^\n]*\n)+)", MAKEFILE, re.MULTILINE)
+    return {tool(line.strip().removeprefix("$(VENV)/bin/")) for line in found.splitlines() if "\t$(VENV)/bin/" in line}
+
+
+def tool(command: str) -> tuple[str, ...]:
+    words = command.split()
+    return tuple(words[:2]) if words[0] == "ruff" else (words[0],)
+
+
+def hooks() -> list[dict[str, Any]]:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local", "nothing is fetched"
+    found: list[dict[str, Any]] = repository["hooks"]
+    return found
+
+
+def test_hooks_run_what_is_checked() -> None:
+    hooked = {tool(hook["entry"].removeprefix(".venv/bin/")) for hook in hooks()}
+    assert {("ruff", "check"), ("ruff", "format"), ("mypy",), ("codespell",)} <= recipe("check")
+    assert hooked == recipe("check") | {("luacheck",)}
+    assert all(hook["language"] == "system" for hook in hooks())
+
+
+def test_tools_are_pinned() -> None:
+    for hook in hooks():
+        program = hook["entry"].split()[0]
+        assert program == "luacheck" or program.removeprefix(".venv/bin/") in pins(DEV), program
+
+
+def test_what_is_fixed_is_what_is_checked() -> None:
+    assert {("ruff", "check"), ("ruff", "format"), ("codespell",)} == recipe("fix") < recipe("check")
+
+
+def test_hosted_ci_runs_the_two_commands_and_needs_no_secret() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert {"make test", "make demo"} <= set(commands)
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    assert "secrets" not in text
+
+
+def test_every_room_is_in_the_image() -> None:
+    """A room is a link in rsm/, and a line in .dockerignore, which lets nothing else in."""
+    rooms = {path.name for path in (ROOT / "rsm").iterdir() if path.is_symlink()}
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert rooms | {"rsm"} == {name for name in let_in if (ROOT / name).is_dir()}
