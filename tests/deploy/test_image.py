@@ -68,9 +68,10 @@ def container(built: Path) -> Iterator[Container]:
     places.chmod(0o755)
     volumes = {name: places / name.replace("/", "-") for name in json.loads(*last.said("VOLUME"))}
     for place in volumes.values():
-        place.mkdir(mode=0o700)
+        place.mkdir()
+        place.chmod(0o770)
         if os.geteuid() == 0:
-            os.chown(place, number, number)
+            os.chown(place, 0, number)  # the group's alone, as Kubernetes does it; Docker gives it to the user
     replaced = {_PLACE: built / "venv"} | ({} if namespaces() else volumes)
     env = {}
     for variable, value in (last.environment({"PATH": "/usr/bin:/bin"})).items():

