@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.deploy.installs import pins
+from tests.deploy.installs import fresh_env, pins
 from tests.support.paths import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -73,3 +76,19 @@ def test_a_package_has_one_pin() -> None:
             for name, version in pins(path).items():
                 found.setdefault(name, set()).add(version)
     assert {name: versions for name, versions in found.items() if len(versions) > 1} == {}
+
+
+def test_a_group_of_tests_stays_in_one_process(tmp_path: Path) -> None:
+    """Some pairs of pytest and pytest-xdist leave xdist_group unheeded: vLLM would run in all processes at once."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_group.py").write_text(
+        "import os, pathlib, pytest\n"
+        "@pytest.mark.xdist_group('one')\n"
+        "@pytest.mark.parametrize('i', range(8))\n"
+        "def test(i):\n"
+        "    pathlib.Path(__file__).with_name(f'{os.getpid()}.pid').touch()\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup"]
+    done = subprocess.run(command, cwd=tmp_path, env=fresh_env(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert len(list(tmp_path.glob("*.pid"))) == 1
