@@ -14,7 +14,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 INPUTS ?= 100000
 MACHINE ?= unnamed
 
-.PHONY: demo test check fuzz bench bench-crash bench-peers bench-real bench-programs bench-programs-quick chaos model vllm-versions clean
+.PHONY: demo test check fix lowest fuzz bench bench-crash bench-peers bench-real bench-programs bench-programs-quick chaos model vllm-versions clean
 
 demo: $(VLLM_STAMP)
 	$(VENV)/bin/rsm demo
@@ -33,6 +33,17 @@ check: $(BASE_STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m tests.support.lua.lint
+	$(VENV)/bin/codespell
+
+# Mends what can be mended without thought: lint, form, and words in prose. In code a word may be a name, so look there yourself.
+fix: $(BASE_STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/codespell --write-changes $(wildcard *.md docs/*.md)
+
+# Each direct dependency at the lowest version that pyproject.toml allows: a few minutes, and a registry.
+lowest: $(BASE_STAMP)
+	$(PY) -m tests.deploy.lowest
 
 bench: $(BASE_STAMP)
 	$(PY) -m bench.queue
@@ -81,7 +92,7 @@ fuzz: $(BASE_STAMP)
 vllm-versions: $(VLLM_STAMP)
 	$(PY) -m tests.support.vllm.versions
 
-$(BASE_STAMP): requirements/base.txt requirements/dev.txt pyproject.toml
+$(BASE_STAMP): requirements/base.txt requirements/all.txt requirements/dev.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("rsm-engine needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements/dev.txt

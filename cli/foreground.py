@@ -16,12 +16,13 @@ import shutil
 import signal
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.text import Text
 
 from rsm.broker import Settings, logs
 from rsm.broker.connection.topology import shown_url
-from rsm.broker.errors import RsmError
+from rsm.broker.errors import InvalidRequest, RsmError
 from rsm.cli.app import require_redis
 from rsm.cli.output import console
 from rsm.engine.fleet import Fleet
@@ -152,11 +153,18 @@ def _exports(settings: Settings, embedded: bool) -> list[str]:
     lines = []
     if not embedded:
         lines.append(f"export RSM_REDIS_URL={shlex.quote(_where(settings))}   # with user and password, if any")
-    elif settings.data_dir != Settings.model_construct().state_dir():
+    elif settings.data_dir != _default_folder():
         lines.append(f"export RSM_DATA_DIR={shlex.quote(str(settings.data_dir))}")
     if settings.namespace != "rsm":
         lines.append(f"export RSM_NAMESPACE={settings.namespace}")
     return lines
+
+
+def _default_folder() -> Path | None:
+    """Where other commands look for the embedded server on their own; None = this user has no home."""
+    with contextlib.suppress(InvalidRequest):
+        return Settings.model_construct().state_dir()
+    return None
 
 
 def redis_cli(settings: Settings) -> str:

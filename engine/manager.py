@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rsm.broker import AsyncCall, AsyncClient, Delta, Settings
 from rsm.broker.client.request import Prompt
@@ -15,7 +15,9 @@ from rsm.broker.protocol.models import CallResult
 from rsm.broker.views.monitor import Monitor
 from rsm.engine.fleet import START_TIMEOUT_S, Fleet
 from rsm.workers.config import EngineConfig
-from rsm.workers.supervision.node import NodeClient
+
+if TYPE_CHECKING:
+    from rsm.workers.supervision.node import NodeClient
 
 _CLOSE_S = 5.0
 
@@ -90,7 +92,7 @@ class MultiEngineManager:
         """Drains and stops everything this manager started, within the grace, and leaves no process behind."""
         for engine_id, node in list(self._remote.items()):
             with contextlib.suppress(RsmError):
-                NodeClient(node, self.settings).stop_engine(engine_id)
+                self._node(node).stop_engine(engine_id)
         self._remote.clear()
         self._fleet.stop_parts()
         self._close_client()  # behind the drain: until then it hears of the calls that finish
@@ -114,10 +116,11 @@ class MultiEngineManager:
 
         Raises:
             EngineFailed: it did not come up, or its id is in use, or the node does not listen.
+            InvalidRequest: a node is named, and the extra [node] is not installed here.
         """
         if node is not None:
             self._require_started("add_engine(node=…)")
-            NodeClient(node, self.settings).start_engine(config, self._start_timeout)
+            self._node(node).start_engine(config, self._start_timeout)
             self._remote[config.engine_id] = node
         elif self._started:
             self._fleet.add(config)
@@ -132,7 +135,7 @@ class MultiEngineManager:
             EngineFailed: there is no such engine here.
         """
         if engine_id in self._remote:
-            NodeClient(self._remote[engine_id], self.settings).stop_engine(engine_id, drain=drain)
+            self._node(self._remote[engine_id]).stop_engine(engine_id, drain=drain)
             del self._remote[engine_id]
         elif self._started:
             self._fleet.remove(engine_id, drain)
@@ -237,6 +240,12 @@ class MultiEngineManager:
         if not _is_running_here(loop):  # from within that loop nobody can wait for it; it closes as soon as it can
             with contextlib.suppress(TimeoutError):
                 closing.result(_CLOSE_S)
+
+    def _node(self, name: str) -> NodeClient:
+        """Imported here, for it needs RQ, which comes with an extra of its own."""
+        from rsm.workers.supervision.node import NodeClient
+
+        return NodeClient(name, self.settings)
 
     def _require_started(self, what: str) -> None:
         if not self._started:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +73,16 @@ def test_next_lines_work_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     body = '\'{"prompt":"hi","max_tokens":8}\''
     assert f"redis-cli -u redis://host:1/0 XADD '{{ns}}:calls' '*' id c1 session s1 json {body}" in lines
     assert redis_cli(Settings().with_redis("unix:///a b/redis.sock")) == "redis-cli -s '/a b/redis.sock'"
+
+
+def test_next_lines_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    lines = next_lines(Settings(redis_url=None, data_dir=Path("/var/lib/rsm")), embedded=True)
+    assert lines[0] == "export RSM_DATA_DIR=/var/lib/rsm"
 
 
 def test_json_on_stdout_and_nothing_else(settings: Settings, client: Client, transitions: Transitions) -> None:

@@ -13,7 +13,7 @@ from rsm.broker.protocol.keys import Keys
 from tests.support.paths import LUA, ROOT
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 def _names(page: Path, pattern: str) -> set[str]:

@@ -28,6 +28,7 @@ ALLOWED = {
     ("rsm.router.router", "xgroup_create"): "Redis makes it once, whoever asks",
     ("rsm.workers.supervision.orders", "set"): "the lease of an order, which its giver alone writes",
     ("rsm.workers.supervision.orders", "delete"): "the lease of an order, which its giver alone writes",
+    ("rsm.workers.supervision.node", "delete"): "RQ's own job",
     ("rsm.workers.supervision.node", "hset"): "RQ's own registration of a node",
     ("rsm.workers.supervision.node", "restore"): "RQ's own method, which reads",
 }

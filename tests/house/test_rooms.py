@@ -22,7 +22,7 @@ ROOMS = {
     "rsm.simulation": {"rsm.broker", "rsm.router", "rsm.workers"},
     "rsm.engine": {"rsm.broker", "rsm.router", "rsm.workers"},
     "rsm.cli": {"rsm.broker", "rsm.router", "rsm.workers", "rsm.simulation", "rsm.engine"},
-    "rsm": {"rsm.broker", "rsm.engine"},
+    "rsm": {"rsm.broker", "rsm.engine", "rsm.cli"},
     "bench": {"rsm.broker", "rsm.router", "rsm.workers", "rsm.simulation", "rsm.engine"},
     "chaos": {"rsm.broker", "rsm.router", "rsm.workers", "rsm.engine", "bench"},
     "tests": {
@@ -50,7 +50,7 @@ def room_of(module: str) -> str:
     parts = module.split(".")
     if parts[0] != "rsm":
         return parts[0]
-    return "rsm" if module in ("rsm", "rsm.frontend") else f"rsm.{parts[1]}"
+    return "rsm" if module in ("rsm", "rsm.frontend", "rsm.__main__") else f"rsm.{parts[1]}"
 
 
 @cache

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rsm.broker.connection.embedded import find_server
 from rsm.broker.connection.factory import connect
 from rsm.broker.connection.retry import BLIPS
 from rsm.cli import app
+from tests.deploy.dockerfile import stages
 from tests.support.paths import ROOT
 from tests.support.rsm_command import clean_env
 from tests.support.sim_processes import processes_of
@@ -67,6 +69,25 @@ def test_profiles(services: dict[str, Service]) -> None:
     assert profiles == {"worker-gpu": ["gpu"], "worker-cpu": ["cpu"]}
     (device,) = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
+
+
+def test_ours_run_as_the_image_s_user_on_a_read_only_root(services: dict[str, Service]) -> None:
+    image = stages(ROOT / "deploy" / "Dockerfile")[-1]
+    for name, service in services.items():
+        if name != "redis":
+            assert [service["user"]] == image.said("USER"), name
+            assert service["read_only"], name
+            assert service["tmpfs"] == ["/tmp"], name
+            assert service["cap_drop"] == ["ALL"], name
+            assert service["security_opt"] == ["no-new-privileges:true"], name
+    (mounted,) = services["worker-gpu"]["volumes"]
+    assert mounted == f"models:{image.environment({})['XDG_CACHE_HOME']}", "or each start loads the model again"
+
+
+def test_one_version_everywhere(services: dict[str, Service]) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    tags = {service["image"].rpartition(":")[2] for name, service in services.items() if name != "redis"}
+    assert tags == {version}
 
 
 @pytest.mark.parametrize("part", ["command", "healthcheck"])

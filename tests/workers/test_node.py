@@ -105,7 +105,7 @@ def test_drain_and_what_cannot_be_done(settings: Settings, node: Node, db: Any, 
     assert host.start_engine(sim("n1"), START_S)["state"] == "READY"
     with pytest.raises(EngineFailed, match=r"^Engine id n1 is in use; stop that engine, or choose another id\.$"):
         host.start_engine(sim("n1"), START_S)
-    with pytest.raises(EngineFailed, match="^Engine n2 did not start: .*nonsense"):
+    with pytest.raises(EngineFailed, match=r"^Engine n2 did not start: .*nonsense"):
         host.start_engine(sim("n2", nonsense=1), START_S)
     with pytest.raises(EngineFailed, match=r"^There is no live engine n3 to drain\.$"):
         host.drain_engine("n3")

@@ -15,12 +15,6 @@ import time
 from functools import partial
 from typing import Any
 
-from rq import Queue, Worker
-from rq.job import Job, JobStatus
-from rq.results import Result
-from rq.serializers import JSONSerializer
-from rq.worker_registration import register
-
 from rsm.broker.connection.eviction import require_noeviction_at
 from rsm.broker.connection.factory import connect, connect_patiently
 from rsm.broker.connection.retry import BLIPS, explained, persist
@@ -32,6 +26,15 @@ from rsm.workers.config import EngineConfig
 from rsm.workers.supervision import node_jobs
 from rsm.workers.supervision.node_jobs import JOBS, Place
 from rsm.workers.supervision.orders import POLL_S, OrderLease
+
+try:
+    from rq import Queue, Worker
+    from rq.job import Job, JobStatus
+    from rq.results import Result
+    from rq.serializers import JSONSerializer
+    from rq.worker_registration import register
+except ModuleNotFoundError as e:  # whoever asks for a node imports this module first, and shows the sentence
+    raise InvalidRequest("Nodes need RQ, which is not installed: pip install 'rsm-engine[node]'.") from e
 
 _RESULT_TTL_S = 3600
 _FAILURE_TTL_S = 7 * 24 * 3600

@@ -1,0 +1,1 @@
+"""rsm-engine as users get it: the wheel, its extras, the image."""

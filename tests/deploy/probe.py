@@ -1,0 +1,118 @@
+"""What a user's project does with an installed rsm-engine, all extras but vLLM in use. Imports nothing else of ours.
+
+It is run as a script by the Python of some environment, in any folder; it fails with a traceback, else prints one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import rsm
+from rsm.broker import AsyncClient, Client, Settings
+from rsm.engine import EngineConfig, MultiEngineManager
+from rsm.frontend import GlobalProcessTable, SessionManager
+
+RSM = str(Path(sys.executable).with_name("rsm"))
+PATIENCE_S = 60.0
+_TOKENS = 4
+
+
+def main() -> None:
+    settings = Settings(redis_url=None, lease_ms=1500, heartbeat_ms=200, tick_ms=100)
+    engines = [EngineConfig(engine_id=f"e{i}", model="m", backend="sim") for i in range(2)]
+    manager = MultiEngineManager(engines, settings=settings, start_timeout=PATIENCE_S)
+    manager.start()
+    try:
+        asyncio.run(calls_of_a_manager(manager))
+        calls_of_clients(manager.settings)
+        commands(manager.settings.environment())
+        engine_on_a_node(manager)
+        engine_behind_http(manager)
+    finally:
+        manager.stop()
+    command("simulate", "--seconds", "60", "--rate", "0.5")
+    print("all of it works, from", Path(rsm.__file__).parent)
+
+
+async def calls_of_a_manager(manager: MultiEngineManager) -> None:
+    sampling = {"max_tokens": _TOKENS}
+    result = await asyncio.wait_for(await manager.submit_request("s", "hi", sampling_params=sampling), PATIENCE_S)
+    deltas = [delta.text async for delta in manager.stream_request("s", "hi", sampling_params=sampling)]
+    assert "".join(deltas) == result.text != ""
+    async with AsyncClient(settings=manager.settings) as client:
+        call = await client.submit("hi", max_tokens=_TOKENS)
+        assert (await call.result()).text == result.text
+
+
+def calls_of_clients(settings: Settings) -> None:
+    with Client(settings=settings) as client, SessionManager(GlobalProcessTable(settings)) as session:
+        assert client.submit("hi", session=session, max_tokens=_TOKENS).result(PATIENCE_S).text
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": _TOKENS}
+        assert client.submit(chat, kind="chat.completions").result(PATIENCE_S).response
+
+
+def commands(env: Mapping[str, str]) -> None:
+    assert "usage" in command("--help").lower()
+    assert command("--version").startswith("rsm-engine ")
+    assert len(command("submit", "hi", "--max-tokens", str(_TOKENS), env=env).split()) == _TOKENS
+    for looks in (("engines",), ("engines", "--json"), ("ps",), ("sessions",), ("stats",)):
+        assert command(*looks, env=env)
+
+
+def engine_on_a_node(manager: MultiEngineManager) -> None:
+    with running("node", "--name", "probe", env=manager.settings.environment()):
+        manager.add_engine(EngineConfig(engine_id="n0", model="on-a-node", backend="sim"), node="probe")
+        assert_served(manager.settings, "on-a-node")
+        manager.remove_engine("n0")
+
+
+def engine_behind_http(manager: MultiEngineManager) -> None:
+    with running("sim-server", "--port", "0", "--model", "remote") as server:
+        assert server.stdout is not None
+        url = next(word for word in server.stdout.readline().split() if word.startswith("http://"))
+        manager.add_engine(EngineConfig(engine_id="o0", model="remote", backend="openai", base_url=url))
+        assert_served(manager.settings, "remote")
+        manager.remove_engine("o0")
+
+
+def assert_served(settings: Settings, model: str) -> None:
+    with Client(settings=settings) as client:
+        assert client.submit("hi", model=model, max_tokens=_TOKENS).result(PATIENCE_S).text
+
+
+def command(*words: str, env: Mapping[str, str] | None = None) -> str:
+    """What an `rsm` command prints."""
+    done = subprocess.run(
+        [RSM, *words],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    sys.stderr.write(done.stderr)
+    assert done.returncode == 0, f"{words} ended with {done.returncode}: {done.stderr.strip().rpartition(chr(10))[2]}"
+    return done.stdout
+
+
+@contextmanager
+def running(*words: str, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """An `rsm` process for the length of a block; then it ends in order."""
+    with subprocess.Popen(
+        [RSM, *words], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE_S) == 0, words
+
+
+if __name__ == "__main__":
+    main()
