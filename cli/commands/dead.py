@@ -102,9 +102,11 @@ def replay(
         with dead_letters_of(ctx) as letters:
             done = _replay_here(letters, ref)
     else:
+        from rsm.workers.supervision.node import listening  # first, for it says what is not installed
+
         with dead_letters_of(ctx) as letters:
             named = "" if ref is None else _whole(letters, ref)
-        done = _by_a_node(settings_of(ctx), node, named, timeout)
+        done = _by_a_node(settings_of(ctx), [node] if node else listening(settings_of(ctx)), named, timeout)
     if ref is not None:
         say(f"Sent again as {done['id']}.")
     elif not _tell(Replayed(**done)):
@@ -117,10 +119,8 @@ def _replay_here(letters: DeadLetters, ref: str | None) -> dict[str, Any]:
     return {"id": letters.replay(_letter(letters, ref).entry)}
 
 
-def _by_a_node(settings: Settings, node: str | None, ref: str, timeout_s: float) -> dict[str, Any]:
-    from rsm.workers.supervision.node import listening
-
-    nodes = [node] if node else listening(settings)
+def _by_a_node(settings: Settings, nodes: list[str], ref: str, timeout_s: float) -> dict[str, Any]:
+    """The first of these nodes does it."""
     if not nodes:
         raise EngineFailed(
             f"No node of namespace {settings.namespace} listens, so nobody would do it: start one by "

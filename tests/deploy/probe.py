@@ -9,6 +9,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,9 +68,19 @@ def commands(env: Mapping[str, str]) -> None:
 
 def engine_on_a_node(manager: MultiEngineManager) -> None:
     with running("node", "--name", "probe", env=manager.settings.environment()):
+        await_node(manager.settings)
         manager.add_engine(EngineConfig(engine_id="n0", model="on-a-node", backend="sim"), node="probe")
         assert_served(manager.settings, "on-a-node")
         manager.remove_engine("n0")
+
+
+def await_node(settings: Settings) -> None:
+    from rsm.workers.supervision.node import listening
+
+    until = time.monotonic() + PATIENCE_S
+    while "probe" not in listening(settings):
+        assert time.monotonic() < until, "the node does not listen"
+        time.sleep(0.1)
 
 
 def engine_behind_http(manager: MultiEngineManager) -> None:
