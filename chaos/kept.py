@@ -35,7 +35,7 @@ class Kept:
     """One call's record and log, and how many ends lie in inboxes.
 
     Attributes:
-        inbox: where its news went last; clients trim what they have read of theirs, save the one named INBOX.
+        inbox: where its events went last; clients trim what they have read of theirs, save the one named INBOX.
     """
 
     state: str

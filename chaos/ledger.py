@@ -34,8 +34,8 @@ class Ledger:
 
 
 @dataclass(slots=True)
-class Piece:
-    """One piece of a stream, as a producer received it."""
+class Chunk:
+    """One chunk of a stream, as a producer received it."""
 
     n: int
     eid: str
@@ -71,7 +71,7 @@ class Story:
     planned: float = 0.0
     accepted: float = 0.0
     deadline_ms: int = 0
-    pieces: list[Piece] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
     ends: list[End] = field(default_factory=list)
     ended: float = 0.0
     cancels: list[float] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Story:
     @property
     def last_eid(self) -> str:
         """Where a reader of the stream goes on."""
-        return self.pieces[-1].eid if self.pieces else "0-0"
+        return self.chunks[-1].eid if self.chunks else "0-0"
 
     def add(self, fact: dict[str, Any]) -> None:
         """Takes one line of a ledger in."""
@@ -97,8 +97,8 @@ class Story:
     def _on_accepted(self, fact: dict[str, Any]) -> None:
         self.accepted = self.accepted or fact["at"]
 
-    def _on_piece(self, fact: dict[str, Any]) -> None:
-        self.pieces.append(Piece(fact["n"], fact["eid"], fact["text"], fact["ids"]))
+    def _on_chunk(self, fact: dict[str, Any]) -> None:
+        self.chunks.append(Chunk(fact["n"], fact["eid"], fact["text"], fact["ids"]))
 
     def _on_cancel(self, fact: dict[str, Any]) -> None:
         self.cancels.append(fact["at"])

@@ -43,7 +43,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "by_act": dict(Counter(s.plan.act.value for s in stories)),
         "ends": dict(Counter(s.ends[0].state for s in stories if s.ends)),
         "streams": sum(s.plan.stream for s in stories),
-        "pieces": sum(len(s.pieces) for s in stories),
+        "chunks": sum(len(s.chunks) for s in stories),
         "run_again": totals.get("requeued", 0),
         "dead_letters": totals.get("dead_letters", 0),
         "held": totals.get("ever_held", 0),
@@ -102,7 +102,7 @@ def render(runs: Sequence[_Data]) -> str:
             for state in ("COMPLETED", "CANCELLED", "FAILED")
         ),
         ("streams", [_n(r["streams"]) for r in runs]),
-        ("pieces of streams", [_n(r["pieces"]) for r in runs]),
+        ("chunks of streams", [_n(r["chunks"]) for r in runs]),
         ("attempts lost and run again", [_n(r["run_again"]) for r in runs]),
         ("dead letters", [_n(r["dead_letters"]) for r in runs]),
         ("held for want of KV cache", [_n(r.get("held", 0)) for r in runs]),

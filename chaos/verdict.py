@@ -13,7 +13,7 @@ from rsm.broker.protocol.models import ErrorCode, RequestState
 from rsm.workers.backends.sim.text import Prompt, answer
 
 # How long an engine may go on with a call after its cancel was acknowledged, in seconds without a fault of its
-# worker or of Redis: the order has to get there (p99 is some milliseconds), and pieces on their way have to land.
+# worker or of Redis: the order has to get there (p99 is some milliseconds), and chunks on their way have to land.
 _STOPS_WITHIN_S = 2.0
 # How long a worker may need to find out that a fault of its line or of Redis is over: its longest pause between two
 # tries (broker/connection/factory.py).
@@ -121,12 +121,12 @@ def _waiter_told(c: Case) -> Iterator[str]:
 def _no_token_lost_or_repeated(c: Case) -> Iterator[str]:
     if not c.story.plan.stream:
         return
-    pieces = [e for e in c.kept.log if not e.end]
-    yield from _gaps("log", [p.n for p in pieces])
-    yield from _gaps("reader", [p.n for p in c.story.pieces])
-    yield from _differs(c, "log", "".join(p.text for p in pieces), [i for p in pieces for i in p.token_ids])
+    chunks = [e for e in c.kept.log if not e.end]
+    yield from _gaps("log", [p.n for p in chunks])
+    yield from _gaps("reader", [p.n for p in c.story.chunks])
+    yield from _differs(c, "log", "".join(p.text for p in chunks), [i for p in chunks for i in p.token_ids])
     if c.story.ends:
-        read = c.story.pieces
+        read = c.story.chunks
         yield from _differs(c, "reader", "".join(p.text for p in read), [i for p in read for i in p.token_ids])
 
 
@@ -136,7 +136,7 @@ def _right_text(c: Case) -> Iterator[str]:
 
 def _gaps(where: str, numbers: list[int]) -> Iterator[str]:
     if numbers != list(range(len(numbers))):
-        yield f"has pieces {numbers} in its {where}"
+        yield f"has chunks {numbers} in its {where}"
 
 
 def _differs(c: Case, where: str, text: str, ids: Sequence[int]) -> Iterator[str]:
@@ -175,7 +175,7 @@ def _stops_when_cancelled(c: Case) -> Iterator[str]:
     acknowledged = c.story.cancelled_ms or c.story.session_cancelled_ms
     if not acknowledged or c.kept.state != RequestState.CANCELLED:
         return
-    # Pieces alone: the end of a call that no router had read yet is written when one reads it, and nothing has run.
+    # Chunks alone: the end of a call that no router had read yet is written when one reads it, and nothing has run.
     late = max((e.at_ms for e in c.kept.log if not e.end), default=0)
     if late > acknowledged and (ran := _calm_s(c, acknowledged / 1000, late / 1000)) > _STOPS_WITHIN_S:
         yield f"ran on for {ran:.1f} s after its cancel was acknowledged"

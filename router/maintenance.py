@@ -19,7 +19,7 @@ from rsm.broker.settings import Settings
 log = logging.getLogger("rsm.router")
 
 
-class Upkeep:
+class Maintenance:
     """Timed duties of one router. All of them may run in every router at once."""
 
     def __init__(self, server: redis.Redis, keys: Keys, settings: Settings, name: str) -> None:

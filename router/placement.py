@@ -108,7 +108,7 @@ class Chooser:
         if call.level is not None:
             session = replace(session, level=call.level)
         choice = self._choice(call, ready, session)
-        if choice.hold:
+        if choice.throttle:
             return Decision(choice, session.bound, context=context_of(call, ready[0], session))
         return self._given(call, choice, session, sessions)
 
@@ -116,7 +116,7 @@ class Chooser:
         if self.admission is not None:
             ready = self.admission.open_to(call, ready, session)
         if not ready:
-            return Choice("", THROTTLED.format(tokens=call.prompt_tokens), hold=True)
+            return Choice("", THROTTLED.format(tokens=call.prompt_tokens), throttle=True)
         return self.policy.choose(call, ready, session)
 
     def _given(

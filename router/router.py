@@ -34,10 +34,10 @@ from rsm.broker.settings import Settings
 from rsm.router.admission import Admission
 from rsm.router.cost_model import costs_text
 from rsm.router.intake import Arrival, Fields, read_entry, reject
-from rsm.router.maintenance import Upkeep
+from rsm.router.maintenance import Maintenance
 from rsm.router.placement import PARKED, Chooser, Decision
 from rsm.router.policies import Policy, create_policy
-from rsm.router.work_stealing.loop import Thief
+from rsm.router.work_stealing.loop import WorkStealer
 
 log = logging.getLogger("rsm.router")
 
@@ -63,8 +63,8 @@ class Router:
         self._tick_s = self.settings.tick_ms / 1000
         self._line = DedicatedConnection(self.settings, block_s=self._tick_s)
         self._redis = connect(self.settings)
-        self._upkeep = Upkeep(self._redis, self.keys, self.settings, self.name)
-        self._thief = Thief(self._redis, self._transitions, self._chooser) if self.settings.stealing else None
+        self._maintenance = Maintenance(self._redis, self.keys, self.settings, self.name)
+        self._stealer = WorkStealer(self._redis, self._transitions, self._chooser) if self.settings.stealing else None
         self._seen_at = -_SNAPSHOT_S
         self._stopping = False
         self._examined = False
@@ -89,15 +89,15 @@ class Router:
                     ready = served = True
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._tick_s
-                    self.place(self._upkeep.tick())
-                    if self._thief is not None:
-                        self._thief.round(self._upkeep.engines)
+                    self.place(self._maintenance.tick())
+                    if self._stealer is not None:
+                        self._stealer.round(self._maintenance.engines)
                 self.place(self._read())
             except BLIPS as e:
                 if not served:
                     require_access(e)
                 ready = False
-                self._upkeep.blip()
+                self._maintenance.blip()
                 time.sleep(backoff.pause(e))
             except ResponseError as e:
                 if not any(sign in str(e) for sign in _GROUP_IS_GONE):
@@ -105,7 +105,7 @@ class Router:
                 ready = False  # Redis lost its data, or somebody deleted the stream: make the group again
             else:
                 backoff.recovered()
-        self._upkeep.leave()
+        self._maintenance.leave()
         self._redis.close()
         self._line.close()
 
@@ -213,7 +213,7 @@ def _placement(a: Arrival, d: Decision) -> Placement:
     c = d.choice
     if c is None:
         return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, PARKED)
-    if c.hold:
+    if c.throttle:
         return Placement(a.entry, a.call_id, a.gen, "", False, d.seen, None, c.why, throttle=True, context=d.context)
     costs = costs_text(c.costs, c.engine)
     placed = Placement(a.entry, a.call_id, a.gen, c.engine, c.bind, d.seen, c.hit, c.why, c.reuse, costs)

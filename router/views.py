@@ -38,7 +38,7 @@ class Choice:
         hit: whether the session's cache was found on it; None if that was not asked.
         reuse: prompt tokens that the engine should find in its cache.
         costs: what the call would take on each engine, in seconds; empty if the policy does not reckon so.
-        hold: no engine now; the call waits in the router (`engine` says whose room it waits for).
+        throttle: no engine now; the call waits in the router (`engine` says whose room it waits for).
     """
 
     engine: str
@@ -47,4 +47,4 @@ class Choice:
     hit: bool | None = None
     reuse: int = 0
     costs: Mapping[str, float] = field(default_factory=dict)
-    hold: bool = False
+    throttle: bool = False

@@ -115,16 +115,19 @@ class Engine:
     def can_claim(self, now: float) -> bool:
         if self.claiming or not self._queue:
             return False
-        return self._room > 0 or (self._ahead() > 0 and self._queue.has_better(self.sim.bar(), int(now * 1000)))
+        threshold, now_ms = self.sim.preemption_threshold(), int(now * 1000)
+        return self._room > 0 or (self._ahead() > 0 and self._queue.has_better(threshold, now_ms))
 
     def _ahead(self) -> int:
         """How many calls may be claimed that are better than a running one, when there is no room for others."""
-        return 0 if self._room > 0 or self.sim.bar() is None else min(self._most + self._room, CLAIM_MANY)
+        if self._room > 0 or self.sim.preemption_threshold() is None:
+            return 0
+        return min(self._most + self._room, CLAIM_MANY)
 
     def claim(self, now: float) -> list[Waiting]:
         """Takes the first calls of the queue, as many as there is room for; a full engine, those that are better."""
         most = max(0, min(self._room, CLAIM_MANY))
-        taken = self._queue.claim(most, int(now * 1000), self._ahead(), self.sim.bar())
+        taken = self._queue.claim(most, int(now * 1000), self._ahead(), self.sim.preemption_threshold())
         tokens = sum(w.tokens for w in taken)
         self._queued_tokens -= tokens
         self._running_tokens += tokens

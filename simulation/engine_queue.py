@@ -73,21 +73,21 @@ class Queue:
         if calls + sign:
             self.ahead[rank] = Ahead(calls + sign, tokens + sign * waiting.work)
 
-    def claim(self, most: int, now_ms: int, ahead: int = 0, bar: Rank | None = None) -> list[Waiting]:
-        """Moves those that starve ahead, then takes the first calls: `most`, or up to `ahead` better than the bar."""
+    def claim(self, most: int, now_ms: int, ahead: int = 0, threshold: Rank | None = None) -> list[Waiting]:
+        """Moves those that starve ahead, then takes the first calls: `most`, or up to `ahead` above the threshold."""
         self._promote(now_ms)
         taken: list[Waiting] = []
-        while self._size and (len(taken) < most or (len(taken) < ahead and self._best() < self._score(bar))):
+        while self._size and (len(taken) < most or (len(taken) < ahead and self._best() < self._score(threshold))):
             self._best()
             waiting = heappop(self._order)[3]
             self.remove(waiting)
             taken.append(waiting)
         return taken
 
-    def has_better(self, bar: Rank | None, now_ms: int) -> bool:
-        """A call here is of a better class, or level, than the bar."""
+    def has_better(self, threshold: Rank | None, now_ms: int) -> bool:
+        """A call here is of a better class, or level, than the threshold."""
         self._promote(now_ms)
-        return self._size > 0 and self._best() < self._score(bar)
+        return self._size > 0 and self._best() < self._score(threshold)
 
     def _best(self) -> float:
         """The score of the first call, which stands at the top of the heap then."""
@@ -95,8 +95,8 @@ class Queue:
             heappop(self._order)
         return self._order[0][0]
 
-    def _score(self, bar: Rank | None) -> float:
-        return -inf if bar is None else self._table.score(*bar, 0)
+    def _score(self, threshold: Rank | None) -> float:
+        return -inf if threshold is None else self._table.score(*threshold, 0)
 
     def first(self, most: int, now_ms: int) -> list[Waiting]:
         """Those that `claim` would take."""

@@ -241,7 +241,7 @@ class _Run:
             return
         view = CallView(times.session, "", times.prompt_tokens, times.program)
         choice, decision = self._front.choose(self._now, view, session, waiting.had.service, times.level)
-        if choice.hold:
+        if choice.throttle:
             self._hold(waiting)
             return
         if choice.bind:

@@ -55,7 +55,7 @@ class Front:
         choice = decision.choice
         if choice is None:
             raise ValueError("no engine takes calls")
-        if not choice.hold:
+        if not choice.throttle:
             self._changed[self._engines[choice.engine]] = None
         return choice, decision
 

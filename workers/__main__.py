@@ -35,7 +35,7 @@ from rsm.workers.environment import (
     SUPERVISOR_VARIABLE,
     TENTATIVE_FLAG,
 )
-from rsm.workers.runtime.watchdog import Fuse
+from rsm.workers.runtime.watchdog import HardExitTimer
 from rsm.workers.runtime.worker import Worker
 from rsm.workers.supervision.launch import worker_process
 
@@ -60,7 +60,7 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
         backend = Refused(str(e))  # so that the engine's record says so, for whoever waits for it
         settings = settings.model_copy(update={"service_unit": "tokens"})
     try:
-        fuse = Fuse(settings, armed=True)
+        exit_timer = HardExitTimer(settings, armed=True)
         worker = Worker(
             config.engine_id,
             backend,
@@ -69,7 +69,7 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
             node=node,
             supervisor=os.environ.get(SUPERVISOR_VARIABLE, ""),
             birth=os.environ.get(BIRTH_VARIABLE, ""),
-            fuse=fuse,
+            exit_timer=exit_timer,
         )
     except InvalidRequest as e:
         log.error("%s", e)

@@ -13,7 +13,7 @@ class Heard:
     """One stream at its client. Times in seconds on one clock.
 
     Attributes:
-        words: what came, a word a token, each with the time of the piece that it came in.
+        words: what came, a word a token, each with the time of the chunk that it came in.
         ended: the stream came to its proper end, by its own account.
         error: what else the client was told.
     """

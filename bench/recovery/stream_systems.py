@@ -35,7 +35,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A system that runs. `stream` gives the text of a call in pieces, and raises if the stream is cut."""
+    """A system that runs. `stream` gives the text of a call in chunks, and raises if the stream is cut."""
 
     stream: Callable[[Ask], AsyncIterator[str]]
     running: Callable[[], Mapping[str, int]]  # streams on each engine
@@ -96,8 +96,8 @@ def _fleet(url: str, configs: Sequence[EngineConfig], log: IO[bytes]) -> Iterato
 def _our_stream(client: AsyncClient) -> Callable[[Ask], AsyncIterator[str]]:
     async def stream(ask: Ask) -> AsyncIterator[str]:
         call = await client.submit(ask.prompt, session=ask.session, stream=True, max_tokens=ask.max_tokens)
-        async for piece in call.stream():
-            yield piece.text
+        async for chunk in call.stream():
+            yield chunk.text
 
     return stream
 

@@ -1,4 +1,4 @@
-"""The thread of a client that reads its inbox: one blocking read for the news of all its calls."""
+"""The thread of a client that reads its inbox: one blocking read for the events of all its calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK_S = 2.0
 READ_MANY = 1000
 # After so many entries the inbox is trimmed up to the last one read: nobody else reads it.
 TRIM_MANY = 128
-# How often the records of open calls are asked for news that were missed.
+# How often the records of open calls are asked for events that were missed.
 RECONCILE_S = 5.0
 
 Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
@@ -31,8 +31,8 @@ class Inbox(threading.Thread):
     Args:
         key: the inbox's name in Redis.
         deliver: takes what has come, in order. From this thread.
-        reconcile: looks for news that were missed, on a timer and after each blip. From this thread; it may raise what
-            a Redis that is away makes it raise.
+        reconcile: looks for events that were missed, on a timer and after each blip. From this thread; it may raise
+            what a Redis that is away makes it raise.
     """
 
     def __init__(

@@ -131,7 +131,7 @@ class ShardedClient:
                 self._shards.remember(handle.id, namespace)
         return [handles[i] for i in range(len(calls))]
 
-    def _home(self, call_id: str) -> Client:
+    def _client_of(self, call_id: str) -> Client:
         """Raises UnknownCall if no namespace has a record of the call."""
         for namespace in self._shards.to_ask(check_id(call_id, "id")):
             try:
@@ -144,19 +144,19 @@ class ShardedClient:
 
     def result(self, call_id: str, timeout: float | None = None) -> CallResult:
         """As `Client.result`."""
-        return self._home(call_id).result(call_id, timeout)
+        return self._client_of(call_id).result(call_id, timeout)
 
     def handle(self, call_id: str) -> CallHandle:
         """As `Client.handle`."""
-        return self._home(call_id).handle(call_id)
+        return self._client_of(call_id).handle(call_id)
 
     def record(self, call_id: str) -> CallRecord:
         """As `Client.record`."""
-        return self._home(call_id).record(call_id)
+        return self._client_of(call_id).record(call_id)
 
     def stream(self, call_id: str, last_event_id: str = BEGIN) -> Iterator[Delta]:
         """As `Client.stream`."""
-        return self._home(call_id).stream(call_id, last_event_id)
+        return self._client_of(call_id).stream(call_id, last_event_id)
 
     def deadline_in(self, seconds: float) -> int:
         """As `Client.deadline_in`, by the clock of the first namespace's Redis."""
@@ -165,7 +165,7 @@ class ShardedClient:
     def cancel(self, call_id: str, reason: str = "") -> bool:
         """As `Client.cancel`. A call that no namespace knows yet is noted in that of its id."""
         try:
-            client = self._home(call_id)
+            client = self._client_of(call_id)
         except UnknownCall:
             client = self._clients[self._shards.to_ask(call_id)[0]]
         return client.cancel(call_id, reason)
@@ -227,7 +227,7 @@ class AsyncShardedClient:
                 self._shards.remember(call.id, namespace)
         return [handles[i] for i in range(len(calls))]
 
-    async def _home(self, call_id: str) -> AsyncClient:
+    async def _client_of(self, call_id: str) -> AsyncClient:
         """Raises UnknownCall if no namespace has a record of the call."""
         for namespace in self._shards.to_ask(check_id(call_id, "id")):
             try:
@@ -240,19 +240,19 @@ class AsyncShardedClient:
 
     async def result(self, call_id: str, timeout: float | None = None) -> CallResult:
         """As `AsyncClient.result`."""
-        return await (await self._home(call_id)).result(call_id, timeout)
+        return await (await self._client_of(call_id)).result(call_id, timeout)
 
     async def handle(self, call_id: str) -> AsyncCall:
         """As `AsyncClient.handle`."""
-        return await (await self._home(call_id)).handle(call_id)
+        return await (await self._client_of(call_id)).handle(call_id)
 
     async def record(self, call_id: str) -> CallRecord:
         """As `AsyncClient.record`."""
-        return await (await self._home(call_id)).record(call_id)
+        return await (await self._client_of(call_id)).record(call_id)
 
     async def stream(self, call_id: str, last_event_id: str = BEGIN) -> AsyncIterator[Delta]:
         """As `AsyncClient.stream`."""
-        async for delta in (await self._home(call_id)).stream(call_id, last_event_id):
+        async for delta in (await self._client_of(call_id)).stream(call_id, last_event_id):
             yield delta
 
     async def deadline_in(self, seconds: float) -> int:
@@ -262,7 +262,7 @@ class AsyncShardedClient:
     async def cancel(self, call_id: str, reason: str = "") -> bool:
         """As `AsyncClient.cancel`. A call that no namespace knows yet is noted in that of its id."""
         try:
-            client = await self._home(call_id)
+            client = await self._client_of(call_id)
         except UnknownCall:
             client = self._clients[self._shards.to_ask(call_id)[0]]
         return await client.cancel(call_id, reason)

@@ -1,7 +1,7 @@
-"""A stream as its reader sees it: pieces in order, each once; and what if Redis has lost some that were read.
+"""A stream as its reader sees it: chunks in order, each once; and what if Redis has lost some that were read.
 
-Pieces are numbered without a gap, across attempts. A number that was read before and comes again as another entry of
-the log says that a fail-over, or a restart, has lost pieces behind it: they are said anew, perhaps in other words. Then
+Chunks are numbered without a gap, across attempts. A number that was read before and comes again as another entry of
+the log says that a fail-over, or a restart, has lost chunks behind it: they are said anew, perhaps in other words. Then
 the reader is told to forget what it has (`Delta.restart`), and gets all of it from the log.
 """
 
@@ -14,7 +14,7 @@ from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.events import End, read_event
 from rsm.broker.protocol.models import Delta
 
-# How long a stream waits for its next piece before it looks into the log by itself.
+# How long a stream waits for its next chunk before it looks into the log by itself.
 _PATIENCE_S = 5.0
 BEGIN = "0-0"
 # Not an entry of the log: what follows is read from the log's begin.
@@ -31,7 +31,7 @@ class LogReader:
         self._expected = 0
 
     def take(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> Iterator[Delta]:
-        """The pieces in what was read behind `last`. If a piece comes again, the reader starts over."""
+        """The chunks in what was read behind `last`. If a chunk comes again, the reader starts over."""
         for entry, fields in entries:
             self.last = text(entry)
             event = read_event(self._call_id, fields, self.last)
@@ -48,20 +48,20 @@ class LogReader:
 
 
 async def live(
-    news: asyncio.Queue[Delta | End],
+    events: asyncio.Queue[Delta | End],
     log: Callable[[str], Awaitable[list[Delta]]],
     done: Callable[[], bool],
 ) -> AsyncIterator[Delta]:
-    """The pieces of one call from its first to its end.
+    """The chunks of one call from its first to its end.
 
     Args:
-        news: pieces and the end as they come, some perhaps twice, some perhaps not at all.
-        log: reads the pieces behind an entry of the durable log.
-        done: whether the call has ended, for an end that was not among the news.
+        events: chunks and the end as they come, some perhaps twice, some perhaps not at all.
+        log: reads the chunks behind an entry of the durable log.
+        done: whether the call has ended, for an end that was not among the events.
     """
     seen: list[str] = []  # by number, the log's entries
     while True:
-        event = await _next(news)
+        event = await _next(events)
         if event is None or isinstance(event, End) or event.n >= len(seen) or seen[event.n] != event.event_id:
             for delta in await _behind(seen, event, log):
                 if delta is FORGET:
@@ -69,14 +69,14 @@ async def live(
                 else:
                     seen.append(delta.event_id)
                 yield delta
-        if isinstance(event, End) or (event is None and done() and news.empty()):
+        if isinstance(event, End) or (event is None and done() and events.empty()):
             return
 
 
-async def _next(news: asyncio.Queue[Delta | End]) -> Delta | End | None:
+async def _next(events: asyncio.Queue[Delta | End]) -> Delta | End | None:
     try:
         async with asyncio.timeout(_PATIENCE_S):
-            return await news.get()
+            return await events.get()
     except TimeoutError:
         return None
 
@@ -84,7 +84,7 @@ async def _next(news: asyncio.Queue[Delta | End]) -> Delta | End | None:
 async def _behind(
     seen: list[str], event: Delta | End | None, log: Callable[[str], Awaitable[list[Delta]]]
 ) -> list[Delta]:
-    """What is to be told of what stands behind the pieces seen."""
+    """What is to be told of what stands behind the chunks seen."""
     if isinstance(event, Delta) and event.n == len(seen):
         return [event]
     if isinstance(event, End) and event.n <= len(seen):

@@ -1,4 +1,4 @@
-"""A producer with the asyncio client, a task for each lane; pieces come live, through the inbox."""
+"""A producer with the asyncio client, a task for each lane; chunks come live, through the inbox."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Lane:
     async def _push(self, plan: Plan) -> AsyncCall | None:
         story = self._book.story(plan)
         known = bool(story.accepted)
-        if known:  # by a predecessor of this process: pushed again below, so that the news comes here
+        if known:  # by a predecessor of this process: pushed again below, so that the events comes here
             try:
                 await _insist(lambda: self._client.record(plan.id))
             except UnknownCall:
@@ -88,19 +88,19 @@ class _Lane:
 
     async def _read(self, plan: Plan, call: AsyncCall) -> None:
         """Live from the inbox at first; a stream that was left, or begun by a predecessor, goes on from the log."""
-        left = bool(self._book.story(plan).pieces) or await self._pieces(plan, call.stream(), may_leave=True)
+        left = bool(self._book.story(plan).chunks) or await self._chunks(plan, call.stream(), may_leave=True)
         if left:
             async with AsyncClient(settings=self._client.settings) as other:
-                while await self._pieces(plan, other.stream(plan.id, self._book.story(plan).last_eid)):
+                while await self._chunks(plan, other.stream(plan.id, self._book.story(plan).last_eid)):
                     pass
 
-    async def _pieces(self, plan: Plan, stream: AsyncIterator[Delta], may_leave: bool = False) -> bool:
+    async def _chunks(self, plan: Plan, stream: AsyncIterator[Delta], may_leave: bool = False) -> bool:
         """True if the stream was left before its end."""
         closing: Any = stream
         try:
             async with aclosing(closing):
                 async for delta in stream:
-                    self._book.piece(plan, delta.n, delta.event_id, delta.text, list(delta.token_ids))
+                    self._book.chunk(plan, delta.n, delta.event_id, delta.text, list(delta.token_ids))
                     if plan.act is Act.CANCEL and delta.n >= plan.after and not self._book.story(plan).cancels:
                         await self._cancel(plan)
                     if plan.act is Act.AWAY and may_leave and delta.n == plan.after:

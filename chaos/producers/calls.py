@@ -35,7 +35,7 @@ class Plan:
     """One call, and what its producer does about it.
 
     Attributes:
-        after: pieces seen, or tenths of a second waited where there are no pieces, before the producer acts.
+        after: chunks seen, or tenths of a second waited where there are no chunks, before the producer acts.
         deadline_s: seconds from the push on Redis's clock; 0 = none.
     """
 

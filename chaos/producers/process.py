@@ -79,8 +79,8 @@ class Book:
     def deadline(self, plan: Plan, ms: int) -> None:
         self._note("deadline", plan, ms=ms)
 
-    def piece(self, plan: Plan, n: int, eid: str, text: str, token_ids: list[int]) -> None:
-        self._note("piece", plan, n=n, eid=eid, text=text, ids=token_ids)
+    def chunk(self, plan: Plan, n: int, eid: str, text: str, token_ids: list[int]) -> None:
+        self._note("chunk", plan, n=n, eid=eid, text=text, ids=token_ids)
 
     def cancel(self, plan: Plan) -> None:
         """A cancel of the call, or of its session, is about to be sent."""

@@ -82,7 +82,7 @@ class _Lane(Lane):
                 if b"state" in fields:
                     return
                 ids = [int(i) for i in fields[b"token_ids"].split()]
-                self._book.piece(plan, int(fields[b"n"]), eid.decode(), fields[b"text"].decode(), ids)
+                self._book.chunk(plan, int(fields[b"n"]), eid.decode(), fields[b"text"].decode(), ids)
                 if plan.act is Act.CANCEL and int(fields[b"n"]) >= plan.after and not self._book.story(plan).cancels:
                     self._cancel(plan)
             if plan.act is Act.AWAY:

@@ -69,11 +69,11 @@ class _Lane(Lane):
 
     def _read(self, plan: Plan) -> None:
         """Reads the stream, acting in the middle of it; a second client reads on where the first one left."""
-        if self._pieces(plan, self._client) and plan.act is Act.AWAY:
+        if self._chunks(plan, self._client) and plan.act is Act.AWAY:
             with Client(settings=self._client.settings) as other:
-                self._pieces(plan, other)
+                self._chunks(plan, other)
 
-    def _pieces(self, plan: Plan, client: Client) -> bool:
+    def _chunks(self, plan: Plan, client: Client) -> bool:
         """True if it left the stream before its end."""
         while True:
             try:
@@ -90,7 +90,7 @@ class _Lane(Lane):
                 continue
 
     def _note(self, plan: Plan, delta: Delta) -> None:
-        self._book.piece(plan, delta.n, delta.event_id, delta.text, list(delta.token_ids))
+        self._book.chunk(plan, delta.n, delta.event_id, delta.text, list(delta.token_ids))
 
     def _cancel(self, plan: Plan) -> None:
         self._book.cancel(plan)

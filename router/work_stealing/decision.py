@@ -79,7 +79,7 @@ class _Taker:
 
 
 @dataclass(slots=True)
-class _Line:
+class _QueueHead:
     """A loaded queue up to the call in hand: calls before it that stay, and the prompt tokens that they need."""
 
     view: EngineView
@@ -118,7 +118,7 @@ class Stealing:
             sessions: those of the calls.
         """
         takers = [_Taker(e) for e in idle]
-        lines = {e.id: _Line(e, e.queued) for e in loaded}
+        lines = {e.id: _QueueHead(e, e.queued) for e in loaded}
         moved = []
         for call in sorted(waiting, key=lambda c: rank_of(c.priority, c.level)):
             if not any(is_idle(t.view) for t in takers):
@@ -133,7 +133,7 @@ class Stealing:
                 line.stays(call)
         return moved
 
-    def _take(self, call: WaitingCall, line: _Line, takers: Sequence[_Taker], session: SessionView) -> bool:
+    def _take(self, call: WaitingCall, line: _QueueHead, takers: Sequence[_Taker], session: SessionView) -> bool:
         """Gives the call to the engine where it costs least, if that pays."""
         view, session = _view(call), replace(session, bound="")
         able = [t for t in takers if self._may_take(call, view, t, session)]
@@ -151,7 +151,7 @@ class Stealing:
             return False
         return self._admission is None or bool(self._admission.open_to(view, [taker.view], session))
 
-    def _cost_of_staying(self, call: WaitingCall, view: CallView, line: _Line, session: SessionView) -> float:
+    def _cost_of_staying(self, call: WaitingCall, view: CallView, line: _QueueHead, session: SessionView) -> float:
         """An engine that is only coming up may take minutes, and has an empty cache."""
         if line.view.state != EngineState.READY:
             return inf

@@ -19,7 +19,7 @@ from rsm.router.work_stealing.decision import Stealing, head, idle_and_loaded
 log = logging.getLogger("rsm.router")
 
 
-class Thief:
+class WorkStealer:
     """Any number of routers may have one at work: of two that take the same call, one does (steal.lua)."""
 
     def __init__(self, server: redis.Redis, transitions: Transitions, chooser: Chooser) -> None:

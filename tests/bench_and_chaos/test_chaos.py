@@ -15,7 +15,7 @@ import redis
 from chaos import report
 from chaos.faults import KINDS, schedule
 from chaos.kept import Entry, Kept, Snapshot, snapshot
-from chaos.ledger import End, Ledger, Piece, Story, read
+from chaos.ledger import Chunk, End, Ledger, Story, read
 from chaos.producers.calls import SIM_MODEL, Act, Plan, draw
 from chaos.producers.process import INBOX
 from chaos.proxy import Lines
@@ -41,7 +41,7 @@ class Books:
             story = self.stories[call_id]
             text, ids = said(story.plan, {})
             words = [f" {word}" for word in text.split()]
-            story.pieces = [Piece(n, f"{n}-1", words[n], [ids[n]]) for n in range(tokens)]
+            story.chunks = [Chunk(n, f"{n}-1", words[n], [ids[n]]) for n in range(tokens)]
             state, part = ("COMPLETED", text) if tokens == 4 else ("CANCELLED", "".join(words[:tokens]))
             story.ends = [End(state, part, ids[:tokens])]
             log = [Entry(_ms(n / 10), n, words[n], (ids[n],)) for n in range(tokens)]
@@ -94,15 +94,15 @@ def _waiter_told_another_end(b: Books) -> None:
     b.stories["done"].ends = [replace(b.stories["done"].ends[0], state="CANCELLED")]
 
 
-def _piece_repeated_to_reader(b: Books) -> None:
-    b.stories["done"].pieces.insert(2, b.stories["done"].pieces[1])
+def _chunk_repeated_to_reader(b: Books) -> None:
+    b.stories["done"].chunks.insert(2, b.stories["done"].chunks[1])
 
 
-def _piece_kept_from_reader(b: Books) -> None:
-    del b.stories["done"].pieces[-1]
+def _chunk_kept_from_reader(b: Books) -> None:
+    del b.stories["done"].chunks[-1]
 
 
-def _piece_twice_in_log(b: Books) -> None:
+def _chunk_twice_in_log(b: Books) -> None:
     log = b.found.calls["done"].log
     log.insert(2, replace(log[1], n=2))
 
@@ -129,7 +129,7 @@ def _no_end_in_inbox(b: Books) -> None:
     b.found.calls["done"].told, b.found.calls["done"].inbox = 0, INBOX
 
 
-def _piece_behind_the_end(b: Books) -> None:
+def _chunk_behind_the_end(b: Books) -> None:
     log = b.found.calls["done"].log
     log[-1], log[-2] = log[-2], log[-1]
 
@@ -187,15 +187,15 @@ def _key_leaked(b: Books) -> None:
         (_stuck, "stuck"),
         (_waiter_forgotten, "waiter told"),
         (_waiter_told_another_end, "waiter told"),
-        (_piece_repeated_to_reader, "no token lost or repeated"),
-        (_piece_kept_from_reader, "no token lost or repeated"),
-        (_piece_twice_in_log, "no token lost or repeated"),
+        (_chunk_repeated_to_reader, "no token lost or repeated"),
+        (_chunk_kept_from_reader, "no token lost or repeated"),
+        (_chunk_twice_in_log, "no token lost or repeated"),
         (_token_wrong_in_cancelled_stream, "no token lost or repeated"),
         (_wrong_text, "right text"),
         (_two_ends_in_log, "one end"),
         (_two_ends_in_inbox, "one end"),
         (_no_end_in_inbox, "one end"),
-        (_piece_behind_the_end, "one end"),
+        (_chunk_behind_the_end, "one end"),
         (_completed_after_cancel, "cancel holds"),
         (_completed_after_cancel_of_session, "cancel holds"),
         (_cancelled_unasked, "rightly cancelled"),
@@ -245,15 +245,15 @@ def test_a_ledger_survives_its_writer(tmp_path: Path) -> None:
     plan = draw(1, 0, 0)[0]
     first.note("planned", plan.id, plan=plan.as_json())
     first.note("accepted", plan.id)
-    first.note("piece", plan.id, n=0, eid="5-0", text="a", ids=[7])
+    first.note("chunk", plan.id, n=0, eid="5-0", text="a", ids=[7])
     with path.open("ab") as torn:
         torn.write(b'{"at":1,"what":"end","ca')  # killed in the middle of a line
-    Ledger(path).note("piece", plan.id, n=1, eid="6-0", text="b", ids=[8])
+    Ledger(path).note("chunk", plan.id, n=1, eid="6-0", text="b", ids=[8])
     story = read([path])[plan.id]
     assert story.plan == plan
     assert story.accepted
     assert not story.ends
-    assert (story.last_eid, [p.n for p in story.pieces]) == ("6-0", [0, 1])
+    assert (story.last_eid, [p.n for p in story.chunks]) == ("6-0", [0, 1])
 
 
 # -- the schedule

@@ -174,10 +174,10 @@ def _server(kind: str, stream: bool) -> Callable[[bytes], object]:
         for line in data.split(b"\n") if ex.streams else ():
             text = line.decode("utf-8", "replace")
             with readable():
-                piece = ex.chunk(document(text), text)
-            if piece is not None:
-                f"{piece.text}{piece.chunk}{piece.replay}{piece.token_ids}".encode()
-                assert all(type(i) is int for i in piece.token_ids)
+                chunk = ex.chunk(document(text), text)
+            if chunk is not None:
+                f"{chunk.text}{chunk.document}{chunk.replay}{chunk.token_ids}".encode()
+                assert all(type(i) is int for i in chunk.token_ids)
         with readable():
             outcome = ex.outcome()
         assert isinstance(outcome.text, str)

@@ -34,7 +34,7 @@ def test_an_error_or_a_give_back_is_no_loss_of_the_engine(world: World, fault: b
     assert world.state("c1") == "PENDING"
     world.assign("c1")
     again = worker.take()
-    assert (again.events, again.begins, again.on_engine_loss) == (1, 0, "fail"), "it goes on behind its last piece"
+    assert (again.events, again.begins, again.on_engine_loss) == (1, 0, "fail"), "it goes on behind its last chunk"
 
 
 @pytest.mark.parametrize("how", ["death", "error", "give-back"])
@@ -73,7 +73,7 @@ def test_a_stream_that_said_nothing_new_is_not_restarted_again(world: World) -> 
     assert len(world.log("c1")) == 2
 
 
-def test_without_pieces_there_is_nothing_to_tell(world: World) -> None:
+def test_without_chunks_there_is_nothing_to_tell(world: World) -> None:
     worker = world.worker()
     world.start("c1", worker, on_engine_loss="restart")
     worker = world.die(worker)

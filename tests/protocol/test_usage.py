@@ -162,8 +162,8 @@ class Walk:
         return int(self.world.db.hstrlen(self.world.keys.call(call_id), field))
 
     def _log_bytes(self, call_id: str) -> int:
-        pieces = [f for _, f in self.world.log(call_id) if not f["state"]]
-        return sum(32 + sum(len(f[n]) for n in ("text", "token_ids", "chunk", "replay", "restart")) for f in pieces)
+        chunks = [f for _, f in self.world.log(call_id) if not f["state"]]
+        return sum(32 + sum(len(f[n]) for n in ("text", "token_ids", "chunk", "replay", "restart")) for f in chunks)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -42,7 +42,7 @@ def test_a_call_goes_where_its_context_fits_or_is_held() -> None:
     assert first.choice
     assert (first.choice.engine, first.context, first.new) == ("b", 300, 300), "however loaded"
     assert second.choice
-    assert (second.choice.hold, second.choice.engine) == (True, "")
+    assert (second.choice.throttle, second.choice.engine) == (True, "")
     assert "501 tokens" in second.choice.why
     assert spoken_for(c, "b") == 800
 

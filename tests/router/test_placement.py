@@ -83,7 +83,7 @@ class Reckoner(Policy):
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
         costs = {e.id: float(sum(a.tokens for a in e.ahead.values())) for e in engines}
         best = min(costs, key=lambda e: costs[e])
-        return Choice(best, f"at {self.now:g}", reuse=300, costs=costs, hold=call.prompt_tokens > 5000)
+        return Choice(best, f"at {self.now:g}", reuse=300, costs=costs, throttle=call.prompt_tokens > 5000)
 
 
 def test_work_is_counted_by_rank_for_policies_that_reckon() -> None:
@@ -101,7 +101,7 @@ def test_a_held_call_is_nobodys_load() -> None:
     c.see([engine("a")])
     (held,) = c.place([CallView("s", "m", 5001)], {}, 0.0)
     assert held.choice
-    assert held.choice.hold
+    assert held.choice.throttle
     assert c.fleet["a"].queued == 0
 
 

@@ -30,7 +30,7 @@ from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
 from rsm.broker.protocol.models import ErrorCode
 from rsm.broker.protocol.transitions import Claimed, EngineView, SessionView, Transitions
 from rsm.router import router as router_module
-from rsm.router.maintenance import Upkeep
+from rsm.router.maintenance import Maintenance
 from rsm.router.policies.least_loaded import LeastLoaded
 from rsm.router.router import Router
 from rsm.router.views import CallView, Choice
@@ -427,10 +427,10 @@ def test_idle_consumers_are_buried_and_busy_ones_are_not(settings: Settings, pro
     producer.push(id="c1", json=HI)
     producer.db.xreadgroup(ROUTER_GROUP, "busy", {producer.keys.calls: ">"})
     hasty = settings.model_copy(update={"lease_ms": 1})
-    upkeep = Upkeep(producer.db, producer.keys, hasty, "me")
+    maintenance = Maintenance(producer.db, producer.keys, hasty, "me")
 
     def buried() -> bool:
-        upkeep._drop_idle_consumers()
+        maintenance._drop_idle_consumers()
         return _consumers(producer) == ["busy"]
 
     eventually(buried)
@@ -641,15 +641,15 @@ def test_the_router_outlives_a_dead_redis() -> None:
 def test_a_silence_of_redis_is_not_a_death_of_engines(quick: Settings, producer: Producer) -> None:
     """Leases that ran out while nobody could renew them prove nothing."""
     worker = FakeWorker(quick).up()
-    upkeep = Upkeep(producer.db, producer.keys, quick, "me")
+    maintenance = Maintenance(producer.db, producer.keys, quick, "me")
     producer.db.xgroup_create(producer.keys.calls, ROUTER_GROUP, id="0", mkstream=True)
     producer.db.zadd(producer.keys.engines, {"e1": 1})
-    upkeep.blip()
-    upkeep.tick()
+    maintenance.blip()
+    maintenance.tick()
     assert producer.db.hget(producer.keys.engine("e1"), "state") == b"READY"
 
     def reaped() -> bool:
-        upkeep.tick()
+        maintenance.tick()
         return bool(producer.db.hget(producer.keys.engine("e1"), "state") == b"DEAD")
 
     eventually(reaped)

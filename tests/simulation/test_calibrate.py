@@ -74,10 +74,10 @@ def test_a_worker_reads_what_was_calibrated(tmp_path: Path) -> None:
     assert isinstance(backend, SimBackend)
     assert (backend.config.times.step_s, backend.config.times.prefill_token_s) == (0.5, 0.1)
     assert (backend.config.kv_tokens, backend.config.max_num_seqs) == (999, 256)
-    with pytest.raises(InvalidRequest, match="not what `rsm calibrate` writes"):
-        create_backend(
-            EngineConfig(engine_id="e", backend="sim", engine_args={"times_file": str(tmp_path / "none")}), Settings()
-        )
+    path.write_text("[]")
+    for file, why in (path, "not what `rsm calibrate` writes"), (tmp_path / "none", "No such file or directory"):
+        with pytest.raises(InvalidRequest, match=why):
+            create_backend(EngineConfig(engine_id="e", backend="sim", engine_args={"times_file": str(file)}), Settings())
 
 
 def test_only_vllm_can_be_calibrated() -> None:

@@ -23,7 +23,7 @@ from tests.support.waiting import eventually
 
 Answer = Callable[["FakeWorker", Claimed], None]
 
-_BELL_S = 0.05
+_WAKE_S = 0.05
 
 
 class FakeWorker:
@@ -54,7 +54,7 @@ class FakeWorker:
         self._fields: dict[str, Arg] = {"model": model, "node": "here", "pid": 1, "max_num_seqs": 8, **load}
         self._control = "0-0"
         self._owned = server is None
-        self.db: Any = connect(settings, block_s=_BELL_S) if server is None else server
+        self.db: Any = connect(settings, block_s=_WAKE_S) if server is None else server
 
     # -- steps
 
@@ -96,7 +96,7 @@ class FakeWorker:
         return self.take()
 
     def publish(self, call: Claimed, *texts: str, first: int | None = None) -> list[str]:
-        """Publishes one piece per text, numbered from `first` on (none = behind what earlier attempts published)."""
+        """Publishes one chunk per text, numbered from `first` on (none = behind what earlier attempts published)."""
         first = call.events if first is None else first
         events = [Event(call.fence, first + i, t, [first + i], "", "") for i, t in enumerate(texts)]
         return execute.run(self.db, self.transitions.publish(self.engine, events))
@@ -203,7 +203,7 @@ class FakeWorker:
             if held is not None and order["op"] == "cancel":
                 self.finish(held, "partial", RequestState.CANCELLED)
         if not claimed:
-            self.db.blpop([self.keys.bell(self.engine)], timeout=_BELL_S)
+            self.db.blpop([self.keys.bell(self.engine)], timeout=_WAKE_S)
 
 
 def patient(settings: Settings) -> Settings:

@@ -38,16 +38,16 @@ def said(prompt: str, max_tokens: int) -> str:
 
 
 def assert_undisturbed(client: Client, call_id: str, prompt: str, max_tokens: int) -> None:
-    """A streamed call ended well; its log holds each token once, in pieces numbered without gap, and one end."""
+    """A streamed call ended well; its log holds each token once, in chunks numbered without gap, and one end."""
     record = client.record(call_id)
     assert record.state is RequestState.COMPLETED, record
     assert record.result is not None
-    pieces = list(client.stream(call_id))
-    assert [p.n for p in pieces] == list(range(len(pieces)))
-    assert "".join(p.text for p in pieces) == said(prompt, max_tokens) == record.result.text
-    assert [i for p in pieces for i in p.token_ids] == record.result.token_ids
+    chunks = list(client.stream(call_id))
+    assert [p.n for p in chunks] == list(range(len(chunks)))
+    assert "".join(p.text for p in chunks) == said(prompt, max_tokens) == record.result.text
+    assert [i for p in chunks for i in p.token_ids] == record.result.token_ids
     log: Any = client.redis.xrange(client.keys.events(call_id))
-    assert [b"state" in fields for _, fields in log] == [False] * len(pieces) + [True]
+    assert [b"state" in fields for _, fields in log] == [False] * len(chunks) + [True]
 
 
 class WorkerProcess:
@@ -87,7 +87,7 @@ class WorkerProcess:
 Start = Callable[..., WorkerProcess]
 
 
-def pieces(client: Client, handle: CallHandle) -> int:
+def chunks(client: Client, handle: CallHandle) -> int:
     """How many events its log has."""
     return int(client.redis.xlen(client.keys.events(handle.id)))
 
@@ -99,7 +99,7 @@ def submit_streams(client: Client, count: int, max_tokens: int) -> dict[str, Cal
 
 
 def all_speak(client: Client, handles: Sequence[CallHandle]) -> bool:
-    return all(pieces(client, h) for h in handles)
+    return all(chunks(client, h) for h in handles)
 
 
 def take_away(server: EmbeddedRedis, how: str) -> None:

@@ -35,7 +35,7 @@ class Entry:
     """What a producer knows of one call by itself."""
 
     prompt: str
-    pieces: list[Delta] = field(default_factory=list)
+    chunks: list[Delta] = field(default_factory=list)
     result: CallResult | None = None
 
 
@@ -45,7 +45,7 @@ class Ledger(dict[str, Entry]):
     @property
     def speaking(self) -> int:
         """Calls of which something was heard."""
-        return sum(bool(e.pieces) for e in self.values())
+        return sum(bool(e.chunks) for e in self.values())
 
     async def follow(self, client: AsyncClient, number: int) -> None:
         """Pushes one call and writes down all that comes of it."""
@@ -53,17 +53,17 @@ class Ledger(dict[str, Entry]):
         self[call_id] = entry
         call = await client.submit(entry.prompt, id=call_id, session=f"s{number % 20}", stream=True, max_tokens=_TOKENS)
         async for delta in call.stream():
-            entry.pieces.append(delta)
+            entry.chunks.append(delta)
         entry.result = await call
 
     def check(self) -> None:
-        """Every call has its whole text, each piece of it once and in order."""
+        """Every call has its whole text, each chunk of it once and in order."""
         assert len(self) == _CALLS
         for call_id, entry in self.items():
             assert entry.result is not None, call_id
-            assert [p.n for p in entry.pieces] == list(range(len(entry.pieces))), call_id
-            assert "".join(p.text for p in entry.pieces) == said(entry.prompt, _TOKENS) == entry.result.text
-            assert [i for p in entry.pieces for i in p.token_ids] == entry.result.token_ids
+            assert [p.n for p in entry.chunks] == list(range(len(entry.chunks))), call_id
+            assert "".join(p.text for p in entry.chunks) == said(entry.prompt, _TOKENS) == entry.result.text
+            assert [i for p in entry.chunks for i in p.token_ids] == entry.result.token_ids
 
 
 @pytest.fixture

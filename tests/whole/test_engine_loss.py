@@ -87,32 +87,32 @@ class Followed:
     kind: str
     body: dict[str, Any]
     wish: OnEngineLoss
-    pieces: list[Delta] = field(default_factory=list)
+    chunks: list[Delta] = field(default_factory=list)
     record: CallRecord | None = None
 
-    def text(self, pieces: list[Delta]) -> str:
-        return "".join(p.text for p in pieces) + "".join(_said(chunk) for p in pieces for chunk in p.chunks)
+    def text(self, chunks: list[Delta]) -> str:
+        return "".join(p.text for p in chunks) + "".join(_said(chunk) for p in chunks for chunk in p.chunks)
 
     def check(self, whole: str, continuable: bool) -> None:
         """It ended as it was to end when its engine died in the middle of it. whole: what an undisturbed call says."""
         record = self.record
         assert record is not None
-        assert [p.n for p in self.pieces] == list(range(len(self.pieces)))
+        assert [p.n for p in self.chunks] == list(range(len(self.chunks)))
         assert (record.deaths, record.failures) == (0 if self.wish == "fail" else 1, 0)
-        marks = [i for i, p in enumerate(self.pieces) if p.restart]
+        marks = [i for i, p in enumerate(self.chunks) if p.restart]
         assert len(marks) == (self.wish == "restart")
         if self.wish == "fail" or not continuable:
             assert record.state is RequestState.FAILED
             assert record.error_code == ("engine_lost" if self.wish == "fail" else "invalid_request")
             assert self.wish == "fail" or 'on_engine_loss="restart"' in record.error
-            assert self.text(self.pieces), "what it said can still be read"
-            assert whole.startswith(self.text(self.pieces))
+            assert self.text(self.chunks), "what it said can still be read"
+            assert whole.startswith(self.text(self.chunks))
             return
         assert record.state is RequestState.COMPLETED
         assert record.result is not None
         begin = marks[0] + 1 if marks else 0
-        assert whole.startswith(self.text(self.pieces[:begin]))
-        assert self.text(self.pieces[begin:]) == record.result.text == whole
+        assert whole.startswith(self.text(self.chunks[:begin]))
+        assert self.text(self.chunks[begin:]) == record.result.text == whole
 
 
 def _said(chunk: str) -> str:
@@ -159,7 +159,7 @@ async def test_each_call_gets_what_it_asked_for(
             following: list[asyncio.Future[None]] = [asyncio.create_task(_follow(aclient, c)) for c in calls]
             loop = asyncio.get_running_loop()
             following += [loop.run_in_executor(threads, _follow_sync, client, c) for c in pushed]
-            await asyncio.to_thread(eventually, lambda: all(len(c.pieces) > 5 for c in calls + pushed))
+            await asyncio.to_thread(eventually, lambda: all(len(c.chunks) > 5 for c in calls + pushed))
             worker.kill()
             await asyncio.to_thread(start_engine, "e2")
             async with asyncio.timeout(60):
@@ -175,7 +175,7 @@ async def _follow(client: AsyncClient, call: Followed) -> None:
     handle = await client.submit(call.body, kind=call.kind, stream=True, on_engine_loss=call.wish)
     try:
         async for delta in handle.stream():
-            call.pieces.append(delta)
+            call.chunks.append(delta)
     except CallFailed:
         pass  # its record says so
     call.record = await client.record(handle.id)
@@ -185,7 +185,7 @@ def _follow_sync(client: Client, call: Followed) -> None:
     handle = client.submit(call.body, kind=call.kind, stream=True, on_engine_loss=call.wish)
     try:
         for delta in handle.stream():
-            call.pieces.append(delta)
+            call.chunks.append(delta)
     except CallFailed:
         pass  # its record says so
     call.record = handle.record()

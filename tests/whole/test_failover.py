@@ -154,7 +154,7 @@ async def test_what_an_asynchronous_replica_lacks_is_told_and_nothing_is_stuck(
         assert [type(end) for end in ends] == [CallLost] * len(ends), "whoever waits for a lost call is told"
         again = [await client.submit(_prompt(f"o{i}"), id=f"o{i}", max_tokens=5) for i in range(12)]
         assert [(await call).text for call in again] == [said(_prompt(f"o{i}"), 5) for i in range(12)]
-        # Calls that the replica knew go on, whatever it had missed of their claims, pieces and ends.
+        # Calls that the replica knew go on, whatever it had missed of their claims, chunks and ends.
         assert [(await call).text for call in long] == [said(_prompt(f"l{i}"), 600) for i in range(4)]
         for i, words in enumerate(await asyncio.gather(*streams)):
             assert words == said(_prompt(f"l{i}"), 600)

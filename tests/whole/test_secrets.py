@@ -29,7 +29,7 @@ from rsm.broker.views.monitor import Monitor
 from rsm.cli.checks import examine
 from rsm.engine.process import LLMRequest
 from rsm.router.intake import read_entry
-from rsm.workers.backends.base import Backend, EngineFacts, EngineLoad, Job, Outcome, Piece, Resumed
+from rsm.workers.backends.base import Backend, Chunk, EngineFacts, EngineLoad, Job, Outcome, Resumed
 from rsm.workers.config import EngineConfig
 from rsm.workers.environment import API_KEY_VARIABLE, CONFIG_VARIABLE
 from rsm.workers.runtime.calls import Calls
@@ -69,7 +69,7 @@ def _objects() -> Iterator[object]:
     yield from (transitions.submit([call]), transitions.finish("e", [done]), done)
     yield Finish(fence, RequestState.FAILED, "engine_error", PROMPT, OUTPUT.encode(), 0, 0, 0, 0)
     yield from (Event(fence, 0, OUTPUT, [1], OUTPUT, OUTPUT), Release(fence, "error", "engine_error", PROMPT))
-    yield from (Job("c/1", "c", "s", "generate", body), Piece(OUTPUT, [1], OUTPUT))
+    yield from (Job("c/1", "c", "s", "generate", body), Chunk(OUTPUT, [1], OUTPUT))
     yield Outcome("stop", OUTPUT, response={"x": OUTPUT})
     yield Resumed(OUTPUT, [1], [OUTPUT], 1)
     for field in (b"text", b"chunk"):

@@ -22,7 +22,7 @@ from rsm.workers.runtime.calls import Calls
 from rsm.workers.runtime.publisher import Ended, Item
 from rsm.workers.runtime.reconciler import Reconciler
 from tests.support.fake_worker import FakeWorker, routing
-from tests.support.sim_processes import Start, all_speak, assert_undisturbed, pieces, said, submit_streams
+from tests.support.sim_processes import Start, all_speak, assert_undisturbed, chunks, said, submit_streams
 from tests.support.waiting import eventually
 
 
@@ -51,7 +51,7 @@ def test_a_call_whose_end_was_forgotten_runs_again(
     worker = start()
     with routing(settings):
         call = client.submit("x", stream=True, max_tokens=60)
-        eventually(lambda: pieces(client, call))
+        eventually(lambda: chunks(client, call))
         then = Memory(db, keys.call(call.id), keys.events(call.id), keys.running("e1"))
         assert call.wait(20).attempt == 1
         then.restore()
@@ -84,7 +84,7 @@ def test_a_forgotten_claim_comes_again_and_the_call_is_not_run_twice(
     start("e1", max_num_seqs=1)
     with routing(settings):
         call = client.submit("x", stream=True, max_tokens=150)
-        eventually(lambda: pieces(client, call))
+        eventually(lambda: chunks(client, call))
         for _ in range(6):
             with db.pipeline(transaction=True) as pipe:
                 pipe.hset(keys.call(call.id), "state", "PENDING")
@@ -113,7 +113,7 @@ def test_lost_events_are_said_again_and_leave_no_gap(
     start("e1")
     with routing(settings):
         call = client.submit("x", stream=True, max_tokens=80)
-        eventually(lambda: pieces(client, call) > 2)
+        eventually(lambda: chunks(client, call) > 2)
         then = Memory(db, keys.call(call.id), keys.events(call.id))
         # Tokens, not chunks: on a busy machine several tokens share one.
         eventually(lambda: _tokens(client, call) > (6 if end == "in the middle" else 70))
@@ -131,7 +131,7 @@ def test_redis_falls_back_by_a_while(fragile: EmbeddedRedis, settings: Settings,
     with routing(there), Client(settings=there) as client:
         short, long = (submit_streams(client, 24, n) for n in (40, 200))
         calls = [(p, h, n) for n, some in ((40, short), (200, long)) for p, h in some.items()]
-        eventually(lambda: sum(pieces(client, h) > 0 for _, h, _ in calls) >= 20)
+        eventually(lambda: sum(chunks(client, h) > 0 for _, h, _ in calls) >= 20)
         shutil.copytree(fragile.folder / "appendonlydir", tmp_path / "then")
         eventually(lambda: all(h.done for h in short.values()) and all_speak(client, list(long.values())))
         fragile.kill()

@@ -36,7 +36,7 @@ def test_the_level_is_the_bin_of_inherited_and_own_service_whatever_the_steps() 
         assert call.level < 3 or plas.until_demotion(call) == inf
 
 
-def test_a_step_computes_a_piece_of_a_worse_calls_prompt_while_a_better_one_runs() -> None:
+def test_a_step_computes_a_chunk_of_a_worse_calls_prompt_while_a_better_one_runs() -> None:
     rules = PlasRules(prompt_chunk=512)
     assert rules.prompt_tokens(8192, better_runs=True) == 512
     assert rules.prompt_tokens(8192, better_runs=False) == 8192

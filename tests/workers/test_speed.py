@@ -145,7 +145,7 @@ def test_speeds_from_calls_one_after_another() -> None:
         begun = meter.begin(now)
         now += FAST.step_s + FAST.seq_s + prompt * FAST.token_s
         begun.first(now, prompt * 1.3)  # the guess is a bit off
-        begun.first(now + 1, 9999)  # only the first piece is first
+        begun.first(now + 1, 9999)  # only the first chunk is first
         now += (output - 1) * (FAST.step_s + FAST.seq_s)
         begun.end(now, prompt, output)
         begun.end(now, prompt, output)

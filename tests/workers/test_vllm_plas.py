@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from rsm.broker.settings import Settings
-from rsm.workers.backends.base import Job, Outcome, Piece
+from rsm.workers.backends.base import Chunk, Job, Outcome
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.vllm.backend import VllmBackend
 from rsm.workers.config import EngineConfig
@@ -116,7 +116,7 @@ async def jostle(vllm: VllmBackend, jobs: list[Job], expected: list[Outcome], di
     """Runs them at random times, some to be aborted."""
     doomed = {j.call_id for j in dice.sample(jobs, 8)}
 
-    async def run(j: Job) -> tuple[Outcome, list[Piece]]:
+    async def run(j: Job) -> tuple[Outcome, list[Chunk]]:
         await asyncio.sleep(dice.random() * 1.5)
         if j.call_id in doomed:
             asyncio.get_running_loop().call_later(dice.random() * 0.5, vllm.abort, j.key)
@@ -124,11 +124,11 @@ async def jostle(vllm: VllmBackend, jobs: list[Job], expected: list[Outcome], di
 
     async with asyncio.timeout(120):
         ends = await asyncio.gather(*map(run, jobs))
-    for j, (got, pieces), whole in zip(jobs, ends, expected, strict=True):
+    for j, (got, chunks), whole in zip(jobs, ends, expected, strict=True):
         assert got.token_ids == whole.token_ids[: len(got.token_ids)], j.call_id
         assert got.finish_reason == ("abort" if len(got.token_ids) < len(whole.token_ids) else whole.finish_reason)
         assert got.finish_reason != "abort" or j.call_id in doomed
-        assert not j.stream or got.finish_reason == "abort" or said(pieces) == whole.text
+        assert not j.stream or got.finish_reason == "abort" or said(chunks) == whole.text
 
 
 async def test_whatever_comes_the_tokens_are_the_same(vllm: VllmBackend) -> None:

@@ -1,4 +1,4 @@
-"""Whatever stands still is ended: an engine, an event loop, a start, a farewell. Real processes, modelled engines."""
+"""Whatever stands still is ended: an engine, an event loop, a start, A shutdown. Real processes, modelled engines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rsm.broker.protocol.keys import Keys
 from rsm.broker.views.monitor import Monitor
 from rsm.router.__main__ import _LEAVE_S
 from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_OK
-from rsm.workers.runtime.watchdog import Stall
-from rsm.workers.runtime.worker import _FAREWELL_S, _LOADING_S
+from rsm.workers.runtime.watchdog import ProgressWatchdog
+from rsm.workers.runtime.worker import _LOADING_S, _SHUTDOWN_S
 from tests.support.fake_worker import routing
 from tests.support.rsm_command import clean_env
 from tests.support.sim_processes import (
@@ -26,7 +26,7 @@ from tests.support.sim_processes import (
     all_speak,
     assert_undisturbed,
     bring_back,
-    pieces,
+    chunks,
     said,
     state_of,
     submit_streams,
@@ -84,9 +84,9 @@ def test_a_stall_counts_only_time_in_which_this_process_was_awake(
 
     def after(seconds: float, progress: int | None) -> bool:
         now[0] += seconds
-        return stall.look(progress)
+        return watchdog.look(progress)
 
-    stall = Stall(impatient)
+    watchdog = ProgressWatchdog(impatient)
     assert not after(1, 7)
     assert not after(60, 7), "the process had been stopped: this is one long round"
     assert after(1, 7)
@@ -94,7 +94,7 @@ def test_a_stall_counts_only_time_in_which_this_process_was_awake(
     assert not after(1, 8)
     assert not after(1, None), "nothing to do"
     assert not after(1, 8)
-    stall = Stall(impatient.model_copy(update={"stall_s": 0}))
+    watchdog = ProgressWatchdog(impatient.model_copy(update={"stall_s": 0}))
     assert not any(after(10, 1) for _ in range(100)), "switched off"
 
 
@@ -126,7 +126,7 @@ def test_sigterm_ends_a_worker_whose_engine_hangs(
         elapsed()
         worker.send(signal.SIGTERM)
         assert worker.wait() == EXIT_OK
-        assert elapsed() < hasty.drain_grace_s + _FAREWELL_S
+        assert elapsed() < hasty.drain_grace_s + _SHUTDOWN_S
         start("e2", settings=hasty)
         for call in calls:
             assert call.wait(30).attempt == 2
@@ -153,7 +153,7 @@ def test_a_worker_keeps_a_deadline_without_any_router(settings: Settings, client
     with routing(settings):
         call = client.submit("x", stream=True, max_tokens=5000, deadline_ms=client.deadline_in(1.5))
         plain = client.submit("y", max_tokens=5000, deadline_ms=client.deadline_in(1.5))
-        eventually(lambda: pieces(client, call) and client.record(plain.id).state is RequestState.RUNNING)
+        eventually(lambda: chunks(client, call) and client.record(plain.id).state is RequestState.RUNNING)
     for handle in (call, plain):
         record = handle.wait(20)
         assert (record.state, record.error_code) == (RequestState.FAILED, "deadline_exceeded")

@@ -22,20 +22,20 @@ from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Claimed, Fence, Release, Transitions
 from rsm.broker.views.monitor import Monitor
-from rsm.workers.backends.base import Job, Outcome, Piece
+from rsm.workers.backends.base import Chunk, Job, Outcome
 from rsm.workers.backends.sim.backend import SimBackend
 from rsm.workers.backends.sim.engine import SimConfig, SimTimes
 from rsm.workers.environment import EXIT_ENGINE_DIED, EXIT_ID_TAKEN, EXIT_OK
 from rsm.workers.runtime.calls import Calls
 from rsm.workers.runtime.publisher import Ended, Item
-from rsm.workers.runtime.worker import _FAREWELL_S, Worker
+from rsm.workers.runtime.worker import _SHUTDOWN_S, Worker
 from tests.support.fake_worker import FakeWorker, routing
 from tests.support.sim_processes import (
     Start,
     all_speak,
     assert_undisturbed,
     bring_back,
-    pieces,
+    chunks,
     said,
     state_of,
     submit_streams,
@@ -101,7 +101,7 @@ def test_cancel_of_waiting_and_running_calls(
     start(max_num_seqs=1)
     with routing(settings):
         speaking = client.submit("a", stream=True, max_tokens=5000)
-        eventually(lambda: pieces(client, speaking))
+        eventually(lambda: chunks(client, speaking))
         claimed = [client.submit("b", max_tokens=5000) for _ in range(2)]
         eventually(lambda: monitor.engine("e1")["running"] == 3)
         queued = client.submit("c", max_tokens=5000)
@@ -130,7 +130,7 @@ def test_cancel_of_waiting_and_running_calls(
 class Untouched(SimBackend):
     """Fails the test if it is asked to run anything."""
 
-    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
         raise AssertionError("it must not run")
 
 
@@ -184,7 +184,7 @@ def test_the_deadline_of_a_running_call(settings: Settings, client: Client, star
     start()
     with routing(settings):
         handle = client.submit("x", stream=True, max_tokens=5000, deadline_ms=client.deadline_in(1))
-        eventually(lambda: pieces(client, handle))
+        eventually(lambda: chunks(client, handle))
         record = handle.wait(20)
         assert (record.state, record.error_code) == (RequestState.FAILED, "deadline_exceeded")
         assert record.result is not None
@@ -314,7 +314,7 @@ def test_a_drained_worker_stays_until_it_is_told_to_stop(
     worker = start("e1")
     with routing(settings):
         running = client.submit("x", stream=True, max_tokens=60)
-        eventually(lambda: pieces(client, running))
+        eventually(lambda: chunks(client, running))
         execute.run(db, transitions.drain("e1"))
         waiting = client.submit("y", max_tokens=2)
         assert running.result(20).engine_id == "e1"
@@ -362,7 +362,7 @@ async def test_an_engine_that_dies_gives_its_calls_back(
 class Careless(SimBackend):
     """Raises what no backend should, with the prompt in it."""
 
-    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
         raise RuntimeError(str(job.body))
 
 
@@ -422,12 +422,12 @@ def test_a_worker_stops_within_its_bound_while_redis_is_away(
     with Client(settings=hasty) as client:
         with routing(hasty):
             handle = client.submit("x", stream=True, max_tokens=150)
-            eventually(lambda: pieces(client, handle))
+            eventually(lambda: chunks(client, handle))
         take_away(fragile, away)
         began = time.monotonic()
         worker.send(signal.SIGTERM)
         assert worker.wait() == EXIT_OK
-        assert time.monotonic() - began < hasty.drain_grace_s + _FAREWELL_S
+        assert time.monotonic() - began < hasty.drain_grace_s + _SHUTDOWN_S
         assert "Traceback" not in worker.log()
         bring_back(fragile, away)
         start("e2", settings=hasty)

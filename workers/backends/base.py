@@ -71,8 +71,8 @@ class Job:
 
 
 @dataclass(slots=True)
-class Piece:
-    """New output of a streamed call. `generate` fills text and token_ids, the OpenAI kinds chunk (one JSON document).
+class Chunk:
+    """New output of a streamed call: text and token_ids of a `generate`, one JSON document of the OpenAI kinds.
 
     Attributes:
         replay: opaque text that the backend gets back in `Resumed.replays` if this attempt is lost.
@@ -80,7 +80,7 @@ class Piece:
 
     text: str = field(default="", repr=False)
     token_ids: list[int] = field(default_factory=list, repr=False)
-    chunk: str = field(default="", repr=False)
+    document: str = field(default="", repr=False)
     replay: str = field(default="", repr=False)
 
 
@@ -126,7 +126,7 @@ class EngineLoad:
 
 
 class Backend(ABC):
-    """One engine. All methods but `bar` run in the worker's event loop."""
+    """One engine. All methods but `preemption_threshold` run in the worker's event loop."""
 
     @abstractmethod
     async def start(self) -> EngineFacts:
@@ -138,8 +138,8 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
-        """Runs one call to its end. A streamed call gives each piece to `emit`, which never blocks.
+    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
+        """Runs one call to its end. A streamed call gives each chunk to `emit`, which never blocks.
 
         Raises:
             CallRejected, EngineError, EngineDied: see there.
@@ -160,7 +160,7 @@ class Backend(ABC):
         """
         return None
 
-    def bar(self) -> tuple[int, int] | None:
+    def preemption_threshold(self) -> tuple[int, int] | None:
         """The class and level that a waiting call must be better than to take the place of a running one, now.
 
         None: no call ever does. The only method that is called from another thread.
@@ -185,7 +185,7 @@ class Refused(Backend):
     async def start(self) -> EngineFacts:
         raise EngineMisconfigured(self._reason)
 
-    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
         raise EngineDied(self._reason)
 
     def abort(self, key: str) -> None:

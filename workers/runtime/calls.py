@@ -22,7 +22,7 @@ from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Claimed, Fault, Fence, Finish, Release
 from rsm.broker.protocol.models import ErrorCode, RequestState
-from rsm.workers.backends.base import Backend, CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from rsm.workers.backends.base import Backend, CallRejected, Chunk, EngineDied, EngineError, Job, Outcome, Resumed
 from rsm.workers.meters.calls import Begun, CallMeter
 from rsm.workers.meters.kv_cache import CacheMeter
 from rsm.workers.runtime.blocking import ask
@@ -264,7 +264,7 @@ class Calls:
         begun = running.begun = self.meter.begin(began)
         outcome = Outcome("abort")
         try:
-            outcome = await self._backend.run(job, lambda piece: self._emit(running, piece))
+            outcome = await self._backend.run(job, lambda chunk: self._emit(running, chunk))
             return outcome
         finally:
             self.engaged -= 1
@@ -276,12 +276,12 @@ class Calls:
             if outcome.prompt_tokens:
                 self.cache.found(running.claimed.reuse, outcome.cached_tokens)
 
-    def _emit(self, running: Running, piece: Piece) -> None:
+    def _emit(self, running: Running, chunk: Chunk) -> None:
         if running.begun is not None:
             claimed = running.claimed
             running.begun.first(time.perf_counter(), claimed.prompt_tokens - claimed.reuse)
         if running.claimed.stream and not running.dropped and not running.gap:
-            self._put(Output(running.claimed.fence, running.numbers, piece))
+            self._put(Output(running.claimed.fence, running.numbers, chunk))
 
     async def _job(self, c: Claimed) -> Job:
         return Job(

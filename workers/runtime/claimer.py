@@ -2,7 +2,7 @@
 
 Late binding: a call that no engine can start yet stays in its queue in Redis, where it can be re-ordered, cancelled
 and given to another engine. So never more than `room` calls are taken; but an engine that lets a better call take the
-place of a running one has room for calls that are better than its bar (`Backend.bar`), even if it is full.
+place of a running one has room for calls above its threshold (`Backend.preemption_threshold`), even if it is full.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
 # How long one sleep on the bell lasts; the bell makes it shorter, so this bounds only how soon a stop is noticed.
-_BELL_S = 1
+_WAKE_S = 1
 # Calls per claim. Small, so that the engine is at work on the first while the next are on their way.
 CLAIM_MANY = 32
 
@@ -80,11 +80,11 @@ class Room:
 
 
 class Want(NamedTuple):
-    """What to claim: `most` calls whatever they are, or up to `ahead` that are better than `bar`, a class and level."""
+    """What to claim: `most` calls whatever they are, or up to `ahead` above `threshold`, a class and level."""
 
     most: int
     ahead: int = 0
-    bar: tuple[int, int] = (0, 0)
+    threshold: tuple[int, int] = (0, 0)
 
 
 class Claimer(threading.Thread):
@@ -92,7 +92,7 @@ class Claimer(threading.Thread):
 
     Args:
         deliver: called from this thread with the calls claimed, or with None if the lease was lost.
-        bar: the engine's, None = it has none (`Backend.bar`).
+        threshold: the engine's, None = it has none (`Backend.preemption_threshold`).
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Claimer(threading.Thread):
         transitions: Transitions,
         room: Room,
         deliver: Callable[[list[Claimed] | None], None],
-        bar: Callable[[], tuple[int, int] | None] = lambda: None,
+        threshold: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
         super().__init__(name="rsm-claim", daemon=True)
         self._engine = engine
@@ -112,9 +112,9 @@ class Claimer(threading.Thread):
         self._transitions = transitions
         self._room = room
         self._deliver = deliver
-        self._bar_now = bar
-        self._bell = Keys(settings.namespace).bell(engine)
-        self._line = DedicatedConnection(settings, block_s=_BELL_S)
+        self._threshold_now = threshold
+        self._wake_key = Keys(settings.namespace).bell(engine)
+        self._line = DedicatedConnection(settings, block_s=_WAKE_S)
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class Claimer(threading.Thread):
         self._line.close()
 
     def _want(self, look: bool) -> Want | None:
-        """What to claim next, None = nothing any more. Waits for room; for a full engine with a bar, for the bell.
+        """What to claim next, None = nothing any more. Waits for room; a full engine with a threshold, for a wake-up.
 
         Args:
             look: better calls may be waiting.
@@ -154,11 +154,11 @@ class Claimer(threading.Thread):
             free = self._room.free
             if free > 0:
                 return Want(min(free, self._batch))
-            bar, ahead = self._bar_now(), min(self._room.size + free, self._batch)
-            if bar is None or ahead <= 0:
+            threshold, ahead = self._threshold_now(), min(self._room.size + free, self._batch)
+            if threshold is None or ahead <= 0:
                 self._room.wait()
             elif look:
-                return Want(0, ahead, bar)
+                return Want(0, ahead, threshold)
             elif self._room.fall_asleep():
                 self._sleep()
                 look = True
@@ -166,7 +166,7 @@ class Claimer(threading.Thread):
 
     def _sleep(self) -> None:
         """Until somebody rings, or for a while: a running call may have become worse than one that waits."""
-        persist(lambda: self._line.execute_command("BLPOP", self._bell, _BELL_S), "claimer", self._closed.is_set)
+        persist(lambda: self._line.execute_command("BLPOP", self._wake_key, _WAKE_S), "claimer", self._closed.is_set)
         self._room.wake()
 
     def _claim(self, claim_no: int, want: Want, sleep: bool) -> list[Claimed] | None:
@@ -179,7 +179,7 @@ class Claimer(threading.Thread):
 
         def attempt() -> None:
             if sleep:
-                replies.append(execute.run_after(self._line, ("BLPOP", self._bell, _BELL_S), command))
+                replies.append(execute.run_after(self._line, ("BLPOP", self._wake_key, _WAKE_S), command))
             else:
                 replies.append(execute.run(self._line, command))
 

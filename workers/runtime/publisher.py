@@ -1,7 +1,7 @@
-"""The thread that writes what an engine produces: pieces, ends and give-backs, many calls a round trip.
+"""The thread that writes what an engine produces: chunks, ends and give-backs, many calls a round trip.
 
 It takes whatever has gathered while the last round trip was on its way, so a busy engine makes larger batches, not
-longer queues. Pieces of one call that gathered meanwhile become one event.
+longer queues. Chunks of one call that gathered meanwhile become one event.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from rsm.broker.protocol.messages import Event, Fence, Finish, Release
 from rsm.broker.protocol.scripts import Arg, Command
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
-from rsm.workers.backends.base import Piece
+from rsm.workers.backends.base import Chunk
 
 
 @dataclass(slots=True)
 class Output:
-    """A piece of a streamed call on its way out. `numbers` counts the call's events across attempts."""
+    """A chunk of a streamed call on its way out. `numbers` counts the call's events across attempts."""
 
     fence: Fence
     numbers: list[int]
-    piece: Piece
+    chunk: Chunk
 
 
 @dataclass(slots=True)
 class Ended:
-    """A call's end on its way out, behind all of its pieces."""
+    """A call's end on its way out, behind all of its chunks."""
 
     finish: Finish
     numbers: list[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Ring:
+class Wake:
     """A ring of the engine's own bell, behind whatever was put before: there is room for more calls."""
 
 
 @dataclass(slots=True)
 class _Gathered:
-    pieces: dict[Fence, Event] = field(default_factory=dict)
+    chunks: dict[Fence, Event] = field(default_factory=dict)
     finishes: list[Finish] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
     ring: bool = False
@@ -56,7 +56,7 @@ class _Gathered:
         return [*(f.fence for f in self.finishes), *(r.fence for r in self.releases)]
 
 
-Item = Output | Ended | Release | Ring
+Item = Output | Ended | Release | Wake
 _GAP = "Redis lost a part of what the call had published."
 _CLOSE = None
 
@@ -139,8 +139,8 @@ class Publisher(threading.Thread):
 
     def _commands(self, g: _Gathered) -> list[Command[Any]]:
         commands: list[Command[Any]] = []
-        if g.pieces:
-            commands.append(self._transitions.publish(self._engine, list(g.pieces.values())))
+        if g.chunks:
+            commands.append(self._transitions.publish(self._engine, list(g.chunks.values())))
         if g.finishes:
             commands.append(self._transitions.finish(self._engine, g.finishes))
         if g.releases:
@@ -151,11 +151,11 @@ class Publisher(threading.Thread):
 
     def _report(self, g: _Gathered, replies: Sequence[list[str]]) -> None:
         rows = iter(replies)
-        if g.pieces and replies:
-            pieces = list(zip(g.pieces, next(rows), strict=True))
-            if stale := [fence for fence, reply in pieces if reply == "stale"]:
+        if g.chunks and replies:
+            chunks = list(zip(g.chunks, next(rows), strict=True))
+            if stale := [fence for fence, reply in chunks if reply == "stale"]:
                 self._stale(stale)
-            if gaps := [fence for fence, reply in pieces if reply == "gap"]:
+            if gaps := [fence for fence, reply in chunks if reply == "gap"]:
                 self._gap(gaps)
         if g.finishes and replies:
             ends = zip(g.finishes, next(rows), strict=True)
@@ -175,24 +175,24 @@ def _gather(items: Sequence[Item]) -> _Gathered:
             g.finishes.append(item.finish._replace(events=item.numbers[0]))
         elif isinstance(item, Release):
             g.releases.append(item)
-        elif isinstance(item, Ring):
+        elif isinstance(item, Wake):
             g.ring = True
         else:
-            _append(g.pieces, item)
+            _append(g.chunks, item)
     return g
 
 
-def _append(pieces: dict[Fence, Event], out: Output) -> None:
-    p = out.piece
-    known = pieces.get(out.fence)
+def _append(chunks: dict[Fence, Event], out: Output) -> None:
+    p = out.chunk
+    known = chunks.get(out.fence)
     if known is None:
         n, out.numbers[0] = out.numbers[0], out.numbers[0] + 1
-        pieces[out.fence] = Event(out.fence, n, p.text, p.token_ids, p.chunk, p.replay)
+        chunks[out.fence] = Event(out.fence, n, p.text, p.token_ids, p.document, p.replay)
         return
-    pieces[out.fence] = known._replace(
+    chunks[out.fence] = known._replace(
         text=known.text + p.text,
         token_ids=[*known.token_ids, *p.token_ids],
-        chunk=_lines(known.chunk, p.chunk),
+        chunk=_lines(known.chunk, p.document),
         replay=_lines(known.replay, p.replay),
     )
 

@@ -17,7 +17,7 @@ def round_s(settings: Settings) -> float:
     return min(_ROUND_S, settings.stall_s / 4) if settings.stall_s else _ROUND_S
 
 
-class Stall:
+class ProgressWatchdog:
     """Measures how long an engine has had calls and made no progress.
 
     Time in which this process stood still as a whole (SIGSTOP, a suspended machine) says nothing about the engine, so
@@ -41,7 +41,7 @@ class Stall:
         return 0 < self._bound_s <= self._still_s
 
 
-class Fuse:
+class HardExitTimer:
     """Ends the process if its event loop does not come round in time.
 
     The timer is faulthandler's. It runs beside the interpreter, so it also ends a process whose C code never gives the

@@ -1,7 +1,7 @@
 """The worker: one process, one engine.
 
 1. Takes its engine id (or refuses to start, if another live worker has it) and holds the lease.
-2. Brings the engine up, then claims what it can start, runs it and publishes pieces and results.
+2. Brings the engine up, then claims what it can start, runs it and publishes chunks and results.
 3. Obeys cancel flags, drain and stop.
 4. Leaves no call behind: on stop it lets them finish within the grace and gives the rest back; when its engine dies
    it gives all of them back and exits, to be started anew by its supervisor.
@@ -42,20 +42,20 @@ from rsm.workers.runtime.calls import Calls
 from rsm.workers.runtime.claimer import Claimer, Room
 from rsm.workers.runtime.control import Control
 from rsm.workers.runtime.lease import Lease
-from rsm.workers.runtime.publisher import Publisher, Ring
+from rsm.workers.runtime.publisher import Publisher, Wake
 from rsm.workers.runtime.reconciler import Reconciler
-from rsm.workers.runtime.watchdog import Fuse, Stall, round_s
+from rsm.workers.runtime.watchdog import HardExitTimer, ProgressWatchdog, round_s
 from rsm.workers.scheduling.service import create_unit
 
 log = logging.getLogger("rsm.worker")
 
-# A farewell, step by step: aborted calls may end, a word to Redis (which may hang) may arrive, the engine may go down.
+# A shutdown, step by step: aborted calls may end, a word to Redis (which may hang) may arrive, the engine may go down.
 _ABORT_S = 2.0
 _WORD_S = 1.5
 _ENGINE_S = 5.0
 # All of that, and the bound on a process in which one of these steps hangs.
-_FAREWELL_S = 15.0
-# The bound while the engine is still loading: there is nothing to say farewell to.
+_SHUTDOWN_S = 15.0
+# The bound while the engine is still loading: there is nothing to give back.
 _LOADING_S = 5.0
 # How long a worker whose engine died waits for a Redis that is away, to say so.
 _FLUSH_S = 10.0
@@ -73,7 +73,7 @@ class Worker:
         supervisor: the pid of the process that keeps this one running.
         birth: what the supervisor calls this process; none = a new id.
         prefetch: calls claimed beyond the engine's slots, so that a slot never waits for a round trip.
-        fuse: ends this process if it stands still; none = nothing does.
+        exit_timer: ends this process if it stands still; none = nothing does.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Worker:
         supervisor: str = "",
         birth: str = "",
         prefetch: int = 2,
-        fuse: Fuse | None = None,
+        exit_timer: HardExitTimer | None = None,
     ) -> None:
         self.engine = check_id(engine, "engine")
         self.settings = settings
@@ -96,7 +96,7 @@ class Worker:
         self._node = node or socket.gethostname()
         self._supervisor = supervisor
         self._prefetch = prefetch
-        self._fuse = fuse or Fuse(self.settings)
+        self._exit_timer = exit_timer or HardExitTimer(self.settings)
         self._keys = Keys(self.settings.namespace)
         self._transitions = Transitions(self._keys, self.settings)
         self._redis = connect(self.settings)
@@ -129,7 +129,7 @@ class Worker:
         self._told_to_stop = asyncio.Event()
         self._serving = False
         # ("drain" | "stop" | "died" | "renew", detail): the reason of a death, the incarnation whose lease was lost
-        self._wishes: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+        self._commands: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
 
     async def serve(self, handle_signals: bool = True) -> int:
         """Runs until it is told to stop or its engine dies.
@@ -144,7 +144,7 @@ class Worker:
             for number in (signal.SIGTERM, signal.SIGINT):
                 # Not the loop's way to do it: the loop stands still while an engine is loaded.
                 signal.signal(number, lambda *_: self._signalled())
-        self._fuse.starting()
+        self._exit_timer.starting()
         try:
             await self._unless_stopped(ask(lambda: require_noeviction(self._redis), denial_is_final=True))
             control_from = await self._register()
@@ -165,7 +165,7 @@ class Worker:
         duties = (self._watch_engine(), self._watch_progress(), self._keep_accounts())
         watches = [asyncio.create_task(duty) for duty in duties]
         try:
-            return await self._grant_wishes()
+            return await self._run_commands()
         finally:
             for watch in watches:
                 watch.cancel()
@@ -179,35 +179,35 @@ class Worker:
         self._call(self._engine_died, reason)
 
     def _signalled(self) -> None:
-        self._fuse.leaving(self.settings.drain_grace_s + _FAREWELL_S if self._serving else _LOADING_S)
+        self._exit_timer.leaving(self.settings.drain_grace_s + _SHUTDOWN_S if self._serving else _LOADING_S)
         self._call(self._want, "stop")
 
-    # -- wishes: whatever is to happen happens here, one thing after the other
+    # -- commands: whatever is to happen happens here, one thing after the other
 
-    def _want(self, wish: str, detail: str = "") -> None:
-        if wish == "stop":
+    def _want(self, command: str, detail: str = "") -> None:
+        if command == "stop":
             self._told_to_stop.set()
-        self._wishes.put_nowait((wish, detail))
+        self._commands.put_nowait((command, detail))
 
-    async def _grant_wishes(self) -> int:
+    async def _run_commands(self) -> int:
         while True:
-            wish, detail = await self._wishes.get()
-            if wish == "renew" and detail == self._incarnation:
-                with contextlib.suppress(EngineDied):  # told to stop: that wish comes next
+            command, detail = await self._commands.get()
+            if command == "renew" and detail == self._incarnation:
+                with contextlib.suppress(EngineDied):  # told to stop: that command comes next
                     await self._renew()
-            elif wish == "drain":
+            elif command == "drain":
                 await self._drain()
-            elif wish == "stop":
+            elif command == "stop":
                 await self._stop()
                 return EXIT_OK
-            elif wish == "died":
-                await self._bury_engine(detail)
+            elif command == "died":
+                await self._handle_engine_death(detail)
                 return EXIT_ENGINE_DIED
 
     async def _renew(self) -> None:
         """The lease was lost (this process stood still, or Redis says so): everything it ran is others' now."""
         self._calls.drop_all()
-        await self._close_ears()
+        await self._close_listeners()
         await self._calls.settle(_ABORT_S)
         await self._open_for_work(await self._register())
 
@@ -228,7 +228,7 @@ class Worker:
     async def _stop(self) -> None:
         """Lets calls finish within the grace, and their results be written; gives the rest back."""
         until = time.monotonic() + self.settings.drain_grace_s
-        self._fuse.leaving(self.settings.drain_grace_s + _FAREWELL_S)
+        self._exit_timer.leaving(self.settings.drain_grace_s + _SHUTDOWN_S)
         await self._drain()
         self._calls.refuse("The engine was stopped.")
         await self._calls.settle(until - time.monotonic())
@@ -238,11 +238,11 @@ class Worker:
         await self._leave(max(_WORD_S, until - time.monotonic()))
         log.info("engine %s has stopped", self.engine)
 
-    async def _bury_engine(self, reason: str) -> None:
+    async def _handle_engine_death(self, reason: str) -> None:
         if self._lease is not None:
             self._lease.announce({"error": shorten(reason, _ERROR_SHOWN)})
         log.error("engine %s died (%s); its calls go to others", self.engine, reason)
-        self._fuse.leaving(_FLUSH_S + _FAREWELL_S)
+        self._exit_timer.leaving(_FLUSH_S + _SHUTDOWN_S)
         await self._drain()
         await self._calls.settle(_ABORT_S)
         self._calls.abandon("death", f"The engine died while the call was running: {reason}")
@@ -254,7 +254,7 @@ class Worker:
             await aside(partial(self._publisher.close, flush_s))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WORD_S):
-                await self._close_ears()
+                await self._close_listeners()
                 await self._beat(EngineState.STOPPED)
         try:
             async with asyncio.timeout(_ENGINE_S):
@@ -268,11 +268,11 @@ class Worker:
 
     async def _watch_progress(self) -> None:
         """The engine's, and by its very running that of the event loop."""
-        stall = Stall(self.settings)
+        watchdog = ProgressWatchdog(self.settings)
         while True:
-            self._fuse.alive()
+            self._exit_timer.alive()
             await asyncio.sleep(round_s(self.settings))
-            if stall.look(self._backend.progress() if self._calls.engaged else None):
+            if watchdog.look(self._backend.progress() if self._calls.engaged else None):
                 self._engine_died(
                     f"it held {self._calls.engaged} calls and made no progress for {self.settings.stall_s:g} s"
                 )
@@ -299,16 +299,16 @@ class Worker:
         """
         starting = asyncio.create_task(self._backend.start())
         while not starting.done():
-            wish = asyncio.create_task(self._wishes.get())
-            await asyncio.wait([starting, wish], return_when=asyncio.FIRST_COMPLETED)
-            if wish.done() and wish.result()[0] == "stop":
+            command = asyncio.create_task(self._commands.get())
+            await asyncio.wait([starting, command], return_when=asyncio.FIRST_COMPLETED)
+            if command.done() and command.result()[0] == "stop":
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
                 raise EngineDied("told to stop while it was starting")
-            wish.cancel()
+            command.cancel()
         return starting.result()
 
-    # -- registration and ears
+    # -- registration and listeners
 
     async def _register(self) -> str:
         """Takes the engine id. A dead predecessor's lease is waited out; a live one's is not.
@@ -388,7 +388,7 @@ class Worker:
             self._transitions,
             self._room,
             partial(self._call, self._take, self._incarnation),
-            self._backend.bar,
+            self._backend.preemption_threshold,
         )
         self._claimer.start()
         log.info("engine %s is ready: %s, %d slots", self.engine, self._facts.model, self._facts.max_num_seqs)
@@ -396,7 +396,7 @@ class Worker:
     def _make_room(self) -> None:
         """A call has left the engine."""
         if self._room.give():
-            self._publisher.put(Ring())
+            self._publisher.put(Wake())
 
     def _take(self, incarnation: str, claimed: list[Claimed] | None) -> None:
         if claimed is None:
@@ -404,7 +404,7 @@ class Worker:
         else:
             self._calls.start(claimed)
 
-    async def _close_ears(self) -> None:
+    async def _close_listeners(self) -> None:
         if self._control is not None:
             self._control.close()
         if self._claimer is not None:

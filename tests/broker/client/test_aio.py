@@ -39,7 +39,7 @@ WAIT = 20.0
 
 @pytest.fixture
 def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missed news are looked for at once. Elsewhere the timer is left long, so that news must come by the inbox."""
+    """Missed events are looked for at once. Elsewhere the timer is left long, so that events must come by the inbox."""
     monkeypatch.setattr(aio, "_BLOCK_S", 0.02)
     monkeypatch.setattr(inbox, "RECONCILE_S", 0.0)
     monkeypatch.setattr(live_stream, "_PATIENCE_S", 0.05)
@@ -84,8 +84,8 @@ async def taken(worker: FakeWorker) -> Claimed:
     return await asyncio.to_thread(worker.take_soon)
 
 
-async def all_of(pieces: AsyncIterator[Delta]) -> list[Delta]:
-    return [p async for p in pieces]
+async def all_of(chunks: AsyncIterator[Delta]) -> list[Delta]:
+    return [p async for p in chunks]
 
 
 # -- ends
@@ -327,15 +327,15 @@ async def test_a_call_that_can_never_run(
 # -- streams
 
 
-async def test_pieces_come_as_they_are_made(client: AsyncClient, worker: FakeWorker) -> None:
+async def test_chunks_come_as_they_are_made(client: AsyncClient, worker: FakeWorker) -> None:
     call = await client.submit("hi", stream=True)
     claimed = await taken(worker)
     live, from_log = call.stream(), client.stream(call.id)
     for n, text in enumerate("abc"):
         worker.publish(claimed, text, first=n)
-        piece = await anext(live)
-        assert (piece.n, piece.text, piece.token_ids) == (n, text, [n])
-        assert await anext(from_log) == piece, "inbox and log agree, also on the event id"
+        chunk = await anext(live)
+        assert (chunk.n, chunk.text, chunk.token_ids) == (n, text, [n])
+        assert await anext(from_log) == chunk, "inbox and log agree, also on the event id"
         assert not call.done
     worker.finish(claimed, "abc")
     assert await all_of(live) == []
@@ -343,7 +343,7 @@ async def test_pieces_come_as_they_are_made(client: AsyncClient, worker: FakeWor
     assert (await call).text == "abc"
 
 
-async def test_a_stream_goes_on_behind_any_piece(client: AsyncClient, other: AsyncClient, worker: FakeWorker) -> None:
+async def test_a_stream_goes_on_behind_any_chunk(client: AsyncClient, other: AsyncClient, worker: FakeWorker) -> None:
     call = await client.submit("hi", id="c1", stream=True)
     claimed = await taken(worker)
     worker.publish(claimed, *"abcd")
@@ -353,8 +353,8 @@ async def test_a_stream_goes_on_behind_any_piece(client: AsyncClient, other: Asy
     worker.finish(claimed)
     rest = await all_of(other.stream("c1", seen[-1].event_id))
     assert [(p.n, p.text) for p in [*seen, *rest]] == list(enumerate("abcdef"))
-    for i, piece in enumerate([*seen, *rest]):
-        assert [p.n for p in await all_of(client.stream("c1", piece.event_id))] == list(range(i + 1, 6))
+    for i, chunk in enumerate([*seen, *rest]):
+        assert [p.n for p in await all_of(client.stream("c1", chunk.event_id))] == list(range(i + 1, 6))
     assert [p.n for p in await all_of(live)] == [2, 3, 4, 5]
 
 
@@ -387,10 +387,10 @@ async def test_a_stream_ends_as_its_call(client: AsyncClient, worker: FakeWorker
     await cancelled.cancel()
     worker.finish(calls[cancelled.id], "a")
     for call, error in ((failing, CallFailed), (cancelled, CallCancelled)):
-        for pieces in (call.stream(), client.stream(call.id)):
-            assert (await anext(pieces)).text == "a"
+        for chunks in (call.stream(), client.stream(call.id)):
+            assert (await anext(chunks)).text == "a"
             with pytest.raises(error):
-                await anext(pieces)
+                await anext(chunks)
 
 
 async def test_what_is_no_stream(client: AsyncClient) -> None:
@@ -403,10 +403,10 @@ async def test_what_is_no_stream(client: AsyncClient) -> None:
         await anext(client.stream("unknown"))
 
 
-async def test_a_stream_loses_no_piece_that_comes_between_two_looks(
+async def test_a_stream_loses_no_chunk_that_comes_between_two_looks(
     client: AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pieces and the end come after the log was found silent, and before the record is found ended."""
+    """The chunks and the end come after the log was found silent, and before the record is found ended."""
     monkeypatch.setattr(aio, "_BLOCK_S", 0.02)
     call = await client.submit("hi", stream=True)
     claimed = await taken(worker)
@@ -422,7 +422,7 @@ async def test_a_stream_loses_no_piece_that_comes_between_two_looks(
     assert [p.text for p in await all_of(client.stream(call.id))] == ["a", "b"]
 
 
-async def test_pieces_that_the_inbox_lost_come_from_the_log(settings: Settings, router: None) -> None:
+async def test_chunks_that_the_inbox_lost_come_from_the_log(settings: Settings, router: None) -> None:
     """The loop stands still while the worker publishes, so the inbox is trimmed before it is read."""
     small = settings.model_copy(update={"inbox_max": 100})
     worker = FakeWorker(small).up()
@@ -431,14 +431,14 @@ async def test_pieces_that_the_inbox_lost_come_from_the_log(settings: Settings, 
         live = call.stream()
         claimed = await taken(worker)
         worker.publish(claimed, "0 ")
-        pieces = [await anext(live)]
+        chunks = [await anext(live)]
         for first in range(1, 601, 100):
             worker.publish(claimed, *(f"{first + i} " for i in range(100)), first=first)
         assert worker.db.xlen(client.keys.inbox(client._inbox)) < 600
         worker.finish(claimed, "hello")
-        pieces += await all_of(live)
-        assert "".join(p.text for p in pieces) == "".join(f"{i} " for i in range(601))
-        assert [p.n for p in pieces] == list(range(601))
+        chunks += await all_of(live)
+        assert "".join(p.text for p in chunks) == "".join(f"{i} " for i in range(601))
+        assert [p.n for p in chunks] == list(range(601))
         assert (await call).text == "hello"
     worker.close()
 
@@ -472,7 +472,7 @@ async def test_a_silent_stream_looks_into_the_log(
     worker.finish(claimed)
 
 
-# -- missed news
+# -- missed events
 
 
 async def test_an_end_that_the_inbox_lost_is_found_in_the_record(
@@ -527,13 +527,13 @@ async def test_a_wait_outlives_redis() -> None:
                 calls = [await client.submit(f"call {i}", stream=i == 0) for i in range(3)]
                 own.kill()
                 waits = [asyncio.create_task(c.result(WAIT)) for c in calls]
-                pieces = asyncio.create_task(all_of(calls[0].stream()))
+                chunks = asyncio.create_task(all_of(calls[0].stream()))
                 late = asyncio.create_task(client.submit("late"))
                 await asyncio.sleep(0)
                 await asyncio.to_thread(own.start)
                 with FakeWorker(settings).serving(echo):
                     assert [(await w).text for w in waits] == ["call 0", "call 1", "call 2"]
-                    assert [p.text for p in await pieces] == ["call", "0"]
+                    assert [p.text for p in await chunks] == ["call", "0"]
                     assert (await (await late).result(WAIT)).text == "late"
     finally:
         own.stop()

@@ -47,7 +47,7 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missed news are looked for at once. Elsewhere the timer is left long, so that news must come by the inbox."""
+    """Missed events are looked for at once. Elsewhere the timer is left long, so that events must come by the inbox."""
     monkeypatch.setattr(inbox, "RECONCILE_S", 0.0)
 
 
@@ -386,22 +386,22 @@ def test_the_largest_body(settings: Settings) -> None:
 # -- streams
 
 
-def test_pieces_come_as_they_are_made(client: Client, worker: FakeWorker) -> None:
+def test_chunks_come_as_they_are_made(client: Client, worker: FakeWorker) -> None:
     handle = client.submit("hi", stream=True)
     call = worker.take_soon()
-    pieces = handle.stream()
+    chunks = handle.stream()
     for n, text in enumerate("abc"):
         worker.publish(call, text, first=n)
-        piece = next(pieces)
-        assert (piece.n, piece.text, piece.token_ids) == (n, text, [n])
+        chunk = next(chunks)
+        assert (chunk.n, chunk.text, chunk.token_ids) == (n, text, [n])
         assert not handle.done
     worker.finish(call, "abc")
-    assert list(pieces) == []
+    assert list(chunks) == []
     assert handle.result(WAIT).text == "abc"
     assert [p.text for p in handle.stream()] == ["a", "b", "c"], "the log can be read again"
 
 
-def test_a_stream_goes_on_behind_any_piece(client: Client, other: Client, worker: FakeWorker) -> None:
+def test_a_stream_goes_on_behind_any_chunk(client: Client, other: Client, worker: FakeWorker) -> None:
     client.submit("hi", id="c1", stream=True)
     call = worker.take_soon()
     worker.publish(call, *"abcd")
@@ -409,16 +409,16 @@ def test_a_stream_goes_on_behind_any_piece(client: Client, other: Client, worker
     reader: Client
     for i in range(4):
         reader = (client, other)[i % 2]
-        pieces = reader.stream("c1", seen[-1].event_id if seen else "0-0")
-        seen.append(next(pieces))
-        pieces.close()  # type: ignore[attr-defined]
+        chunks = reader.stream("c1", seen[-1].event_id if seen else "0-0")
+        seen.append(next(chunks))
+        chunks.close()  # type: ignore[attr-defined]
     worker.publish(call, *"ef", first=4)
     worker.finish(call)
     rest = list(client.stream("c1", seen[-1].event_id))
     assert "".join(p.text for p in [*seen, *rest]) == "abcdef"
     assert [p.n for p in [*seen, *rest]] == list(range(6))
-    for i, piece in enumerate([*seen, *rest]):
-        assert [p.n for p in other.stream("c1", piece.event_id)] == list(range(i + 1, 6))
+    for i, chunk in enumerate([*seen, *rest]):
+        assert [p.n for p in other.stream("c1", chunk.event_id)] == list(range(i + 1, 6))
 
 
 def test_a_stream_outlives_the_engine_that_began_it(client: Client, settings: Settings, router: None) -> None:
@@ -426,8 +426,8 @@ def test_a_stream_outlives_the_engine_that_began_it(client: Client, settings: Se
     first = FakeWorker(settings, "e1").up()
     call = first.take_soon()
     first.publish(call, *"ab")
-    pieces = handle.stream()
-    assert [next(pieces).text, next(pieces).text] == ["a", "b"]
+    chunks = handle.stream()
+    assert [next(chunks).text, next(chunks).text] == ["a", "b"]
     first.beat("STOPPED")
     first.release(call, fault=True)
     second = FakeWorker(settings, "e2").up()
@@ -435,7 +435,7 @@ def test_a_stream_outlives_the_engine_that_began_it(client: Client, settings: Se
     assert first.publish(call, "x", first=2) == ["stale"]
     second.publish(call, *"abc", first=0)
     second.finish(call)
-    assert [(p.n, p.text) for p in pieces] == [(2, "c")]
+    assert [(p.n, p.text) for p in chunks] == [(2, "c")]
     for w in (first, second):
         w.close()
 
@@ -449,10 +449,10 @@ def test_a_stream_ends_as_its_call(client: Client, worker: FakeWorker) -> None:
     cancelled.cancel()
     worker.finish(calls[cancelled.id], "a")
     for handle, error in ((failing, CallFailed), (cancelled, CallCancelled)):
-        pieces = handle.stream()
-        assert next(pieces).text == "a"
+        chunks = handle.stream()
+        assert next(chunks).text == "a"
         with pytest.raises(error):
-            next(pieces)
+            next(chunks)
 
 
 def test_what_is_no_stream(client: Client) -> None:
@@ -463,10 +463,10 @@ def test_what_is_no_stream(client: Client) -> None:
         next(client.stream("unknown"))
 
 
-def test_a_stream_loses_no_piece_that_comes_between_two_looks(
+def test_a_stream_loses_no_chunk_that_comes_between_two_looks(
     client: Client, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pieces and the end come after the log was found silent, and before the record is found ended."""
+    """The chunks and the end come after the log was found silent, and before the record is found ended."""
     handle = client.submit("hi", stream=True)
     call = worker.take_soon()
     look, looks = client.record, iter(range(100))
@@ -490,7 +490,7 @@ def test_a_stream_whose_log_is_gone_ends(client: Client, worker: FakeWorker) -> 
     assert list(handle.stream()) == []
 
 
-# -- missed news
+# -- missed events
 
 
 def test_an_end_that_the_inbox_lost_is_found_in_the_record(
@@ -564,15 +564,15 @@ def test_a_wait_outlives_redis(short_blocks: None) -> None:
             own.kill()
             with ThreadPoolExecutor(2) as pool:
                 waits = [pool.submit(h.result, WAIT) for h in handles[1:]]
-                pieces = iter(client.stream(handles[0].id))
-                first = pool.submit(next, pieces)
+                chunks = iter(client.stream(handles[0].id))
+                first = pool.submit(next, chunks)
                 eventually(lambda: not own._answers())
                 own.start()
                 release.set()
                 with FakeWorker(settings).serving(answer):
                     assert [w.result(WAIT).text for w in waits] == ["call 1", "call 2"]
                     assert first.result(WAIT).text == "call"
-                    assert [p.text for p in pieces] == ["0"]
+                    assert [p.text for p in chunks] == ["0"]
     finally:
         own.stop()
         shutil.rmtree(folder)

@@ -97,7 +97,7 @@ def _words(deltas: list[Delta]) -> list[str]:
     return ["|" if delta.restart else delta.text for delta in deltas]
 
 
-async def test_pieces_that_were_read_and_then_lost_are_told_anew(
+async def test_chunks_that_were_read_and_then_lost_are_told_anew(
     settings: Settings, client: Client, aio: AsyncClient, worker: FakeWorker
 ) -> None:
     with routing(settings):
@@ -118,34 +118,34 @@ async def test_pieces_that_were_read_and_then_lost_are_told_anew(
     assert _words([d async for d in live_stream]) == wanted
     assert _words([d async for d in log_stream]) == wanted
     assert _words(list(sync_stream)) == wanted
-    # Who comes back with a piece that is gone begins anew; who comes back with one that is there goes on.
+    # Who comes back with a chunk that is gone begins anew; who comes back with one that is there goes on.
     assert _words(list(client.stream("c", lost[-1]))) == wanted
     assert _words([d async for d in aio.stream("c", lost[-1])]) == wanted
     assert _words(list(client.stream("c", read[1].event_id))) == list("xyz")
 
 
-def _piece(n: int, at: int) -> Delta:
+def _chunk(n: int, at: int) -> Delta:
     return Delta(n, f"{at}-0", str(at))
 
 
 @pytest.mark.parametrize(
-    ("news", "log", "told"),
+    ("events", "log", "told"),
     [
         ([0, 1, 2], [0, 1, 2], [0, 1, 2]),
-        ([0, 0, 1, 0, 2], [0, 1, 2], [0, 1, 2]),  # news that come twice
-        ([0, 2], [0, 1, 2], [0, 1, 2]),  # news that never came
+        ([0, 0, 1, 0, 2], [0, 1, 2], [0, 1, 2]),  # events that come twice
+        ([0, 2], [0, 1, 2], [0, 1, 2]),  # events that never came
         ([], [0, 1, 2], [0, 1, 2]),
     ],
 )
-async def test_whatever_the_news_the_stream_is_the_log(news: list[int], log: list[int], told: list[int]) -> None:
+async def test_whatever_the_news_the_stream_is_the_log(events: list[int], log: list[int], told: list[int]) -> None:
     queue: asyncio.Queue[Delta | End] = asyncio.Queue()
-    for n in news:
-        queue.put_nowait(_piece(n, 100 + n))
+    for n in events:
+        queue.put_nowait(_chunk(n, 100 + n))
     queue.put_nowait(End(len(log), None))
 
     async def read(last: str) -> list[Delta]:
         at = 0 if last == BEGIN else int(last.partition("-")[0])
-        return [_piece(n, 100 + n) for n in log if 100 + n > at]
+        return [_chunk(n, 100 + n) for n in log if 100 + n > at]
 
     assert [d.n async for d in live(queue, read, lambda: True)] == told
     assert FORGET.restart

@@ -176,7 +176,7 @@ def test_a_worker_learns_how_its_calls_differ_from_those_of_redis(world: World) 
 # -- publish
 
 
-def test_a_piece_goes_to_the_log_and_to_the_inbox(world: World) -> None:
+def test_a_chunk_goes_to_the_log_and_to_the_inbox(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker, stream=True, inbox="box")
     assert worker.publish(call, "a", "b") == ["ok", "ok"]

@@ -57,7 +57,7 @@ def test_a_push_repeated_is_a_duplicate(world: World) -> None:
 def test_another_call_under_the_same_id_is_a_conflict(world: World, change: dict[str, Any]) -> None:
     world.submit("c1", inbox="box")
     before = world.record("c1")
-    assert world.submit("c1", **{"inbox": "thief", **change}).code == "conflict"
+    assert world.submit("c1", **{"inbox": "stealer", **change}).code == "conflict"
     assert world.record("c1") == before
     assert len(world.stream()) == 1
 

@@ -1,4 +1,4 @@
-"""Jobs for a real vLLM, and what readers make of the pieces that come back."""
+"""Jobs for a real vLLM, and what readers make of the chunks that come back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rsm.workers.backends.base import CallRejected, Job, Outcome, Piece, Resumed
+from rsm.workers.backends.base import CallRejected, Chunk, Job, Outcome, Resumed
 from rsm.workers.backends.vllm.backend import VllmBackend
 
 PROMPT = "Explain quantum computing"
@@ -105,37 +105,37 @@ BAD_OPENAI: list[tuple[Job, str]] = [
 ]
 
 
-def nothing(_: Piece) -> None:
+def nothing(_: Chunk) -> None:
     """For jobs that do not stream."""
 
 
-async def streamed(backend: VllmBackend, j: Job) -> tuple[Outcome, list[Piece]]:
-    pieces: list[Piece] = []
-    return await backend.run(j, pieces.append), pieces
+async def streamed(backend: VllmBackend, j: Job) -> tuple[Outcome, list[Chunk]]:
+    chunks: list[Chunk] = []
+    return await backend.run(j, chunks.append), chunks
 
 
-def again(j: Job, pieces: list[Piece]) -> Job:
-    """The job, to be gone on with behind these pieces, as the worker reads them back from the call's log."""
+def again(j: Job, chunks: list[Chunk]) -> Job:
+    """The job, to be gone on with behind these chunks, as the worker reads them back from the call's log."""
     resumed = Resumed(
-        text="".join(p.text for p in pieces),
-        token_ids=[i for p in pieces for i in p.token_ids],
-        replays=[p.replay for p in pieces if p.replay],
-        chunks=sum(bool(p.chunk) for p in pieces),
+        text="".join(p.text for p in chunks),
+        token_ids=[i for p in chunks for i in p.token_ids],
+        replays=[p.replay for p in chunks if p.replay],
+        chunks=sum(bool(p.document) for p in chunks),
     )
     return Job(j.key, j.call_id, j.session, j.kind, j.body, stream=True, resumed=resumed)
 
 
-def said(pieces: list[Piece]) -> str:
+def said(chunks: list[Chunk]) -> str:
     """The text that a stream's reader has seen."""
-    text = "".join(p.text for p in pieces)
-    for piece in pieces:
-        for choice in json.loads(piece.chunk or "{}").get("choices", []):
+    text = "".join(p.text for p in chunks)
+    for chunk in chunks:
+        for choice in json.loads(chunk.document or "{}").get("choices", []):
             text += choice.get("text") or choice.get("delta", {}).get("content") or ""
     return text
 
 
-def finish_reasons(pieces: list[Piece]) -> list[str]:
-    docs = [json.loads(p.chunk) for p in pieces]
+def finish_reasons(chunks: list[Chunk]) -> list[str]:
+    docs = [json.loads(p.document) for p in chunks]
     return [c["finish_reason"] for d in docs for c in d["choices"] if c["finish_reason"]]
 
 
@@ -145,7 +145,7 @@ async def rejected(backend: VllmBackend, j: Job) -> str:
     return str(e.value)
 
 
-async def aborted(backend: VllmBackend, j: Job) -> tuple[Outcome, list[Piece]]:
+async def aborted(backend: VllmBackend, j: Job) -> tuple[Outcome, list[Chunk]]:
     """Runs a job until it has surely said something, and aborts it."""
     asyncio.get_running_loop().call_later(0.4, backend.abort, j.key)
     async with asyncio.timeout(5):

@@ -183,8 +183,8 @@ def case_tokens_of_a_step(asynchronous: bool) -> None:
     assert ends["plas"] < 20 < 90 < ends["stock"], ends
 
 
-def case_a_prompt_in_pieces(asynchronous: bool) -> None:
-    """A worse call's prompt takes a piece of each step in which a better one decodes, and whole steps after."""
+def case_a_prompt_in_chunks(asynchronous: bool) -> None:
+    """A worse call's prompt takes a chunk of each step in which a better one decodes, and whole steps after."""
     e = engine(asynchronous, step_tokens=64)
     e.scheduler.plas.rules = PlasRules(prompt_chunk=8)
     planned: list[dict[str, int]] = []

@@ -20,8 +20,8 @@ from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.openai.backend import OpenAIBackend
 from rsm.workers.backends.openai.resume import Said
 from rsm.workers.config import EngineConfig
+from tests.support.chunks import Heard
 from tests.support.fake_openai import WORDS, Server
-from tests.support.pieces import Heard
 
 KEY = "sk-very-secret"
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -147,7 +147,7 @@ async def test_openai_streams_are_passed_on(server: Server, start: Any, kind: st
     if asked:
         body = body | {"stream_options": {"include_usage": True}}
     out, heard = await run(await start(), job(body, kind, stream=True))
-    chunks = [json.loads(p.chunk) for p in heard]
+    chunks = [json.loads(p.document) for p in heard]
     assert [bool(c["choices"]) for c in chunks].count(False) == asked
     assert len(chunks) == 4 + (kind == "chat.completions") + asked
     assert (out.text, out.completion_tokens, out.cached_tokens) == ("".join(WORDS[:4]), 4, 4)
@@ -177,7 +177,7 @@ async def test_embeddings(server: Server, start: Any) -> None:
 
 
 async def test_streams_survive_any_cut_of_the_network(server: Server, start: Any) -> None:
-    server.piecemeal = True
+    server.chunkmeal = True
     out, heard = await run(await start(), job(stream=True))
     assert [p.text for p in heard] == WORDS[:6]
     assert out.completion_tokens == 6
@@ -214,7 +214,7 @@ async def test_a_broken_openai_stream_goes_on_where_a_server_can(server: Server,
         assert sent["add_generation_prompt"] is False
     else:
         assert sent["prompt"] == "Say w0 w1"
-    *chunks, usage = [json.loads(p.chunk) for p in [*heard, *more]]
+    *chunks, usage = [json.loads(p.document) for p in [*heard, *more]]
     assert "".join(_text(c["choices"][0]) for c in chunks) == out.text == "".join(WORDS[:4])
     assert len(chunks) == 4 + chat, "one role, and each word once"
     assert len({c["id"] for c in chunks}) == 1

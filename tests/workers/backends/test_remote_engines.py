@@ -23,8 +23,8 @@ _TOKENS = 300
 
 def told(client: Client, call_id: str) -> str:
     """What the chunks of a chat's stream say."""
-    chunks = [json.loads(chunk) for piece in client.stream(call_id) for chunk in piece.chunks]
-    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    documents = [json.loads(chunk) for delta in client.stream(call_id) for chunk in delta.chunks]
+    return "".join(choice["delta"].get("content") or "" for doc in documents for choice in doc["choices"])
 
 
 def test_streams_go_on_elsewhere_and_the_worker_comes_back_with_its_server(settings: Settings, client: Client) -> None:

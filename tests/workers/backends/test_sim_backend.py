@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from rsm.workers.backends.base import CallRejected, Job, Outcome, Piece, Resumed
+from rsm.workers.backends.base import CallRejected, Chunk, Job, Outcome, Resumed
 from rsm.workers.backends.sim.backend import SimBackend
 from rsm.workers.backends.sim.engine import SimConfig, SimTimes
-from tests.support.pieces import Heard
+from tests.support.chunks import Heard
 
 FAST = SimConfig(times=SimTimes(step_s=0.002, prefill_token_s=0, decode_seq_s=0, context_token_s=0))
 CHAT = {"messages": [{"role": "user", "content": "Explain quantum computing"}], "max_tokens": 6}
 
 
-def nothing(_: Piece) -> None:
+def nothing(_: Chunk) -> None:
     """For jobs that do not stream."""
 
 
@@ -46,8 +46,8 @@ async def instant() -> AsyncIterator[SimBackend]:
 
 
 async def streamed(backend: SimBackend, j: Job) -> tuple[Outcome, Heard]:
-    pieces = Heard()
-    return await backend.run(j, pieces.hear), pieces
+    chunks = Heard()
+    return await backend.run(j, chunks.hear), chunks
 
 
 async def test_start_says_what_the_engine_is() -> None:
@@ -83,26 +83,26 @@ async def test_output_is_cut_at_the_model_length() -> None:
     await backend.stop(0)
 
 
-async def test_a_stream_has_one_piece_for_each_token(sim: SimBackend) -> None:
-    out, pieces = await streamed(sim, job(stream=True))
-    assert [p.token_ids for p in pieces] == [[i] for i in out.token_ids]
-    assert "".join(p.text for p in pieces) == out.text
+async def test_a_stream_has_one_chunk_for_each_token(sim: SimBackend) -> None:
+    out, chunks = await streamed(sim, job(stream=True))
+    assert [p.token_ids for p in chunks] == [[i] for i in out.token_ids]
+    assert "".join(p.text for p in chunks) == out.text
 
 
 async def test_a_call_that_does_not_stream_emits_nothing(sim: SimBackend) -> None:
-    out, pieces = await streamed(sim, job())
+    out, chunks = await streamed(sim, job())
     assert out.completion_tokens == 8
-    assert pieces == []
+    assert chunks == []
 
 
 async def test_a_stop_string_ends_the_answer_and_is_never_published(sim: SimBackend) -> None:
     whole = await sim.run(job(), nothing)
     stop = f" w{whole.token_ids[3]}"
     body = {"prompt": "Explain quantum computing", "max_tokens": 8, "stop": [stop]}
-    out, pieces = await streamed(sim, job(body, stream=True))
+    out, chunks = await streamed(sim, job(body, stream=True))
     assert out.finish_reason == "stop"
     assert out.token_ids == whole.token_ids[:4]
-    assert out.text == whole.text[: whole.text.index(stop)] == "".join(p.text for p in pieces)
+    assert out.text == whole.text[: whole.text.index(stop)] == "".join(p.text for p in chunks)
 
 
 async def test_ignore_eos_runs_to_the_limit() -> None:
@@ -125,8 +125,8 @@ async def test_a_resumed_generate_gives_what_an_undisturbed_one_gives(
     if stop_at is not None:
         token = (await instant.run(job(body), nothing)).token_ids[stop_at]
         body["stop"] = f"{token}"[:2] + "never" if cut == 8 else f"w{token}"
-    whole, pieces = await streamed(sim, job(body, stream=True))
-    before = Heard(pieces[:cut]).resumed()
+    whole, chunks = await streamed(sim, job(body, stream=True))
+    before = Heard(chunks[:cut]).resumed()
     again, more = await streamed(instant if on_instant else sim, job(body, stream=True, resumed=before))
     assert (again.text, again.token_ids, again.finish_reason) == (whole.text, whole.token_ids, whole.finish_reason)
     assert (again.prompt_tokens, again.completion_tokens) == (whole.prompt_tokens, whole.completion_tokens)
@@ -139,16 +139,16 @@ async def test_a_resumed_generate_gives_what_an_undisturbed_one_gives(
 async def test_a_resumed_openai_stream_never_repeats_a_chunk(sim: SimBackend, kind: str, cut: int) -> None:
     body = CHAT if kind == "chat.completions" else {"prompt": "hi there", "max_tokens": 6}
     body = body | {"stream_options": {"include_usage": True}}
-    whole, pieces = await streamed(sim, job(body, kind, stream=True))
-    again, more = await streamed(sim, job(body, kind, stream=True, resumed=Heard(pieces[:cut]).resumed()))
+    whole, chunks = await streamed(sim, job(body, kind, stream=True))
+    again, more = await streamed(sim, job(body, kind, stream=True, resumed=Heard(chunks[:cut]).resumed()))
 
-    def comparable(chunks: list[Piece]) -> list[dict[str, Any]]:
+    def comparable(chunks: list[Chunk]) -> list[dict[str, Any]]:
         # What is cached, and the time if nothing was published yet, may differ.
-        return [json.loads(p.chunk) | {"created": 0, "usage": None} for p in chunks]
+        return [json.loads(p.document) | {"created": 0, "usage": None} for p in chunks]
 
-    assert comparable(pieces[:cut] + more) == comparable(pieces)
-    if 0 < cut < len(pieces):
-        assert json.loads(more[0].chunk)["created"] == json.loads(pieces[0].chunk)["created"]
+    assert comparable(chunks[:cut] + more) == comparable(chunks)
+    if 0 < cut < len(chunks):
+        assert json.loads(more[0].document)["created"] == json.loads(chunks[0].document)["created"]
     assert (again.text, again.token_ids) == (whole.text, whole.token_ids)
 
 
@@ -165,20 +165,20 @@ async def test_chat_documents_have_openai_shape(sim: SimBackend) -> None:
     assert out.response["choices"] == [choice | {"finish_reason": "length"}]
     assert out.response["object"] == "chat.completion"
     assert out.response["usage"]["total_tokens"] == out.prompt_tokens + 6
-    _, pieces = await streamed(sim, job(CHAT, "chat.completions", stream=True))
-    chunks = [json.loads(p.chunk) for p in pieces]
-    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == out.text
-    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * 6 + ["length"]
-    assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+    _, chunks = await streamed(sim, job(CHAT, "chat.completions", stream=True))
+    docs = [json.loads(p.document) for p in chunks]
+    assert docs[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert "".join(c["choices"][0]["delta"]["content"] for c in docs) == out.text
+    assert [c["choices"][0]["finish_reason"] for c in docs] == [None] * 6 + ["length"]
+    assert {c["object"] for c in docs} == {"chat.completion.chunk"}
 
 
 async def test_completions_documents_have_openai_shape(sim: SimBackend) -> None:
     body = {"prompt": ["hi there"], "max_tokens": 3, "model": "asked", "stream_options": {"include_usage": True}}
-    out, pieces = await streamed(sim, job(body, "completions", stream=True))
-    chunks = [json.loads(p.chunk) for p in pieces]
-    assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == out.text
-    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 3)
+    out, chunks = await streamed(sim, job(body, "completions", stream=True))
+    docs = [json.loads(p.document) for p in chunks]
+    assert "".join(c["choices"][0]["text"] for c in docs[:-1]) == out.text
+    assert (docs[-1]["choices"], docs[-1]["usage"]["completion_tokens"]) == ([], 3)
     assert out.response is not None
     assert out.response["choices"][0]["text"] == out.text
     assert out.response["model"] == "asked"
@@ -243,10 +243,10 @@ async def test_priority_goes_first() -> None:
 
 
 async def test_load_shows_cache_and_rate(sim: SimBackend) -> None:
-    pieces = Heard()
+    chunks = Heard()
     body = {"prompt_token_ids": list(range(4000)), "max_tokens": 5000}
-    task = asyncio.create_task(sim.run(job(body, stream=True), pieces.hear))
-    await pieces.first(20)
+    task = asyncio.create_task(sim.run(job(body, stream=True), chunks.hear))
+    await chunks.first(20)
     load = sim.load()
     assert load.kv_usage == pytest.approx(0.01, abs=0.002)
     assert load.tokens_per_s > 50  # one token in 2 ms, less what the machine is slow
@@ -293,7 +293,7 @@ async def test_an_instant_engine_says_the_same_without_waiting(sim: SimBackend, 
         coroutine.send(None)
 
 
-async def test_an_instant_stream_has_the_same_pieces(sim: SimBackend, instant: SimBackend) -> None:
+async def test_an_instant_stream_has_the_same_chunks(sim: SimBackend, instant: SimBackend) -> None:
     _, slow = await streamed(sim, job(stream=True))
     _, fast = await streamed(instant, job(stream=True))
     assert fast == slow

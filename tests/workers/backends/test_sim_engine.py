@@ -108,9 +108,9 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
     assert computed == [(1, 4), (2, 11), (3, 18), (4, 25), (4, 30)]
 
 
-@pytest.mark.parametrize(("levels", "pieces"), [((0, 3), {3}), ((2, 2), {7}), ((3, 0), {7})])
-def test_a_worse_calls_prompt_is_computed_in_pieces_while_a_better_one_decodes(
-    levels: tuple[int, int], pieces: set[int]
+@pytest.mark.parametrize(("levels", "chunks"), [((0, 3), {3}), ((2, 2), {7}), ((3, 0), {7})])
+def test_a_worse_calls_prompt_is_computed_in_chunks_while_a_better_one_decodes(
+    levels: tuple[int, int], chunks: set[int]
 ) -> None:
     rules = PlasRules(prompt_chunk=3)
     engine = SimEngine(small(kv_tokens=256, max_num_batched_tokens=8, scheduler="plas", plas=rules))
@@ -120,7 +120,7 @@ def test_a_worse_calls_prompt_is_computed_in_pieces_while_a_better_one_decodes(
     assert [step.prefill_tokens for step in planned(engine, 1)] == [4]
     engine.add(long, 1.0)
     beside = [step.prefill_tokens for step in planned(engine, 4)]
-    assert set(beside) == pieces
+    assert set(beside) == chunks
     alone = [step.prefill_tokens for step in planned(engine, 4) if not step.decode_seqs]
     assert max(alone) == 8
 

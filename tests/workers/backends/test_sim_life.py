@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from rsm.workers.backends.base import EngineDied, EngineError, Job, Outcome, Piece
+from rsm.workers.backends.base import Chunk, EngineDied, EngineError, Job, Outcome
 from rsm.workers.backends.sim.backend import SimBackend
 from rsm.workers.backends.sim.engine import SimConfig, SimTimes
-from tests.support.pieces import Heard
+from tests.support.chunks import Heard
 
 FAST = SimConfig(times=SimTimes(step_s=0.002, prefill_token_s=0, decode_seq_s=0, context_token_s=0))
 CHAT = {"messages": [{"role": "user", "content": "Explain quantum computing"}], "max_tokens": 6}
 
 
-def nothing(_: Piece) -> None:
+def nothing(_: Chunk) -> None:
     """For jobs that do not stream."""
 
 
@@ -37,14 +37,14 @@ async def sim() -> AsyncIterator[SimBackend]:
 
 async def test_abort_keeps_what_was_said(sim: SimBackend) -> None:
     body = {"prompt": "Explain quantum computing", "max_tokens": 5000}
-    pieces = Heard()
-    task = asyncio.create_task(sim.run(job(body, stream=True), pieces.hear))
-    await pieces.first(3)
+    chunks = Heard()
+    task = asyncio.create_task(sim.run(job(body, stream=True), chunks.hear))
+    await chunks.first(3)
     sim.abort("c/1")
     out = await asyncio.wait_for(task, 1)
     assert out.finish_reason == "abort"
-    assert out.token_ids == [i for p in pieces for i in p.token_ids]
-    assert out.text == "".join(p.text for p in pieces)
+    assert out.token_ids == [i for p in chunks for i in p.token_ids]
+    assert out.text == "".join(p.text for p in chunks)
     assert out.completion_tokens == len(out.token_ids) >= 3
     assert sim.load().kv_usage == 0
     sim.abort("unknown")
@@ -54,33 +54,33 @@ async def test_nothing_is_published_behind_an_abort() -> None:
     # Steps so short that the next one is due before the aborted `run` gets its turn.
     backend = SimBackend(SimConfig(times=SimTimes(step_s=1e-9)))
     await backend.start()
-    pieces = Heard()
-    task = asyncio.create_task(backend.run(job({"prompt": "x", "max_tokens": 5000}, stream=True), pieces.hear))
-    await pieces.first(3)
+    chunks = Heard()
+    task = asyncio.create_task(backend.run(job({"prompt": "x", "max_tokens": 5000}, stream=True), chunks.hear))
+    await chunks.first(3)
     backend.abort("c/1")
-    count = len(pieces)
+    count = len(chunks)
     out = await task
     await backend.stop(0)
     assert out.finish_reason == "abort"
-    assert out.completion_tokens == len(pieces) == count
+    assert out.completion_tokens == len(chunks) == count
 
 
 async def test_an_abort_at_the_last_token_is_too_late(sim: SimBackend) -> None:
-    pieces: list[Piece] = []
+    chunks: list[Chunk] = []
 
-    def emit(piece: Piece) -> None:
-        pieces.append(piece)
-        if len(pieces) == 8:
+    def emit(chunk: Chunk) -> None:
+        chunks.append(chunk)
+        if len(chunks) == 8:
             sim.abort("c/1")
 
     assert (await sim.run(job(stream=True), emit)).finish_reason == "length"
 
 
 async def test_a_cancelled_run_leaves_the_engine(sim: SimBackend) -> None:
-    pieces = Heard()
+    chunks = Heard()
     body = {"prompt": "x", "max_tokens": 5000}
-    task = asyncio.create_task(sim.run(job(body, stream=True), pieces.hear))
-    await pieces.first(1)
+    task = asyncio.create_task(sim.run(job(body, stream=True), chunks.hear))
+    await chunks.first(1)
     assert sim.load().kv_usage > 0
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -89,7 +89,7 @@ async def test_a_cancelled_run_leaves_the_engine(sim: SimBackend) -> None:
 
 
 async def test_what_emit_raises_ends_that_call_only(sim: SimBackend) -> None:
-    def broken(_: Piece) -> None:
+    def broken(_: Chunk) -> None:
         raise KeyError("emit")
 
     bad, good = await asyncio.gather(
@@ -127,10 +127,10 @@ async def test_kill_ends_all_calls_and_says_why(sim: SimBackend) -> None:
 async def test_a_fatal_prompt_takes_the_engine_down(times: SimTimes, kind: str) -> None:
     backend = SimBackend(SimConfig(times=times, die_on="quantum", max_num_seqs=2))
     await backend.start()
-    pieces = Heard()
+    chunks = Heard()
     if not backend.config.instant:
-        beside = asyncio.create_task(backend.run(job({"prompt": "x", "max_tokens": 5000}, stream=True), pieces.hear))
-        await pieces.first(1)
+        beside = asyncio.create_task(backend.run(job({"prompt": "x", "max_tokens": 5000}, stream=True), chunks.hear))
+        await chunks.first(1)
     with pytest.raises(EngineDied, match="die_on"):
         await backend.run(job(None if kind == "generate" else CHAT, kind, key="fatal"), nothing)
     if not backend.config.instant:

@@ -21,7 +21,7 @@ from rsm.workers.backends.base import EngineDied, Job
 from rsm.workers.backends.openai.backend import OpenAIBackend
 from rsm.workers.backends.sim.backend import SimBackend
 from rsm.workers.backends.sim.server import listen, serve
-from tests.support.pieces import Heard
+from tests.support.chunks import Heard
 from tests.support.rsm_command import run as run_rsm
 from tests.support.sim_http import SimHttp, sim_server
 from tests.support.sim_processes import said

@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 
 from rsm.broker.settings import Settings
-from rsm.workers.backends.base import EngineDied, Job, Piece
+from rsm.workers.backends.base import Chunk, EngineDied, Job
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.vllm.backend import VllmBackend
 from rsm.workers.config import EngineConfig
@@ -95,10 +95,10 @@ async def test_generate(vllm: VllmBackend) -> None:
 
 async def test_generate_streams_the_same_text(vllm: VllmBackend) -> None:
     whole = await vllm.run(generate(), nothing)
-    outcome, pieces = await streamed(vllm, generate(stream=True))
-    assert said(pieces) == outcome.text == whole.text
-    assert [i for p in pieces for i in p.token_ids] == outcome.token_ids == whole.token_ids
-    assert len(pieces) > 3
+    outcome, chunks = await streamed(vllm, generate(stream=True))
+    assert said(chunks) == outcome.text == whole.text
+    assert [i for p in chunks for i in p.token_ids] == outcome.token_ids == whole.token_ids
+    assert len(chunks) > 3
 
 
 async def test_generate_takes_token_ids(vllm: VllmBackend) -> None:
@@ -133,17 +133,17 @@ async def test_a_response_is_whole_and_named(vllm: VllmBackend, make: Callable[.
 @OPENAI_KINDS
 async def test_a_stream_says_what_the_whole_response_says(vllm: VllmBackend, make: Callable[..., Job]) -> None:
     whole = await vllm.run(make(), nothing)
-    o, pieces = await streamed(vllm, make(stream=True, stream_options={"include_usage": True}))
-    assert said(pieces) == o.text == whole.text
+    o, chunks = await streamed(vllm, make(stream=True, stream_options={"include_usage": True}))
+    assert said(chunks) == o.text == whole.text
     assert (o.prompt_tokens, o.completion_tokens) == (whole.prompt_tokens, 24)
-    assert finish_reasons(pieces) == ["length"]
-    assert json.loads(pieces[-1].chunk)["usage"]["completion_tokens"] == 24
-    assert len({(d["id"], d["created"]) for d in map(json.loads, (p.chunk for p in pieces))}) == 1
+    assert finish_reasons(chunks) == ["length"]
+    assert json.loads(chunks[-1].document)["usage"]["completion_tokens"] == 24
+    assert len({(d["id"], d["created"]) for d in map(json.loads, (p.document for p in chunks))}) == 1
 
 
 async def test_counts_come_from_the_engine_where_a_stream_has_none(vllm: VllmBackend) -> None:
-    o, pieces = await streamed(vllm, chat(stream=True))
-    assert all("usage" not in json.loads(p.chunk) for p in pieces)
+    o, chunks = await streamed(vllm, chat(stream=True))
+    assert all("usage" not in json.loads(p.document) for p in chunks)
     assert (o.completion_tokens, o.prompt_tokens) == (24, (await vllm.run(chat(), nothing)).prompt_tokens)
 
 
@@ -153,8 +153,8 @@ async def test_two_choices(vllm: VllmBackend, make: Callable[..., Job]) -> None:
     assert o.response is not None
     assert [c["index"] for c in o.response["choices"]] == [0, 1]
     assert o.completion_tokens == 48
-    streaming, pieces = await streamed(vllm, make(n=2, temperature=1, seed=1, stream=True))
-    assert finish_reasons(pieces) == ["length", "length"]
+    streaming, chunks = await streamed(vllm, make(n=2, temperature=1, seed=1, stream=True))
+    assert finish_reasons(chunks) == ["length", "length"]
     assert streaming.text
     assert streaming.completion_tokens == 48
 
@@ -230,19 +230,19 @@ async def test_each_step_is_progress(vllm: VllmBackend) -> None:
 @EACH_KIND
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_abort_keeps_the_partial_text(vllm: VllmBackend, make: Callable[..., Job], stream: bool) -> None:
-    o, pieces = await aborted(vllm, make(**LONG, stream=stream))
+    o, chunks = await aborted(vllm, make(**LONG, stream=stream))
     assert o.finish_reason == "abort"
     assert o.text
     assert 0 < o.completion_tokens < 5000
-    assert said(pieces) == (o.text if stream else "")
+    assert said(chunks) == (o.text if stream else "")
     await no_request_left(vllm)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_abort_of_several_choices(vllm: VllmBackend, stream: bool) -> None:
-    o, pieces = await aborted(vllm, chat(max_tokens=5000, n=2, temperature=1, stream=stream))
+    o, chunks = await aborted(vllm, chat(max_tokens=5000, n=2, temperature=1, stream=stream))
     assert o.finish_reason == "abort"
-    assert bool(o.text) == bool(pieces) == stream
+    assert bool(o.text) == bool(chunks) == stream
     await no_request_left(vllm)
 
 
@@ -302,9 +302,9 @@ async def test_a_resumed_stream_ends_as_an_undisturbed_one(
     vllm: VllmBackend, make: Callable[..., Job], seen: int
 ) -> None:
     j = make(stream=True)
-    whole, pieces = await streamed(vllm, j)
-    o, rest = await streamed(vllm, again(j, pieces[:seen]))
-    assert said(pieces[:seen]) + said(rest) == whole.text == o.text
+    whole, chunks = await streamed(vllm, j)
+    o, rest = await streamed(vllm, again(j, chunks[:seen]))
+    assert said(chunks[:seen]) + said(rest) == whole.text == o.text
     assert o.token_ids == whole.token_ids
     assert (o.prompt_tokens, o.completion_tokens) == (whole.prompt_tokens, whole.completion_tokens)
     assert (o.finish_reason, o.response) == (whole.finish_reason, whole.response)
@@ -318,10 +318,10 @@ async def test_a_stream_resumes_twice_under_one_id(vllm: VllmBackend, make: Call
     _, second = await streamed(vllm, again(j, first[:4]))
     seen = first[:4] + second[:5]
     _, third = await streamed(vllm, again(j, seen))
-    pieces = seen + third
-    assert said(pieces) == whole.text
-    assert finish_reasons(pieces) == ["length"]
-    docs = [json.loads(p.chunk) for p in pieces]
+    chunks = seen + third
+    assert said(chunks) == whole.text
+    assert finish_reasons(chunks) == ["length"]
+    docs = [json.loads(p.document) for p in chunks]
     assert len({(d["id"], d["created"]) for d in docs}) == 1
     assert [d["usage"]["completion_tokens"] for d in docs if d.get("usage")] == [24]
 
@@ -330,9 +330,9 @@ async def test_an_aborted_stream_can_be_gone_on_with(vllm: VllmBackend) -> None:
     """What the engine says when it is stopped is not published, so nothing of it stands in the way."""
     j = chat(max_tokens=400, stream=True)
     whole, _ = await streamed(vllm, j)
-    _, pieces = await aborted(vllm, j)
-    o, rest = await streamed(vllm, again(j, pieces))
-    assert said(pieces) + said(rest) == whole.text == o.text
+    _, chunks = await aborted(vllm, j)
+    o, rest = await streamed(vllm, again(j, chunks))
+    assert said(chunks) + said(rest) == whole.text == o.text
 
 
 @EACH_KIND
@@ -342,9 +342,9 @@ async def test_a_stop_string_across_the_border(vllm: VllmBackend, make: Callable
     words = undisturbed.text.split(" ")
     assert len(words) > 8, undisturbed
     j = make(stop=[" ".join(words[4:8])[1:-1]], stream=True)
-    whole, pieces = await streamed(vllm, j)
-    o, rest = await streamed(vllm, again(j, pieces[:seen]))
-    assert said(pieces[:seen]) + said(rest) == whole.text == o.text
+    whole, chunks = await streamed(vllm, j)
+    o, rest = await streamed(vllm, again(j, chunks[:seen]))
+    assert said(chunks[:seen]) + said(rest) == whole.text == o.text
     assert o.finish_reason == whole.finish_reason == "stop"
     assert o.completion_tokens == whole.completion_tokens
     await no_request_left(vllm)
@@ -355,9 +355,9 @@ async def test_a_character_across_the_border(vllm: VllmBackend, seen: int) -> No
     assert vllm._engine is not None
     bytes_of_it = await vllm._engine.tokenize("é€")
     j = generate(allowed_token_ids=bytes_of_it, max_tokens=12, stream=True)
-    whole, pieces = await streamed(vllm, j)
-    o, rest = await streamed(vllm, again(j, pieces[:seen]))
-    assert said(pieces[:seen]) + said(rest) == whole.text == o.text
+    whole, chunks = await streamed(vllm, j)
+    o, rest = await streamed(vllm, again(j, chunks[:seen]))
+    assert said(chunks[:seen]) + said(rest) == whole.text == o.text
 
 
 @pytest.mark.parametrize(
@@ -365,16 +365,16 @@ async def test_a_character_across_the_border(vllm: VllmBackend, seen: int) -> No
 )
 async def test_some_streams_cannot_be_gone_on_with(vllm: VllmBackend, more: dict[str, Any]) -> None:
     j = chat(stream=True, **more)
-    _, pieces = await streamed(vllm, j)
-    why = await rejected(vllm, again(j, pieces[:3]))
+    _, chunks = await streamed(vllm, j)
+    why = await rejected(vllm, again(j, chunks[:3]))
     assert "cannot be continued; submit the call again" in why
     assert 'on_engine_loss="restart"' in why
 
 
 async def test_a_stream_of_another_kind_of_engine_is_refused(vllm: VllmBackend) -> None:
-    foreign = [Piece(chunk="{}", replay="sim 1 2 3")]
+    foreign = [Chunk(document="{}", replay="sim 1 2 3")]
     assert "cannot be continued" in await rejected(vllm, again(chat(), foreign))
-    assert "cannot be continued" in await rejected(vllm, again(generate(), [Piece(text="some text")]))
+    assert "cannot be continued" in await rejected(vllm, again(generate(), [Chunk(text="some text")]))
 
 
 # -- ends
@@ -386,15 +386,15 @@ async def test_an_engine_that_is_told_to_end(vllm: VllmBackend, make: Callable[.
     engine = vllm._engine
     assert engine is not None
     dead = asyncio.create_task(vllm.died())
-    pieces: list[Piece] = []
-    running = asyncio.create_task(vllm.run(make(**LONG, stream=True), pieces.append))
+    chunks: list[Chunk] = []
+    running = asyncio.create_task(vllm.run(make(**LONG, stream=True), chunks.append))
     await asyncio.sleep(0.4)
     await engine.llm.abort(list(engine.llm.output_processor.external_req_ids))  # as it does on SIGTERM
     async with asyncio.timeout(3):
         assert (await running).finish_reason == "abort"
         assert (await vllm.run(make(), nothing)).finish_reason == "abort"
         assert await dead
-    assert not any("abort" in p.chunk + p.replay for p in pieces)
+    assert not any("abort" in p.document + p.replay for p in chunks)
     engine.ending = False
 
 

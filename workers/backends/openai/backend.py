@@ -17,6 +17,7 @@ from rsm.broker.protocol.ids import shorten
 from rsm.workers.backends.base import (
     Backend,
     CallRejected,
+    Chunk,
     EngineDied,
     EngineError,
     EngineFacts,
@@ -24,7 +25,6 @@ from rsm.workers.backends.base import (
     EngineMisconfigured,
     Job,
     Outcome,
-    Piece,
 )
 from rsm.workers.backends.openai import about
 from rsm.workers.backends.openai.about import About
@@ -146,7 +146,7 @@ class OpenAIBackend(Backend):
         self._watcher = asyncio.create_task(self._watch(), name="openai-health")
         return self._facts
 
-    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
         """Runs one call on the server; `ttft_ms` runs from here to the first text of a stream."""
         if self._gone:
             raise EngineDied(self._gone)
@@ -301,7 +301,7 @@ class OpenAIBackend(Backend):
 
     # -- one call
 
-    async def _converse(self, ex: Exchange, job: Job, emit: Callable[[Piece], None]) -> None:
+    async def _converse(self, ex: Exchange, job: Job, emit: Callable[[Chunk], None]) -> None:
         import httpx
 
         try:
@@ -325,7 +325,7 @@ class OpenAIBackend(Backend):
             return EngineDied(self._gone) if died else EngineError(why)
         return CallRejected(CANNOT_CONTINUE)
 
-    async def _exchange(self, ex: Exchange, job: Job, emit: Callable[[Piece], None]) -> None:
+    async def _exchange(self, ex: Exchange, job: Job, emit: Callable[[Chunk], None]) -> None:
         if self._client is None:
             raise EngineDied(self._gone)
         headers = {"Content-Type": "application/json"}
@@ -342,7 +342,7 @@ class OpenAIBackend(Backend):
                 with readable():
                     ex.whole(data)
 
-    async def _read_stream(self, ex: Exchange, reply: httpx.Response, emit: Callable[[Piece], None]) -> None:
+    async def _read_stream(self, ex: Exchange, reply: httpx.Response, emit: Callable[[Chunk], None]) -> None:
         parser = SseParser()
         chunks_of_bytes = cast("AsyncGenerator[bytes, None]", reply.aiter_bytes())
         async with aclosing(chunks_of_bytes) as chunks:
@@ -353,7 +353,7 @@ class OpenAIBackend(Backend):
         if not self._take(ex, parser.close(), emit) and not ex.finished:
             raise EngineError(f"{self._where} ended its stream before the answer was whole.")
 
-    def _take(self, ex: Exchange, events: list[str], emit: Callable[[Piece], None]) -> bool:
+    def _take(self, ex: Exchange, events: list[str], emit: Callable[[Chunk], None]) -> bool:
         """Publishes events; True behind the last one."""
         for data in events:
             if data == _DONE:
@@ -363,10 +363,10 @@ class OpenAIBackend(Backend):
                 raise wrong
             before = ex.tokens()
             with readable():
-                piece = ex.chunk(doc, data)
+                chunk = ex.chunk(doc, data)
             self._rate.add(max(0, ex.tokens() - before), time.perf_counter())
-            if piece is not None:
-                emit(piece)
+            if chunk is not None:
+                emit(chunk)
         return False
 
 

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from rsm.broker.protocol.models import MAX_PROMPT_TOKENS
-from rsm.workers.backends.base import CallRejected, Job, Outcome, Piece, Resumed
+from rsm.workers.backends.base import CallRejected, Chunk, Job, Outcome, Resumed
 from rsm.workers.backends.openai.resume import CANNOT_CONTINUE, Said
 from rsm.workers.backends.openai.wire import choice_text, document
 
@@ -60,7 +60,7 @@ class Exchange:
         except (TypeError, ValueError, RecursionError) as e:
             raise CallRejected("The body holds something that JSON cannot express; use text, numbers and lists.") from e
 
-    def chunk(self, doc: dict[str, Any], data: str) -> Piece | None:
+    def chunk(self, doc: dict[str, Any], data: str) -> Chunk | None:
         """Takes one event of the stream; returns what to publish of it."""
         raise NotImplementedError
 
@@ -129,7 +129,7 @@ class GenerateExchange(Exchange):
     def finished(self) -> bool:
         return bool(self._reason)
 
-    def chunk(self, doc: dict[str, Any], data: str) -> Piece | None:
+    def chunk(self, doc: dict[str, Any], data: str) -> Chunk | None:
         self._note(doc)
         choice: dict[str, Any] = next(iter(doc.get("choices") or ()), {})
         text, ids, reason = choice.get("text") or "", choice.get("token_ids") or [], choice.get("finish_reason") or ""
@@ -142,7 +142,7 @@ class GenerateExchange(Exchange):
         self._chunks += bool(text or ids)
         self._text.append(text)
         self._ids += ids
-        return Piece(text, ids, replay=f"{self._produced()} {reason}".rstrip())
+        return Chunk(text, ids, replay=f"{self._produced()} {reason}".rstrip())
 
     def outcome(self, aborted: bool = False) -> Outcome:
         reason = self._reason or ("abort" if aborted else "length")
@@ -180,7 +180,7 @@ class OpenAIExchange(Exchange):
     def continuable(self) -> bool:
         return self._said.continuable(self._kind, self._asked, self._chats)
 
-    def chunk(self, doc: dict[str, Any], data: str) -> Piece | None:
+    def chunk(self, doc: dict[str, Any], data: str) -> Chunk | None:
         self._note(doc)
         adapted = self._said.adapt(doc)
         if adapted is None:
@@ -191,7 +191,7 @@ class OpenAIExchange(Exchange):
             if not self._asked_usage:
                 return None
             adapted["usage"] = self._whole_usage()
-        return Piece(chunk=data if adapted is doc and _is_line(data) else json.dumps(adapted, separators=(",", ":")))
+        return Chunk(document=data if adapted is doc and _is_line(data) else json.dumps(adapted, separators=(",", ":")))
 
     def whole(self, data: bytes) -> None:
         self._response = document(data)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsm.workers.backends.base import Backend, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome, Piece
+from rsm.workers.backends.base import Backend, Chunk, EngineDied, EngineError, EngineFacts, EngineLoad, Job, Outcome
 from rsm.workers.backends.sim.call import Phase, SimCall
 from rsm.workers.backends.sim.config import SimConfig
 from rsm.workers.backends.sim.engine import SimEngine
@@ -22,7 +22,7 @@ from rsm.workers.backends.sim.request import Request, Shape, read, replay, usage
 from rsm.workers.meters.rate import RateMeter
 from rsm.workers.meters.speed import SpeedMeter
 
-Emit = Callable[[Piece], None]
+Emit = Callable[[Chunk], None]
 # How far, in real seconds, the model may lag behind the clock and still catch up: a busy event loop must not slow the
 # modelled engine down, but one that stood still must not make it race.
 _MAX_LAG_S = 0.25
@@ -84,8 +84,8 @@ class SimBackend(Backend):
         speed = self._meter.speed if self._meter.measured else None
         return EngineLoad(self._engine.kv_usage, self._rate.per_s(time.perf_counter()), speed)
 
-    def bar(self) -> tuple[int, int] | None:
-        return self._engine.bar()
+    def preemption_threshold(self) -> tuple[int, int] | None:
+        return self._engine.preemption_threshold()
 
     def progress(self) -> int:
         """Steps of the modelled engine."""
@@ -338,7 +338,7 @@ class _Text(_Silent):
     __slots__ = ()
 
     def token(self, done: int) -> None:
-        self.emit(Piece(self._new_text(done), [self.answer.ids[done - 1]]))
+        self.emit(Chunk(self._new_text(done), [self.answer.ids[done - 1]]))
 
     def tokens(self, done: int, total: int) -> None:
         for n in range(done + 1, total + 1):
@@ -346,7 +346,7 @@ class _Text(_Silent):
 
     def end(self, counts: tuple[int, int, int]) -> None:
         if text := self._new_text(counts[1]):
-            self.emit(Piece(text))
+            self.emit(Chunk(text))
 
 
 class _Document(_Silent):
@@ -390,4 +390,4 @@ class _Chunks(_Document):
             self._chunk(self.shape.usage_chunk(usage(*counts)), total + 1)
 
     def _chunk(self, chunk: str, tokens: int) -> None:
-        self.emit(Piece(chunk=chunk, replay=replay(tokens, self.sent, self.shape.created)))
+        self.emit(Chunk(document=chunk, replay=replay(tokens, self.sent, self.shape.created)))

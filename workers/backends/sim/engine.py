@@ -54,9 +54,9 @@ class SimEngine:
         """Share of the KV blocks that running calls hold, 0 to 1."""
         return self.cache.used / self.cache.size
 
-    def bar(self) -> Rank | None:
+    def preemption_threshold(self) -> Rank | None:
         """The class and level that a waiting call must be better than to take a running one's place; None: none."""
-        return self._scheduler.bar()
+        return self._scheduler.preemption_threshold()
 
     # -- what happens
 

@@ -55,7 +55,7 @@ class Scheduler:
         """Whether a running call should give way to this waiting one."""
         return False
 
-    def bar(self) -> Rank | None:
+    def preemption_threshold(self) -> Rank | None:
         """What a waiting call must be better than to take the place of a running one; None: no call ever does."""
         return None
 
@@ -177,7 +177,7 @@ class PlasScheduler(Scheduler):
     def outranks(self, call: SimCall) -> bool:
         return bool(self._ranks) and self._calls[call].entry.rank < max(self._ranks)
 
-    def bar(self) -> Rank | None:
+    def preemption_threshold(self) -> Rank | None:
         return max(self._ranks, default=NOTHING_IS_BETTER)
 
     def prompt_tokens(self, call: SimCall, most: int) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rsm.broker.errors import InvalidRequest
 from rsm.broker.protocol.ids import new_id
-from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
+from rsm.workers.backends.base import CallRejected, Chunk, EngineDied, EngineError, Job, Outcome
 from rsm.workers.backends.sim.backend import SimBackend
 from rsm.workers.backends.sim.request import read_prompt
 
@@ -115,13 +115,13 @@ class _Reply:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         backend, key = self.server.backend, self.job.key
-        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        run = asyncio.create_task(backend.run(self.job, pieces.put_nowait))
-        run.add_done_callback(lambda _: pieces.put_nowait(None))
+        chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        run = asyncio.create_task(backend.run(self.job, chunks.put_nowait))
+        run.add_done_callback(lambda _: chunks.put_nowait(None))
         gone = asyncio.create_task(_gone(receive))
         gone.add_done_callback(lambda _: backend.abort(key))
         try:
-            response = await (self._stream(pieces, run, send) if self.job.stream else self._whole(run))
+            response = await (self._stream(chunks, run, send) if self.job.stream else self._whole(run))
             if response is not None:
                 await response(scope, receive, send)
         finally:
@@ -138,14 +138,14 @@ class _Reply:
         self.server.totals.add(outcome)
         return JSONResponse(outcome.response)
 
-    async def _stream(self, pieces: asyncio.Queue[Piece | None], run: asyncio.Task[Outcome], send: Send) -> Any:
+    async def _stream(self, chunks: asyncio.Queue[Chunk | None], run: asyncio.Task[Outcome], send: Send) -> Any:
         """Sends the stream; returns the response to send instead if the call failed before its first word."""
         began = False
-        while (piece := await pieces.get()) is not None:
+        while (chunk := await chunks.get()) is not None:
             if not began:
                 began = True
                 await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
-            await _event(send, piece.chunk)
+            await _event(send, chunk.document)
         try:
             outcome = await run
         except (CallRejected, EngineError, EngineDied) as e:

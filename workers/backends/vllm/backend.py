@@ -19,13 +19,13 @@ from rsm.broker.settings import Settings
 from rsm.workers.backends.base import (
     Backend,
     CallRejected,
+    Chunk,
     EngineDied,
     EngineFacts,
     EngineLoad,
     EngineMisconfigured,
     Job,
     Outcome,
-    Piece,
 )
 from rsm.workers.backends.vllm.engine import GONE, Engine
 from rsm.workers.backends.vllm.generate import GenerateCall
@@ -195,7 +195,7 @@ class VllmBackend(Backend):
             version=version,
         )
 
-    async def run(self, job: Job, emit: Callable[[Piece], None]) -> Outcome:
+    async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
         """Runs one call. `ttft_ms` counts from here; a call that does not stream has it from vLLM's own clock."""
         engine = self._engine
         if engine is None:
@@ -233,7 +233,7 @@ class VllmBackend(Backend):
         tokens_per_s = self._meter.rate.per_s(time.perf_counter())
         return EngineLoad(kv_usage, tokens_per_s, speed.speed if speed.measured else None)
 
-    def bar(self) -> tuple[int, int] | None:
+    def preemption_threshold(self) -> tuple[int, int] | None:
         if self._unit is None:
             return None
         used = [(run.job, run.call.used()) for run in list(self._runs.values())]

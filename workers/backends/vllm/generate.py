@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
-from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, Job, Outcome, Piece, Resumed
+from rsm.workers.backends.base import CallRejected, Chunk, EngineDied, EngineError, Job, Outcome, Resumed
 from rsm.workers.backends.vllm.engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args, refusals, sentence
 from rsm.workers.backends.vllm.reply import running_ms
 from rsm.workers.backends.vllm.resume import Outputs, Said, continued
@@ -21,13 +21,13 @@ _RESERVED = frozenset({"output_kind", "skip_clone", "output_text_buffer_length",
 _LOGPROBS = frozenset(
     {"logprobs", "prompt_logprobs", "logprob_token_ids", "prompt_logprob_token_ids", "prompt_logprob_start"}
 )
-_END = "end "  # begins the replay of the last piece; the finish reason follows
+_END = "end "  # begins the replay of the last chunk; the finish reason follows
 
 
 class GenerateCall:
     """One call. `abort` may come at any time."""
 
-    def __init__(self, engine: Engine, job: Job, emit: Callable[[Piece], None]) -> None:
+    def __init__(self, engine: Engine, job: Job, emit: Callable[[Chunk], None]) -> None:
         self._engine = engine
         self._job = job
         self._emit = emit
@@ -128,7 +128,7 @@ class GenerateCall:
         # What an abort sets free (held back for a stop string) is not published: the next attempt will say it.
         if self._job.stream and one.finish_reason != "abort":
             replay = f"{_END}{self._reason}" if output.finished else ""
-            self._emit(Piece(one.text, list(one.token_ids), replay=replay))
+            self._emit(Chunk(one.text, list(one.token_ids), replay=replay))
 
     def _outcome(self) -> Outcome:
         prompt = len(self._prompt_ids)

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, Job, Outcome, Piece
+from rsm.workers.backends.base import CallRejected, Chunk, EngineDied, EngineError, Job, Outcome
 from rsm.workers.backends.openai.wire import Assembler, SseParser, choice_text, document, error_inside, single_line
 from rsm.workers.backends.vllm.asgi import post
 from rsm.workers.backends.vllm.engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args
@@ -61,7 +61,7 @@ class ProxyEngineClient:
 class OpenAICall:
     """One call. `abort` may come at any time."""
 
-    def __init__(self, engine: Engine, job: Job, emit: Callable[[Piece], None]) -> None:
+    def __init__(self, engine: Engine, job: Job, emit: Callable[[Chunk], None]) -> None:
         self._engine = engine
         self._job = job
         self._emit = emit
@@ -205,7 +205,7 @@ class OpenAICall:
         self._counts.note_usage(doc)
         self._chunks += 1
         if self._chunks > self._replay.chunks:
-            self._emit(Piece(chunk=single_line(data), replay=self._replay.line(doc, self._counts.cached_tokens)))
+            self._emit(Chunk(document=single_line(data), replay=self._replay.line(doc, self._counts.cached_tokens)))
 
     # -- the end
 

@@ -1,22 +1,22 @@
-"""Pieces of streamed calls, for tests of backends."""
+"""Chunks of streamed calls, for tests of backends."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
 
-from rsm.workers.backends.base import Piece, Resumed
+from rsm.workers.backends.base import Chunk, Resumed
 
 
-class Heard(list[Piece]):
-    """Pieces as they come, for tests that act in the middle of a stream."""
+class Heard(list[Chunk]):
+    """Chunks as they come, for tests that act in the middle of a stream."""
 
-    def __init__(self, pieces: Iterable[Piece] = ()) -> None:
-        super().__init__(pieces)
+    def __init__(self, chunks: Iterable[Chunk] = ()) -> None:
+        super().__init__(chunks)
         self._more = asyncio.Event()
 
-    def hear(self, piece: Piece) -> None:
-        self.append(piece)
+    def hear(self, chunk: Chunk) -> None:
+        self.append(chunk)
         self._more.set()
 
     async def first(self, count: int) -> None:
@@ -31,6 +31,6 @@ class Heard(list[Piece]):
             text="".join(p.text for p in self),
             token_ids=[i for p in self for i in p.token_ids],
             replays=[p.replay for p in self if p.replay],
-            chunks=sum(bool(p.chunk) for p in self),
-            published=[p.chunk for p in self if p.chunk],
+            chunks=sum(bool(p.document) for p in self),
+            published=[p.document for p in self if p.document],
         )
