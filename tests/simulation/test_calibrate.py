@@ -77,7 +77,8 @@ def test_a_worker_reads_what_was_calibrated(tmp_path: Path) -> None:
     path.write_text("[]")
     for file, why in (path, "not what `rsm calibrate` writes"), (tmp_path / "none", "No such file or directory"):
         with pytest.raises(InvalidRequest, match=why):
-            create_backend(EngineConfig(engine_id="e", backend="sim", engine_args={"times_file": str(file)}), Settings())
+            args = {"times_file": str(file)}
+            create_backend(EngineConfig(engine_id="e", backend="sim", engine_args=args), Settings())
 
 
 def test_only_vllm_can_be_calibrated() -> None:
