@@ -76,9 +76,9 @@ def test_a_worker_reads_what_was_calibrated(tmp_path: Path) -> None:
     assert (backend.config.kv_tokens, backend.config.max_num_seqs) == (999, 256)
     path.write_text("[]")
     for file, why in (path, "not what `rsm calibrate` writes"), (tmp_path / "none", "No such file or directory"):
+        config = EngineConfig(engine_id="e", backend="sim", engine_args={"times_file": str(file)})
         with pytest.raises(InvalidRequest, match=why):
-            args = {"times_file": str(file)}
-            create_backend(EngineConfig(engine_id="e", backend="sim", engine_args=args), Settings())
+            create_backend(config, Settings())
 
 
 def test_only_vllm_can_be_calibrated() -> None:
