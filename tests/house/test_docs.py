@@ -42,7 +42,7 @@ def test_conformance_names_tests() -> None:
     assert [row for row in rows if "test_" not in row and "python -m bench" not in row and "make " not in row] == []
 
 
-@pytest.mark.parametrize("folder", ["broker", "router", "workers", "chaos", "spec"])
+@pytest.mark.parametrize("folder", ["broker", "router", "workers", "simulation", "engine", "cli", "chaos", "spec"])
 def test_the_architecture_names_every_file(folder: str) -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     files = {path.name for suffix in ("py", "pml") for path in (ROOT / folder).rglob(f"*.{suffix}")}
