@@ -218,12 +218,19 @@ async def test_stream(manager: MultiEngineManager) -> None:
 
 @shared
 async def test_cancel_request(manager: MultiEngineManager) -> None:
-    stream = manager.stream_request("s1", "stop me", {"max_tokens": 5000}, request_id="stopped")
-    heard = [(await anext(stream)).text]
+    heard: list[str] = []
+    begun = asyncio.Event()
+
+    async def read() -> None:
+        async for delta in manager.stream_request("s1", "stop me", {"max_tokens": 5000}, request_id="stopped"):
+            heard.append(delta.text)  # a comprehension would drop what came before the exception
+            begun.set()
+
+    reading = asyncio.create_task(read())
+    await begun.wait()
     assert await manager.cancel_request("stopped") is True
     with pytest.raises(CallCancelled) as cancelled:
-        async for delta in stream:  # not a comprehension: it would drop what came before the exception
-            heard.append(delta.text)  # noqa: PERF401
+        await reading
     assert (cancelled.value.record.request_id, cancelled.value.record.state) == ("stopped", RequestState.CANCELLED)
     assert cancelled.value.partial_text == "".join(heard)
     assert await manager.cancel_request("stopped") is True, "it may be repeated"
