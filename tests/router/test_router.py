@@ -76,7 +76,7 @@ class Producer:
         return Counter(codec.text(s) for s in pipe.execute())
 
     def await_end(self, ids: Sequence[str]) -> None:
-        eventually(lambda: self.states(ids) == {"COMPLETED": len(ids)}, what=f"{self.states(ids)}")
+        eventually(lambda: self.states(ids) == {"COMPLETED": len(ids)}, progress=lambda: self.states(ids))
 
     def dead(self) -> list[dict[str, str]]:
         return [{codec.text(k): codec.text(v) for k, v in f.items()} for _, f in self.db.xrange(self.keys.dead)]
