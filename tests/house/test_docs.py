@@ -10,6 +10,7 @@ import pytest
 
 from rsm.broker import ErrorCode, Settings
 from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.models import CallRequest
 from tests.support.paths import LUA, ROOT
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -99,6 +100,16 @@ def test_the_table_of_keys_is_complete() -> None:
             made.add(member(keys, names[parameter]))
     told = {f"{keys.prefix}{row[0].strip('`')}" for row in _rows("protocol.md", "Keys")}
     assert told - {f"{keys.prefix}rq:*"} == made
+
+
+def test_the_table_of_a_push_is_complete() -> None:
+    named = [name for row in _rows("protocol.md", "Pushing a call") for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(named) == sorted([*CallRequest.model_fields, "json", "body", "timeout_ms"])
+
+
+def test_every_script_is_named() -> None:
+    named = [name for row in _rows("protocol.md", "Transitions") for name in re.findall(r"`(\w+)`", row[1])]
+    assert sorted(named) == sorted(path.stem for path in (LUA / "transitions").glob("*.lua"))
 
 
 def test_every_error_code_is_explained() -> None:
