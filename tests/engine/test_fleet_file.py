@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from rsm.broker import InvalidRequest
 from rsm.engine.fleet_file import read_fleet
+from rsm.workers.config import EngineConfig
+from tests.support.paths import ROOT
+
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 WHOLE = """
 settings:
@@ -36,6 +42,22 @@ def test_all_that_it_may_hold(tmp_path: Path) -> None:
     assert "max_num_seqs" not in fleet.engines[1].model_fields_set, "so the server is asked"
     settings = fleet.applied()
     assert (settings.namespace, settings.level_bounds, settings.lease_ms) == ("prod", (10, 20), 3000)
+
+
+def test_the_example_of_the_docs_is_a_fleet(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", OPERATIONS, re.DOTALL)
+    fleet = read_fleet(write(tmp_path, example))
+    assert {e.backend for e in fleet.engines} == {"vllm", "openai"}
+    assert not [(a, b) for a, b in combinations(fleet.engines, 2) if a.shares_gpu_with(b)], "each has its own GPUs"
+    settings = fleet.applied()
+    assert (settings.namespace, settings.policy, settings.lease_ms) == ("prod", "cost", 3000)
+
+
+def test_the_docs_name_every_field_of_an_engine() -> None:
+    section = OPERATIONS.partition("\n### A fleet in a file\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    named = [name for names, *_ in rows for name in names.strip("`").split("`, `")]
+    assert sorted(named) == sorted(EngineConfig.model_fields)
 
 
 def test_the_environment_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

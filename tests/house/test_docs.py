@@ -10,6 +10,8 @@ import pytest
 
 from rsm.broker import ErrorCode, Settings
 from rsm.broker.protocol.keys import Keys
+from rsm.broker.protocol.models import CallRequest
+from tests.protocol.test_spec import MUTANTS
 from tests.support.paths import LUA, ROOT
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -33,6 +35,20 @@ def test_tests_that_are_named_exist(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = _names(page, r"\]\(([^)#:]+)(?:#[^)]*)?\)")
     assert {link for link in links if not (page.parent / link).exists()} == set()
+
+
+def test_the_chaos_checks_that_are_named_exist() -> None:
+    page = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8")
+    rows = [row for row in page.splitlines() if "`test_chaos.py`" in row]
+    named = [name for row in rows for name in re.findall(r"\*([a-z ]+)\*", row)]
+    assert len(named) > 10
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "chaos").glob("*.py"))
+    assert [n for n in named if f'"{n}"' not in code and f"def _{n.replace(' ', '_')}(" not in code] == []
+
+
+def test_the_mutants_of_the_model_are_explained() -> None:
+    page = (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"`([A-Z_]{2,})`", page)) == sorted(MUTANTS)
 
 
 def test_conformance_names_tests() -> None:
@@ -99,6 +115,16 @@ def test_the_table_of_keys_is_complete() -> None:
             made.add(member(keys, names[parameter]))
     told = {f"{keys.prefix}{row[0].strip('`')}" for row in _rows("protocol.md", "Keys")}
     assert told - {f"{keys.prefix}rq:*"} == made
+
+
+def test_the_table_of_a_push_is_complete() -> None:
+    named = [name for row in _rows("protocol.md", "Pushing a call") for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(named) == sorted([*CallRequest.model_fields, "json", "body", "timeout_ms"])
+
+
+def test_every_script_is_named() -> None:
+    named = [name for row in _rows("protocol.md", "Transitions") for name in re.findall(r"`(\w+)`", row[1])]
+    assert sorted(named) == sorted(path.stem for path in (LUA / "transitions").glob("*.lua"))
 
 
 def test_every_error_code_is_explained() -> None:

@@ -100,6 +100,7 @@ def test_a_snippet_as_shown(up: dict[str, str], number: int) -> None:
 
 def test_the_policy_of_ones_own_as_shown(tmp_path: Path) -> None:
     (code,) = blocks("python", OPERATIONS)
+    assert re.findall(r"^(?:from|import) (rsm\S*)", code, re.MULTILINE) == ["rsm.router"], "plug-ins need nothing else"
     (tmp_path / "my_policy.py").write_text(code)
     lines = ("from rsm.broker import Settings", "from rsm.router.policies import create_policy")
     check = "\n".join([*lines, "print(create_policy(Settings()))"])
