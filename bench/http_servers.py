@@ -1,4 +1,4 @@
-"""Servers as processes of their own: `rsm sim-server`, and the routers of others that stand before several of them."""
+"""Server processes for benchmarks: `rsm sim-server`, and third-party routers in front of several of them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class HttpServer:
 def sim_servers(
     count: int, engine_args: Mapping[str, Any], log: IO[bytes], slots: int = 256
 ) -> Iterator[list[HttpServer]]:
-    """So many engines of one kind behind OpenAI's HTTP API, each of which runs `slots` calls at once."""
+    """Starts `count` equal engines behind OpenAI's HTTP API; each runs up to `slots` calls at once."""
     command = [*RSM, "sim-server", "--model", MODEL, "--max-num-seqs", str(slots)]
     command += [word for name, value in engine_args.items() for word in ("--engine-arg", f"{name}={value}")]
     with ExitStack() as stack:
-        # All begin to load before the first is waited for.
+        # Start all of them before waiting for the first.
         servers = [stack.enter_context(_process(command, port, log)) for port in free_ports(count)]
         for server in servers:
             _await_health(server)
@@ -48,15 +48,15 @@ def sim_servers(
 
 @contextmanager
 def router(command: Sequence[str], servers: Sequence[HttpServer], log: IO[bytes]) -> Iterator[HttpServer]:
-    """One of the routers below, with further options, before these servers. It is up once it has passed a call on."""
+    """Starts one of the routers below in front of these servers; it is ready once it has forwarded a call."""
     port, metrics_port = free_ports(2)
     options = ["--host", "127.0.0.1", "--prometheus-port", str(metrics_port), "--worker-startup-check-interval", "1"]
     urls = [server.url for server in servers]
     with _process([*command, *options, "--worker-urls", *urls], port, log, Path("/tmp")) as found:  # noqa: S108
         _await_health(found)
-        # A router is well before it knows its engines.
+        # A router reports that it is healthy before it knows its engines.
         first = {"model": MODEL, "prompt": "Are you there?", "max_tokens": 1}
-        _until(lambda: httpx.post(f"{found.url}/v1/completions", json=first, timeout=5), found.process)
+        _await_success(lambda: httpx.post(f"{found.url}/v1/completions", json=first, timeout=5), found.process)
         yield found
 
 
@@ -70,7 +70,7 @@ def sglang_router(policy: str) -> list[str]:
 
 @contextmanager
 def _process(command: Sequence[str], port: int, log: IO[bytes], cwd: Path | None = None) -> Iterator[HttpServer]:
-    """A server on `port`, which its command is told."""
+    """Runs a server with `--port PORT` until the end of the block."""
     process = child.spawn([*command, "--port", str(port)], output=log, cwd=cwd)
     try:
         yield HttpServer(f"http://127.0.0.1:{port}", process)
@@ -80,23 +80,26 @@ def _process(command: Sequence[str], port: int, log: IO[bytes], cwd: Path | None
 
 
 def _await_health(server: HttpServer) -> None:
-    _until(lambda: httpx.get(f"{server.url}/health", timeout=2), server.process)
+    _await_success(lambda: httpx.get(f"{server.url}/health", timeout=2), server.process)
 
 
-def _until(ask: Callable[[], httpx.Response], process: Popen[bytes]) -> None:
-    """Asks until the answer is a good one; RuntimeError if the process ends, or time is up."""
+def _await_success(send: Callable[[], httpx.Response], process: Popen[bytes]) -> None:
+    """Repeats a request until it succeeds; RuntimeError if the process ends or the time is up."""
     until = time.monotonic() + PATIENCE_S
     while True:
         with contextlib.suppress(httpx.HTTPError):
-            if ask().is_success:
+            if send().is_success:
                 return
         if process.poll() is not None or time.monotonic() > until:
-            raise RuntimeError(f"a server did not come up (exit status {process.returncode}): {process.args!r}")
+            raise RuntimeError(
+                f"A server did not start within {PATIENCE_S:g} s (exit status {process.returncode}). "
+                f"Run its command by hand to see why: {process.args!r}"
+            )
         time.sleep(0.1)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on."""
+    """Returns free ports of 127.0.0.1."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [s.getsockname()[1] for s in sockets]

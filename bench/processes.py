@@ -1,7 +1,7 @@
-"""Routers and workers as real processes for the benchmark, with their round trips to Redis counted.
+"""Runs routers and workers as real processes for benchmarks, and counts their round trips to Redis.
 
-As a program, `python -m bench.processes router|worker` runs the ordinary part and writes how many round trips it made
-to the file named in BENCH_COUNTS when it ends: every time a connection sends, one round trip begins.
+`python -m bench.processes router|worker` runs the ordinary program. When it ends, it writes its number of round trips
+to the file named in BENCH_COUNTS. Each send on a connection counts as one round trip.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ READY_S = 60.0
 
 
 class RoundTrips:
-    """Counts what this process sends to Redis: one send, or one packed pipeline, is one round trip."""
+    """Counts the round trips of this process to Redis: one send, or one packed pipeline, is one round trip."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -49,8 +49,8 @@ class RoundTrips:
 
 
 @contextmanager
-def part(name: str, settings: Settings, counts: Path, env: dict[str, str] | None = None) -> Iterator[int]:
-    """Runs a router or a worker as a process; yields its pid."""
+def running(name: str, settings: Settings, counts: Path, env: dict[str, str] | None = None) -> Iterator[int]:
+    """Runs a router or a worker as a process until the end of the block; yields its pid."""
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.processes", name],
         env=os.environ | settings.environment() | {COUNTS: str(counts), "RSM_LOG_LEVEL": "WARNING"} | (env or {}),
@@ -66,11 +66,11 @@ def part(name: str, settings: Settings, counts: Path, env: dict[str, str] | None
 def fleet(
     settings: Settings, folder: Path, engine: dict[str, Any], env: dict[str, str] | None = None
 ) -> Iterator[dict[str, int]]:
-    """One router and one worker, ready for calls; yields their pids."""
+    """Runs one router and one worker; yields their pids once they are ready for calls."""
     config = json.dumps({"engine_id": "e0", "model": "noop", "backend": "sim", **engine})
     with (
-        part("router", settings, folder / "router.json") as router,
-        part("worker", settings, folder / "worker.json", {"RSM_ENGINE": config} | (env or {})) as worker,
+        running("router", settings, folder / "router.json") as router,
+        running("worker", settings, folder / "worker.json", {"RSM_ENGINE": config} | (env or {})) as worker,
     ):
         wait_ready(settings, ["e0"])
         yield {"router": router, "worker": worker}
@@ -79,7 +79,7 @@ def fleet(
 def wait_ready(settings: Settings, engines: Sequence[str]) -> None:
     until = time.monotonic() + READY_S
     while sum(e["state"] == "READY" for e in Monitor(settings).engines()) < len(engines):
-        assert time.monotonic() < until, "the worker did not come up"
+        assert time.monotonic() < until, f"not all of {engines} were READY after {READY_S:g} s"
         time.sleep(0.02)
 
 
@@ -88,7 +88,7 @@ def read_count(path: Path) -> int:
 
 
 def stamp_aborts(path: Path) -> None:
-    """Notes when each abort is called in this worker: "CALL seconds" lines, on the machine's monotonic clock."""
+    """Makes this worker write a line "CALL seconds" for each abort, on the machine's monotonic clock."""
     from rsm.workers.backends.sim.backend import SimBackend
 
     abort: Any = SimBackend.abort

@@ -1,8 +1,8 @@
-"""Virtual environments for the benchmark's peers: their pins exclude one another, so each gets its own.
+"""Virtual environments for the benchmark's peers. Their pinned versions conflict, so each peer has its own.
 
-`python_for("rq")` returns the interpreter of `.bench/rq`. It makes that environment from
+`python_for("rq")` returns the interpreter of `.bench/rq`. It builds that environment from
 `bench/peers/requirements-rq.txt` on first use, and again whenever the file or the Python version changes.
-As a script: `python bench/venvs.py [NAME ...]` prepares the named peers, or all.
+As a script, `python bench/venvs.py [NAME ...]` prepares the named peers. Default: all peers.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ STAMP = "requirements.sha256"
 
 
 def peer_names() -> list[str]:
-    """Return the peers that have a requirements file."""
+    """Returns the peers that have a requirements file."""
     return sorted(path.stem.removeprefix("requirements-") for path in PEERS.glob("requirements-*.txt"))
 
 
 def python_for(name: str) -> Path:
-    """Return the interpreter of the peer's environment, made or remade if need be."""
+    """Returns the interpreter of the peer's environment, and builds the environment if needed."""
     requirements = PEERS / f"requirements-{name}.txt"
-    home = CACHE / name
+    folder = CACHE / name
     key = cache_key(requirements)
-    if stamp(home) != key:
-        build(home, requirements)
-        # Written last: an environment left half-made has no stamp and is made anew.
-        (home / STAMP).write_text(key)
-    return interpreter(home)
+    if stamp(folder) != key:
+        build(folder, requirements)
+        # Written last, so that an incomplete environment has no stamp and is rebuilt.
+        (folder / STAMP).write_text(key)
+    return interpreter(folder)
 
 
 def version_of(package: str, name: str) -> str:
-    """Return a package's version in the environment of that peer; "" = in this one."""
+    """Returns a package's version in the environment of a peer; a `name` of "" stands for this environment."""
     if not name:
         return version(package)
     code = f"from importlib.metadata import version; print(version({package!r}))"
@@ -52,26 +52,26 @@ def cache_key(requirements: Path) -> str:
     return hashlib.sha256(requirements.read_bytes() + platform.python_version().encode()).hexdigest()
 
 
-def stamp(home: Path) -> str | None:
-    path = home / STAMP
+def stamp(folder: Path) -> str | None:
+    path = folder / STAMP
     return path.read_text() if path.exists() else None
 
 
-def build(home: Path, requirements: Path) -> None:
-    venv.EnvBuilder(clear=True, symlinks=os.name != "nt", with_pip=True).create(home)
-    install = [str(interpreter(home)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # pip's words go to standard error: standard output belongs to the caller's results.
+def build(folder: Path, requirements: Path) -> None:
+    venv.EnvBuilder(clear=True, symlinks=os.name != "nt", with_pip=True).create(folder)
+    install = [str(interpreter(folder)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # pip's output goes to standard error, because standard output carries the caller's results.
     subprocess.run([*install, "-r", str(requirements)], check=True, stdout=sys.stderr)
 
 
-def interpreter(home: Path) -> Path:
-    return home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def interpreter(folder: Path) -> Path:
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def main() -> None:
     names = sys.argv[1:] or peer_names()
     if unknown := set(names) - set(peer_names()):
-        sys.exit(f"no such peer: {', '.join(sorted(unknown))}; known: {', '.join(peer_names())}")
+        sys.exit(f"unknown peer: {', '.join(sorted(unknown))}; choose from: {', '.join(peer_names())}")
     for name in names:
         print(f"{name}: {python_for(name)}")
 

@@ -1,4 +1,4 @@
-"""`python -m chaos --minutes 30 --seed 1`: exit status 0 if every promise was kept."""
+"""`python -m chaos --minutes 30 --seed 1`: runs the chaos tests; exit status 0 if every promise was kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from chaos.run import run
 from rsm.broker import logs
 from rsm.broker.settings import Settings
 
-_WORTH_A_REPORT = 10  # minutes; a shorter run is a check, and leaves the page as it is
-_SHOWN = 20  # all of them are in the folder of the run
+_REPORT_MIN = 10  # a shorter run is only a check and does not change the page
+_SHOWN = 20  # the folder of the run has all violations
 
 
 def main() -> int:
@@ -21,18 +21,22 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--vllm", type=int, default=0, metavar="N", help="workers with real vLLM, beside those with sim"
+        "--vllm", type=int, default=0, metavar="N", help="Workers with real vLLM, in addition to those with sim."
     )
-    parser.add_argument("--report", type=Path, help="a page to put the figures in, between its chaos marks")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        help=f"Page whose chaos section gets the figures. Runs below {_REPORT_MIN} minutes leave it as it is.",
+    )
     args = parser.parse_args()
     logs.configure(Settings(), "chaos")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that everything is stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all processes are stopped on exit
     outcome = run(args.seed, args.minutes, args.vllm)
     data = report.as_json(outcome)
     print(report.render([data]))
     for violation in outcome.violations[:_SHOWN]:
         print(violation)
-    if args.report is not None and args.minutes >= _WORTH_A_REPORT:
+    if args.report is not None and args.minutes >= _REPORT_MIN:
         report.save(outcome)
         report.into(args.report)
     print("every promise was kept" if not outcome.violations else f"{len(outcome.violations)} promises were broken")

@@ -1,4 +1,4 @@
-"""The faults: what can go wrong, to whom, for how long; and the schedule that a seed draws."""
+"""The kinds of faults, their targets and durations, and the schedule that a seed draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from chaos.producers.process import KINDS as PRODUCERS
-from chaos.stage import ROUTERS, SIM_WORKERS, Part, Stage
+from chaos.stage import ROUTERS, SIM_WORKERS, ManagedProcess, Stage
 
 Heal = Callable[[], None]
 _WARM_UP_S = 3.0
@@ -25,24 +25,24 @@ class Kind:
     """One kind of fault.
 
     Attributes:
-        name: for the report.
-        groups: letters of the parts that it may hit: r(outers), w(orkers with sim), v(LLM workers), p(roducers);
-            "" = Redis, of which there is one, so that such faults never overlap.
-        lasts_s: least and most.
-        inject: does it to a part; returns what heals it.
-        every: in every so manyth round; an engine that is killed again before it is up would never work.
+        name: the name in the report.
+        groups: letters of the possible targets: r (routers), w (workers with sim), v (workers with vLLM),
+            p (producers). "" stands for Redis. There is one Redis, so its faults never overlap.
+        lasts_s: minimum and maximum duration.
+        inject: applies the fault to a process; returns a function that heals it.
+        every: 3 means every third round. An engine that is killed again before it is up would never work.
     """
 
     name: str
     groups: str
     lasts_s: tuple[float, float]
-    inject: Callable[[Stage, Part | None, random.Random], Heal]
+    inject: Callable[[Stage, ManagedProcess | None, random.Random], Heal]
     every: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One planned fault. Times in seconds from the beginning."""
+    """One planned fault. Times in seconds from the start of the run."""
 
     at_s: float
     kind: Kind
@@ -55,7 +55,7 @@ class Fault:
 
 
 def schedule(seed: int, seconds: float, vllm: int) -> list[Fault]:
-    """All faults of a run, by time. Kinds come in shuffled rounds, so that even a short run sees each of them."""
+    """Draws all faults of a run, by time. Each round has every kind, shuffled, so even a short run sees each kind."""
     rng = random.Random(seed)
     targets = [f"r{i}" for i in range(ROUTERS)] + [f"w{i}" for i in range(SIM_WORKERS)]
     targets += [f"v{i}" for i in range(vllm)] + [f"p{i}" for i in range(len(PRODUCERS))]
@@ -81,114 +81,119 @@ def _rounds(rng: random.Random, vllm: int) -> Iterator[Kind]:
         yield from (kind for kind in known if number % kind.every == 0)
 
 
-def _nothing() -> None:
-    """A death is healed by whoever supervises the dead."""
+def _no_healing() -> None:
+    """Does nothing, because the supervisor restarts a dead process."""
 
 
-def _signal(number: int) -> Callable[[Stage, Part | None, random.Random], Heal]:
-    def inject(_: Stage, part: Part | None, __: random.Random) -> Heal:
-        if part is not None and part.pid is not None:
+def _signal(number: int) -> Callable[[Stage, ManagedProcess | None, random.Random], Heal]:
+    def inject(_: Stage, process: ManagedProcess | None, __: random.Random) -> Heal:
+        if process is not None and process.pid is not None:
             with suppress(ProcessLookupError):
-                os.kill(part.pid, number)
-        return _nothing
+                os.kill(process.pid, number)
+        return _no_healing
 
     return inject
 
 
-def _stop_and_wake(_: Stage, part: Part | None, __: random.Random) -> Heal:
-    pid = part.pid if part is not None else None
+def _stop_process(_: Stage, process: ManagedProcess | None, __: random.Random) -> Heal:
+    pid = process.pid if process is not None else None
     if pid is None:
-        return _nothing
-    return _sleep(pid)
+        return _no_healing
+    return _stop(pid)
 
 
-def _stop_redis(stage: Stage, _: Part | None, __: random.Random) -> Heal:
-    return _sleep(stage.server.pid) if stage.server.pid is not None else _nothing
+def _stop_redis(stage: Stage, _: ManagedProcess | None, __: random.Random) -> Heal:
+    return _stop(stage.server.pid) if stage.server.pid is not None else _no_healing
 
 
-def _sleep(pid: int) -> Heal:
-    def wake() -> None:
+def _stop(pid: int) -> Heal:
+    """Stops a process until it is healed."""
+
+    def resume() -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
-    return wake
+    return resume
 
 
-def _kill_redis(stage: Stage, _: Part | None, __: random.Random) -> Heal:
+def _kill_redis(stage: Stage, _: ManagedProcess | None, __: random.Random) -> Heal:
     stage.server.kill()
     return stage.start_redis
 
 
-def _fill_disk(stage: Stage, _: Part | None, __: random.Random) -> Heal:
+def _fill_disk(stage: Stage, _: ManagedProcess | None, __: random.Random) -> Heal:
     stage.fill_disk()
     return stage.empty_disk
 
 
-def _kill_engine_core(_: Stage, part: Part | None, __: random.Random) -> Heal:
-    if part is not None and part.pid is not None:
+def _kill_engine_core(_: Stage, process: ManagedProcess | None, __: random.Random) -> Heal:
+    if process is not None and process.pid is not None:
         with suppress(psutil.Error):
-            for child in psutil.Process(part.pid).children(recursive=True):
+            for child in psutil.Process(process.pid).children(recursive=True):
                 if "EngineCore" in child.name():
                     child.kill()
-    return _nothing
+    return _no_healing
 
 
-def _line(change: Callable[[Part, random.Random], None]) -> Callable[[Stage, Part | None, random.Random], Heal]:
-    def inject(stage: Stage, part: Part | None, rng: random.Random) -> Heal:
-        assert part is not None
-        stage.do(lambda: change(part, rng))
-        return lambda: stage.do(part.line.flow)
+def _line(
+    change: Callable[[ManagedProcess, random.Random], None],
+) -> Callable[[Stage, ManagedProcess | None, random.Random], Heal]:
+    def inject(stage: Stage, process: ManagedProcess | None, rng: random.Random) -> Heal:
+        assert process is not None
+        stage.do(lambda: change(process, rng))
+        return lambda: stage.do(process.line.restore)
 
     return inject
 
 
-def _drop_replies(part: Part, rng: random.Random) -> None:
-    part.line.swallow = rng.randint(1, 6)
+def _drop_replies(process: ManagedProcess, rng: random.Random) -> None:
+    process.line.swallow = rng.randint(1, 6)
 
 
-def _tear(part: Part, rng: random.Random) -> None:
-    part.line.tear = rng.randint(1, 4)
+def _tear(process: ManagedProcess, rng: random.Random) -> None:
+    process.line.tear = rng.randint(1, 4)
 
 
-def _late(part: Part, rng: random.Random) -> None:
-    part.line.late = [rng.uniform(0.1, 3.0) for _ in range(rng.randint(1, 6))]
+def _late(process: ManagedProcess, rng: random.Random) -> None:
+    process.line.late = [rng.uniform(0.1, 3.0) for _ in range(rng.randint(1, 6))]
 
 
-def _cut(part: Part, _: random.Random) -> None:
-    part.line.cut()
+def _cut(process: ManagedProcess, _: random.Random) -> None:
+    process.line.cut()
 
 
-def _delay(part: Part, rng: random.Random) -> None:
-    part.line.delay_s = rng.choice((0.02, 0.1, 0.4, 2.0))
+def _delay(process: ManagedProcess, rng: random.Random) -> None:
+    process.line.delay_s = rng.choice((0.02, 0.1, 0.4, 2.0))
 
 
-def _stall(part: Part, _: random.Random) -> None:
-    part.line.stall()
+def _stall(process: ManagedProcess, _: random.Random) -> None:
+    process.line.stall()
 
 
-_BLINK = (0.0, 0.0)
+_INSTANT = (0.0, 0.0)
 _LONGER_THAN_A_LEASE = (2.0, 5.0)
-# A stalled line may last longer than a command waits for its reply (10 s), so that it is sent again meanwhile.
+# The names are keys in bench/results/chaos-*.json. A line may stall for longer than a command waits for its reply
+# (10 s), so the command is sent again during the fault.
 KINDS = (
-    Kind("kill -9 of a router", "r", _BLINK, _signal(signal.SIGKILL)),
-    Kind("kill -9 of a worker", "wv", _BLINK, _signal(signal.SIGKILL)),
-    Kind("kill -9 of a producer", "p", _BLINK, _signal(signal.SIGKILL)),
-    Kind("producer dies between push and wait", "p", _BLINK, _signal(signal.SIGUSR1)),
-    Kind("EngineCore alone killed", "v", _BLINK, _kill_engine_core, every=3),
-    Kind("SIGTERM to a router", "r", _BLINK, _signal(signal.SIGTERM)),
-    Kind("SIGTERM to a worker", "wv", _BLINK, _signal(signal.SIGTERM)),
-    Kind("router stopped beyond its lease, woken", "r", _LONGER_THAN_A_LEASE, _stop_and_wake),
-    Kind("worker stopped beyond its lease, woken", "wv", _LONGER_THAN_A_LEASE, _stop_and_wake),
-    Kind("producer stopped, woken", "p", _LONGER_THAN_A_LEASE, _stop_and_wake),
+    Kind("kill -9 of a router", "r", _INSTANT, _signal(signal.SIGKILL)),
+    Kind("kill -9 of a worker", "wv", _INSTANT, _signal(signal.SIGKILL)),
+    Kind("kill -9 of a producer", "p", _INSTANT, _signal(signal.SIGKILL)),
+    Kind("producer dies between push and wait", "p", _INSTANT, _signal(signal.SIGUSR1)),
+    Kind("EngineCore alone killed", "v", _INSTANT, _kill_engine_core, every=3),
+    Kind("SIGTERM to a router", "r", _INSTANT, _signal(signal.SIGTERM)),
+    Kind("SIGTERM to a worker", "wv", _INSTANT, _signal(signal.SIGTERM)),
+    Kind("router stopped beyond its lease, woken", "r", _LONGER_THAN_A_LEASE, _stop_process),
+    Kind("worker stopped beyond its lease, woken", "wv", _LONGER_THAN_A_LEASE, _stop_process),
+    Kind("producer stopped, woken", "p", _LONGER_THAN_A_LEASE, _stop_process),
     Kind("Redis killed, restarted", "", (0.0, 2.0), _kill_redis),
     Kind("Redis stopped, woken", "", (0.5, 4.0), _stop_redis),
     Kind("disk full for the AOF", "", (0.5, 3.0), _fill_disk),
     Kind("replies dropped", "rwvp", (1.0, 3.0), _line(_drop_replies)),
     Kind("requests torn in half", "rwvp", (1.0, 3.0), _line(_tear)),
     Kind("requests repeated, then late", "rwvp", (1.0, 3.0), _line(_late)),
-    Kind("connections cut", "rwvp", _BLINK, _line(_cut)),
+    Kind("connections cut", "rwvp", _INSTANT, _line(_cut)),
     Kind("line delayed", "rwvp", (1.0, 6.0), _line(_delay)),
     Kind("line stalled, then flowing", "rwvp", (0.5, 13.0), _line(_stall)),
 )

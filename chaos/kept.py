@@ -1,4 +1,4 @@
-"""What Redis holds of a run when it is over, read straight from the server."""
+"""Reads what Redis holds after a run, directly from the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TOTALS = ("submitted", "completed", "cancelled", "failed", "requeued", "dead_le
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry of a call's log. `at_ms` is Redis's clock; `end`: it is a terminal event."""
+    """One entry of a call's log. `at_ms` is on Redis's clock; `end`: whether it is a terminal event."""
 
     at_ms: int
     n: int
@@ -32,10 +32,11 @@ class Entry:
 
 @dataclass(slots=True)
 class Kept:
-    """One call's record and log, and how many ends lie in inboxes.
+    """One call's record and log.
 
     Attributes:
-        inbox: where its events went last; clients trim what they have read of theirs, save the one named INBOX.
+        ends_in_inboxes: number of its terminal events in all inboxes.
+        inbox: the inbox that received its last events. Clients trim what they have read, except from INBOX.
     """
 
     state: str
@@ -46,13 +47,13 @@ class Kept:
     attempts: int = 1
     finished_ms: int = 0
     log: list[Entry] = field(default_factory=list)
-    told: int = 0
+    ends_in_inboxes: int = 0
     inbox: str = ""
 
 
 @dataclass(slots=True)
 class Snapshot:
-    """All of it. `busy` says in words what still waits or runs; `leaked` names keys that would stay for ever."""
+    """Everything that Redis holds. `busy` describes what still waits or runs; `leaked` names keys that never expire."""
 
     calls: dict[str, Kept] = field(default_factory=dict)
     totals: dict[str, int] = field(default_factory=dict)
@@ -63,34 +64,34 @@ class Snapshot:
 def snapshot(
     settings: Settings, server: redis.Redis, ids: Iterable[str], before: Mapping[str, Any] | None = None
 ) -> Snapshot:
-    """Reads everything about these calls. `before`: Redis's totals at the time when the ledgers began."""
+    """Reads everything about these calls. `before`: Redis's totals when the ledgers started."""
     keys, monitor = Keys(settings.namespace), Monitor(settings, server)
-    told = _ends_told(server, keys)
+    ends = _ends_in_inboxes(server, keys)
     calls = {}
     for call_id in ids:
         found: Any = server.hgetall(keys.call(call_id))
         if b"state" in found:
             record, log = CallRecord.from_hash(call_id, found), server.xrange(keys.events(call_id))
-            calls[call_id] = _kept(record, log, told[call_id], text(found.get(b"inbox")))
+            calls[call_id] = _kept(record, log, ends[call_id], text(found.get(b"inbox")))
     now = monitor.stats()
     totals = {name: now[name] - (before or {}).get(name, 0) for name in _TOTALS}
     return Snapshot(calls, totals, busy(settings, server), leaked_keys(server, keys.prefix))
 
 
 def busy(settings: Settings, server: redis.Redis) -> list[str]:
-    """What is not at rest; nothing, once all calls have ended and all workers know it."""
+    """Describes what still waits or runs; empty once all calls have ended and all workers know it."""
     keys, monitor, db = Keys(settings.namespace), Monitor(settings, server), _any(server)
     found = {"entries on the router stream": db.xlen(keys.calls), "deadlines": db.zcard(keys.deadlines)}
     found["entries pending for routers"] = db.xpending(keys.calls, ROUTER_GROUP)["pending"]
-    found |= {"parked calls": monitor._parked(), "held calls": monitor.held()}
+    found |= {"parked calls": monitor._parked(), "throttled calls": monitor.held()}
     for e in monitor.engines():
         name = e["engine_id"]
         found |= {f"{what} on {name}": e[what] for what in ("running", "queued", "running_tokens", "queued_tokens")}
-        found[f"calls that {name} says it runs"] = number(db.hget(keys.engine(name), "running"))
+        found[f"calls that {name} reports as running"] = number(db.hget(keys.engine(name), "running"))
     return [f"{count} {what}" for what, count in found.items() if count]
 
 
-def _kept(record: CallRecord, log: Any, told: int, inbox: str) -> Kept:
+def _kept(record: CallRecord, log: Any, ends_in_inboxes: int, inbox: str) -> Kept:
     result = record.result
     return Kept(
         record.state.value,
@@ -101,7 +102,7 @@ def _kept(record: CallRecord, log: Any, told: int, inbox: str) -> Kept:
         record.attempt,
         record.finished_ms or 0,
         [_entry(eid, fields) for eid, fields in log],
-        told,
+        ends_in_inboxes,
         inbox,
     )
 
@@ -112,13 +113,13 @@ def _entry(eid: bytes, fields: Mapping[bytes, bytes]) -> Entry:
     return Entry(at_ms, number(fields.get(b"n")), text(fields.get(b"text")), ids, b"state" in fields)
 
 
-def _ends_told(server: redis.Redis, keys: Keys) -> Counter[str]:
-    told: Counter[str] = Counter()
+def _ends_in_inboxes(server: redis.Redis, keys: Keys) -> Counter[str]:
+    ends: Counter[str] = Counter()
     for key in _any(server).scan_iter(match=f"{keys.inbox('')}*", count=1000):
-        told.update(text(f[b"call"]) for _, f in _any(server).xrange(key) if b"state" in f)
-    return told
+        ends.update(text(f[b"call"]) for _, f in _any(server).xrange(key) if b"state" in f)
+    return ends
 
 
 def _any(server: redis.Redis) -> Any:
-    """redis-py's replies have no useful types."""
+    """Returns the server as Any, since redis-py's replies have no useful types."""
     return server

@@ -1,4 +1,4 @@
-"""What may never be left behind: keys that no expiry takes away, and processes."""
+"""Finds leaks: keys that never expire, and processes that were left behind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import redis
 
-# Keys that may stay without an expiry: they hold no call for ever, or vanish when empty.
+# Keys that may have no expiry: they hold no call forever, or vanish when empty.
 LASTING = re.compile(
     r"(calls|dead|stats|usage|usage:sessions|finished|engines|deadlines|(parked|held|starving):.*|holding"
     r"|engine:[^:]+(:queue|:work|:starving|:residents|:running)?"  # an engine's hash lasts while it is registered
@@ -19,7 +19,7 @@ _SCAN = 1000
 
 
 def leaked_keys(server: redis.Redis, prefix: str) -> list[str]:
-    """Keys under `prefix`, named without it, that will stay for ever though they are no lasting ones."""
+    """Returns the keys under `prefix`, without the prefix, that never expire although they should."""
     names = [name for name in _without_expiry(server, prefix) if not LASTING.fullmatch(name)]
     names = [name for name in names if not _is_open_call(server, prefix + name)]
     return [name for name in names if not _is_at_work(server, prefix, name)]
@@ -33,20 +33,20 @@ def _without_expiry(server: redis.Redis, prefix: str) -> Iterator[str]:
 
 
 def _is_open_call(server: redis.Redis, key: str) -> bool:
-    """A call that is not finished must not expire, nor its log."""
+    """Tells whether a key is the record or the log of an unfinished call, which must not expire."""
     return server.hget(key.removesuffix(":events"), "state") in (b"PENDING", b"RUNNING") if ":call:" in key else False
 
 
 def _is_at_work(server: redis.Redis, prefix: str, name: str) -> bool:
-    """What a session has of caches lasts while it has unfinished calls."""
+    """Tells whether a key is the residency of a session with unfinished calls, which must not expire."""
     kind, _, session = name.partition(":")
     return kind == "residency" and server.exists(f"{prefix}session:{session}:calls") == 1
 
 
 def processes_of(namespace: str, folder: Path | None = None, url: str | None = None) -> list[psutil.Process]:
-    """Living processes of one namespace, with `url` of that on one server, and with `folder` the server in it.
+    """Returns the live processes of a namespace; `url` limits them to one server, `folder` adds the server in it.
 
-    Found by what they were started with, so those count, too, whose parent is gone.
+    They are found by their environment and folder, so processes without a parent are included.
     """
     return [p for p in psutil.process_iter() if _belongs(p, namespace, folder, url)]
 

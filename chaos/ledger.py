@@ -1,6 +1,6 @@
-"""The ledger: what each producer knows by itself, one JSON line a fact, written before its next step.
+"""The ledger: what each producer knows, one JSON line per fact, written before its next step.
 
-It lies outside Redis, and a line is with the kernel once `note` returns, so it survives the producer's kill -9.
+It is outside Redis. The kernel has a line once `note` returns, so the line survives a kill -9 of the producer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from chaos.producers.calls import Plan
 
 
 class Ledger:
-    """Writes one producer's file; its successor appends to it. Threads may share one."""
+    """Writes one producer's file; its successor appends to it. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        # A line without its end is one that the predecessor died over; nobody has acted on it.
+        # The predecessor died while writing an incomplete line, and nobody has acted on it.
         os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)
 
     def note(self, what: str, call: str, **more: Any) -> None:
-        """One fact about a call. The time is this machine's; it is never compared with Redis's."""
+        """Writes one fact about a call. The time is this machine's, and is never compared with Redis's."""
         line = json.dumps({"at": time.time(), "what": what, "call": call, **more}, separators=(",", ":"))
         os.write(self._file, line.encode() + b"\n")
 
@@ -35,7 +35,7 @@ class Ledger:
 
 @dataclass(slots=True)
 class Chunk:
-    """One chunk of a stream, as a producer received it."""
+    """One chunk of a stream, as received by a producer."""
 
     n: int
     eid: str
@@ -45,7 +45,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class End:
-    """What a waiter was told."""
+    """The end of a call, as received by a waiter."""
 
     state: str
     text: str = ""
@@ -55,15 +55,15 @@ class End:
 
 @dataclass(slots=True)
 class Story:
-    """All that is known of one call outside Redis. Times are epoch seconds of this machine unless they end in _ms.
+    """Everything known about one call outside Redis. Times are this machine's epoch seconds unless they end in _ms.
 
     Attributes:
-        accepted: when a push was acknowledged, 0 = never.
-        deadline_ms: on Redis's clock, 0 = none.
-        cancels: when a cancel was asked for.
-        cancelled_ms: Redis's clock just after a cancel was acknowledged as taking effect, 0 = never.
-        session_cancelled_ms: the same for a cancel of its session, which was asked for after this call was accepted.
-        lost: a record was missed after its push had been acknowledged.
+        accepted: when a push was acknowledged; 0: never.
+        deadline_ms: on Redis's clock; 0: none.
+        cancels: when a cancel was requested.
+        cancelled_ms: Redis's clock just after a cancel was acknowledged as effective; 0: never.
+        session_cancelled_ms: the same for a cancel of its session that was requested after this call was accepted.
+        lost: whether its record was missing after the push had been acknowledged.
     """
 
     plan: Plan
@@ -81,15 +81,15 @@ class Story:
 
     @property
     def last_eid(self) -> str:
-        """Where a reader of the stream goes on."""
+        """The event id after which a reader of the stream resumes."""
         return self.chunks[-1].eid if self.chunks else "0-0"
 
     def add(self, fact: dict[str, Any]) -> None:
-        """Takes one line of a ledger in."""
+        """Applies one line of a ledger."""
         getattr(self, f"_on_{fact['what']}")(fact)
 
     def _on_planned(self, fact: dict[str, Any]) -> None:
-        """Planned again by a successor: the same plan."""
+        """Does nothing: a successor plans the same call again."""
 
     def _on_deadline(self, fact: dict[str, Any]) -> None:
         self.deadline_ms = fact["ms"]
@@ -118,7 +118,7 @@ class Story:
 
 
 def read(paths: Iterable[Path]) -> dict[str, Story]:
-    """The stories of all calls of these ledgers, by call id."""
+    """Returns the stories of all calls in these ledgers, by call id."""
     stories: dict[str, Story] = {}
     for producer, path in enumerate(paths):
         for fact in _facts(path):

@@ -1,6 +1,7 @@
-"""A proxy between one process and Redis, on unix sockets, whose line can be made bad in every way a line goes bad.
+"""A proxy between one process and Redis, on unix sockets, that can inject every kind of network fault.
 
-Each process under test gets a proxy of its own, so a fault of the line hits it alone. All proxies share one thread.
+Each process under test has its own proxy (its line), so a fault of the line affects only that process. All proxies
+share one thread.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from typing import TypeVar
 
 T = TypeVar("T")
 _CHUNK = 1 << 16
-# A request that comes late may block; nobody waits for its reply.
+# A late request may block, but nobody waits for its reply.
 _LATE_REPLY_S = 5.0
 
 
 class Proxy:
-    """One listener. What is set here works from the next chunk of bytes on, in connections old and new.
+    """One listener. Its settings apply from the next read on, to existing and new connections.
 
     Attributes:
-        delay_s: seconds that each chunk is held up, both ways.
-        swallow: how many replies are still to be lost: the request has reached Redis, its reply does not come back,
-            and the connection ends.
-        tear: how many requests are still to be cut in half: Redis gets the first half, then the connection ends.
-        late: seconds by which the next requests are to be overtaken: the connection ends at once, so the request is
-            sent again over another one, and the first comes to Redis as well, so much later.
+        delay_s: delay of each read, in both directions.
+        swallow: number of replies still to be dropped. The request reaches Redis, its reply does not come back, and
+            the connection ends.
+        tear: number of requests still to be cut in half. Redis gets the first half, then the connection ends.
+        late: delays, in seconds, of the next requests. The connection ends at once, so the client sends the request
+            again over another connection. The first request still reaches Redis after its delay.
     """
 
     def __init__(self, listen: Path, server: Path) -> None:
@@ -50,16 +51,16 @@ class Proxy:
         return await asyncio.start_unix_server(self._serve, str(self.listen))
 
     def cut(self) -> None:
-        """Ends all connections now."""
+        """Ends all connections."""
         for writer in list(self._writers):
             writer.transport.abort()
 
     def stall(self) -> None:
-        """Holds everything back, without a sign, until `flow`: a partition, after which all of it arrives late."""
+        """Silently holds everything back until `restore`: a partition after which all data arrives late."""
         self._flowing.clear()
 
-    def flow(self) -> None:
-        """A good line again."""
+    def restore(self) -> None:
+        """Ends all faults."""
         self.delay_s, self.swallow, self.tear, self.late = 0.0, 0, 0, []
         self._flowing.set()
 
@@ -75,7 +76,7 @@ class Proxy:
         self._track(task)
         try:
             upstream_reader, upstream = await asyncio.open_unix_connection(str(self._server))
-        except OSError:  # Redis is down; so is the line
+        except OSError:  # Redis is down
             writer.transport.abort()
             return
         ends = {writer, upstream}
@@ -88,7 +89,7 @@ class Proxy:
                 end.transport.abort()
 
     def _track(self, task: asyncio.Task[None]) -> None:
-        """Keeps a task until it has ended."""
+        """Keeps a reference to a task until it has ended."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -134,9 +135,9 @@ class Proxy:
         return data
 
 
-async def _first_of(*ways: object) -> None:
-    """Runs both ways of a connection until one has ended."""
-    tasks = [asyncio.ensure_future(way) for way in ways]  # type: ignore[call-overload]
+async def _first_of(*directions: object) -> None:
+    """Runs both directions of a connection until one has ended."""
+    tasks = [asyncio.ensure_future(one) for one in directions]  # type: ignore[call-overload]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -148,7 +149,7 @@ async def _first_of(*ways: object) -> None:
 
 
 class Lines:
-    """The proxies of a stage, in a thread of their own. Its methods may be called from any other thread."""
+    """The proxies of a stage, in their own thread. Its methods may be called from any other thread."""
 
     def __init__(self, server: Path) -> None:
         self._server = server
@@ -158,7 +159,7 @@ class Lines:
         self._open: list[tuple[Proxy, asyncio.Server]] = []
 
     def open(self, name: str) -> Proxy:
-        """A new line, good until told otherwise."""
+        """Opens a new line, without faults."""
 
         async def make() -> tuple[Proxy, asyncio.Server]:
             proxy = Proxy(self._server.with_name(f"{name}.sock"), self._server)
@@ -168,7 +169,7 @@ class Lines:
         return self._open[-1][0]
 
     def do(self, action: Callable[[], object]) -> None:
-        """Runs something in the lines' thread, where it disturbs no chunk."""
+        """Runs an action in the lines' thread, where it cannot interrupt a read or write."""
 
         async def run() -> None:
             action()

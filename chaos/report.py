@@ -1,4 +1,4 @@
-"""The report: counts per fault, ends, times to recover, and the verdict, for several seeds side by side."""
+"""The report: counts per fault, terminal states, recovery times and the verdict, with one column per seed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BEGIN, END = "<!-- chaos -->", "<!-- /chaos -->"
 _ROOT = Path(__file__).resolve().parent.parent
 _Data = Mapping[str, Any]
 _FAULTS_HEAD = (
-    "Faults of all runs together. *Calls hit*: under way during the fault. *Through again*: from the end of the fault",
-    "until a call pushed after it had ended; kinds overlap, so a short one also waits for the longer ones beside it.",
+    "Faults of all runs together. *Calls hit*: in progress during a fault. *Recovery*: from the end of a fault until a",
+    "call that was pushed after it has ended. Faults overlap, so a short one also waits for longer concurrent ones.",
 )
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """All figures of one run."""
+    """Returns all figures of one run."""
     stories = list(outcome.stories.values())
     totals = outcome.found.totals
     return {
@@ -43,7 +43,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "by_act": dict(Counter(s.plan.act.value for s in stories)),
         "ends": dict(Counter(s.ends[0].state for s in stories if s.ends)),
         "streams": sum(s.plan.stream for s in stories),
-        "chunks": sum(len(s.chunks) for s in stories),
+        "pieces": sum(len(s.chunks) for s in stories),  # chunks; the key is that of the committed results
         "run_again": totals.get("requeued", 0),
         "dead_letters": totals.get("dead_letters", 0),
         "held": totals.get("ever_held", 0),
@@ -54,15 +54,15 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def _faults(windows: Sequence[Window], stories: Sequence[Story]) -> dict[str, dict[str, float]]:
-    """Per kind: how many, how many calls were under way, and how soon after its end a new call was through."""
-    through = sorted((s.accepted, s.ended) for s in stories if s.ended)
+    """Returns, per kind, the number of faults, the calls in progress, and the recovery times."""
+    spans = sorted((s.accepted, s.ended) for s in stories if s.ended)
     found = {}
     for name in (k.name for k in KINDS):
-        mine = [w for w in windows if w.name == name]
-        hit = sum(s.accepted < w.healed + 0.001 and s.ended > w.began for w in mine for s in stories if s.ended)
-        back = [min(e for a, e in through if a >= w.healed) - w.healed for w in mine if through[-1][0] >= w.healed]
+        faults = [w for w in windows if w.name == name]
+        hit = sum(s.accepted < w.healed + 0.001 and s.ended > w.began for w in faults for s in stories if s.ended)
+        back = [min(e for a, e in spans if a >= w.healed) - w.healed for w in faults if spans[-1][0] >= w.healed]
         found[name] = {
-            "injected": len(mine),
+            "injected": len(faults),
             "hit": hit,
             "back_median_s": statistics.median(back) if back else 0.0,
             "back_max_s": max(back, default=0.0),
@@ -78,7 +78,7 @@ def save(outcome: Outcome, folder: Path = RESULTS) -> Path:
 
 
 def into(page: Path, folder: Path = RESULTS) -> None:
-    """Puts the tables of all runs in the folder between the page's marks."""
+    """Puts the tables of all runs in the folder between the page's chaos marks."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("chaos-*.json"), key=_seed)]
     head, rest = page.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(END)[1]
@@ -90,11 +90,11 @@ def _seed(path: Path) -> int:
 
 
 def render(runs: Sequence[_Data]) -> str:
-    """The tables."""
+    """Returns the tables."""
     seeds = [f"seed {r['seed']}" for r in runs]
     rows: list[tuple[str, list[str]]] = [
         ("minutes of faults", [f"{r['minutes']:g}" for r in runs]),
-        (f"vLLM workers, beside {SIM_WORKERS} with `sim`", [str(r["vllm_workers"]) for r in runs]),
+        (f"vLLM workers, in addition to {SIM_WORKERS} with `sim`", [str(r["vllm_workers"]) for r in runs]),
         ("commit", [r["commit"] for r in runs]),
         ("calls accepted", [_n(r["calls"]) for r in runs]),
         *(
@@ -102,17 +102,17 @@ def render(runs: Sequence[_Data]) -> str:
             for state in ("COMPLETED", "CANCELLED", "FAILED")
         ),
         ("streams", [_n(r["streams"]) for r in runs]),
-        ("chunks of streams", [_n(r["chunks"]) for r in runs]),
-        ("attempts lost and run again", [_n(r["run_again"]) for r in runs]),
+        ("chunks of streams", [_n(r["pieces"]) for r in runs]),
+        ("attempts lost and retried", [_n(r["run_again"]) for r in runs]),
         ("dead letters", [_n(r["dead_letters"]) for r in runs]),
-        ("held for want of KV cache", [_n(r.get("held", 0)) for r in runs]),
-        ("taken to idle engines", [_n(r.get("stolen", 0)) for r in runs]),
+        ("throttled for lack of KV cache", [_n(r.get("held", 0)) for r in runs]),
+        ("stolen by idle engines", [_n(r.get("stolen", 0)) for r in runs]),
         ("faults", [_n(sum(f["injected"] for f in r["faults"].values())) for r in runs]),
         ("**broken promises**", [f"**{len(r['violations'])}**" for r in runs]),
     ]
     lines = _table(("", *seeds), rows)
     lines += [*_broken(runs), "", *_FAULTS_HEAD, ""]
-    lines += _table(("fault", "injected", "calls hit", "through again, median", "longest"), _fault_rows(runs))
+    lines += _table(("fault", "injected", "calls hit", "recovery, median", "longest"), _fault_rows(runs))
     if runs:
         about = runs[-1]["machine"]
         lines += ["", f"{about['CPU']}, {about['Machine']}; {about['OS']}; {about['Python']}; {about['Server']}."]
@@ -120,7 +120,7 @@ def render(runs: Sequence[_Data]) -> str:
 
 
 def _broken(runs: Sequence[_Data]) -> Iterable[str]:
-    """Below the table: which promises, in which run."""
+    """Yields the lines below the table: the broken promises of each run."""
     for r in runs:
         checks = Counter(v.partition(":")[0] for v in r["violations"])
         if checks:
@@ -128,7 +128,7 @@ def _broken(runs: Sequence[_Data]) -> Iterable[str]:
             yield f"Seed {r['seed']} broke: {', '.join(f'*{check}* ({n})' for check, n in checks.items())}."
     if not any(v.startswith("rightly failed") for r in runs for v in r["violations"]):
         yield ""
-        yield "Every FAILED call had a deadline, which had passed."
+        yield "Every FAILED call had a deadline that had passed."
 
 
 def _fault_rows(runs: Sequence[_Data]) -> Iterable[tuple[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""One run: the load begins, faults come and go by the schedule, all is healed, and then the books are compared."""
+"""One run: starts the load, injects and heals the scheduled faults, and compares the ledgers with Redis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from chaos.kept import Snapshot, busy, snapshot
 from chaos.leaks import processes_of
 from chaos.ledger import Story, read
 from chaos.producers.calls import Pool
-from chaos.stage import Part, Stage
+from chaos.stage import ManagedProcess, Stage
 from chaos.verdict import Reference, Violation, Window, judge
 from rsm.broker import Client
 from rsm.broker.views.monitor import Monitor
@@ -25,20 +25,20 @@ from rsm.workers.backends.vllm.start.args import TINY_NAME
 
 log = logging.getLogger("chaos")
 
-_TEND_S = 0.2
-# How long everything may take to be well again once all faults are over: the longest pause of a supervisor (30 s) and
-# the start of a real vLLM on a busy machine.
-_WELL_AGAIN_S = 180.0
+_TICK_S = 0.2
+# How long recovery may take after the last fault: a supervisor's longest pause (30 s), and the start of a real vLLM on
+# a busy machine.
+_RECOVERY_S = 180.0
 _ENDS_WITHIN_S = 60.0
 _REST_WITHIN_S = 20.0
 _POOL_PROMPTS = tuple(f"Tell me about number {n}." for n in range(6))
 _POOL_TOKENS = 32
-_GOOD_ENDS = (0, -9)  # of a producer: it has left, or was killed
+_GOOD_ENDS = (0, -9)  # exit statuses of a producer that stopped in order or was killed
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a run."""
+    """The result of a run."""
 
     seed: int
     minutes: float
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def run(seed: int, minutes: float, vllm: int = 0, say: Callable[[str], None] = print) -> Outcome:
-    """Runs the stage for so many minutes of faults; leaves its folder behind only if a promise was broken."""
+    """Runs the stage with `minutes` of faults; keeps its folder only if a promise was broken."""
     stage = Stage(seed, vllm)
     plan = schedule(seed, minutes * 60, vllm)
     say(f"seed {seed}: {len(plan)} faults in {minutes:g} min; logs and ledgers in {stage.folder}")
@@ -73,12 +73,12 @@ def run(seed: int, minutes: float, vllm: int = 0, say: Callable[[str], None] = p
 
 def _act(stage: Stage, plan: Sequence[Fault], outcome: Outcome, say: Callable[[str], None]) -> None:
     stage.start()
-    pool, reference = _ask_before(stage) if outcome.vllm else (None, {})
+    pool, reference = _reference_answers(stage) if outcome.vllm else (None, {})
     before = Monitor(stage.settings).stats()
     stage.start_producers(pool)
     outcome.windows = _perform(stage, plan)
     say("all faults are over")
-    well = _until(lambda: _tended(stage), _WELL_AGAIN_S)
+    recovered = _until(lambda: _recovered(stage), _RECOVERY_S)
     ended = stage.stop_producers(_ENDS_WITHIN_S)
     with stage.connection() as server:
         _until(lambda: not busy(stage.settings, server), _REST_WITHIN_S)
@@ -86,26 +86,24 @@ def _act(stage: Stage, plan: Sequence[Fault], outcome: Outcome, say: Callable[[s
         outcome.stories = read(stage.ledgers)
         outcome.found = snapshot(stage.settings, server, outcome.stories, before)
     outcome.violations = judge(outcome.stories, outcome.found, outcome.windows, reference)
-    outcome.violations += _of_processes(stage, well, ended)
+    outcome.violations += _of_processes(stage, recovered, ended)
 
 
-def _of_processes(stage: Stage, well: bool, ended: bool) -> list[Violation]:
+def _of_processes(stage: Stage, recovered: bool, ended: bool) -> list[Violation]:
     found = [
-        Violation("producers live", "", f"{part.name} ended with {part.supervised.status}")
-        for part in stage.producers
-        if not part.supervised.running and part.supervised.status not in _GOOD_ENDS
+        Violation("producers live", "", f"{producer.name} ended with status {producer.supervised.status}")
+        for producer in stage.producers
+        if not producer.supervised.running and producer.supervised.status not in _GOOD_ENDS
     ]
-    if not well:
-        found.append(
-            Violation("well again", "", f"not all engines were READY {_WELL_AGAIN_S:g} s after the last fault")
-        )
+    if not recovered:
+        found.append(Violation("recovers", "", f"not all engines were READY {_RECOVERY_S:g} s after the last fault"))
     if not ended:
-        found.append(Violation("stuck", "", f"producers still wait {_ENDS_WITHIN_S:g} s after the last fault"))
+        found.append(Violation("stuck", "", f"producers still wait {_ENDS_WITHIN_S:g} s after SIGTERM"))
     return found
 
 
-def _ask_before(stage: Stage) -> tuple[Pool, Reference]:
-    """What real engines say while nothing disturbs them."""
+def _reference_answers(stage: Stage) -> tuple[Pool, Reference]:
+    """Returns prompts for the real engines, and their answers before any fault."""
     reference = {}
     with Client(settings=stage.settings) as client:
         for prompt in _POOL_PROMPTS:
@@ -115,17 +113,17 @@ def _ask_before(stage: Stage) -> tuple[Pool, Reference]:
 
 
 def _perform(stage: Stage, plan: Sequence[Fault]) -> list[Window]:
-    """Injects and heals each fault at its time; keeps everything running meanwhile."""
-    parts = {part.name: part for part in (*stage.routers, *stage.workers, *stage.producers)}
+    """Injects and heals each fault at its time; restarts processes that exit meanwhile."""
+    processes = {process.name: process for process in (*stage.routers, *stage.workers, *stage.producers)}
     order = itertools.count()
     due: list[tuple[float, int, Callable[[], None]]] = []
     windows: list[Window] = []
     began = time.monotonic()
 
-    def inject(fault: Fault, part: Part | None) -> None:
+    def inject(fault: Fault, process: ManagedProcess | None) -> None:
         started = time.time()
         log.info("%s", fault)
-        heal = fault.kind.inject(stage, part, random.Random(fault.seed))
+        heal = fault.kind.inject(stage, process, random.Random(fault.seed))
 
         def end() -> None:
             heal()
@@ -134,22 +132,22 @@ def _perform(stage: Stage, plan: Sequence[Fault]) -> list[Window]:
         heapq.heappush(due, (time.monotonic() - began + fault.lasts_s, next(order), end))
 
     for fault in plan:
-        part = parts.get(fault.target)
-        heapq.heappush(due, (fault.at_s, next(order), lambda f=fault, p=part: inject(f, p)))  # type: ignore[misc]
+        process = processes.get(fault.target)
+        heapq.heappush(due, (fault.at_s, next(order), lambda f=fault, p=process: inject(f, p)))  # type: ignore[misc]
     while due:
         at, _, action = due[0]
         if time.monotonic() - began >= at:
             heapq.heappop(due)
             action()
         else:
-            stage.tend()
-            time.sleep(min(_TEND_S, max(0.0, at - (time.monotonic() - began))))
+            stage.restart_exited()
+            time.sleep(min(_TICK_S, max(0.0, at - (time.monotonic() - began))))
     return windows
 
 
-def _tended(stage: Stage) -> bool:
-    stage.tend()
-    return stage.all_ready() and stage.producing()
+def _recovered(stage: Stage) -> bool:
+    stage.restart_exited()
+    return stage.all_ready() and stage.producers_ready()
 
 
 def _until(condition: Callable[[], bool], timeout_s: float) -> bool:
@@ -157,12 +155,12 @@ def _until(condition: Callable[[], bool], timeout_s: float) -> bool:
     while not condition():
         if time.monotonic() > until:
             return False
-        time.sleep(_TEND_S)
+        time.sleep(_TICK_S)
     return True
 
 
 def _left(stage: Stage) -> list[str]:
-    """Processes of the stage that are still there; they are ended."""
+    """Kills the processes of the stage that still run; returns their commands."""
     _, alive = psutil.wait_procs(processes_of(stage.settings.namespace, stage.server.folder), timeout=5)
     names = []
     for process in alive:

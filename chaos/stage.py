@@ -1,7 +1,7 @@
-"""The stage: Redis, two routers, workers and producers as real processes, each behind a line of its own.
+"""The stage: Redis, two routers, workers and producers as real processes, each with its own line to Redis.
 
-Each process is kept running by the project's own supervisor, and started again by the stage, as an operator would,
-where a supervisor rightly leaves it alone (after an orderly end).
+The project's own supervisor keeps each process running. After an orderly exit a supervisor does not restart a process;
+then the stage does, like an operator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import redis
 
 from chaos.producers.calls import SIM_MODEL, Pool
-from chaos.producers.process import KINDS, heeds_signals
+from chaos.producers.process import KINDS, ready_file
 from chaos.proxy import Lines, Proxy
 from rsm.broker import BrokerUnavailable, Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
@@ -37,9 +37,9 @@ from rsm.workers.supervision.supervisor import Supervised
 
 ROUTERS = 2
 SIM_WORKERS = 3
-# Fast timers, so that many deaths fit into a run; every other setting is the default, save for these:
-# attempts and deaths, for a call that was really killed often enough to be given up would look like a lost one;
-# the inbox, for a trimmed one could not be counted.
+# Fast timers allow many deaths in a run. The limits on attempts and deaths are high, because a call that was really
+# killed that often would look like a lost one. The inbox limit is high, because ends in a trimmed inbox cannot be
+# counted. All other settings have their defaults.
 _SETTINGS = {
     "lease_ms": 1500,
     "heartbeat_ms": 200,
@@ -49,7 +49,7 @@ _SETTINGS = {
     "max_deaths": 1000,
     "inbox_max": 1_000_000,
 }
-# Even seeds also have all that serves programs, and caches so small that calls are held.
+# Even seeds also use all program scheduling, with caches so small that calls are throttled.
 _PROGRAMS = {
     "policy": "cost",
     "engine_scheduler": "plas",
@@ -66,8 +66,8 @@ _REDIS_STARTS = 4
 
 
 @dataclass(slots=True)
-class Part:
-    """One process of the stage, whichever incarnation runs."""
+class ManagedProcess:
+    """One process of the stage, across restarts."""
 
     name: str
     line: Proxy
@@ -80,31 +80,31 @@ class Part:
 
 
 class Stage:
-    """Brings all up and down.
+    """Starts and stops all processes.
 
     Args:
-        vllm: how many workers run real vLLM with the tiny model.
+        vllm: number of workers with real vLLM and the tiny model.
     """
 
     def __init__(self, seed: int, vllm: int = 0) -> None:
         self.seed = seed
-        self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: a socket's path has 107 bytes at most
+        self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # short, because a socket's path has at most 107 bytes
         self.server = EmbeddedRedis(self.folder / "redis")
         chosen: dict[str, Any] = _SETTINGS if seed % 2 else _SETTINGS | _PROGRAMS
         self.settings = Settings(namespace=f"chaos{new_id()}", redis_url=None, **chosen)
         self.settings = self.settings.with_redis(self.server.url)
         self.ledgers = [self.folder / f"ledger-{place}" for place in range(len(KINDS))]
-        self.routers: list[Part] = []
-        self.workers: list[Part] = []
-        self.producers: list[Part] = []
+        self.routers: list[ManagedProcess] = []
+        self.workers: list[ManagedProcess] = []
+        self.producers: list[ManagedProcess] = []
         self._vllm = vllm
         self._lines: Lines | None = None
         self._logs: list[int] = []
 
-    # -- up and down
+    # -- start and stop
 
     def start(self) -> None:
-        """Redis, routers and workers; returns once all engines are READY."""
+        """Starts Redis, routers and workers; returns once all engines are READY."""
         self.start_redis()
         self._lines = Lines(self.server.socket)
         self.routers = [self._router(i) for i in range(ROUTERS)]
@@ -112,38 +112,38 @@ class Stage:
         until = time.monotonic() + _READY_S
         while not self.all_ready():
             if time.monotonic() > until:
-                raise TimeoutError(f"not all engines were READY after {_READY_S:g} s; see {self.folder}")
+                raise TimeoutError(f"Not all engines were READY after {_READY_S:g} s. See the logs in {self.folder}.")
             time.sleep(0.1)
 
     def start_producers(self, pool: Pool | None) -> None:
-        """One process of each kind. `pool`: prompts for the engines that are not modelled."""
+        """Starts one producer of each kind. `pool`: prompts for the real engines."""
         more = [] if pool is None else ["--pool", json.dumps(asdict(pool))]
         self.producers = [self._producer(place, kind, more) for place, kind in enumerate(KINDS)]
 
-    def producing(self) -> bool:
-        """Every producer is up, and would leave in order."""
-        files = [heeds_signals(path) for path in self.ledgers]
+    def producers_ready(self) -> bool:
+        """Tells whether every producer runs and handles signals."""
+        files = [ready_file(path) for path in self.ledgers]
         return all(f.exists() and f.read_text() == str(p.pid) for f, p in zip(files, self.producers, strict=True))
 
     def stop_producers(self, timeout_s: float) -> bool:
-        """No new calls; True if all that were under way ended within the time."""
-        for part in self.producers:
-            part.supervised.request_stop()
+        """Stops new calls; returns whether all calls in progress ended within the time."""
+        for producer in self.producers:
+            producer.supervised.request_stop()
         until = time.monotonic() + timeout_s
-        while any(part.supervised.running for part in self.producers):
+        while any(producer.supervised.running for producer in self.producers):
             if time.monotonic() > until:
                 return False
             time.sleep(0.1)
         return True
 
     def stop(self) -> None:
-        """Ends all processes, also those that a fault has stopped."""
+        """Ends all processes, including those that a fault has stopped."""
         self._heal()
-        for parts in (self.producers, self.workers, self.routers):
-            for part in parts:
-                part.supervised.request_stop()
-            for part in parts:
-                part.supervised.stop()
+        for group in (self.producers, self.workers, self.routers):
+            for process in group:
+                process.supervised.request_stop()
+            for process in group:
+                process.supervised.stop()
         if self._lines is not None:
             self._lines.close()
         self.server.stop()
@@ -151,54 +151,54 @@ class Stage:
             os.close(log)
 
     def _heal(self) -> None:
-        parts = (*self.producers, *self.workers, *self.routers)
-        for pid in (self.server.pid, *(part.pid for part in parts)):
+        processes = (*self.producers, *self.workers, *self.routers)
+        for pid in (self.server.pid, *(process.pid for process in processes)):
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-        for part in parts:
-            self.do(part.line.flow)
+        for process in processes:
+            self.do(process.line.restore)
 
     def clean_up(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def tend(self) -> None:
-        """Starts again what has left in order, or was refused its id: what an operator does."""
-        for part in (*self.routers, *self.workers):
-            if not part.supervised.running:
-                part.supervised = part.make()
-                part.supervised.start()
+    def restart_exited(self) -> None:
+        """Restarts, like an operator, the processes that stopped in order or whose id was refused."""
+        for process in (*self.routers, *self.workers):
+            if not process.supervised.running:
+                process.supervised = process.make()
+                process.supervised.start()
 
     def all_ready(self) -> bool:
-        """Every engine takes calls."""
+        """Tells whether every engine accepts calls."""
         monitor = Monitor(self.settings)
         try:
             states = {e["engine_id"]: e["state"] for e in monitor.engines()}
         except redis.RedisError:
             return False
-        return all(states.get(part.name) == EngineState.READY for part in self.workers)
+        return all(states.get(worker.name) == EngineState.READY for worker in self.workers)
 
     # -- Redis
 
     def start_redis(self) -> None:
-        """`always`: what was acknowledged survives kill -9, which `everysec` does not promise."""
+        """Starts Redis with `appendfsync always`: acknowledged writes survive kill -9, unlike with `everysec`."""
         for tries_left in reversed(range(_REDIS_STARTS)):
             try:
                 self.server.start()
                 break
-            except BrokerUnavailable:  # a busy machine may take longer to load the AOF than one start waits for it
+            except BrokerUnavailable:  # on a busy machine loading the AOF may take longer than one start waits
                 if not tries_left:
                     raise
         self.configure("appendfsync", "always")
 
     def configure(self, name: str, value: str) -> None:
-        """One setting of the server."""
+        """Sets one setting of the server."""
         with self.connection() as server:
             server.config_set(name, value)
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[redis.Redis]:
-        """Straight to the server, past all proxies."""
+        """Connects directly to the server, without a proxy."""
         server = connect(self.settings)
         try:
             yield server
@@ -206,9 +206,9 @@ class Stage:
             server.close()
 
     def fill_disk(self) -> None:
-        """The server's files may grow no more: its writes to the AOF come up short, as on a full disk."""
-        self.configure("auto-aof-rewrite-percentage", "0")  # a new AOF would have room again
-        self.configure("appendfsync", "everysec")  # with `always` the server ends itself on a full disk
+        """Stops the growth of the server's files, so that its writes to the AOF fail as on a full disk."""
+        self.configure("auto-aof-rewrite-percentage", "0")  # a rewritten AOF could grow again
+        self.configure("appendfsync", "everysec")  # with `always` the server exits on a full disk
         self._limit(max(p.stat().st_size for p in self.server.folder.rglob("*.incr.aof")))
 
     def empty_disk(self) -> None:
@@ -233,20 +233,20 @@ class Stage:
     # -- lines
 
     def do(self, action: Callable[[], object]) -> None:
-        """Changes a line."""
+        """Runs an action on a line."""
         assert self._lines is not None
         self._lines.do(action)
 
-    # -- parts
+    # -- processes
 
-    def _router(self, number: int) -> Part:
-        command = [sys.executable, "-P", "-m", "rsm.router"]
-        return self._part(f"r{number}", lambda s, o: Supervised(f"router {number}", command, s.environment(), output=o))
+    def _router(self, number: int) -> ManagedProcess:
+        name, command = f"router {number}", [sys.executable, "-P", "-m", "rsm.router"]
+        return self._start(f"r{number}", lambda s, o: Supervised(name, command, s.environment(), output=o))
 
-    def _worker(self, config: EngineConfig) -> Part:
-        return self._part(config.engine_id, lambda s, o: worker_process(config, s, output=o))
+    def _worker(self, config: EngineConfig) -> ManagedProcess:
+        return self._start(config.engine_id, lambda s, o: worker_process(config, s, output=o))
 
-    def _producer(self, place: int, kind: str, more: list[str]) -> Part:
+    def _producer(self, place: int, kind: str, more: list[str]) -> ManagedProcess:
         command = [
             sys.executable,
             "-m",
@@ -257,17 +257,17 @@ class Stage:
             str(self.ledgers[place]),
         ]
         name = f"p{place}"
-        return self._part(name, lambda s, o: Supervised(name, [*command, *more], s.environment(), output=o))
+        return self._start(name, lambda s, o: Supervised(name, [*command, *more], s.environment(), output=o))
 
-    def _part(self, name: str, make: Callable[[Settings, int], Supervised]) -> Part:
+    def _start(self, name: str, make: Callable[[Settings, int], Supervised]) -> ManagedProcess:
         assert self._lines is not None
         line = self._lines.open(name)
         settings = self.settings.with_redis(line.url)
         log = os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._logs.append(log)
-        part = Part(name, line, lambda: make(settings, log), make(settings, log))
-        part.supervised.start()
-        return part
+        process = ManagedProcess(name, line, lambda: make(settings, log), make(settings, log))
+        process.supervised.start()
+        return process
 
     def _engines(self) -> Sequence[EngineConfig]:
         times = {"step_s": _STEP_S, "prefill_token_s": 0, "decode_seq_s": 0, "context_token_s": 0}

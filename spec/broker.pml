@@ -1,24 +1,25 @@
-/* The life of a call, checked by spin (tests/protocol/test_spec.py, docs/verification.md).
+/* The lifecycle of a call, checked by spin (tests/protocol/test_spec.py, docs/verification.md).
  *
- * Modelled: producers that push again after a lost reply, and use an id anew once its record has expired; two routers
- * that read, place and die; two engines, the first with two worker processes (a zombie and its heir, under one id);
- * claims, pieces and ends whose replies get lost and which are repeated; leases that end under dead and under living
+ * Modelled: producers that push again after a lost reply, and reuse an id once its record has expired; two routers that
+ * read, place and die; two engines, the first with two worker processes (a zombie and its successor, under one id);
+ * claims, chunks and ends whose replies are lost and which are repeated; leases that expire under dead and under live
  * workers; cancels at any time.
  *
- * Each atomic or d_step block is one run of one Lua script (its name stands beside it), for Redis runs one at a time.
+ * Each atomic or d_step block is one run of one Lua script (named next to it), because Redis runs one script at a time.
  *
- * Left out: Redis itself never forgets (tests/workers/test_lost_writes.py); batches, order in queues, priorities, sessions,
- * parking, drains, deadlines (a deadline is a cancel of another colour), poison and error counts, overload, time: a
- * lease may end at any moment. Whatever is left out is held by tests/protocol/test_state_machine.py.
+ * Not modelled: data loss in Redis (see tests/workers/test_lost_writes.py), batches, queue order, priorities, sessions,
+ * parking, drains, deadlines (they act like cancels), poison and error counts, overload, and time (a lease may expire
+ * at any moment). tests/protocol/test_state_machine.py covers what the model leaves out.
  *
- * Faults are bounded, so every run is finite (-DNP: there is no cycle), and where nobody can do anything any more all
- * calls have ended (the last line): so every accepted call ends, whatever the schedule. Each -D in capitals of tests/protocol/test_spec.py takes one safeguard away.
+ * The number of faults is limited, so every run is finite (-DNP: there is no cycle). When no process can take a step,
+ * all calls have ended (the last line). So every accepted call ends under every schedule. Each -D in capitals of
+ * tests/protocol/test_spec.py removes one safeguard.
  */
 #ifndef CRASHES
 #define CRASHES 1   /* of workers */
 #endif
 #ifndef LAPSES
-#define LAPSES 1    /* leases that end under a living worker: a pause, a slow network */
+#define LAPSES 1    /* leases that expire under a live worker: a pause, a slow network */
 #endif
 #ifndef LOSSES
 #define LOSSES 1    /* replies */
@@ -31,13 +32,13 @@
 #endif
 
 #ifndef PRODUCERS
-#define PRODUCERS 2 /* of one call each; the first one's id is used twice */
+#define PRODUCERS 2 /* with one call each; the first one's id is used twice */
 #endif
 
 #define CALLS 2
 #define ENGINES 2
 #define GENERATIONS 2
-#define PIECES 1
+#define CHUNKS 1
 #define NO_ENGINE ENGINES
 
 /* states of a record */
@@ -50,19 +51,19 @@
 typedef Record {
   byte state, gen, attempt, engine, events;
   bit flagged;
-  /* ghosts: what the properties speak of */
+  /* ghost variables, used only by the properties */
   byte ends, begun;
   bit acknowledged
 };
 typedef Engine {
   byte incarnation;
-  bit claimed[CALLS];      /* by the latest claim, until its reply has arrived: later ones carry another number */
-  bit lease, dead, up      /* up: the process of this incarnation lives */
+  bit claimed[CALLS];      /* by the latest claim, until its reply has arrived; later claims have another number */
+  bit lease, dead, up      /* up: the process of this incarnation is alive */
 };
 
 Record call[CALLS];
 Engine engine[ENGINES];
-bit stream[CALLS * GENERATIONS];   /* an entry per call and generation; index ENTRY(c, gen) */
+bit stream[CALLS * GENERATIONS];   /* one entry per call and generation; index ENTRY(c, gen) */
 byte producers_done;
 byte crashes = CRASHES, lapses = LAPSES, losses = LOSSES, router_crashes = ROUTER_CRASHES, cancels = CANCELS;
 
@@ -83,7 +84,7 @@ byte crashes = CRASHES, lapses = LAPSES, losses = LOSSES, router_crashes = ROUTE
 #define FENCE(c, g, a, e) (call[c].gen == g && call[c].attempt == a && call[c].engine == e)
 #endif
 
-/* Safeguards that a mutant goes without. */
+/* Safeguards that a mutant removes. */
 #ifdef CLAIM_WITHOUT_LEASE
 #define CLAIM_IS_FENCED false
 #else
@@ -94,10 +95,10 @@ byte crashes = CRASHES, lapses = LAPSES, losses = LOSSES, router_crashes = ROUTE
 #else
 #define CLAIM_IS_NEW !(engine[e].claimed[0] || engine[e].claimed[1])
 #endif
-#ifdef NO_PIECE_NUMBER
-#define PIECE_IS_NEW(i) true
+#ifdef NO_CHUNK_NUMBER
+#define CHUNK_IS_NEW(i) true
 #else
-#define PIECE_IS_NEW(i) (n[i] >= call[i].events)
+#define CHUNK_IS_NEW(i) (n[i] >= call[i].events)
 #endif
 #ifdef FINISH_TWICE
 #define CAN_END(i) (call[i].state >= RUNNING)
@@ -110,7 +111,7 @@ byte crashes = CRASHES, lapses = LAPSES, losses = LOSSES, router_crashes = ROUTE
 #define CANCEL_HOLDS(i) (call[i].flagged)
 #endif
 
-/* terminal.lua: the one place where a call ends */
+/* terminal.lua: the only place where a call ends */
 inline end_call(c, how) {
   call[c].state = how;
   call[c].ends++;
@@ -118,8 +119,8 @@ inline end_call(c, how) {
   assert(!(call[c].acknowledged && how == COMPLETED))              /* an acknowledged cancel holds */
 }
 
-/* lost.lua: an attempt is over without a result; home: the engine that takes the call back, or NO_ENGINE */
-inline lose_attempt(c, home) {
+/* lost.lua: an attempt ended without a result; next_engine: the engine that gets the call back, or NO_ENGINE */
+inline lose_attempt(c, next_engine) {
   if
   :: call[c].flagged -> end_call(c, CANCELLED)
   :: else ->
@@ -127,9 +128,9 @@ inline lose_attempt(c, home) {
     call[c].attempt++;
 #endif
     call[c].state = PENDING;
-    call[c].engine = home;
+    call[c].engine = next_engine;
     if
-    :: home == NO_ENGINE -> stream[ENTRY(c, call[c].gen)] = 1
+    :: next_engine == NO_ENGINE -> stream[ENTRY(c, call[c].gen)] = 1
     :: else -> skip
     fi
   fi
@@ -150,11 +151,11 @@ inline submit(c) {
 proctype Producer(byte c) {
   d_step { submit(c) }
   if
-  :: atomic { losses > 0 -> losses-- }; d_step { submit(c) }       /* the reply was lost: once more */
+  :: atomic { losses > 0 -> losses-- }; d_step { submit(c) }       /* the reply was lost: push again */
   :: skip
   fi;
   if
-  :: c == 0 -> atomic { ENDED(c) -> call[c].state = NONE }         /* the record expires, and its id is used anew */
+  :: c == 0 -> atomic { ENDED(c) -> call[c].state = NONE }         /* the record expires, and its id is reused */
      d_step { submit(c) }
   :: skip
   fi;
@@ -177,9 +178,9 @@ end:
   od
 }
 
-/* A router reads an entry, or takes it over from one that read it: any entry on the stream may come to any router. */
+/* A router reads an entry, or takes it over from another router: any entry on the stream may reach any router. */
 proctype Router() {
-  byte c, g, e;                                                    /* g > 0: it has an entry in hand */
+  byte c, g, e;                                                    /* g > 0: it is processing an entry */
 end:
   do
   :: atomic { g == 0 && (stream[0] || stream[1] || stream[2] || stream[3]) ->
@@ -197,7 +198,7 @@ end:
   :: atomic { g > 0 && !WAITS_ON_STREAM(c, g) ->
       stream[ENTRY(c, g)] = 0; c = 0; g = 0 }                      /* assign.lua: stale */
   :: atomic { g > 0 && WAITS_ON_STREAM(c, g) && (READY(0) || READY(1)) ->
-      if                                                           /* assign.lua: to an engine that is ready */
+      if                                                           /* assign.lua: to a ready engine */
       :: READY(0) -> e = 0
       :: READY(1) -> e = 1
       fi;
@@ -228,9 +229,9 @@ inline reap(e) {
   fi
 }
 
-/* The passing of time, and the upkeep of any router. One run of reap.lua moves one call (its limit may be that small),
- * so that everything else may come between two of them. */
-proctype Upkeep() {
+/* The passing of time, and the maintenance of any router. One run of reap.lua moves one call (its limit may be that
+ * small), so that anything can happen between two of them. */
+proctype Maintenance() {
 end:
   do
   :: d_step { engine[0].lease && !engine[0].up -> engine[0].lease = 0 }
@@ -242,12 +243,12 @@ end:
   od
 }
 
-/* What a worker does; all of these speak of its own variables. */
+/* The steps of a worker; they all use its own variables. */
 inline drop(i) { gen[i] = 0; attempt[i] = 0; n[i] = 0; run_no[i] = 0 }
 
 inline hold(i) { gen[i] = call[i].gen; attempt[i] = call[i].attempt; n[i] = call[i].events; run_no[i] = call[i].begun }
 
-/* claim.lua; the same number again, after a reply was lost, gives the same calls */
+/* claim.lua; after a lost reply, a claim with the same number returns the same calls */
 inline take(i) {
   engine[e].claimed[i] = WAITS_AT(i, e);
   if
@@ -263,7 +264,7 @@ inline claim() {
   :: else ->
     if
 #ifndef NO_CLAIM_NUMBER
-    :: engine[e].claimed[0] || engine[e].claimed[1] -> skip          /* the number is that of the latest claim */
+    :: engine[e].claimed[0] || engine[e].claimed[1] -> skip          /* repeats the number of the latest claim */
 #endif
     :: CLAIM_IS_NEW -> take(0); take(1)
     fi;
@@ -282,11 +283,11 @@ inline publish(i) {
   if
   :: call[i].state == RUNNING && FENCE(i, gen[i], attempt[i], e) ->
     if
-    :: PIECE_IS_NEW(i) ->
+    :: CHUNK_IS_NEW(i) ->
       assert(gen[i] == call[i].gen && run_no[i] == call[i].begun);  /* no output of an old attempt */
-      assert(call[i].events == n[i]);                                /* each piece once, none left out */
+      assert(call[i].events == n[i]);                                /* each chunk exactly once */
       call[i].events++
-    :: else -> skip                                                  /* seen */
+    :: else -> skip                                                  /* already in the log */
     fi;
     if
     :: losses > 0 -> losses--
@@ -300,7 +301,7 @@ inline publish(i) {
 inline finish(i) {
   if
   :: FENCE(i, gen[i], attempt[i], e) && CAN_END(i) ->
-    assert(gen[i] == call[i].gen && run_no[i] == call[i].begun);    /* no end by an old attempt */
+    assert(gen[i] == call[i].gen && run_no[i] == call[i].begun);    /* no end from an old attempt */
     if
     :: CANCEL_HOLDS(i) -> end_call(i, CANCELLED)
     :: else -> end_call(i, COMPLETED)
@@ -309,16 +310,16 @@ inline finish(i) {
     :: losses > 0 -> losses--
     :: drop(i)
     fi
-  :: else -> drop(i)                                                 /* again, or stale */
+  :: else -> drop(i)                                                 /* repeated, or stale */
   fi
 }
 
-/* e: the engine that it serves. Two workers of one engine are a zombie and its heir, in any order. me: what tells its
- * incarnations from those of others; its own earlier ones can do nothing any more, so they need no other name. */
+/* e: the engine that it serves. Two workers of one engine are a zombie and its successor, in any order. me: identifies
+ * its incarnations. Its own earlier incarnations can do nothing any more, so they need no other identity. */
 proctype Worker(byte e; byte me) {
   bit again;                                                       /* a claim's reply was lost */
-  byte run_no[CALLS];                                              /* ghost: which claim of its call it holds */
-  byte gen[CALLS], attempt[CALLS], n[CALLS];                       /* the calls it holds: their fences, the next piece */
+  byte run_no[CALLS];                                              /* ghost: which run of its call it holds */
+  byte gen[CALLS], attempt[CALLS], n[CALLS];                       /* the calls it holds: fences and the next chunk */
 end_registering:
   if
   :: atomic { !engine[e].lease || engine[e].dead ->                /* register.lua */
@@ -339,12 +340,12 @@ end_working:
       if :: engine[e].incarnation == me -> engine[e].up = 0 :: else fi;
       goto fenced }
   :: atomic { again || WAITS_AT(0, e) || WAITS_AT(1, e) -> claim() }
-  :: atomic { gen[0] && n[0] < PIECES -> publish(0) }
-  :: atomic { gen[1] && n[1] < PIECES -> publish(1) }
-  :: atomic { gen[0] && n[0] == PIECES -> finish(0) }
-  :: atomic { gen[1] && n[1] == PIECES -> finish(1) }
+  :: atomic { gen[0] && n[0] < CHUNKS -> publish(0) }
+  :: atomic { gen[1] && n[1] < CHUNKS -> publish(1) }
+  :: atomic { gen[0] && n[0] == CHUNKS -> finish(0) }
+  :: atomic { gen[1] && n[1] == CHUNKS -> finish(1) }
   od;
-fenced:                                                            /* it drops its calls, and registers anew */
+fenced:                                                            /* it drops its calls, and registers again */
   atomic { drop(0); drop(1); again = 0 };
   goto end_registering
 }
@@ -355,7 +356,7 @@ init {
     if :: PRODUCERS == 2 -> run Producer(1) :: else fi;
     run Router(); run Router();
     run Worker(0, 1); run Worker(0, 2); run Worker(1, 3);
-    run Upkeep(); run Canceller()
+    run Maintenance(); run Canceller()
   };
-  timeout -> assert(OVER)                                          /* no call is lost, nothing is stuck */
+  timeout -> assert(OVER)                                          /* no call is lost or stuck */
 }

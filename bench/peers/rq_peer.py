@@ -1,7 +1,7 @@
 """RQ in the queue benchmark: one SimpleWorker (no fork per job), results read from RQ's own result streams.
 
-RQ does not poll: `latest_result(timeout)` is a blocking XREAD on the job's result stream. The single worker
-runs jobs in order, so waiting for the oldest job first loses no time.
+RQ does not poll: `latest_result(timeout)` is a blocking XREAD on the job's result stream. The single worker runs jobs
+in order, so waiting for the oldest job first costs no time.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def noop(payload: str) -> None:
 
 
 def connect(url: str) -> Redis:
-    # redis-py cuts a read off after 5 s by default: a blocking read needs longer.
+    # redis-py ends a read after 5 s by default, but a blocking read needs longer.
     return Redis.from_url(url, socket_timeout=WAIT_S + 5)
 
 
 def finished(job: Any) -> None:
-    """Wait until the producer has read the job's result."""
+    """Waits until the producer has read the job's result."""
     result = job.latest_result(timeout=WAIT_S)
     if result is None or result.type is not result.Type.SUCCESSFUL:
         raise RuntimeError(f"job {job.id} did not finish: {result}")
 
 
 def throughput(queue: Any, calls: int, inflight: int) -> float:
-    """Return calls per second with at most `inflight` in flight."""
-    # The window is refilled a fifth at a time: faster here than one by one or all at once.
+    """Returns calls per second with at most `inflight` in flight."""
+    # A fifth of the window at a time is faster here than one by one or all at once.
     step = max(1, inflight // 5)
     waiting: deque[Any] = deque()
     sent = 0
@@ -66,7 +66,7 @@ def throughput(queue: Any, calls: int, inflight: int) -> float:
 
 
 def round_trip(queue: Any) -> float:
-    """Return the milliseconds of one call on its own."""
+    """Returns the milliseconds of a single call."""
     start = perf_counter()
     finished(queue.enqueue(NOOP, PAYLOAD))
     return (perf_counter() - start) * 1000
@@ -75,7 +75,7 @@ def round_trip(queue: Any) -> float:
 def measure(url: str, calls: int, inflight: int) -> dict[str, object]:
     queue = Queue(f"bench-{uuid.uuid4().hex}", connection=connect(url))
     with worker_process(url, queue.name):
-        throughput(queue, inflight, inflight)  # The first result also says that the worker is up.
+        throughput(queue, inflight, inflight)  # The first result also shows that the worker is up.
         calls_per_s = throughput(queue, calls, inflight)
         return record(calls_per_s, [round_trip(queue) for _ in range(ROUND_TRIPS)])
 
@@ -95,14 +95,14 @@ def record(calls_per_s: float, trips_ms: list[float]) -> dict[str, object]:
 
 @contextmanager
 def worker_process(url: str, queue: str) -> Iterator[None]:
-    """Run this file as the worker; leaving closes its standard input, which ends it."""
+    """Runs this file as the worker; leaving the block closes its standard input, which ends it."""
     command = [sys.executable, __file__, "--redis", url, "--worker", queue]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr):
         yield
 
 
 def exit_with_parent() -> None:
-    """End this process once standard input closes: also when the producer was killed."""
+    """Ends this process when standard input closes, even if the producer was killed."""
     os.read(0, 1)
     os._exit(0)
 
@@ -114,10 +114,10 @@ def work(url: str, queue: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--redis", required=True, metavar="URL", help="unix:// or redis://; a spare server")
-    parser.add_argument("--calls", type=int, default=1000, help="calls in the throughput part")
-    parser.add_argument("--inflight", type=int, default=100, help="calls in flight in the throughput part")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--redis", required=True, metavar="URL", help="URL (unix:// or redis://) of a spare server.")
+    parser.add_argument("--calls", type=int, default=1000, help="Calls in the throughput test.")
+    parser.add_argument("--inflight", type=int, default=100, help="Calls in flight in the throughput test.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line.")
     parser.add_argument("--worker", metavar="QUEUE", help=argparse.SUPPRESS)
     return parser.parse_args()
 

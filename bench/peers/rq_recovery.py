@@ -1,8 +1,8 @@
-"""RQ after `kill -9`: from the worker's death to the second attempt's start, with a second worker waiting.
+"""RQ after `kill -9`: the time from a worker's death until the second attempt starts, with a second worker waiting.
 
-Two workers run. The one that takes the job is killed in the middle of it, with its work-horse (which would otherwise go
-on as an orphan), and started again at once. RQ runs a lost job again only if it was given a Retry, and finds it when a
-worker's maintenance meets the end of its lease.
+Two workers run. The one that takes the job is killed in the middle of it and restarted at once. Its work-horse is
+killed, too, since it would otherwise continue as an orphan. RQ retries a lost job only if the job has a Retry, and
+finds it when a worker's maintenance sees that its lease has expired.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ JOB_S = 5.0
 KILL_AFTER_S = 1.0
 WORKERS = 2
 WORKER_UP_S = 120
-# Both workers are up then, and have done what they do at their start.
+# By then both workers are up and have finished their start-up work.
 SETTLE_S = 10
 PROFILES: dict[str, tuple[dict[str, int], str]] = {
-    "default": ({}, "Retry(max=3), all else default"),
+    "default": ({}, "Retry(max=3), otherwise default"),
     "tuned": (
         {"worker_ttl": 30, "maintenance_interval": 5, "job_monitoring_interval": 5},
-        "Retry(max=3), worker-ttl 30 s, maintenance and job monitoring each 5 s",
+        "Retry(max=3), worker-ttl 30 s, maintenance and job monitoring every 5 s",
     ),
 }
 
 
 def job(url: str, key: str) -> None:
-    """Says when and where it starts, and works for a while."""
+    """Reports when and where it starts, and works for a while."""
     with Redis.from_url(url) as server:
         server.rpush(key, f"{os.getppid()} {time.monotonic()}")
     time.sleep(JOB_S)
 
 
 def next_start(server: Any, key: str, limit_s: float) -> tuple[int, float] | None:
-    """The worker's pid and monotonic second of the next attempt; None if it does not come in time."""
+    """Returns the pid and the monotonic second of the next attempt; None if it does not start in time."""
     found = server.blpop(key, timeout=limit_s)
     if found is None:
         return None
@@ -57,7 +57,7 @@ def next_start(server: Any, key: str, limit_s: float) -> tuple[int, float] | Non
 
 
 def measure(url: str, profile: str, limit_s: float) -> float | None:
-    """Seconds from the kill to the second attempt, None if there was none in time."""
+    """Returns the seconds from the kill to the second attempt; None if it does not start in time."""
     name = f"recovery-{uuid.uuid4().hex}"
     key = f"{name}:starts"
     workers = [worker(url, name, profile) for _ in range(WORKERS)]
@@ -79,7 +79,7 @@ def measure(url: str, profile: str, limit_s: float) -> float | None:
 
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """kill -9, also of the work-horse: it has a process group of its own."""
+    """Kills a worker with kill -9, and its work-horse, which has its own process group."""
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     horses = path.read_text().split() if process.poll() is None else []
     for pid in (*map(int, horses), process.pid):
@@ -94,7 +94,7 @@ def worker(url: str, queue: str, profile: str) -> subprocess.Popen[bytes]:
 
 
 def exit_with_parent() -> None:
-    """End this process once standard input closes: also when the parent was killed."""
+    """Ends this process when standard input closes, even if the parent was killed."""
     os.read(0, 1)
     os._exit(0)
 
@@ -107,7 +107,7 @@ def work(url: str, queue: str, profile: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--redis", required=True, metavar="URL")
-    parser.add_argument("--limit", type=float, default=180, help="seconds to wait for the second attempt")
+    parser.add_argument("--limit", type=float, default=180, help="Seconds to wait for the second attempt.")
     parser.add_argument("--profile", choices=PROFILES, default="default")
     parser.add_argument("--worker", metavar="QUEUE", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,9 +1,8 @@
 """SAQ in the queue benchmark: Redis queue, one worker process, concurrency 100.
 
-SAQ does not poll here: `queue.listen` hears each job's end by pub/sub, then the job is read for its result.
-That beats `queue.apply` and `queue.map`, which poll: each 0.5 s by default; at 1 ms, a round trip took 2.8 ms
-against 1.3 ms.
-`saq.Queue.from_url` refuses unix:// URLs, `RedisQueue.from_url` takes them.
+SAQ does not poll here: `queue.listen` receives each job's end by pub/sub, then the job is read for its result. That is
+faster than `queue.apply` and `queue.map`, which poll every 0.5 s by default. When they polled every 1 ms, a round trip
+took 2.8 ms instead of 1.3 ms. `saq.Queue.from_url` rejects unix:// URLs; `RedisQueue.from_url` accepts them.
 """
 
 from __future__ import annotations
@@ -41,15 +40,15 @@ async def noop(ctx: dict[str, Any], *, payload: str) -> None:
 
 
 def connect(url: str, queue: str) -> Any:
-    # The default of 20 operations at a time would hold back 100 calls in flight.
+    # The default of 20 concurrent operations would limit 100 calls in flight.
     return RedisQueue.from_url(url, name=queue, max_concurrent_ops=WORKER_CONCURRENCY)
 
 
 class Producer:
-    """Submits calls and hears of their end through one `queue.listen` for all of them.
+    """Submits calls and receives their ends through one `queue.listen` for all of them.
 
-    The listener is given its keys beforehand and stays for the whole run: to listen anew for each call could
-    miss an end that comes before the subscription.
+    The listener knows all keys beforehand and lives for the whole run. A new subscription for each call could miss an
+    end that comes before it.
     """
 
     def __init__(self, queue: Any, calls: int) -> None:
@@ -60,7 +59,7 @@ class Producer:
         self._open = calls
 
     async def listen(self) -> None:
-        """Listen until every call has ended; TimeoutError once nothing ends for a while."""
+        """Listens until every call has ended; TimeoutError if nothing ends for a while."""
         await self._queue.listen(list(self._ends), self._on_notice, timeout=WAIT_S)
 
     def _on_notice(self, key: str, status: Any) -> bool:
@@ -70,7 +69,7 @@ class Producer:
         return self._open == 0
 
     async def call(self) -> float:
-        """Submit one call, wait until its result is read, and return the milliseconds."""
+        """Submits one call, reads its result, and returns the milliseconds."""
         key = next(self._unused)
         start = perf_counter()
         await self._queue.enqueue("noop", key=key, payload=PAYLOAD)
@@ -81,7 +80,7 @@ class Producer:
         return (perf_counter() - start) * 1000
 
     async def throughput(self, calls: int, inflight: int) -> float:
-        """Return calls per second with `inflight` lanes, each with one call in flight at all times."""
+        """Returns calls per second with `inflight` lanes, each with one call in flight at all times."""
         numbers = iter(range(calls))
 
         async def lane() -> None:
@@ -94,9 +93,9 @@ class Producer:
 
 
 async def hold_sweep_lock(queue: Any) -> None:
-    """Keep the worker from sweeping, at its start and each 60 s, by holding the lock of the (empty) sweep.
+    """Keeps the worker from sweeping, at its start and every 60 s, by holding the lock of the (empty) sweep.
 
-    The sweep aborts any job that a worker has taken but not yet marked active, so a call fails now and then.
+    The sweep aborts any job that a worker has taken but not yet marked active, so calls would fail now and then.
     """
     await queue.sweep(lock=SWEEP_LOCK_S)
 
@@ -109,7 +108,7 @@ async def measure(url: str, calls: int, inflight: int) -> dict[str, object]:
         with worker_process(url, queue.name):
             async with asyncio.TaskGroup() as group:
                 group.create_task(producer.listen())
-                # Polled, so that it ends only when the worker is up and, by then, the listener subscribed.
+                # This polls, so it ends only when the worker is up. By then the listener has subscribed.
                 await queue.apply("noop", timeout=WAIT_S, poll_interval=0.05, payload=PAYLOAD)
                 await producer.throughput(inflight, inflight)
                 calls_per_s = await producer.throughput(calls, inflight)
@@ -134,14 +133,14 @@ def record(calls_per_s: float, trips_ms: list[float]) -> dict[str, object]:
 
 @contextmanager
 def worker_process(url: str, queue: str) -> Iterator[None]:
-    """Run this file as the worker; leaving closes its standard input, which ends it."""
+    """Runs this file as the worker; leaving the block closes its standard input, which ends it."""
     command = [sys.executable, __file__, "--redis", url, "--worker", queue]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr):
         yield
 
 
 def exit_with_parent() -> None:
-    """End this process once standard input closes: also when the producer was killed."""
+    """Ends this process when standard input closes, even if the producer was killed."""
     os.read(0, 1)
     os._exit(0)
 
@@ -154,10 +153,10 @@ async def work(url: str, queue: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--redis", required=True, metavar="URL", help="unix:// or redis://; a spare server")
-    parser.add_argument("--calls", type=int, default=1000, help="calls in the throughput part")
-    parser.add_argument("--inflight", type=int, default=100, help="calls in flight in the throughput part")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--redis", required=True, metavar="URL", help="URL (unix:// or redis://) of a spare server.")
+    parser.add_argument("--calls", type=int, default=1000, help="Calls in the throughput test.")
+    parser.add_argument("--inflight", type=int, default=100, help="Calls in flight in the throughput test.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line.")
     parser.add_argument("--worker", metavar="QUEUE", help=argparse.SUPPRESS)
     return parser.parse_args()
 

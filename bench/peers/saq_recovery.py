@@ -1,8 +1,8 @@
-"""SAQ after `kill -9`: from the worker's death to the second attempt's start, with a second worker waiting.
+"""SAQ after `kill -9`: the time from a worker's death until the second attempt starts, with a second worker waiting.
 
-Two workers run. The one that takes the job is killed in the middle of it, and started again at once. SAQ runs a lost
-job again only if `retries` is raised from its default of 1, and finds it in a sweep, once its `timeout` (10 s by
-default) or its `heartbeat` (none by default) has passed.
+Two workers run. The one that takes the job is killed in the middle of it and restarted at once. SAQ retries a lost job
+only if `retries` is above its default of 1. It finds the job in a sweep, after the job's `timeout` (10 s by default) or
+`heartbeat` (off by default) has passed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ JOB_S = 5.0
 KILL_AFTER_S = 1.0
 BEAT_S = 0.5
 WORKER_UP_S = 120
-# Both workers are up then, and have done what they do at their start.
+# By then both workers are up and have finished their start-up work.
 SETTLE_S = 10
 WORKERS = 2
 # Job options, and how often the workers sweep, in seconds.
 PROFILES: dict[str, tuple[dict[str, int], int, str]] = {
-    "default": ({"retries": 3}, 60, "retries=3, all else default (timeout 10 s, sweep each 60 s)"),
-    "tuned": ({"retries": 3, "heartbeat": 2}, 1, "retries=3, heartbeat=2 s written by the job, sweep each 1 s"),
+    "default": ({"retries": 3}, 60, "retries=3, otherwise default (timeout 10 s, sweep every 60 s)"),
+    "tuned": ({"retries": 3, "heartbeat": 2}, 1, "retries=3, heartbeat=2 s written by the job, sweep every 1 s"),
 }
 
 
@@ -41,7 +41,7 @@ def connect(url: str, queue: str) -> Any:
 
 
 async def job(ctx: dict[str, Any]) -> None:
-    """Says when and where it starts, and works for a while; its updates are heartbeats."""
+    """Reports when and where it starts, and works for a while; its updates are heartbeats."""
     queue = ctx["job"].queue
     await queue.redis.rpush(f"{queue.name}:starts", f"{os.getpid()} {time.monotonic()}")
     until = time.monotonic() + JOB_S
@@ -51,7 +51,7 @@ async def job(ctx: dict[str, Any]) -> None:
 
 
 async def next_start(queue: Any, limit_s: float) -> tuple[int, float] | None:
-    """Pid and monotonic second of the next attempt; None if it does not come in time."""
+    """Returns the pid and the monotonic second of the next attempt; None if it does not start in time."""
     found = await queue.redis.blpop(f"{queue.name}:starts", timeout=limit_s)
     if found is None:
         return None
@@ -60,7 +60,7 @@ async def next_start(queue: Any, limit_s: float) -> tuple[int, float] | None:
 
 
 async def measure(url: str, profile: str, limit_s: float) -> float | None:
-    """Seconds from the kill to the second attempt, None if there was none in time."""
+    """Returns the seconds from the kill to the second attempt; None if it does not start in time."""
     queue = connect(url, f"recovery-{uuid.uuid4().hex}")
     options, _, _ = PROFILES[profile]
     workers = [worker(url, queue.name, profile) for _ in range(WORKERS)]
@@ -89,7 +89,7 @@ def worker(url: str, queue: str, profile: str) -> subprocess.Popen[bytes]:
 
 
 def exit_with_parent() -> None:
-    """End this process once standard input closes: also when the parent was killed."""
+    """Ends this process when standard input closes, even if the parent was killed."""
     os.read(0, 1)
     os._exit(0)
 
@@ -104,7 +104,7 @@ async def work(url: str, name: str, profile: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--redis", required=True, metavar="URL")
-    parser.add_argument("--limit", type=float, default=180, help="seconds to wait for the second attempt")
+    parser.add_argument("--limit", type=float, default=180, help="Seconds to wait for the second attempt.")
     parser.add_argument("--profile", choices=PROFILES, default="default")
     parser.add_argument("--worker", metavar="QUEUE", help=argparse.SUPPRESS)
     args = parser.parse_args()

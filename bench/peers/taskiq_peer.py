@@ -1,9 +1,9 @@
 """taskiq with taskiq-redis in the queue benchmark: stream broker, Redis result backend, one worker process.
 
-taskiq polls for results (EXISTS, then GET). The interval is 1 ms in both parts: in the throughput part
-anything from 0 to 40 ms gave the same figure within the noise, because the worker is the bottleneck.
-The worker runs `run_receiver_task`, which is the receiver of `taskiq worker --workers 1` without the process
-manager around it, with 100 async tasks at a time (the library's default).
+taskiq polls for results (EXISTS, then GET). The interval is 1 ms in both tests. In the throughput test anything from 0
+to 40 ms gave the same figure within the noise, because the worker is the bottleneck. The worker runs
+`run_receiver_task`, which is the receiver of `taskiq worker --workers 1` without the process manager, with 100 async
+tasks at a time (the library's default).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORKER_CONCURRENCY = 100
 POLL_S = 0.001
 WAIT_S = 30
 RESULT_TTL_S = 600
-NOTE = "stream broker (acknowledges but never deletes); worker concurrency 100; results polled each 1 ms"
+NOTE = "stream broker (acknowledges but never deletes); worker concurrency 100; results polled every 1 ms"
 
 
 async def noop(payload: str) -> None:
@@ -41,14 +41,14 @@ async def noop(payload: str) -> None:
 
 
 def build(url: str, queue: str) -> tuple[Any, Any]:
-    """Return the broker and its one task."""
+    """Returns the broker and its one task."""
     backend = RedisAsyncResultBackend(url, result_ex_time=RESULT_TTL_S)
     broker = RedisStreamBroker(url, queue_name=queue).with_result_backend(backend)
     return broker, broker.task(task_name="noop")(noop)
 
 
 async def call(task: Any) -> float:
-    """Submit one call, wait until its result is read, and return the milliseconds."""
+    """Submits one call, reads its result, and returns the milliseconds."""
     start = perf_counter()
     handle = await task.kiq(PAYLOAD)
     result = await handle.wait_result(check_interval=POLL_S, timeout=WAIT_S)
@@ -57,7 +57,7 @@ async def call(task: Any) -> float:
 
 
 async def throughput(task: Any, calls: int, inflight: int) -> float:
-    """Return calls per second with `inflight` lanes, each with one call in flight at all times."""
+    """Returns calls per second with `inflight` lanes, each with one call in flight at all times."""
     numbers = iter(range(calls))
 
     async def lane() -> None:
@@ -72,11 +72,11 @@ async def throughput(task: Any, calls: int, inflight: int) -> float:
 async def measure(url: str, calls: int, inflight: int) -> dict[str, object]:
     queue = f"bench-{uuid.uuid4().hex}"
     broker, task = build(url, queue)
-    # This creates the consumer group, at "$": a call sent before it exists would be skipped.
+    # This creates the consumer group at "$". A call sent before it exists would be skipped.
     await broker.startup()
     try:
         with worker_process(url, queue):
-            await throughput(task, inflight, inflight)  # The first result also says that the worker is up.
+            await throughput(task, inflight, inflight)  # The first result also shows that the worker is up.
             calls_per_s = await throughput(task, calls, inflight)
             return record(calls_per_s, [await call(task) for _ in range(ROUND_TRIPS)])
     finally:
@@ -98,14 +98,14 @@ def record(calls_per_s: float, trips_ms: list[float]) -> dict[str, object]:
 
 @contextmanager
 def worker_process(url: str, queue: str) -> Iterator[None]:
-    """Run this file as the worker; leaving closes its standard input, which ends it."""
+    """Runs this file as the worker; leaving the block closes its standard input, which ends it."""
     command = [sys.executable, __file__, "--redis", url, "--worker", queue]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr):
         yield
 
 
 def exit_with_parent() -> None:
-    """End this process once standard input closes: also when the producer was killed."""
+    """Ends this process when standard input closes, even if the producer was killed."""
     os.read(0, 1)
     os._exit(0)
 
@@ -118,10 +118,10 @@ async def work(url: str, queue: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--redis", required=True, metavar="URL", help="unix:// or redis://; a spare server")
-    parser.add_argument("--calls", type=int, default=1000, help="calls in the throughput part")
-    parser.add_argument("--inflight", type=int, default=100, help="calls in flight in the throughput part")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--redis", required=True, metavar="URL", help="URL (unix:// or redis://) of a spare server.")
+    parser.add_argument("--calls", type=int, default=1000, help="Calls in the throughput test.")
+    parser.add_argument("--inflight", type=int, default=100, help="Calls in flight in the throughput test.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line.")
     parser.add_argument("--worker", metavar="QUEUE", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -131,7 +131,7 @@ def show(result: dict[str, object], *, as_json: bool) -> None:
 
 
 def main() -> None:
-    # Die at once: cancelled waits for results swallow the cancellation now and then and go on for WAIT_S.
+    # End at once: cancelled waits for results sometimes swallow the cancellation and continue for WAIT_S.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     args = parse_args()
     if args.worker:

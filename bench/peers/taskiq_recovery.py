@@ -1,9 +1,9 @@
-"""taskiq with taskiq-redis after `kill -9`: from the worker's death to the second attempt's start, with a second
-worker waiting.
+"""taskiq with taskiq-redis after `kill -9`: the time from a worker's death until the second attempt starts.
 
-Two workers run. The one that takes the job is killed in the middle of it, and started again at once. The stream broker
-claims what a dead worker left once it is idle for `idle_timeout` (10 min by default), which it does not renew, so it
-must be longer than the longest job; and it looks only after a read that brought new messages.
+Two workers run. The one that takes the job is killed in the middle of it and restarted at once. The stream broker
+claims the messages of a dead worker after they have been idle for `idle_timeout` (10 min by default). Workers do not
+renew it, so it must be longer than the longest job. The broker looks for idle messages only after a read that returned
+new ones.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from taskiq_redis import RedisStreamBroker  # type: ignore[import-not-found]
 JOB_S = 5.0
 KILL_AFTER_S = 1.0
 IDLE_MS = 2 * int(JOB_S * 1000)
-LOCK_S = 1.0  # its lock has no expiry by default, and would be lost with a worker that dies while it holds it
+LOCK_S = 1.0  # by default the lock never expires, so a worker that dies with it would hold it forever
 TRAFFIC_S = 1.0
 WORKER_UP_S = 120
-# Both workers are up then, and have done what they do at their start.
+# By then both workers are up and have finished their start-up work.
 SETTLE_S = 10
 WORKERS = 2
-# Whether other messages come, and what to say of it.
+# Whether other messages arrive, and the description of the profile.
 PROFILES = {
     "default": (False, f"idle_timeout={IDLE_MS / 1000:g} s (twice the job), no other messages"),
-    "tuned": (True, f"idle_timeout={IDLE_MS / 1000:g} s (twice the job), and another message each {TRAFFIC_S:g} s"),
+    "tuned": (True, f"idle_timeout={IDLE_MS / 1000:g} s (twice the job), another message every {TRAFFIC_S:g} s"),
 }
 
 
 def build(url: str, queue: str) -> tuple[Any, Any, Any]:
-    """The broker, the job and a task that does nothing."""
+    """Returns the broker, the job and a task that does nothing."""
     broker = RedisStreamBroker(url, queue_name=queue, idle_timeout=IDLE_MS, unacknowledged_lock_timeout=LOCK_S)
 
     async def job() -> None:
@@ -56,7 +56,7 @@ def build(url: str, queue: str) -> tuple[Any, Any, Any]:
 
 
 async def next_start(server: Any, queue: str, limit_s: float) -> tuple[int, float] | None:
-    """Pid and monotonic second of the next attempt; None if it does not come in time."""
+    """Returns the pid and the monotonic second of the next attempt; None if it does not start in time."""
     found = await server.blpop(f"{queue}:starts", timeout=limit_s)
     if found is None:
         return None
@@ -71,10 +71,10 @@ async def traffic(noop: Any) -> None:
 
 
 async def measure(url: str, profile: str, limit_s: float) -> float | None:
-    """Seconds from the kill to the second attempt, None if there was none in time."""
+    """Returns the seconds from the kill to the second attempt; None if it does not start in time."""
     queue = f"recovery-{uuid.uuid4().hex}"
     broker, job, noop = build(url, queue)
-    await broker.startup()  # makes the group, at "$": a call sent before it exists would be skipped
+    await broker.startup()  # creates the group at "$"; a call sent before it exists would be skipped
     workers = [worker(url, queue) for _ in range(WORKERS)]
     async with Redis.from_url(url, socket_timeout=None) as server:
         try:
@@ -107,7 +107,7 @@ def worker(url: str, queue: str) -> subprocess.Popen[bytes]:
 
 
 def exit_with_parent() -> None:
-    """End this process once standard input closes: also when the parent was killed."""
+    """Ends this process when standard input closes, even if the parent was killed."""
     os.read(0, 1)
     os._exit(0)
 
@@ -120,7 +120,7 @@ async def work(url: str, queue: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--redis", required=True, metavar="URL")
-    parser.add_argument("--limit", type=float, default=180, help="seconds to wait for the second attempt")
+    parser.add_argument("--limit", type=float, default=180, help="Seconds to wait for the second attempt.")
     parser.add_argument("--profile", choices=PROFILES, default="default")
     parser.add_argument("--worker", metavar="QUEUE", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,1 +1,1 @@
-"""Programs, not calls: workloads, systems and metrics in virtual time (docs/scheduling.md)."""
+"""Benchmarks of whole programs: workloads, systems and metrics in virtual time (docs/scheduling.md)."""

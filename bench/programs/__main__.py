@@ -1,9 +1,9 @@
-"""Programs on fleets in virtual time, and a small case in real time.
+"""Runs programs on fleets in virtual time, and a small case in real time.
 
-python -m bench.programs explore …     a quick look at a few systems
+python -m bench.programs explore …     a quick comparison of a few systems
 python -m bench.programs run [--quick] all tables and plots: bench/results/programs*.{json,md,png}, docs/scheduling.md
 python -m bench.programs real          the small case in real time, on real vLLM: bench/results/real.{json,md}
-python -m bench.programs show [NAME]   the same page and plots again, from the JSON file
+python -m bench.programs show [NAME]   page and plots again, from the JSON file
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     explore.add_arguments(commands.add_parser("explore"))
     run = commands.add_parser("run")
-    run.add_argument("--quick", action="store_true", help="a few cells, in minutes; docs/scheduling.md is left alone")
-    run.add_argument("--jobs", type=int, default=2, help="processes")
+    run.add_argument("--quick", action="store_true", help="Run a few cells, in minutes; keep docs/scheduling.md.")
+    run.add_argument("--jobs", type=int, default=2, help="Number of processes.")
     small.add_arguments(commands.add_parser("real"))
     show = commands.add_parser("show")
     show.add_argument("name", nargs="?", default=FULL.name)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def publish(name: str) -> None:
-    """Page, plots, and for a full run the tables of docs/scheduling.md."""
+    """Writes the page, the plots and, for a full run, the tables of docs/scheduling.md."""
     found = page.read(name)
     print(page.write(name, found))
     for path in plots.plot(found, name):

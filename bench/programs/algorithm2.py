@@ -1,7 +1,7 @@
-"""Algorithm 2 of the paper to the letter (arXiv 2502.13965, section 4.3), as a baseline.
+"""Algorithm 2 of the paper, exactly as written (arXiv 2502.13965, section 4.3), as a baseline.
 
-What router/policies/autellix.py mends is left as it is there: load is a number of calls, and the first long call of a
-program goes to the engine that has fewest, wherever its shorter calls have left their cache.
+It lacks the improvements of router/policies/autellix.py. Load is a number of calls. A program's first long call goes to
+the engine with the fewest calls, even if its shorter calls are cached elsewhere.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Algorithm2(Policy):
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
         least_used = least_used_of(engines)
         if not self.needs_session(call):
-            return Choice(least_used.id, "a short prompt: least used")
+            return Choice(least_used.id, "short prompt: least used")
         if session.bound in {e.id for e in engines}:
             return Choice(session.bound, "bound", True, True)
-        return Choice(least_used.id, "its program's first long prompt: least used", True, False)
+        return Choice(least_used.id, "first long prompt of its program: least used", True, False)
 
 
 class LeastUsed(Policy):
@@ -39,5 +39,6 @@ class LeastUsed(Policy):
 
 
 def least_used_of(engines: Sequence[EngineView]) -> EngineView:
-    """Fewest calls waiting or running; the paper says nothing of ties: they go to the one that has served least."""
+    """Returns the engine with the fewest waiting or running calls; the paper does not define ties."""
+    # A tie goes to the engine that has served the fewest calls.
     return min(engines, key=lambda e: (e.running + e.queued, e.served, e.id))

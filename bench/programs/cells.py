@@ -1,4 +1,4 @@
-"""A cell of the benchmark: one workload at one rate on one system; run in virtual time, kept under .bench."""
+"""A cell of the benchmark: one workload at one rate on one system, run in virtual time and cached under .bench."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rsm.workers.backends.sim.config import SimConfig, SimTimes
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".bench" / "programs"
-# What a figure depends on; a change to any of these files makes it anew.
+# The files that a figure depends on; a change to any of them invalidates the cache.
 _SOURCES = (
     "simulation/**/*.py",
     "router/[!mr]*.py",
@@ -38,19 +38,19 @@ _SOURCES = (
     "bench/programs/workloads/*.py",
     "bench/results/h200-steps.json",
 )
-# Seconds in which programs arrive; the run goes on until the last one has ended. Longer where programs take longer.
-# "uneven" is the mixed workload on a fleet of which every fourth engine is half as fast as the others.
+# Seconds during which programs arrive; longer for longer programs. A run ends when its last program has ended.
+# "uneven" is the mixed workload on a fleet where every fourth engine is half as fast as the others.
 WINDOW_S = {"uneven": 60.0, "chat": 60.0, "react": 60.0, "tree": 60.0, "mixed": 60.0, "coding": 900.0, "prefix": 60.0}
 WORKLOADS = tuple(WINDOW_S)
 SLOWNESS = {"uneven": (1.0, 1.0, 1.0, 2.0)}
 POOL = 2
-# What the steps of vLLM cost with an 8B model on an H200, and its room: measured and fitted by `python -m bench.vllm`.
+# Costs of vLLM's steps with an 8B model on an H200, and its capacity: measured and fitted by `python -m bench.vllm`.
 _STEPS = ROOT / "bench" / "results" / "h200-steps.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Which run. `rate`: programs a second that arrive at the whole fleet."""
+    """Identifies a run. `rate`: programs per second that arrive at the whole fleet."""
 
     workload: str
     system: str
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run gave. `busy`: share of the engines' time up to the last arrival's window in which they computed."""
+    """The result of a run. `busy`: share of the engines' time until the end of the run in which they computed."""
 
     figures: Figures
     busy: float
@@ -80,7 +80,7 @@ class Outcome:
 
 @cache
 def engine() -> SimConfig:
-    """The engine that all cells have: the measured one, by the fit that has the model's costs and no others."""
+    """Returns the measured engine that all cells use, with the fit that has exactly the simulator's costs."""
     measured = json.loads(_STEPS.read_text())
     known = {f.name for f in fields(SimTimes)}
     costs = next(fit["costs"] for fit in measured["fits"] if fit["costs"].keys() == known)
@@ -94,7 +94,7 @@ def engine() -> SimConfig:
 
 
 def programs(cell: Cell) -> list[ProgramSpec]:
-    """The cell's workload."""
+    """Returns the cell's workload."""
     if cell.workload in (*KINDS, "mixed", "uneven"):
         kind = "mixed" if cell.workload == "uneven" else cell.workload
         return synthetic(kind, cell.rate, cell.window_s, cell.seed)
@@ -103,7 +103,7 @@ def programs(cell: Cell) -> list[ProgramSpec]:
 
 
 def fleet(system: System, engines: int, sim: SimConfig, slowness: tuple[float, ...] = (1.0,)) -> FleetConfig:
-    """The simulator's configuration of a system."""
+    """Returns the simulator's configuration of a system."""
     names = {f.name for f in fields(SimConfig)}
     changes = {k: v for k, v in system.fleet.items() if k in names}
     more = {k: v for k, v in system.fleet.items() if k not in names}
@@ -129,11 +129,11 @@ def simulate(cell: Cell) -> Outcome:
     return Outcome(Figures.of(runs), busy, sum(e.preemptions for e in results.engines), results.until_s, results.wall_s)
 
 
-# -- kept
+# -- the cache
 
 
 def outcome(cell: Cell) -> Outcome:
-    """A cell's outcome: the one kept, if it was made by the code as it is now."""
+    """Returns a cell's outcome: the cached one, if the current code made it."""
     path = CACHE / f"{_key(cell)}.json"
     if path.exists():
         return Outcome.from_dict(json.loads(path.read_text())["outcome"])
@@ -146,7 +146,7 @@ def outcome(cell: Cell) -> Outcome:
 
 
 def outcomes(cells: Iterable[Cell], jobs: int = POOL) -> Iterator[tuple[Cell, Outcome]]:
-    """Outcomes of many, some at a time, in the order asked for, each as soon as those before it are there."""
+    """Yields the outcomes of many cells in the given order; runs `jobs` at a time."""
     cells = list(cells)
     with ProcessPoolExecutor(jobs) as pool:
         yield from zip(cells, pool.map(outcome, cells), strict=True)
@@ -159,7 +159,7 @@ def _key(cell: Cell) -> str:
 
 @cache
 def fingerprint() -> str:
-    """Of the code that figures depend on."""
+    """Returns a hash of the code that figures depend on."""
     digest = blake2b(digest_size=12)
     for source in _SOURCES:
         for file in sorted(ROOT.glob(source)):

@@ -1,4 +1,4 @@
-"""A quick comparison, printed line by line: systems on one workload at some rates."""
+"""A quick comparison of systems on one workload at some rates, printed line by line."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ HEAD = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload", default="mixed", choices=WORKLOADS)
     parser.add_argument("--engines", type=int, default=4)
-    parser.add_argument("--policy", default="ours,fcfs_rr", help=f"of {', '.join(SYSTEMS)}; or all")
-    parser.add_argument("--rates", default="1,2,4", help="programs a second that arrive at the whole fleet")
-    parser.add_argument("--window", type=float, default=0, help="seconds in which they arrive")
+    parser.add_argument("--policy", default="ours,fcfs_rr", help=f"Some of {', '.join(SYSTEMS)}; or all.")
+    parser.add_argument("--rates", default="1,2,4", help="Programs per second that arrive at the whole fleet.")
+    parser.add_argument(
+        "--window", type=float, default=0, help="Seconds during which they arrive. Default: that of the workload."
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=int, default=2, help="Number of processes.")
 
 
 def explore(args: argparse.Namespace) -> None:
-    """Prints a line for each cell as soon as it is there."""
+    """Prints a line for each cell as soon as its outcome is known."""
     names = list(SYSTEMS) if args.policy == "all" else args.policy.split(",")
     window = args.window or WINDOW_S[args.workload]
     rates = [float(r) for r in args.rates.split(",")]

@@ -1,8 +1,8 @@
-"""What a run gave, seen from its programs.
+"""Metrics of a run, from the perspective of its programs.
 
-The figure that counts is a program's latency per token: its response time, less the time that people and tools took on
-its path, divided by the tokens it generated (section 6.1 of arXiv 2502.13965). The path is the chain of calls that the
-program's end waited for.
+The main metric is a program's latency per token: its response time, minus the time that people and tools took on its
+critical path, divided by its generated tokens (section 6.1 of arXiv 2502.13965). The critical path is the chain of
+calls that the program's end waited for.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from rsm.simulation.results import CallTimes, ProgramTimes
 from rsm.simulation.workload.programs import CallSpec, ProgramSpec
 from rsm.workers.backends.sim.engine import SimTimes
 
-# A program starved if it did not end in a run that was waited out, or if its calls together waited so many times as
-# long as they ran (at least 1 s): what the paper's rule against starvation bounds by beta, and this with room for those
-# that wait behind others promoted at the same time.
+# A program starved if it never ended, or if its calls in total waited this many times as long as they ran (counted as
+# at least 1 s). The paper's rule against starvation limits that ratio to beta. The threshold here is higher, because
+# programs that are promoted at the same time also wait for each other.
 STARVED_TIMES, RUN_FLOOR_S = 20.0, RUN_FLOOR_MS / 1000
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramRun:
-    """One program as it went. `response_s` None: it never ended. Times in seconds.
+    """The result of one program. Times in seconds; `response_s` is None if it never ended.
 
     Attributes:
-        delay_s: what people and tools took on its path.
-        ideal_s: what its longest chain of calls takes alone on an engine that keeps all it has read; without delays.
-        longest_wait_s: of any of its calls, from being ready to being served first.
-        waited_s, ran_s: of all its calls together, until they were served first, and from then on.
+        delay_s: time that people and tools took on its critical path.
+        ideal_s: duration of its longest chain of calls, alone on an engine that never evicts cache; without delays.
+        longest_wait_s: longest wait of any of its calls, from being ready to first being served.
+        waited_s, ran_s: totals over its calls, before and after they were first served.
     """
 
     id: str
@@ -50,7 +50,7 @@ class ProgramRun:
 
     @property
     def served_s(self) -> float:
-        """Response time less delays; of an unfinished program infinite."""
+        """Response time minus delays; infinite for an unfinished program."""
         return float("inf") if self.response_s is None else max(0.0, self.response_s - self.delay_s)
 
     @property
@@ -69,7 +69,12 @@ class ProgramRun:
 
     @classmethod
     def of(cls, program: ProgramTimes, times: SimTimes, until_s: float) -> Self:
-        """Args: `times`: of an idle engine; `until_s`: when the run ended or was broken off."""
+        """Computes the result of a program.
+
+        Args:
+            times: costs of an idle engine.
+            until_s: when the run ended or was stopped.
+        """
         spec = program.spec
         calls = sorted(program.calls, key=lambda c: c.index)
         ends = [c.told_s for c in calls if c.told_s is not None]
@@ -98,8 +103,7 @@ def _ran_s(call: CallTimes, until_s: float) -> float:
 
 
 def _delay_on_path(calls: Sequence[CallSpec], ends: Sequence[float]) -> float:
-    """The delays of the calls that the last end waited for, from end to beginning: each waited for its latest
-    predecessor."""
+    """Sums the delays on the critical path, from the last call back: each call waited for its latest predecessor."""
     at: int | None = max(range(len(calls)), key=lambda n: ends[n])
     total = 0.0
     while at is not None:
@@ -109,9 +113,9 @@ def _delay_on_path(calls: Sequence[CallSpec], ends: Sequence[float]) -> float:
 
 
 def ideal_s(spec: ProgramSpec, times: SimTimes) -> float:
-    """The program's longest chain of calls on an engine of its own, in seconds: only texts that are new are computed.
+    """Returns the seconds of the program's longest chain of calls on its own engine, which computes each text once.
 
-    The system prompt is taken for new at the program's first call, so even a program of one call has some work.
+    The system prompt counts as new in the program's first call, so even a program of one call has some work.
     """
     seen: dict[int, int] = {}
     ends: list[float] = []
@@ -130,12 +134,12 @@ def ideal_s(spec: ProgramSpec, times: SimTimes) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A run in figures. Times in seconds; `per_token` is the programs' latency per token, `jct` their response time.
+    """The figures of a run. Times in seconds; `per_token` is a program's latency per token, `jct` its response time.
 
     Attributes:
-        per_s: programs that ended, over the time from the first arrival to the last end.
-        hit_rate: prompt tokens that were found in a cache, of all.
-        jain: Jain's index of the programs' slowdowns over an idle engine: 1 = all alike, 1/n = one bears it all.
+        per_s: completed programs per second, from the first arrival to the last end.
+        hit_rate: share of the prompt tokens that were found in a cache.
+        jain: Jain's index of the programs' slowdowns over an idle engine: 1 = all equal, 1/n = one bears it all.
     """
 
     programs: int
@@ -193,11 +197,11 @@ def _rate(done: Sequence[ProgramRun]) -> float:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The least value that at least this share of the values do not exceed."""
+    """Returns the smallest value that at least this share of the values do not exceed."""
     return ordered[max(0, ceil(share * len(ordered)) - 1)]
 
 
 def jain(values: Sequence[float]) -> float:
-    """Jain, Chiu and Hawe, 1984: the square of the sum over n times the sum of squares. 1 for no values."""
+    """Returns the index of Jain, Chiu and Hawe (1984): (sum of x)² / (n · sum of x²). 1 for no values."""
     squares = sum(v * v for v in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0

@@ -1,4 +1,4 @@
-"""The page of results: targets and what came out, throughput at equal latency, metrics, fleets, ablations."""
+"""The page of results: targets, throughput at equal latency, metrics, fleets, ablations."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from bench.report.table import table_line
 BEGIN, END = "<!-- programs -->", "<!-- /programs -->"
 Found = Mapping[str, Any]
 BASE, PAPER, OURS = "fcfs_rr", "paper", "ours"
-_FLEET = 4  # engines of the sweeps that have all workloads
+_FLEET = 4  # engines in the sweeps that cover all workloads
 
 
 def page(found: Found) -> str:
-    """The whole page, as markdown."""
+    """Returns the whole page, as markdown."""
     about = found["machine"]
     lines = [f"# Programs in virtual time: {about['Machine']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "Machine"]
-    lines += [f"- Took: {found['wall_s'] / 60:.0f} minutes, cells that were kept from before not counted", ""]
-    for title, part in (
+    lines += [f"- Took: {found['wall_s'] / 60:.0f} minutes, without the cells cached from earlier runs", ""]
+    for title, section in (
         ("Targets", targets_table(found)),
         ("Throughput at the same mean latency per token", throughput(found)),
         ("Beyond the knee", metrics(found)),
         ("Routing alone", routing(found)),
-        ("Fleets of other sizes", sizes(found)),
+        ("Other fleet sizes", sizes(found)),
         ("Ablations", ablations(found)),
     ):
-        lines += [f"## {title}", "", *part, ""]
+        lines += [f"## {title}", "", *section, ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -41,7 +41,7 @@ def page(found: Found) -> str:
 def targets_table(found: Found) -> list[str]:
     head = ("What", "Target", *(f"{m:g} x" for m in found["levels"]), "Met")
     lines = [
-        "Columns: at so many times the mean latency that FCFS + round robin has on a fleet next to idle.",
+        "Columns: at this multiple of the mean latency of FCFS + round robin on a nearly idle fleet.",
         "",
         table_line(head),
         table_line(["---", "---", *["---:"] * len(found["levels"]), "---"]),
@@ -56,7 +56,7 @@ def targets_table(found: Found) -> list[str]:
     return lines
 
 
-# System, over which, on which workload, at least how many times.
+# A system, the system it is compared with, the workload, and the least ratio of their rates.
 _RATIOS = (
     (OURS, BASE, "mixed", 5.0),
     (OURS, BASE, "chat", 2.0),
@@ -71,32 +71,33 @@ _RATIOS = (
 def _aim_line(what: str, aim: float, values: Sequence[float]) -> str:
     met = max(values) >= aim
     everywhere = min(values) >= aim
-    word = "yes" if everywhere else "at one level" if met else "**no**"
-    return table_line((what, f"≥ {aim:g} x", *(_times(v) for v in values), word))
+    verdict = "yes" if everywhere else "at one level" if met else "**no**"
+    return table_line((what, f"≥ {aim:g} x", *(_times(v) for v in values), verdict))
 
 
 def _absolute(found: Found) -> Iterator[Target]:
     pairs = [pair for sweep in found["sweeps"] for pair in _common(sweep, OURS, BASE)]
-    for key, name in (("per_token_p95", "P95"), ("per_token_p99", "P99"), ("jct_p99", "P99 of the response time")):
+    for key, name in (("per_token_p95", "P95"), ("per_token_p99", "P99"), ("jct_p99", "response P99")):
         worse = [ours[key] / base[key] for ours, base in pairs if ours[key] > 1.02 * base[key]]
         got = f"worse in {len(worse)} of {len(pairs)} cells" + (f", up to {_times(max(worse))}" if worse else "")
-        yield Target(f"{name}, ours and FCFS + round robin at the same rate", "no worse in any cell", got, not worse)
+        yield Target(f"{name}, ours vs. FCFS + round robin at the same rate", "no worse in any cell", got, not worse)
     yield from _starved(found)
 
 
 def _starved(found: Found) -> Iterator[Target]:
-    """Up to the highest level of latency, and in all cells: a search for a rate goes on far beyond what can be done."""
+    """Counts up to the highest latency level, and in all cells, since a search also tries rates far beyond capacity."""
     most = found["levels"][-1]
     cells = [(p["figures"], s["levels_s"][-1]) for s in found["sweeps"] for p in _points(s, OURS)]
     within = [f for f, level in cells if f["per_token_mean"] <= level]
-    for where, some in ((f"in the {len(within)} cells up to {most:g} x", within), ("in all", [f for f, _ in cells])):
+    everything = [f for f, _ in cells]
+    for where, some in ((f"in the {len(within)} cells up to {most:g} x", within), ("in all cells", everything)):
         starved = sum(f["starved"] for f in some)
         got = f"{starved} of {sum(f['programs'] for f in some):,}"
         yield Target(f"starved programs, ours, {where}", "0", got, not starved)
 
 
 def _common(sweep: Found, one: str, other: str) -> Iterator[tuple[Found, Found]]:
-    """Figures of two systems at rates at which both were run."""
+    """Yields the figures of two systems at each rate at which both were run."""
     if not {one, other} <= sweep["systems"].keys():
         return
     others = {p["rate"]: p["figures"] for p in _points(sweep, other)}
@@ -109,12 +110,12 @@ def _common(sweep: Found, one: str, other: str) -> Iterator[tuple[Found, Found]]
 
 
 def throughput(found: Found) -> list[str]:
-    """Programs a second that a fleet of four engines sustains."""
+    """Returns the table of programs per second that a fleet of four engines sustains."""
     sweeps = _main_sweeps(found)
     names = [n for n in sweeps[0]["systems"] if not n.startswith("route_")]
     head = ("Workload", "Mean latency", *(_label(sweeps[0], n) for n in names))
     lines = [
-        f"Programs a second, {_FLEET} engines; in brackets: times FCFS + round robin.",
+        f"Programs per second on {_FLEET} engines; in brackets: ratio to FCFS + round robin.",
         "",
         table_line(head),
         table_line(["---", "---:", *["---:"] * len(names)]),
@@ -137,7 +138,7 @@ def _rates(sweep: Found, level: int, names: Sequence[str]) -> Iterator[str]:
 
 
 def metrics(found: Found) -> list[str]:
-    """All metrics, at the highest rate at which every system was run."""
+    """Returns the table of all metrics, at the highest rate at which every system was run."""
     head = ("Workload", "System", *(name for name, _ in _METRICS))
     lines = [
         f"All metrics on {_FLEET} engines, at the highest rate at which all systems were run. Latency is per token, in "
@@ -161,11 +162,11 @@ _METRICS = (
     ("P95", ("per_token_p95", 1000)),
     ("P99", ("per_token_p99", 1000)),
     ("response", ("jct_mean", 1)),
-    ("P99 of it", ("jct_p99", 1)),
-    ("hits", ("hit_rate", 100)),
+    ("response P99", ("jct_p99", 1)),
+    ("hit rate", ("hit_rate", 100)),
     ("Jain", ("jain", 100)),
     ("starved", ("starved", 1)),
-    ("wait", ("longest_wait", 1)),
+    ("longest wait", ("longest_wait", 1)),
     ("busy", ("busy", 100)),
 )
 
@@ -179,8 +180,8 @@ def _metric(point: Found, read: tuple[str, float]) -> str:
 
 def routing(found: Found) -> list[str]:
     lines = [
-        "Our scheduler in the engines throughout; only the router's policy differs. Programs a second, in brackets the "
-        "share of hits at the highest of a system's rates.",
+        "All engines run our scheduler; only the router's policy differs. Programs per second; in brackets: the cache "
+        "hit rate at the system's highest rate.",
         "",
     ]
     sweeps = [s for s in found["sweeps"] if any(n.startswith("route_") for n in s["systems"])]
@@ -206,7 +207,7 @@ def sizes(found: Found) -> list[str]:
     )
     names = (BASE, PAPER, OURS)
     lines = [
-        "Programs a second; in brackets: times FCFS + round robin on the same fleet.",
+        "Programs per second; in brackets: ratio to FCFS + round robin on the same fleet.",
         "",
         table_line(("Workload", "Engines", "Window", "Mean latency", *(_label(sweeps[0], n) for n in names))),
         table_line(["---", "---:", "---:", "---:", *["---:"] * len(names)]),
@@ -220,15 +221,16 @@ def sizes(found: Found) -> list[str]:
 
 def ablations(found: Found) -> list[str]:
     lines: list[str] = []
-    for part in found["ablations"]:
+    for ablation in found["ablations"]:
         head = ("System", *(name for name, _ in _METRICS))
+        systems = ablation["systems"].values()
         lines += [
-            f"{part['workload']}, {part['engines']} engines, {part['rate']:.3g} programs a second for "
-            f"{part['window_s']:g} s:",
+            f"{ablation['workload']}, {ablation['engines']} engines, {ablation['rate']:.3g} programs per second for "
+            f"{ablation['window_s']:g} s:",
             "",
             table_line(head),
             table_line(["---", *["---:"] * len(_METRICS)]),
-            *(table_line((s["label"], *(_metric(s, read) for _, read in _METRICS))) for s in part["systems"].values()),
+            *(table_line((s["label"], *(_metric(s, read) for _, read in _METRICS))) for s in systems),
             "",
         ]
     return lines[:-1] or ["Not measured."]
@@ -238,7 +240,7 @@ def ablations(found: Found) -> list[str]:
 
 
 def _main_sweeps(found: Found) -> list[Found]:
-    """Those of all systems, not of routing alone."""
+    """Returns the sweeps over all systems, without those over routing alone."""
     return [s for s in found["sweeps"] if s["engines"] == _FLEET and OURS in s["systems"]]
 
 
@@ -287,7 +289,7 @@ def read(name: str, folder: Path = RESULTS) -> Found:
 
 
 def excerpt(found: Found) -> str:
-    """What docs/scheduling.md shows: everything below the page's title, one level deeper."""
+    """Returns what docs/scheduling.md shows: everything below the page's title, one heading level deeper."""
     body = page(found).split("\n", 1)[1].strip().replace("## ", "### ")
     return f"{BEGIN}\n{body}\n{END}"
 

@@ -1,7 +1,7 @@
-"""What a run of the benchmark measures, quick or full: sweeps over rates on fleets of several sizes, and ablations.
+"""The plans of the benchmark, quick and full: sweeps over rates on fleets of several sizes, and ablations.
 
-Windows are as long as two processor cores can simulate in the time that a run may take. They are short beside what a
-fleet lives through, so at rates beyond its capacity a backlog builds up for a window and is then worked off: a burst.
+Windows are as long as two CPU cores can simulate in the time of a run, which is short compared with a fleet's life. So
+at rates beyond capacity a backlog builds up during the window and is then worked off, as in a burst.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 from bench.programs.systems import ABLATIONS, FCFS_RR, MAIN, ROUTING, SCALING, System
 
-# Levels of the mean latency at which throughputs are compared, as multiples of what FCFS + round robin has at the
-# lowest rate of the sweep, which is next to idle: a fleet under load, at its knee, and far beyond it.
+# Levels of the mean latency at which throughputs are compared. They are multiples of the latency of FCFS + round robin
+# at the lowest rate of the sweep, which is nearly idle: a fleet at its knee, and far beyond it.
 LEVELS = (3.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Systems on one workload and fleet, over rates from `lowest` to `highest` programs a second."""
+    """Systems on one workload and fleet, over rates from `lowest` to `highest` programs per second."""
 
     workload: str
     engines: int
@@ -30,7 +30,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """Variants at one rate, that of a fleet beyond its knee."""
+    """Variants at one rate, beyond the fleet's knee."""
 
     workload: str
     engines: int
@@ -41,7 +41,7 @@ class Ablation:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`name`: of the result files. `levels`: as LEVELS."""
+    """What to run. `name`: name of the result files. `levels`: like LEVELS."""
 
     name: str
     sweeps: Sequence[Sweep]

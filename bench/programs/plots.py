@@ -1,4 +1,4 @@
-"""Curves of mean latency per token over the rate, as PNG: `requirements/bench.txt` has what this needs."""
+"""Plots mean latency per token over the rate, as PNG; needs the packages of `requirements/bench.txt`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.report.page import RESULTS
 
-# Colours that people with any colour vision tell apart (Okabe and Ito, 2008), and a mark for each.
+# Colours that are safe for colour-blind readers (Okabe and Ito, 2008), and a marker for each.
 _STYLES = {
     "fcfs_rr": ("#000000", "o"),
     "fcfs_ll": ("#999999", "v"),
@@ -24,11 +24,11 @@ def plot(found: Mapping[str, Any], name: str, folder: Path = RESULTS) -> list[Pa
     sweeps = found["sweeps"]
     most = max(sum(s["engines"] == e for s in sweeps) for e in {s["engines"] for s in sweeps})
     main = next(e for e in {s["engines"] for s in sweeps} if sum(s["engines"] == e for s in sweeps) == most)
-    parts = [
+    figures = [
         ("latency", [s for s in sweeps if s["engines"] == main and "ours" in s["systems"]]),
         ("fleets", sorted((s for s in sweeps if s["workload"] in ("mixed", "coding")), key=_order)),
     ]
-    return [_grid(part, folder / f"{name}-{title}.png") for title, part in parts]
+    return [_grid(shown, folder / f"{name}-{title}.png") for title, shown in figures]
 
 
 def _order(sweep: Mapping[str, Any]) -> tuple[bool, int]:

@@ -1,11 +1,11 @@
-"""What choosing an engine costs: the router itself, in this process, on a real Redis, by policy and size of the fleet.
+"""Measures the cost of choosing an engine, by policy and fleet size: a router in this process, on a real Redis.
 
     python -m bench.programs.routing_cost [--rounds 3] [--calls 2000] [--batches 40] [--name routing_cost]
 
-Engines are registered that never claim, so nothing but the router and Redis works. They differ in speed and load, and
-calls come from programs with service and caches behind them, so that every part of the choice has something to do:
+The registered engines never claim, so only the router and Redis do work. The engines differ in speed and load, and the
+calls come from programs with previous service and cached contexts, so every part of the choice has work to do:
 
-- alone: one call at a time, from its entry's being read to its being assigned; its level is computed on the way.
+- alone: one call at a time, from reading its entry to its assignment, including the computation of its level.
 - batch: `RSM_BATCH` calls at a time; times are per call.
 """
 
@@ -38,18 +38,18 @@ from rsm.broker.protocol.transitions import Transitions
 from rsm.router.router import Router
 
 FLEETS = (4, 64)
-# The policies as their users run them; the paper's rule as this project mends it.
+# Each policy with its usual settings; "autellix" is this project's improved version of the paper's rule.
 POLICIES: Mapping[str, Mapping[str, Any]] = {OURS.policy: OURS.settings, "autellix": PAPER.settings}
 _SESSIONS = 500
 _SLOTS = 256
-# No engine's cache is ever full: a call that is held back is not a call that was placed.
+# No engine's cache is ever full, because a throttled call would not be placed.
 _KV_TOKENS = 10**9
 _AIM_MS = 1.0
 Fields = dict[bytes | bytearray | memoryview | str | int | float, bytes | bytearray | memoryview | str | int | float]
 
 
 class Placing(NamedTuple):
-    """The seconds that a call took in the router, and its choice alone; `looked`: at the fleet anew."""
+    """A call's seconds in the router, and those of the choice alone; `looked`: the router refreshed its fleet view."""
 
     all_s: float
     choice_s: float
@@ -82,7 +82,7 @@ class Watched:
         chooser.place, line.exchange = timed, counted
 
     def place(self, calls: int) -> Placing:
-        """One batch, which must be of so many calls."""
+        """Places one batch, which must have `calls` calls."""
         entries = self.router._read()
         self.chose_s.clear()
         looked = self.router._seen_at
@@ -90,12 +90,14 @@ class Watched:
         placed = self.router.place(entries)
         took = time.perf_counter() - began
         if placed != calls:
-            raise RuntimeError(f"a batch had {placed} calls, not {calls}")
+            raise RuntimeError(
+                f"A batch had {placed} calls instead of {calls}: not all pushed calls were read at once."
+            )
         return Placing(took / calls, sum(self.chose_s) / calls, self.router._seen_at != looked)
 
 
 def measure(url: str, policy: str, engines: int, calls: int, batches: int) -> dict[str, Any]:
-    """Times in ms, of so many calls alone and of so many full batches."""
+    """Returns times in ms, over `calls` single calls and `batches` full batches."""
     more = {"policy": policy, **POLICIES[policy]}
     settings = Settings(namespace=f"bench-{new_id()}", max_session_calls=0, **more).with_redis(url)
     server = connect(settings)
@@ -113,7 +115,7 @@ def measure(url: str, policy: str, engines: int, calls: int, batches: int) -> di
     queued = sum(server.zcard(Keys(settings.namespace).queue(name)) for name in _names(engines))
     server.close()
     if queued != calls + batches * settings.batch:
-        raise RuntimeError(f"{queued} calls were placed, not {calls + batches * settings.batch}")
+        raise RuntimeError(f"{queued} calls were placed instead of {calls + batches * settings.batch}.")
     return found | {"trips_a_call": watched.trips / (batches * settings.batch), "batch": settings.batch}
 
 
@@ -123,13 +125,13 @@ def _placed(watched: Watched, push: Callable[[int], None], calls: int) -> Placin
 
 
 def figures(name: str, placings: Sequence[Placing]) -> dict[str, float]:
-    """Times in ms, by name."""
+    """Returns times in ms, by name."""
     looked = [p.all_s for p in placings if p.looked]
     found = {f"{name}_looked": len(looked) / len(placings), f"{name}_looked_p50_ms": 1000 * median(looked or [0.0])}
-    parts = {"all": [p.all_s for p in placings], "choice": [p.choice_s for p in placings]}
-    for part, values in parts.items():
+    times = {"all": [p.all_s for p in placings], "choice": [p.choice_s for p in placings]}
+    for what, values in times.items():
         cuts = quantiles((1000 * v for v in values), n=100, method="inclusive")
-        found |= {f"{name}_{part}_p50_ms": cuts[49], f"{name}_{part}_p99_ms": cuts[98]}
+        found |= {f"{name}_{what}_p50_ms": cuts[49], f"{name}_{what}_p99_ms": cuts[98]}
     return found
 
 
@@ -138,7 +140,7 @@ def _names(engines: int) -> list[str]:
 
 
 def _fleet(server: redis.Redis, settings: Settings, engines: int, dice: random.Random) -> None:
-    """Engines as their workers would report them."""
+    """Registers engines with reports like those of their workers."""
     transitions = Transitions(Keys(settings.namespace), settings)
     for name in _names(engines):
         load: dict[str, str | float] = {
@@ -155,7 +157,7 @@ def _fleet(server: redis.Redis, settings: Settings, engines: int, dice: random.R
 
 
 def _programs(server: redis.Redis, settings: Settings, engines: int, dice: random.Random) -> None:
-    """What programs have had, and where their caches are, as if they had run for a while."""
+    """Writes the service and the cached contexts of programs, as if they had run for a while."""
     keys, now_ms = Keys(settings.namespace), int(1000 * time.time())
     pipe = server.pipeline(transaction=False)
     for n in range(_SESSIONS):
@@ -163,8 +165,8 @@ def _programs(server: redis.Redis, settings: Settings, engines: int, dice: rando
         had: Fields = {"service": service, "waited_ms": service // 8, "ran_ms": service, "completed": 5}
         had["completion_tokens"] = dice.randint(100, 4000)
         pipe.hset(keys.session(f"s{n}"), mapping=had)
-        homes = dice.sample(_names(engines), 2)
-        cached: Fields = {e: f"{dice.randint(500, 8000)}:{now_ms}:{dice.randrange(_KV_TOKENS)}" for e in homes}
+        holders = dice.sample(_names(engines), 2)
+        cached: Fields = {e: f"{dice.randint(500, 8000)}:{now_ms}:{dice.randrange(_KV_TOKENS)}" for e in holders}
         pipe.hset(keys.affinity(f"s{n}"), mapping=cached)
     pipe.execute()
 
@@ -189,25 +191,25 @@ Found = Mapping[tuple[str, int], Sequence[Mapping[str, Any]]]
 _COLUMNS = (
     ("alone: p50, ms", "alone_all_p50_ms"),
     ("p99, ms", "alone_all_p99_ms"),
-    ("those that look at the fleet anew", "alone_looked"),
+    ("with a refreshed view", "alone_looked"),
     ("p50, ms", "alone_looked_p50_ms"),
-    ("the choice: p50, ms", "alone_choice_p50_ms"),
+    ("choice: p50, ms", "alone_choice_p50_ms"),
     ("p99, ms", "alone_choice_p99_ms"),
-    ("in a batch, a call: p50, ms", "batch_all_p50_ms"),
+    ("in a batch, per call: p50, ms", "batch_all_p50_ms"),
     ("p99, ms", "batch_all_p99_ms"),
-    ("the choice: p50, ms", "batch_choice_p50_ms"),
+    ("choice: p50, ms", "batch_choice_p50_ms"),
     ("p99, ms", "batch_choice_p99_ms"),
-    ("round trips a call", "trips_a_call"),
+    ("round trips per call", "trips_a_call"),
 )
 
 
 def section(found: Found) -> list[str]:
     first = next(iter(found.values()))
     return [
-        "What placing a call takes in a router, from the reading of its entry to its assignment, its level included: "
-        f"alone, and in batches of {first[0]['batch']}. The choice is the policy's part, in Python. A router looks "
-        "at the fleet anew when its view is older than 20 ms; round trips count its reading of the stream. "
-        f"Medians of {len(first)} interleaved rounds, with least and greatest of the p99 of calls alone.",
+        "Time to place a call in a router, from reading its entry to its assignment, including its level: alone, and "
+        f"in batches of {first[0]['batch']}. The choice is the policy's share, in Python. A router refreshes its view "
+        "of the fleet when it is older than 20 ms. Round trips include reading the stream. "
+        f"Medians of {len(first)} interleaved rounds, with minimum and maximum of the p99 of calls alone.",
         "",
         table_line(("Policy", "Engines", *(name for name, _ in _COLUMNS))),
         table_line(["---", *["---:"] * (1 + len(_COLUMNS))]),
@@ -228,8 +230,8 @@ def _cells(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def targets(found: Found) -> Iterator[Target]:
     for (policy, engines), runs in found.items():
-        for part, what in (("choice", "the choice"), ("all", "a call's whole time in the router")):
-            p99 = median(run[f"alone_{part}_p99_ms"] for run in runs)
+        for key, what in (("choice", "choice"), ("all", "total time in the router")):
+            p99 = median(run[f"alone_{key}_p99_ms"] for run in runs)
             about = f"{what}, p99, {policy}, {engines} engines"
             yield Target(about, f"< {_AIM_MS:g} ms", f"{p99:.2f} ms", p99 < _AIM_MS)
 
@@ -237,9 +239,9 @@ def targets(found: Found) -> Iterator[Target]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--calls", type=int, default=2000, help="that come alone, in each run")
-    parser.add_argument("--batches", type=int, default=40, help="full ones, in each run")
-    parser.add_argument("--name", default="routing_cost", help="of the result files in bench/results")
+    parser.add_argument("--calls", type=int, default=2000, help="Calls that are placed alone, in each run.")
+    parser.add_argument("--batches", type=int, default=40, help="Full batches in each run.")
+    parser.add_argument("--name", default="routing_cost", help="Name of the result files in bench/results.")
     args = parser.parse_args()
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with EmbeddedRedis() as embedded:
@@ -249,18 +251,18 @@ def main() -> None:
             for key in ((policy, engines) for engines in FLEETS for policy in POLICIES):
                 run = measure(embedded.url, *key, args.calls, args.batches)
                 found.setdefault(key, []).append(run)
-                print(f"round {turn + 1} of {args.rounds}: {key[0]}, {key[1]} engines: {_said(run)}", flush=True)
+                print(f"round {turn + 1} of {args.rounds}: {key[0]}, {key[1]} engines: {_summary(run)}", flush=True)
                 server.flushall()
         server.close()
     data = {"runs": [{"policy": p, "engines": n, "rounds": runs} for (p, n), runs in found.items()]}
-    title, command = "What choosing an engine costs", "python -m bench.programs.routing_cost"
+    title, command = "Cost of choosing an engine", "python -m bench.programs.routing_cost"
     publish(Report(title, about, section(found), data, command), args.name)
 
 
-def _said(run: Mapping[str, Any]) -> str:
+def _summary(run: Mapping[str, Any]) -> str:
     return (
-        f"alone p99 {run['alone_all_p99_ms']:.2f} ms (the choice {run['alone_choice_p99_ms']:.2f}), "
-        f"in a batch p50 {run['batch_all_p50_ms']:.3f} (the choice {run['batch_choice_p50_ms']:.3f})"
+        f"alone p99 {run['alone_all_p99_ms']:.2f} ms (choice {run['alone_choice_p99_ms']:.2f}), "
+        f"in a batch p50 {run['batch_all_p50_ms']:.3f} (choice {run['batch_choice_p50_ms']:.3f})"
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs a plan: every cell is kept under .bench, so that a run that was broken off goes on where it was."""
+"""Runs a plan. Every cell is cached under .bench, so an interrupted run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.report.page import RESULTS
 
 
 def run(plan: Plan, jobs: int = POOL) -> dict[str, Any]:
-    """Measures all that a plan names; the result is what page.py and plots.py read."""
+    """Measures everything in a plan; page.py and plots.py read the result."""
     began = time.perf_counter()
     with ProcessPoolExecutor(jobs) as pool:
         idle = [pool.submit(outcome, _cell(s, FCFS_RR, rate_point(s.lowest))) for s in plan.sweeps]
@@ -42,7 +42,7 @@ def run(plan: Plan, jobs: int = POOL) -> dict[str, Any]:
 
 
 def sweep_one(sweep: Sweep, system: System, levels: Sequence[float]) -> dict[str, Any]:
-    """One system's curve: the rates that it sustains at the levels, and all points that were measured for it."""
+    """Measures one system's curve: the rates that it sustains at the levels, and all measured points."""
     found: dict[int, Outcome] = {}
 
     def measure(point: int) -> float:
@@ -74,8 +74,8 @@ def _ablation(ablation: Ablation, found: Mapping[str, Future[Outcome]]) -> dict[
     return _about(ablation) | {"rate": ablation.rate, "systems": systems}
 
 
-def _about(part: Sweep | Ablation) -> dict[str, Any]:
-    return {"workload": part.workload, "engines": part.engines, "window_s": part.window_s}
+def _about(runs: Sweep | Ablation) -> dict[str, Any]:
+    return {"workload": runs.workload, "engines": runs.engines, "window_s": runs.window_s}
 
 
 def write(plan: Plan, found: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Throughput at equal latency: the highest rate of arrivals at which a system keeps a mean latency.
+"""Throughput at equal latency: the highest arrival rate at which a system keeps a mean latency.
 
-Rates lie on one geometric grid for all systems: systems meet the same programs at the same times, and a point that one
-search has visited serves the next. Between two points of the grid the curve is taken for straight in logarithms.
+All systems use rates from one geometric grid, so they see the same programs at the same times, and searches share
+measured points. Between two grid points the curve is interpolated linearly in logarithms.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import exp, inf, log, log2
 
-# Points of the grid in a doubling of the rate.
+# Grid points per doubling of the rate.
 PER_DOUBLING = 2
 
 
 def rate_of(point: int) -> float:
-    """Programs a second at a point of the grid."""
+    """Returns the programs per second at a grid point."""
     return float(2.0 ** (point / PER_DOUBLING))
 
 
 def rate_point(rate: float) -> int:
-    """The point of the grid that is nearest to a rate."""
+    """Returns the grid point nearest to a rate."""
     return round(PER_DOUBLING * log2(rate))
 
 
 @dataclass(slots=True)
 class Curve:
-    """Mean latency over the rate, of one system on one workload; a point costs a run, so each is measured once."""
+    """Mean latency over the rate, of one system on one workload. A point costs a run, so each is measured once."""
 
     measure: Callable[[int], float]
     lowest: int
@@ -39,7 +39,7 @@ class Curve:
         return self.points[point]
 
     def sustained(self, level: float) -> float:
-        """The rate at which the mean latency is `level`; 0: even the lowest has more; the highest, if that has less."""
+        """Returns the rate with a mean latency of `level`; 0 if the lowest rate exceeds it, `highest` if none does."""
         below, above = self._bracket(level)
         if above == self.lowest:
             return 0.0
@@ -51,8 +51,10 @@ class Curve:
         return interpolate(below, above, self.points, level)
 
     def _bracket(self, level: float) -> tuple[int, int]:
-        """Two points between which the curve crosses the level. From the lowest rate on by doublings, as a run costs
-        what its rate is, and beyond the level much more."""
+        """Returns two points between which the curve crosses the level.
+
+        It doubles the rate from the lowest, because a run's cost grows with its rate, and far more beyond the level.
+        """
         below = above = self.lowest
         while self.at(above) <= level:
             below = above
@@ -63,7 +65,7 @@ class Curve:
 
 
 def interpolate(below: int, above: int, points: Mapping[int, float], level: float) -> float:
-    """The rate between two points of the grid at which the latency is `level`."""
+    """Returns the rate between two grid points at which the latency is `level`."""
     low, high = points[below], points[above]
     if high == inf or high <= low:
         return rate_of(below)

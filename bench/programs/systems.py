@@ -1,4 +1,4 @@
-"""What is compared: a router's policy and an engine's scheduler, with their settings, under a name."""
+"""The systems that are compared: a router's policy and an engine's scheduler, with their settings, under a name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ class System:
     """One way to serve programs.
 
     Attributes:
-        policy: of the router. scheduler: inside the engines, and of their queues.
-        by_program: calls begin in the level of their program's service; False: each call begins anew.
-        settings: further settings of the broker (RSM_*), where they differ from the defaults.
-        fleet: further fields of the simulator's FleetConfig.
+        policy: policy of the router.
+        scheduler: scheduler inside the engines and of their queues.
+        by_program: whether a call starts at the level of its program's service. False: each call starts at level 0.
+        settings: other settings of the broker (RSM_*) that differ from the defaults.
+        fleet: other fields of the simulator's FleetConfig.
     """
 
     name: str
@@ -27,14 +28,14 @@ class System:
     fleet: Mapping[str, Any] = field(default_factory=dict)
 
     def but(self, name: str, label: str, **changes: Any) -> System:
-        """A variant: fields as given, `settings` added to these."""
+        """Returns a variant with some fields changed; `settings` are merged with these."""
         changes["settings"] = {**self.settings, **changes.get("settings", {})}
         return replace(self, name=name, label=label, **changes)
 
 
 FCFS_RR = System("fcfs_rr", "FCFS + round robin", "round_robin", "fcfs", by_program=False)
 FCFS_LL = System("fcfs_ll", "FCFS + least loaded", "least_loaded", "fcfs", by_program=False)
-# The paper's unit of service is time; prompts in pieces are ours.
+# The paper's unit of service is time; chunked prompts are our addition.
 _PAPERS = {"service_unit": "time", "prompt_chunk": 0}
 MLFQ = System("mlfq", "MLFQ per call + least loaded", "least_loaded", "plas", by_program=False, settings=_PAPERS)
 HASH = System("hash", "FCFS + hard session hash", "session_hash", "fcfs", by_program=False)
@@ -48,12 +49,12 @@ OURS = System(
 )
 
 MAIN = (FCFS_RR, FCFS_LL, MLFQ, HASH, PAPER, OURS)
-# On fleets of other sizes.
+# For fleets of other sizes.
 SCALING = (FCFS_RR, PAPER, OURS)
-# The same scheduler, ours, behind each way of routing; calls are held back by nobody, for that is routing, too.
+# Our scheduler with each routing policy. Admission is off, because it is part of routing.
 ROUTING = tuple(
     OURS.but(
-        f"route_{policy}", f"our scheduler, {policy.replace('_', ' ')}", policy=policy, settings={"admission": False}
+        f"route_{policy}", f"our scheduler + {policy.replace('_', ' ')}", policy=policy, settings={"admission": False}
     )
     for policy in ("round_robin", "least_loaded", "session_hash", "autellix", "cost")
 )
@@ -74,11 +75,11 @@ ABLATIONS = (
         for unit in ("tokens", "work", "kv")
     ),
     OURS.but("no_admission", "without admission", settings={"admission": False}),
-    OURS.but("factor1", "admission up to 1.0 of the cache", settings={"admission_factor": 1.0}),
+    OURS.but("factor1", "admission factor 1.0", settings={"admission_factor": 1.0}),
     *(
         OURS.but(
-            f"piece{tokens}",
-            f"pieces of {tokens} tokens" if tokens else "prompts whole",
+            f"piece{tokens}",  # a key of bench/results/programs.json
+            f"chunks of {tokens} tokens" if tokens else "prompts not chunked",
             settings={"prompt_chunk": tokens},
         )
         for tokens in (0, 128)

@@ -1,1 +1,1 @@
-"""No-op calls through rsm-engine and through its peers; what the broker itself costs."""
+"""Measures the broker's own cost: no-op calls through rsm-engine and through its peers."""

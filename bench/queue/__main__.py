@@ -1,9 +1,9 @@
-"""`make bench`: rsm-engine beside its peers, three rounds interleaved, medians; one page and one JSON file of results.
+"""`make bench`: compares rsm-engine with its peers in interleaved rounds; writes a page and a JSON file with medians.
 
     python -m bench.queue [--rounds 3] [--name NAME]
 
-Peers live in virtual environments of their own, made on first use. Everything talks to one server over one unix
-socket; it is emptied between runs, so that nobody pays for what another left behind.
+Each peer has its own virtual environment, built on first use. All systems use one server over one unix socket. The
+server is emptied between runs, so no system pays for another's leftovers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def command(system: str) -> list[str]:
 
 
 def run_once(system: str, url: str) -> dict[str, Any]:
-    """One run of one system; its last line is the result."""
+    """Runs one system once; the last line that it prints is the result."""
     args = ["--redis", url, "--calls", str(CALLS[system]), "--inflight", str(INFLIGHT), "--json"]
     done = subprocess.run([*command(system), *args], stdout=subprocess.PIPE, check=True, timeout=RUN_S)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -50,7 +50,7 @@ def run_once(system: str, url: str) -> dict[str, Any]:
 
 
 def measure_ours(url: str, server_pid: int) -> dict[str, Any]:
-    """The figures without peers, once."""
+    """Measures once the figures that have no peer."""
     found: dict[str, Any] = {}
     for measure in (figures.router_alone, figures.cancellation, figures.memory):
         found |= measure(url)
@@ -68,7 +68,7 @@ def medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="broker", help="of the result files in bench/results")
+    parser.add_argument("--name", default="broker", help="Name of the result files in bench/results.")
     args = parser.parse_args()
     runs, ours = [], []
     with EmbeddedRedis() as embedded:

@@ -1,4 +1,4 @@
-"""A router and a producer in one process, for a worker measured elsewhere: `python -m bench.queue.drive CALLS`."""
+"""Runs a router and a producer in one process, for a worker in another: `python -m bench.queue.drive CALLS`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The figures that have no peer: the router alone, cancellation, memory, and round trips to Redis.
+"""The figures that have no peer: the router alone, cancellation, memory, CPU time, and round trips to Redis.
 
-Each function makes one measurement on the server at `url`, in a namespace of its own.
+Each function makes one measurement on the server at `url`, in its own namespace.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def _settings(url: str) -> Settings:
 
 
 def router_alone(url: str) -> dict[str, float]:
-    """Assignments a second in full batches, and the time of one call in the router at low load (ms, p50 and p99).
+    """Measures assignments per second in full batches, and a call's time in the router at low load (ms, p50 and p99).
 
-    An engine is registered that never claims, so nothing but the router and Redis works. The time of a call runs from
-    the moment the router has read its entry to the moment it is assigned.
+    The registered engine never claims, so only the router and Redis do work. A call's time runs from when the router
+    has read its entry until it is assigned.
     """
     settings = _settings(url)
     keys, server = Keys(settings.namespace), connect(settings)
@@ -54,7 +54,7 @@ def router_alone(url: str) -> dict[str, float]:
         began = time.perf_counter()
         while router.place(router._read()):
             pass
-        # The last read waits one tick for more calls that do not come.
+        # The last read waits one tick for calls that never arrive.
         rate = ROUTED / (time.perf_counter() - began - settings.tick_ms / 1000)
         times = []
         for _ in range(ROUTED_ALONE):
@@ -79,10 +79,10 @@ def _push(client: Client, n: int) -> None:
 
 
 def cancellation(url: str) -> dict[str, float]:
-    """From the flag's setting to the abort in the worker, in ms: p50 and p99.
+    """Measures the time from a cancel to the abort in the worker, in ms: p50 and p99.
 
-    The clock starts before the client sends the cancel, so the figure includes the client's own way to Redis. The
-    worker stamps each abort with the machine's monotonic clock, which all processes share.
+    The clock starts before the client sends the cancel, so the figure includes the client's trip to Redis. The worker
+    stamps each abort with the machine's monotonic clock, which all processes share.
     """
     settings = _settings(url)
     with tempfile.TemporaryDirectory() as name:
@@ -104,7 +104,7 @@ def cancellation(url: str) -> dict[str, float]:
 
 
 def memory(url: str) -> dict[str, float]:
-    """MiB: the router's RSS after 5,000 calls, and what our part adds to a process with the engine library."""
+    """Measures, in MiB, the router's RSS after 5,000 calls, and what a worker adds to the engine library."""
     settings = _settings(url)
     with (
         tempfile.TemporaryDirectory() as name,
@@ -129,18 +129,18 @@ def _worker_memory(url: str) -> dict[str, float]:
 
 
 def cpu_per_call(url: str, server_pid: int, calls: int, inflight: int) -> dict[str, float]:
-    """Processor time a call takes in each process, in microseconds. On two cores their sum bounds the throughput."""
+    """Measures a call's CPU time in each process, in microseconds. Their sum limits the throughput of a machine."""
     settings = _settings(url)
     with (
-        tempfile.TemporaryDirectory() as name,
-        fleet(settings, Path(name), INSTANT) as pids,
+        tempfile.TemporaryDirectory() as folder,
+        fleet(settings, Path(folder), INSTANT) as pids,
         Client(settings=settings) as client,
     ):
         throughput(client, 1_000, inflight)
         processes = {"server": server_pid, **pids, "producer": os.getpid()}
-        before = {part: _cpu_s(pid) for part, pid in processes.items()}
+        before = {name: _cpu_s(pid) for name, pid in processes.items()}
         throughput(client, calls, inflight)
-        return {f"cpu_{part}": (_cpu_s(pid) - before[part]) / calls * 1e6 for part, pid in processes.items()}
+        return {f"cpu_{name}": (_cpu_s(pid) - before[name]) / calls * 1e6 for name, pid in processes.items()}
 
 
 def _cpu_s(pid: int) -> float:
@@ -149,7 +149,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def trips_per_call(url: str, calls: int, inflight: int) -> dict[str, float]:
-    """Round trips a call makes in each process, amortised, with so many in flight. Idle time-outs count too."""
+    """Measures each process's round trips per call, amortised over `inflight` calls. Idle timeouts count, too."""
     trips = RoundTrips()
     trips.install()
     settings = _settings(url)

@@ -1,7 +1,7 @@
-"""rsm-engine's half of the comparison: no-op calls through one router and one `sim` worker.
+"""rsm-engine in the queue benchmark: no-op calls through one router and one `sim` worker.
 
 `python -m bench.queue.ours --redis URL --calls N --inflight 100 --json` prints one JSON object as its last line, like
-the peers: calls a second with so many in flight, and round trips at low load.
+the peers: calls per second with N calls in flight, and round trips at low load.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from rsm.broker.protocol.ids import new_id
 PROMPT = "x" * 200
 WARM_UP = 500
 LOW_LOAD = 300
-# Calls of one program, so that sessions, affinity and the process table are worked as agents work them.
+# Several calls per program, so that sessions, affinity and the process table are used as agents use them.
 CALLS_PER_SESSION = 10
 INSTANT = {"max_num_seqs": 256, "engine_args": {"instant": True}}
 
 
 def throughput(client: Client, calls: int, inflight: int) -> float:
-    """Calls a second, submit to result, never more than `inflight` at a time. The window is refilled as it empties."""
+    """Returns calls per second, from submit to result, with at most `inflight` at a time."""
     waiting: list[CallHandle] = []
     sent, began = 0, perf_counter()
     while sent < calls or waiting:
-        room = min(inflight - len(waiting), calls - sent)
-        if room:
+        free = min(inflight - len(waiting), calls - sent)
+        if free:
             some = [
-                client.prepare(PROMPT, session=f"s{(sent + i) // CALLS_PER_SESSION}", max_tokens=1) for i in range(room)
+                client.prepare(PROMPT, session=f"s{(sent + i) // CALLS_PER_SESSION}", max_tokens=1) for i in range(free)
             ]
             waiting += client.submit_many(some)
-            sent += room
+            sent += free
         waiting[0].result(30)
         waiting = [handle for handle in waiting if not handle.done or _read(handle)]
     return calls / (perf_counter() - began)
 
 
 def _read(handle: CallHandle) -> bool:
-    """Reads the result as a caller would; False: it need not be waited for any more."""
+    """Reads the result as a caller would; always False, so that the handle is dropped from the list."""
     assert handle.result().completion_tokens == 1
     return False
 
 
 def round_trips(client: Client, n: int) -> list[float]:
-    """Milliseconds from submit to result, one call at a time."""
+    """Returns the milliseconds from submit to result of each call, one call at a time."""
     times = []
     for _ in range(n):
         began = perf_counter()
@@ -78,7 +78,7 @@ def measure(url: str, calls: int, inflight: int) -> dict[str, Any]:
         "calls_per_s": rate,
         "rtt_p50_ms": low[49],
         "rtt_p99_ms": low[98],
-        "note": "one router, one sim worker; results by one inbox, no polling; process table and affinity kept",
+        "note": "one router, one sim worker; results through one inbox, no polling; process table and affinity kept",
     }
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--redis", default=os.environ.get("RSM_REDIS_URL"), required="RSM_REDIS_URL" not in os.environ)
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--inflight", type=int, default=100)
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON (they always are)")
+    parser.add_argument("--json", action="store_true", help="Accepted for symmetry; the output is always JSON.")
     args = parser.parse_args()
     print(json.dumps(measure(args.redis, args.calls, args.inflight)))
 

@@ -1,4 +1,4 @@
-"""The page of `make bench`: what was aimed at, what came out, and beside whom."""
+"""The page of `make bench`: targets, results, and comparison with the peers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 def targets(rows: list[Row], ours: Mapping[str, Any]) -> list[Target]:
-    """The issue's targets, each beside its measurement from this very run."""
+    """Returns the targets, each with its measurement from the same run."""
     us = next(r for r in rows if r.name == OURS)
     peers = [r for r in rows if r.name not in (OURS, CEILING)]
     best = max(peers, key=lambda r: r.calls_per_s.median)
@@ -39,25 +39,26 @@ def targets(rows: list[Row], ours: Mapping[str, Any]) -> list[Target]:
         Target(
             "… p99 below every peer's", f"< {p99:.2f} ms", f"{us.rtt_p99_ms.median:.2f} ms", us.rtt_p99_ms.median < p99
         ),
-        _at_least("router alone, assignments/s a process", ours["assignments_per_s"], 20_000),
+        _at_least("router alone, assignments/s per process", ours["assignments_per_s"], 20_000),
         _below("a call's time in the router, p99, ms", ours["call_p99_ms"], 1),
         _below("cancel: flag set → abort in the worker, p50, ms", ours["cancel_p50_ms"], 2),
         _below("… p99, ms", ours["cancel_p99_ms"], 10),
         _below("router's memory, MiB", ours["router_mib"], 64),
-        _below(f"our part of a worker, MiB, over {ours['library']}", ours["worker_mib"], 10),
-        *(_below(f"round trips to Redis a call, {name}", value, 1) for name, value in trips.items()),
+        _below(f"worker's memory beyond {ours['library']}, MiB", ours["worker_mib"], 10),
+        *(_below(f"round trips to Redis per call, {name}", value, 1) for name, value in trips.items()),
     ]
 
 
 def limits(ours: Mapping[str, Any]) -> str:
-    """What bounds the throughput, from the processor time that was measured in the same run."""
-    parts = {k.removeprefix("cpu_"): v for k, v in ours.items() if k.startswith("cpu_")}
-    spent = ", ".join(f"{part} {value:.0f}" for part, value in parts.items())
-    total, cores = sum(parts.values()), os.cpu_count() or 1
+    """Says what limits the throughput, from the CPU time measured in the same run."""
+    spent_us = {k.removeprefix("cpu_"): v for k, v in ours.items() if k.startswith("cpu_")}
+    spent = ", ".join(f"{process} {value:.0f}" for process, value in spent_us.items())
+    total, cores = sum(spent_us.values()), os.cpu_count() or 1
     return (
-        f"What limits it: a call takes {total:.0f} µs of processor time in all ({spent}), so {cores} cores can do "
-        f"{cores * 1e6 / total:,.0f} calls/s if nothing else runs and no core waits; Redis runs scripts on one core, "
-        f"which bounds it at {1e6 / parts['server']:,.0f}. At low load a round trip is six wake-ups of four processes."
+        f"Limits: a call takes {total:.0f} µs of CPU time in total ({spent}), so {cores} cores can do "
+        f"{cores * 1e6 / total:,.0f} calls/s if nothing else runs and no core idles. Redis runs scripts on one core, "
+        f"which limits the throughput to {1e6 / spent_us['server']:,.0f} calls/s. At low load a round trip is six "
+        "wake-ups of four processes."
     )
 
 
@@ -70,20 +71,20 @@ def _at_least(what: str, value: float, limit: float) -> Target:
 
 
 def into_docs(page: Path, docs: Path) -> None:
-    """Puts the tables of a page between the two bench marks of docs/performance.md: its figures are those of a run."""
+    """Puts the tables of a page between the two bench marks of docs/performance.md."""
     head, rest = docs.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(END)[1]
     docs.write_text(head + excerpt(page) + tail, encoding="utf-8")
 
 
 def excerpt(page: Path) -> str:
-    """What docs/performance.md shows of a page: everything below its title."""
+    """Returns what docs/performance.md shows of a page: everything below its title."""
     body = page.read_text(encoding="utf-8").split("\n", 1)[1].strip()
     return f"{BEGIN}\n{body}\n{END}"
 
 
 def write(name: str, runs: Iterable[Run], ours: Mapping[str, Any], server: str, folder: Path = RESULTS) -> Path:
-    """Writes NAME.md and NAME.json; returns the path of the former."""
+    """Writes NAME.md and NAME.json; returns the path of the page."""
     runs = list(runs)
     about = machine(f"{os.cpu_count()} cores, shared with others", server)
     rows = summarise(runs)
@@ -114,7 +115,7 @@ class Run:
 
     @classmethod
     def parse(cls, line: str) -> Run:
-        """Read a run from the line that a system printed; fields unknown here are left out."""
+        """Reads a run from the line that a system printed; ignores unknown fields."""
         record = json.loads(line)
         return cls(**{field.name: record[field.name] for field in fields(cls)})
 
@@ -136,7 +137,7 @@ class Row:
     def of(cls, runs: list[Run]) -> Row:
         first = runs[0]
         if any((run.version, run.redis_py) != (first.version, first.redis_py) for run in runs):
-            raise ValueError(f"runs of {first.name} differ in their versions")
+            raise ValueError(f"The runs of {first.name} have different versions. Repeat the benchmark.")
         return cls(
             name=first.name,
             version=first.version,
@@ -154,7 +155,7 @@ class Row:
 
 
 def summarise(runs: Iterable[Run]) -> list[Row]:
-    """Return one row a system, the highest throughput first."""
+    """Returns one row per system, the highest throughput first."""
     by_name: dict[str, list[Run]] = {}
     for run in runs:
         by_name.setdefault(run.name, []).append(run)
@@ -162,10 +163,10 @@ def summarise(runs: Iterable[Run]) -> list[Row]:
 
 
 def render(about: Mapping[str, str], rows: list[Row]) -> str:
-    """Return the whole page."""
+    """Returns the part of the page that compares the systems."""
     lines = [f"# Benchmark: {about['Machine']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "Machine"]
-    lines += ["", "Medians of the runs, with least and greatest in brackets.", ""]
+    lines += ["", "Medians of the runs, with minimum and maximum in brackets.", ""]
     lines += [table_line(COLUMNS), table_line(["---"] * 3 + ["---:"] * 4)]
     lines += [table_line(row.cells()) for row in rows]
     lines += ["", *(f"- {row.name}: {row.note}." for row in rows)]

@@ -1,8 +1,8 @@
-"""The ceiling of the queue benchmark: redis-py and streams with nothing around them, no lease, no retry.
+"""The ceiling of the queue benchmark: bare redis-py and streams, without leases or retries.
 
 One producer process and one consumer process. The producer sends calls in XADD pipelines and reads results by
-blocking XREAD; the consumer takes up to 100 calls by XREADGROUP and answers them in one pipeline of result
-XADDs, one XACK and one XDEL. Nothing polls.
+blocking XREAD. The consumer takes up to 100 calls by XREADGROUP and answers them in one pipeline of result XADDs, one
+XACK and one XDEL. Nothing polls.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ RESULTS_KEPT = 1000
 
 def connect(url: str) -> Any:
     # RESP2 keeps the shape of stream replies the same across redis-py versions.
-    # redis-py cuts a read off after 5 s by default: a blocking read needs longer.
+    # redis-py ends a read after 5 s by default, but a blocking read needs longer.
     return Redis.from_url(url, protocol=2, socket_timeout=WAIT_S + 5)
 
 
 def entries(reply: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    """Return the entries of a reply that read one stream."""
+    """Returns the entries of a reply to a read of one stream."""
     return reply[0][1] if reply else []
 
 
@@ -65,7 +65,7 @@ class Producer:
         pipe.execute()
 
     def collect(self) -> int:
-        """Wait for results and return how many came."""
+        """Waits for results and returns their number."""
         found = entries(self._redis.xread({self._results: self._seen}, count=BATCH, block=WAIT_S * 1000))
         if not found:
             raise TimeoutError(f"no result in {WAIT_S} s")
@@ -73,7 +73,7 @@ class Producer:
         return len(found)
 
     def throughput(self, calls: int, inflight: int) -> float:
-        """Return calls per second with `inflight` in flight: every result read makes room for a new call."""
+        """Returns calls per second with `inflight` in flight: every result read allows a new call."""
         start = perf_counter()
         sent = min(calls, inflight)
         self.submit(sent)
@@ -81,14 +81,14 @@ class Producer:
         while done < calls:
             got = self.collect()
             done += got
-            room = min(got, calls - sent)
-            if room:
-                self.submit(room)
-                sent += room
+            more = min(got, calls - sent)
+            if more:
+                self.submit(more)
+                sent += more
         return calls / (perf_counter() - start)
 
     def round_trip(self) -> float:
-        """Return the milliseconds of one call on its own."""
+        """Returns the milliseconds of a single call."""
         start = perf_counter()
         self.submit(1)
         self.collect()
@@ -96,7 +96,7 @@ class Producer:
 
 
 def work(url: str, stream: str) -> None:
-    """Answer calls for ever."""
+    """Answers calls until the process is ended."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
     redis = connect(url)
     while True:
@@ -120,7 +120,7 @@ def measure(url: str, calls: int, inflight: int) -> dict[str, object]:
     producer.open()
     try:
         with worker_process(url, stream):
-            producer.throughput(inflight, inflight)  # The first result also says that the consumer is up.
+            producer.throughput(inflight, inflight)  # The first result also shows that the consumer is up.
             calls_per_s = producer.throughput(calls, inflight)
             return record(calls_per_s, [producer.round_trip() for _ in range(ROUND_TRIPS)])
     finally:
@@ -143,24 +143,24 @@ def record(calls_per_s: float, trips_ms: list[float]) -> dict[str, object]:
 
 @contextmanager
 def worker_process(url: str, stream: str) -> Iterator[None]:
-    """Run this file as the consumer; leaving closes its standard input, which ends it."""
+    """Runs this file as the consumer; leaving the block closes its standard input, which ends it."""
     command = [sys.executable, __file__, "--redis", url, "--worker", stream]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr):
         yield
 
 
 def exit_with_parent() -> None:
-    """End this process once standard input closes: also when the producer was killed."""
+    """Ends this process when standard input closes, even if the producer was killed."""
     os.read(0, 1)
     os._exit(0)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--redis", required=True, metavar="URL", help="unix:// or redis://; a spare server")
-    parser.add_argument("--calls", type=int, default=10000, help="calls in the throughput part")
-    parser.add_argument("--inflight", type=int, default=100, help="calls in flight in the throughput part")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--redis", required=True, metavar="URL", help="URL (unix:// or redis://) of a spare server.")
+    parser.add_argument("--calls", type=int, default=10000, help="Calls in the throughput test.")
+    parser.add_argument("--inflight", type=int, default=100, help="Calls in flight in the throughput test.")
+    parser.add_argument("--json", action="store_true", help="Print one JSON object as the last line.")
     parser.add_argument("--worker", metavar="STREAM", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
-"""What a worker adds to a process that has imported its engine library. Prints one JSON object, in MiB.
+"""Measures the memory that a worker adds to a process with an imported engine library; prints a JSON object in MiB.
 
-The library is vLLM where it is installed. The worker then serves 2,000 no-op calls with the `sim` backend: its own
-code, threads and connections are the same for every backend.
+The library is vLLM if it is installed. The worker then serves 2,000 no-op calls with the `sim` backend, because its
+own code, threads and connections are the same for every backend.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def import_library() -> str:
 
 
 def serve_calls() -> None:
-    """Runs a worker until its calls are done. The router and the client live in another process, as they do in use."""
+    """Runs a worker until its calls are done. The router and the client run in another process, as in production."""
     from rsm.broker import Settings
     from rsm.workers.__main__ import share_heaps
     from rsm.workers.backends.factory import create_backend

@@ -1,1 +1,1 @@
-"""What a death costs: recovery times, streams under the death of an engine, a soak."""
+"""Measures the cost of failures: recovery times, streams whose engine dies, and a soak."""

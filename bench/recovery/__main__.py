@@ -1,8 +1,9 @@
-"""Recovery after `kill -9`: the second attempt beside SAQ, taskiq and RQ, and our own times for each kind of death.
+"""Measures recovery after `kill -9`: the second attempt, compared with SAQ, taskiq and RQ, and our own scenarios.
 
     python -m bench.recovery [--rounds 5] [--copies 3] [--limit 180] [--name recovery]
 
-The peers run first, all side by side: they mostly wait. Then our own scenarios, one after the other, with the defaults.
+The peers run first, all at the same time, since they mostly wait. Then our own scenarios run one after the other, with
+the default settings.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from rsm.broker.connection.factory import connect
 
 QUEUES = ("saq", "taskiq", "rq")
 PROFILES = ("default", "tuned")
-# What a peer's script may take besides its waiting: its workers' start, and a job.
+# Time that a peer's script may take beyond its waiting: the start of its workers, and a job.
 _MARGIN_S = 200
-# Between the starts of two of them: all at once would be slow to come up.
+# Delay between the starts of two scripts, since they would all start slowly at once.
 _STAGGER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A peer's times from the kill to the second attempt, in seconds; None: it did not come within the limit."""
+    """A peer's times from the kill to the second attempt, in seconds; None: it did not start within the limit."""
 
     name: str
     version: str
@@ -48,7 +49,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """The times of one of our scenarios, in seconds, one a round."""
+    """The times of one of our scenarios, in seconds, one per round."""
 
     name: str
     busy: bool
@@ -66,7 +67,7 @@ class Ours:
 
 
 def run_peers(url: str, limit_s: float, copies: int) -> list[Peer]:
-    """All peers with all their profiles, side by side, each so many times."""
+    """Runs all peers with all their profiles at the same time, `copies` times each."""
     runs = [(name, profile, python_for(name)) for name in QUEUES for profile in PROFILES]
     processes: list[list[subprocess.Popen[bytes]]] = []
     try:
@@ -88,7 +89,9 @@ def _start(command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
 def _result(process: subprocess.Popen[bytes], limit_s: float) -> dict[str, Any]:
     out, _ = process.communicate(timeout=limit_s + _MARGIN_S)
     if process.returncode:
-        raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
+        raise RuntimeError(
+            f"The peer's script failed with status {process.returncode}; run it by hand: {process.args!r}"
+        )
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
 
@@ -110,7 +113,7 @@ def run_ours(url: str, rounds: int) -> list[Ours]:
 
 
 def shown(seconds: Sequence[float | None], limit_s: float) -> str:
-    """All times of a peer, the shortest first."""
+    """Formats all times of a peer, the shortest first."""
     times = [f"{s:.1f} s" for s in sorted(s for s in seconds if s is not None)]
     missed = len(seconds) - len(times)
     return ", ".join([*times, *([f"none within {limit_s:g} s ({missed} of {len(seconds)})"] if missed else [])])
@@ -120,11 +123,11 @@ def shown(seconds: Sequence[float | None], limit_s: float) -> str:
 
 
 def second_attempts(peers: Sequence[Peer], ours: Sequence[Ours], limit_s: float) -> list[str]:
-    """The table beside the peers."""
+    """Returns the table that compares ours with the peers."""
     lines = [table_line(("System", "Version", "Settings", "kill -9 → second attempt")), table_line(["---"] * 4)]
     for settings, scenario in (
         ("defaults, supervised (`rsm up`)", _named(supervised_worker)),
-        ("defaults, nobody watches the worker", _named(unsupervised_worker)),
+        ("defaults, unsupervised worker", _named(unsupervised_worker)),
     ):
         runs = next(o for o in ours if o.name == scenario.name and not o.busy)
         times = f"{median(runs.seconds):.2f} s (worst of {len(runs.seconds)}: {runs.worst:.2f} s)"
@@ -140,18 +143,18 @@ def _named(run: Any) -> Scenario:
 def page(about: Mapping[str, str], peers: Sequence[Peer], ours: Sequence[Ours], limit_s: float) -> str:
     lines = [f"# Recovery after `kill -9`: {about['Machine']}", ""]
     lines += [f"- {key}: {value}" for key, value in about.items() if key != "Machine"]
-    lines += ["", "## Second attempt, beside other queues", ""]
+    lines += ["", "## Second attempt, compared with other queues", ""]
     lines += [
-        "A worker is killed in the middle of a job of some seconds and started again at once; a second worker is there "
-        "all the time. Each system with its defaults, as far as they run a lost job again at all, and with "
-        "options set for speed.",
+        "A worker is killed in the middle of a job of some seconds and restarted at once; a second worker runs all the "
+        "time. Each system runs with its defaults, as far as they retry a lost job at all, and with options tuned for "
+        "speed.",
         "",
         *second_attempts(peers, ours, limit_s),
         "",
         "## Our own times, with the defaults",
         "",
-        "Seconds. Where a worker dies, the time is that of the last of its calls. Busy: "
-        f"{BUSY_CALLS_PER_S} short calls a second besides.",
+        "Seconds. When a worker dies, the time is that of the last of its calls. Busy: "
+        f"{BUSY_CALLS_PER_S} additional short calls per second.",
         "",
         table_line(("What", "Load", "Target", "Median", "Worst", "Runs", "Met")),
         table_line(["---", "---", "---:", "---:", "---:", "---:", "---"]),
@@ -165,10 +168,10 @@ def page(about: Mapping[str, str], peers: Sequence[Peer], ours: Sequence[Ours], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of each of our scenarios")
-    parser.add_argument("--copies", type=int, default=3, help="of each peer with each profile, side by side")
-    parser.add_argument("--limit", type=float, default=180, help="seconds that a peer's second attempt is waited for")
-    parser.add_argument("--name", default="recovery", help="of the result files in bench/results")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds of each of our scenarios.")
+    parser.add_argument("--copies", type=int, default=3, help="Parallel runs of each peer with each profile.")
+    parser.add_argument("--limit", type=float, default=180, help="Seconds to wait for a peer's second attempt.")
+    parser.add_argument("--name", default="recovery", help="Name of the result files in bench/results.")
     args = parser.parse_args()
     with EmbeddedRedis() as embedded:
         server = connect(Settings().with_redis(embedded.url))

@@ -1,6 +1,6 @@
-"""How long rsm-engine takes to recover, with its defaults: one function per kind of death.
+"""Measures how long rsm-engine takes to recover, with its defaults: one function per kind of failure.
 
-Every time is from the kill to the moment that Redis's clock gave the next attempt (or the waiting call) its start.
+Every time runs from the kill until the next attempt (or the waiting call) starts, by Redis's clock.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE
 
 TOKEN_S = 0.01
-# Of the calls whose worker dies: some seconds, and how many of them run when it does.
+# Length and number of the calls whose worker dies; each runs for some seconds.
 LONG_TOKENS, LONG_CALLS = 600, 12
 KILL_AFTER_S = 1.0
-# The load of a busy run: so many short calls a second, next to the long ones.
+# Additional load of a busy run: short calls per second.
 BUSY_CALLS_PER_S = 100
 SHORT_TOKENS = 20
-# How long after a router's death its calls are watched.
+# How long calls are watched after a router's death.
 WATCH_S = 5.0
 PATIENCE_S = 60.0
 _POLL_S = 0.01
@@ -42,7 +42,7 @@ _POLL_S = 0.01
 
 @dataclass(slots=True)
 class Bench:
-    """What a scenario works with."""
+    """What a scenario uses."""
 
     settings: Settings
     client: Client
@@ -60,17 +60,17 @@ class Bench:
 
 
 def sim(engine_id: str) -> EngineConfig:
-    """An engine whose calls give a token each TOKEN_S, and nothing else takes time."""
+    """Returns an engine whose calls give one token every TOKEN_S; nothing else takes time."""
     times = {"step_s": TOKEN_S, "prefill_token_s": 0, "decode_seq_s": 0, "context_token_s": 0}
     return EngineConfig(engine_id=engine_id, backend="sim", engine_args=times)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Waits for a condition; RuntimeError if it does not come."""
+    """Waits for a condition; RuntimeError if it is not met in time."""
     give_up = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > give_up:
-            raise RuntimeError(f"waited {PATIENCE_S:g} s in vain for {what}")
+            raise RuntimeError(f"Timed out after {PATIENCE_S:g} s while waiting for {what}.")
         time.sleep(_POLL_S)
 
 
@@ -83,7 +83,7 @@ def bench(url: str, log: IO[bytes]) -> Iterator[Bench]:
 
 @contextmanager
 def fleet(b: Bench, engines: int, routers: int = 1) -> Iterator[Fleet]:
-    """Supervised parts, as `rsm up` has them."""
+    """Runs supervised routers and workers, as `rsm up` does."""
     made = Fleet(b.settings.model_copy(update={"drain_grace_s": 0}), routers=routers, output=b.log.fileno())
     made.start([sim(f"e{i}") for i in range(engines)])
     try:
@@ -93,7 +93,7 @@ def fleet(b: Bench, engines: int, routers: int = 1) -> Iterator[Fleet]:
 
 
 class Unsupervised:
-    """A worker that nobody watches: only the end of its lease tells of its death."""
+    """A worker without a supervisor: its death is noticed only when its lease expires."""
 
     def __init__(self, b: Bench, engine_id: str) -> None:
         self._b, self._config = b, sim(engine_id)
@@ -114,7 +114,7 @@ class Unsupervised:
 
 @contextmanager
 def load(b: Bench, busy: bool) -> Iterator[None]:
-    """Short calls at a steady rate, from another thread, if the run is a busy one."""
+    """Submits short calls at a steady rate from another thread, if the run is a busy one."""
     stop = threading.Event()
 
     def push() -> None:
@@ -133,16 +133,16 @@ def load(b: Bench, busy: bool) -> Iterator[None]:
 
 
 def long_calls(b: Bench) -> list[str]:
-    """Pushes the calls that a death is to interrupt; returns once all of them run."""
+    """Pushes the calls that the failure will interrupt; returns once all of them run."""
     calls = [b.client.prepare(f"long {i}", max_tokens=LONG_TOKENS, stream=True) for i in range(LONG_CALLS)]
     ids = [handle.id for handle in b.client.submit_many(calls)]
-    until(lambda: all(r.state is RequestState.RUNNING for r in b.records(ids)), "calls that run")
+    until(lambda: all(r.state is RequestState.RUNNING for r in b.records(ids)), "all long calls to run")
     time.sleep(KILL_AFTER_S)
     return ids
 
 
 def second_attempts(b: Bench, victims: list[str], since_ms: int) -> float:
-    """Seconds from `since_ms` until the last of these calls runs again."""
+    """Returns the seconds from `since_ms` until the last of these calls runs again."""
     until(lambda: all(r.attempt > 1 and _started_ms(r) > since_ms for r in b.records(victims)), "second attempts")
     found = b.records(victims)
     assert all(r.state is not RequestState.FAILED for r in found), "a call failed"
@@ -160,21 +160,21 @@ def victims_of(b: Bench, ids: list[str], engine_id: str) -> list[str]:
 
 
 def supervised_worker(b: Bench, busy: bool) -> float:
-    """kill -9 of a worker of `rsm up`, with another engine beside it."""
-    with fleet(b, engines=2) as parts, load(b, busy):
+    """Kills a worker of `rsm up` with kill -9, while another engine runs."""
+    with fleet(b, engines=2) as processes, load(b, busy):
         victims = victims_of(b, long_calls(b), "e0")
-        pid, killed = parts.workers["e0"].pid, b.monitor.now_ms()
+        pid, killed = processes.workers["e0"].pid, b.monitor.now_ms()
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         return second_attempts(b, victims, killed)
 
 
 def unsupervised_worker(b: Bench, busy: bool) -> float:
-    """kill -9 of a worker that nobody watches and nobody starts again, with another engine beside it."""
-    with fleet(b, engines=1), worker(b, "e1") as lonely, load(b, busy):
+    """Kills an unsupervised worker with kill -9 and does not restart it, while another engine runs."""
+    with fleet(b, engines=1), worker(b, "e1") as unsupervised, load(b, busy):
         victims = victims_of(b, long_calls(b), "e1")
         killed = b.monitor.now_ms()
-        lonely.kill()
+        unsupervised.kill()
         return second_attempts(b, victims, killed)
 
 
@@ -182,31 +182,31 @@ def unsupervised_worker(b: Bench, busy: bool) -> float:
 def worker(b: Bench, engine_id: str) -> Iterator[Unsupervised]:
     made = Unsupervised(b, engine_id)
     try:
-        until(lambda: b.engine(engine_id)["state"] == "READY", f"{engine_id} READY")
+        until(lambda: b.engine(engine_id)["state"] == "READY", f"{engine_id} to be READY")
         yield made
     finally:
         made.kill()
 
 
 def returning_worker(b: Bench, busy: bool) -> float:
-    """kill -9 of the only worker, which is started again at once: from READY until all its calls run again."""
-    with fleet(b, engines=0), worker(b, "e0") as lonely, load(b, busy):
+    """Kills the only worker with kill -9 and restarts it: time from READY until all its calls run again."""
+    with fleet(b, engines=0), worker(b, "e0") as unsupervised, load(b, busy):
         victims = victims_of(b, long_calls(b), "e0")
         before, killed = b.engine("e0")["incarnation"], b.monitor.now_ms()
-        lonely.kill()
-        lonely.restart()
-        until(lambda: b.engine("e0")["incarnation"] != before and b.engine("e0")["state"] == "READY", "e0 back")
+        unsupervised.kill()
+        unsupervised.restart()
+        until(lambda: b.engine("e0")["incarnation"] != before and b.engine("e0")["state"] == "READY", "e0 to be back")
         ready = b.monitor.now_ms()
         return max(0.0, second_attempts(b, victims, killed) - (ready - killed) / 1000)
 
 
 def dead_router(routers: int) -> Callable[[Bench, bool], float]:
-    """kill -9 of a router: the longest that a call pushed around the kill waited for its start."""
+    """Returns a scenario that kills a router with kill -9: the longest wait of a call pushed around the kill."""
 
     def scenario(b: Bench, busy: bool) -> float:
-        with fleet(b, engines=2, routers=routers) as parts, load(b, busy):
+        with fleet(b, engines=2, routers=routers) as processes, load(b, busy):
             time.sleep(KILL_AFTER_S)
-            pid = parts.routers[0].pid
+            pid = processes.routers[0].pid
             assert pid is not None
             ids = [b.client.submit("before", max_tokens=1).id]
             os.kill(pid, signal.SIGKILL)
@@ -214,7 +214,7 @@ def dead_router(routers: int) -> Callable[[Bench, bool], float]:
             while time.monotonic() < end:
                 ids.append(b.client.submit("after", max_tokens=1).id)
                 time.sleep(1 / BUSY_CALLS_PER_S if busy else WATCH_S / 10)
-            until(lambda: all(r.started_ms for r in b.records(ids)), "calls that were placed")
+            until(lambda: all(r.started_ms for r in b.records(ids)), "all calls to start")
             return max(_started_ms(r) - r.submitted_ms for r in b.records(ids)) / 1000
 
     return scenario
@@ -222,7 +222,7 @@ def dead_router(routers: int) -> Callable[[Bench, bool], float]:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One kind of death. `limit_s`: what it may take at most."""
+    """One kind of failure. `limit_s`: the longest acceptable recovery."""
 
     name: str
     limit_s: float
@@ -231,14 +231,14 @@ class Scenario:
 
 SCENARIOS = (
     Scenario("worker killed, supervised: its calls run elsewhere", 3, supervised_worker),
-    Scenario("worker killed, its lease has to end: its calls run elsewhere", 3, unsupervised_worker),
-    Scenario("worker back under its id: from READY to its own calls running", 1, returning_worker),
-    Scenario("one of two routers killed: longest wait of a call for its start", 3, dead_router(2)),
-    Scenario("the only router killed, supervised: longest wait of a call for its start", 3, dead_router(1)),
+    Scenario("worker killed, unsupervised, its lease must expire: its calls run elsewhere", 3, unsupervised_worker),
+    Scenario("worker restarted under its id: from READY until its own calls run", 1, returning_worker),
+    Scenario("one of two routers killed: longest wait of a call to start", 3, dead_router(2)),
+    Scenario("the only router killed, supervised: longest wait of a call to start", 3, dead_router(1)),
 )
 
 
 def measure(url: str, scenario: Scenario, busy: bool) -> float:
-    """Seconds, of one run in a namespace of its own. What the parts say goes to a temporary file."""
+    """Runs a scenario once in its own namespace; returns its seconds. The processes log to a temporary file."""
     with tempfile.TemporaryFile() as log, bench(url, log) as b:
         return scenario.run(b, busy)

@@ -1,12 +1,12 @@
-"""A soak: does anything grow beyond its retention?
+"""A soak test: checks that nothing grows beyond its retention.
 
     python -m bench.recovery.soak --minutes 60 [--share 0.5]     load at a share of the maximum, which is measured first
-    python -m bench.recovery.soak --calls 1000000                so many calls, as fast as they go
+    python -m bench.recovery.soak --calls 1000000                this many calls, as fast as possible
 
-One router, two `sim` workers, one producer, all real processes, and a private server whose result and session TTLs are
-short, so that retention reaches its plateau early. The table says what each process holds (RSS) and Redis's
-used_memory at the start, after warming up (two TTLs) and at the end of the load, with the slope of a line through the
-samples in between (least squares), and what Redis holds once everything has expired. Written to bench/results/.
+One router, two `sim` workers and one producer run as real processes on a private server. Its result and session TTLs
+are short, so that retention reaches its plateau early. The table, in bench/results/, shows the RSS of each process and
+Redis's used_memory at the start, after the warm-up (two TTLs), at the end of the load, and once everything has expired.
+The slope is that of a least-squares line through the samples between the warm-up and the end of the load.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from bench.processes import part, wait_ready
+from bench.processes import running, wait_ready
 from bench.report.machine import machine, server_name
 from bench.report.page import RESULTS
 from rsm.broker import CallHandle, Client, Settings
@@ -50,7 +50,7 @@ _WAIT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`at_s` seconds since the load began; sizes in MiB."""
+    """Sizes in MiB, at `at_s` seconds since the load began."""
 
     at_s: float
     mib: dict[str, float]
@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Soak:
-    """What a run gave. `rate` and `maximum` in calls a second; `states`: calls by how they ended."""
+    """The result of a run. `rate` and `maximum` in calls per second; `states`: calls by terminal state."""
 
     calls: int
     seconds: float
@@ -74,46 +74,46 @@ class Soak:
     machine: dict[str, Any]
 
 
-# -- the producer, a process of its own
+# -- the producer, a separate process
 
 
 def produce(settings: Settings, rate: float, seconds: float, calls: int) -> dict[str, Any]:
-    """Submits `rate` calls a second for so many seconds, or, with `calls`, so many as fast as they go; awaits all."""
+    """Submits `rate` calls per second for `seconds`, or `calls` calls as fast as possible; waits for all of them."""
     states: dict[str, int] = {}
     ended = threading.Condition()
-    room = threading.Semaphore(INFLIGHT)
+    free = threading.Semaphore(INFLIGHT)
 
     def note(handle: CallHandle) -> None:
         state = str(handle.wait().state)
         with ended:
             states[state] = states.get(state, 0) + 1
             ended.notify()
-        room.release()
+        free.release()
 
     sent, run, began = 0, new_id(), time.perf_counter()
     with Client(settings=settings, on_overload="wait") as client:
         while (sent < calls) if calls else (time.perf_counter() - began < seconds):
             due = calls - sent if calls else int((time.perf_counter() - began) * rate) - sent
-            many = _take(room, min(due, 32))
-            if not many:
+            count = _take(free, min(due, 32))
+            if not count:
                 time.sleep(_TICK_S)
                 continue
-            some = [_call(client, run, sent + i) for i in range(many)]
+            some = [_call(client, run, sent + i) for i in range(count)]
             for handle in client.submit_many(some):
                 handle.add_done_callback(note)
-            sent += many
+            sent += count
         with ended:
             assert ended.wait_for(lambda: sum(states.values()) == sent, _WAIT_S), f"{sent} sent, ended: {states}"
     return {"calls": sent, "seconds": time.perf_counter() - began, "states": states}
 
 
-def _take(room: threading.Semaphore, most: int) -> int:
-    """How many more may be in flight, up to `most`; waits for one if none."""
+def _take(free: threading.Semaphore, most: int) -> int:
+    """Takes up to `most` free places in flight, and waits for at least one; returns their number."""
     if most <= 0:
         return 0
-    room.acquire()
+    free.acquire()
     taken = 1
-    while taken < most and room.acquire(blocking=False):
+    while taken < most and free.acquire(blocking=False):
         taken += 1
     return taken
 
@@ -123,24 +123,24 @@ def _call(client: Client, run: str, number: int) -> Any:
     return client.prepare(PROMPT, session=session, stream=number % CALLS_PER_SESSION == 0, max_tokens=4)
 
 
-# -- the stage
+# -- the other processes
 
 
 @contextmanager
 def stage(settings: Settings, folder: Path) -> Iterator[dict[str, int]]:
-    """A router and two workers, ready for calls; their pids."""
+    """Runs a router and two workers; yields their pids once they are ready for calls."""
     with ExitStack() as stack:
-        pids = {"router": stack.enter_context(part("router", settings, folder / "router.json"))}
+        pids = {"router": stack.enter_context(running("router", settings, folder / "router.json"))}
         for engine in ENGINES:
             config = {"engine_id": engine, "model": "noop", "backend": "sim", "max_num_seqs": 256}
             env = {"RSM_ENGINE": json.dumps({**config, "engine_args": {"instant": True}})}
-            pids[engine] = stack.enter_context(part("worker", settings, folder / f"{engine}.json", env))
+            pids[engine] = stack.enter_context(running("worker", settings, folder / f"{engine}.json", env))
         wait_ready(settings, ENGINES)
         yield pids
 
 
 class Scale:
-    """Weighs all processes and the server."""
+    """Measures the memory of all processes and the server."""
 
     def __init__(self, settings: Settings, pids: dict[str, int]) -> None:
         self._server: Any = connect(settings)
@@ -153,18 +153,18 @@ class Scale:
         return Sample(time.monotonic() - self._began, mib, self._server.dbsize())
 
     def follow(self, producer: subprocess.Popen[str], every_s: float) -> tuple[list[Sample], dict[str, Any]]:
-        """Samples until the producer has ended; what it says at its end."""
+        """Takes samples until the producer has ended; returns them with its result."""
         self._processes["producer"] = psutil.Process(producer.pid)
         self._began, samples = time.monotonic(), []
         while True:
             try:
-                said, _ = producer.communicate(timeout=every_s)
+                output, _ = producer.communicate(timeout=every_s)
             except subprocess.TimeoutExpired:
                 samples.append(self.weigh())
             else:
                 del self._processes["producer"]
                 assert producer.returncode == 0, "the producer failed"
-                return samples, json.loads(said.splitlines()[-1])
+                return samples, json.loads(output.splitlines()[-1])
 
 
 def producer(settings: Settings, rate: float = 0, seconds: float = 0, calls: int = 0) -> subprocess.Popen[str]:
@@ -179,37 +179,35 @@ def soak(args: argparse.Namespace) -> Soak:
         settings = Settings(namespace="soak", **ttl).with_redis(server.url)
         with stage(settings, Path(name)) as pids:
             scale = Scale(settings, pids)
-            _, said = scale.follow(producer(settings, calls=MEASURED), args.every)
-            maximum = said["calls"] / said["seconds"]
+            _, result = scale.follow(producer(settings, calls=MEASURED), args.every)
+            maximum = result["calls"] / result["seconds"]
             _until_expired(settings, scale)
             before = scale.weigh()
             if args.calls:
                 load = producer(settings, calls=args.calls)
             else:
                 load = producer(settings, rate=args.share * maximum, seconds=args.minutes * 60)
-            samples, said = scale.follow(load, args.every)
+            samples, result = scale.follow(load, args.every)
             _until_expired(settings, scale)
             about = _machine(settings)
             usage = Monitor(settings).usage()
             after = scale.weigh()
-    warm_up = min(2 * max(args.result_ttl, args.session_ttl), 0.5 * said["seconds"])
-    rate = said["calls"] / said["seconds"]
-    return Soak(
-        said["calls"], said["seconds"], rate, maximum, said["states"], warm_up, samples, before, after, usage, about
-    )
+    warm_up = min(2 * max(args.result_ttl, args.session_ttl), 0.5 * result["seconds"])
+    calls, seconds, states = result["calls"], result["seconds"], result["states"]
+    return Soak(calls, seconds, calls / seconds, maximum, states, warm_up, samples, before, after, usage, about)
 
 
 def _until_expired(settings: Settings, scale: Scale) -> None:
-    """Waits until retention is over: no more keys than those that last, or that a live part keeps."""
+    """Waits until all calls and sessions have expired."""
     until = time.monotonic() + 2 * max(settings.result_ttl_s, settings.session_ttl_s) + _WAIT_S
     server: Any = connect(settings)
     prefix = Keys(settings.namespace).prefix
     while any(server.scan_iter(match=f"{prefix}call:*", count=10_000)) or any(
         server.scan_iter(match=f"{prefix}session:*", count=10_000)
     ):
-        assert time.monotonic() < until, f"keys stay: {scale.weigh()}"
+        assert time.monotonic() < until, f"keys have not expired: {scale.weigh()}"
         time.sleep(1)
-    # The active expiry and the routers' timer have a last round to make.
+    # Leave time for a last round of Redis's active expiry and of the routers' timer.
     time.sleep(2)
 
 
@@ -228,7 +226,7 @@ def _machine(settings: Settings) -> dict[str, Any]:
 
 
 def slope(samples: Sequence[Sample], name: str, warm_up_s: float) -> float | None:
-    """MiB an hour, of a line through the samples behind the warm-up; None without enough of them."""
+    """Returns the slope, in MiB per hour, of a line through the samples after the warm-up; None if too few."""
     points = [(s.at_s, s.mib[name]) for s in samples if s.at_s >= warm_up_s and name in s.mib]
     if len(points) < 3:
         return None
@@ -240,11 +238,12 @@ def page(run: Soak) -> str:
     lines = [
         f"# Soak: {run.calls:,} calls in {run.seconds / 60:.1f} minutes",
         "",
-        f"{run.rate:,.0f} calls a second; the maximum here was {run.maximum:,.0f}. Ends: {run.states}.",
+        f"{run.rate:,.0f} calls per second; the measured maximum was {run.maximum:,.0f}. "
+        f"Terminal states: {run.states}.",
         f"{run.machine['server']}, Python {run.machine['python']}, {run.machine['cores']} cores, "
         f"load average {run.machine['load_average']:.1f} at the end.",
         "",
-        f"| MiB | before | warm ({run.warm_up_s:.0f} s) | end of load | slope an hour | after expiry |",
+        f"| MiB | before | warm ({run.warm_up_s:.0f} s) | end of load | slope per hour | after expiry |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name in run.samples[-1].mib:
@@ -260,7 +259,7 @@ def page(run: Soak) -> str:
     keys = [str(s.keys) for s in (run.before, *warm[:1], run.samples[-1], run.after)]
     lines += [
         "",
-        f"Keys: {', '.join(keys)} (before, warm, end of load, after expiry). In use after: {run.usage_after}.",
+        f"Keys: {', '.join(keys)} (before, warm, end of load, after expiry). Usage after expiry: {run.usage_after}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -272,12 +271,12 @@ def _mib(sample: Sample, name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--calls", type=int, default=0, help="so many as fast as they go, instead of --minutes")
-    parser.add_argument("--share", type=float, default=0.5, help="of the maximum")
+    parser.add_argument("--calls", type=int, default=0, help="Calls, as fast as possible, instead of --minutes.")
+    parser.add_argument("--share", type=float, default=0.5, help="Load, as a share of the maximum.")
     parser.add_argument("--result-ttl", type=int, default=60)
     parser.add_argument("--session-ttl", type=int, default=60)
-    parser.add_argument("--every", type=float, default=5.0, help="seconds between samples")
-    parser.add_argument("--name", default="soak", help="of the files in bench/results")
+    parser.add_argument("--every", type=float, default=5.0, help="Seconds between samples.")
+    parser.add_argument("--name", default="soak", help="Name of the result files in bench/results.")
     parser.add_argument("--produce", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.produce:

@@ -1,4 +1,4 @@
-"""What clients heard of their streams, held against what an undisturbed engine says. No I/O."""
+"""Compares what clients received of their streams with the text of an undisturbed engine. No I/O."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from itertools import pairwise
 
 
 @dataclass(slots=True)
-class Heard:
+class Received:
     """One stream at its client. Times in seconds on one clock.
 
     Attributes:
-        words: what came, a word a token, each with the time of the chunk that it came in.
-        ended: the stream came to its proper end, by its own account.
-        error: what else the client was told.
+        words: the received words, one per token, each with the time of its chunk.
+        ended: whether the stream reported a normal end.
+        error: the error that the client saw instead.
     """
 
     words: list[tuple[str, float]] = field(default_factory=list)
@@ -26,14 +26,14 @@ class Heard:
         self.words += [(word, at) for word in text.split()]
 
     def longest_gap_s(self, since: float) -> float:
-        """The longest time without a word that reaches beyond `since`, up to the last word; 0 if none does."""
+        """Returns the longest gap between two words that ends after `since`; 0 if there is none."""
         times = [at for _, at in self.words]
         return max((b - a for a, b in pairwise(times) if b > since), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One stream's balance. `lost` and `repeated` count tokens; `in_order`: what came is the beginning of the text."""
+    """The account of one stream. `lost` and `repeated` count tokens; `in_order`: the words are a prefix of the text."""
 
     cut: bool
     lost: int
@@ -41,15 +41,15 @@ class Account:
     in_order: bool
 
     @classmethod
-    def of(cls, expected: str, heard: Heard) -> Account:
-        wanted, got = expected.split(), [word for word, _ in heard.words]
+    def of(cls, expected: str, received: Received) -> Account:
+        wanted, got = expected.split(), [word for word, _ in received.words]
         lost, repeated = Counter(wanted) - Counter(got), Counter(got) - Counter(wanted)
-        return cls(not heard.ended, lost.total(), repeated.total(), got == wanted[: len(got)])
+        return cls(not received.ended, lost.total(), repeated.total(), got == wanted[: len(got)])
 
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """All streams of one run. `on_killed`: how many ran on the engine that was killed."""
+    """All streams of one run. `on_killed`: number of streams on the killed engine."""
 
     streams: int
     on_killed: int
@@ -73,7 +73,7 @@ class Total:
 
     @classmethod
     def sum(cls, runs: Sequence[Total]) -> Total:
-        """Several runs of one system; the gap is the longest of all."""
+        """Adds up several runs of one system; keeps the longest gap."""
         return cls(
             sum(r.streams for r in runs),
             sum(r.on_killed for r in runs),

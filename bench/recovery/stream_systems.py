@@ -1,4 +1,4 @@
-"""The systems of the stream benchmark, each over three engines of the same parameters that can be killed one by one."""
+"""The systems of the stream benchmark, each with three equal engines that can be killed one by one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """A system that runs. `stream` gives the text of a call in chunks, and raises if the stream is cut."""
+    """A running system. `stream` yields the text of a call in chunks, and raises if the stream is cut."""
 
     stream: Callable[[Ask], AsyncIterator[str]]
     running: Callable[[], Mapping[str, int]]  # streams on each engine
@@ -43,7 +43,7 @@ class Setup:
 
 
 class StreamCut(Exception):
-    """The stream ended before its end."""
+    """The stream was cut before its end."""
 
 
 # -- ours
@@ -51,7 +51,7 @@ class StreamCut(Exception):
 
 @asynccontextmanager
 async def ours_local(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
-    """Three workers, each with a modelled engine in it."""
+    """Runs three workers, each with a modelled engine."""
     configs = [_engine(i, backend="sim", model=MODEL, engine_args=ENGINE_ARGS) for i in range(ENGINES)]
     with _fleet(url, configs, log) as fleet:
 
@@ -66,7 +66,7 @@ async def ours_local(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
 
 @asynccontextmanager
 async def ours_remote(url: str, log: IO[bytes]) -> AsyncIterator[Setup]:
-    """Three `openai` workers, each before a server of its own."""
+    """Runs three `openai` workers, each in front of its own server."""
     with sim_servers(ENGINES, ENGINE_ARGS, log) as servers:
         names = {f"e{i}": server for i, server in enumerate(servers)}
         configs = [
@@ -107,12 +107,12 @@ def _our_running(settings: Settings) -> Callable[[], Mapping[str, int]]:
     return lambda: {str(e["engine_id"]): int(e["running"]) for e in monitor.engines()}
 
 
-# -- routers of others, before `rsm sim-server`
+# -- third-party routers in front of `rsm sim-server`
 
 
 @asynccontextmanager
 async def before_router(command: Sequence[str], log: IO[bytes]) -> AsyncIterator[Setup]:
-    """A router of others before three servers."""
+    """Runs a third-party router in front of three servers."""
     with sim_servers(ENGINES, ENGINE_ARGS, log) as servers, router(command, servers, log) as found:
         by_url = {server.url: server for server in servers}
         async with httpx.AsyncClient(base_url=found.url, timeout=PATIENCE_S) as client:
@@ -160,10 +160,10 @@ def _http_stream(client: httpx.AsyncClient) -> Callable[[Ask], AsyncIterator[str
 
 
 def read_event(event: str) -> tuple[str, bool]:
-    """Text of one event of a stream of completions, and whether it is the last.
+    """Returns the text of one event of a completions stream, and whether it is the last event.
 
     Raises:
-        StreamCut: it is an error.
+        StreamCut: the event is an error.
     """
     if event == "[DONE]":
         return "", True
@@ -176,7 +176,7 @@ def read_event(event: str) -> tuple[str, bool]:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One line of the comparison. `package`: whose version is shown, from the environment `venv` ("" = this one)."""
+    """One line of the comparison. The page shows the version of `package` in the environment `venv` ("": this one)."""
 
     name: str
     package: str
@@ -190,7 +190,7 @@ class System:
 
 SYSTEMS = (
     System("rsm-engine", "rsm-engine", "", "3 workers with modelled engines; one is killed", ours_local),
-    System("rsm-engine", "rsm-engine", "", "3 `openai` workers before 3 servers; a server is killed", ours_remote),
+    System("rsm-engine", "rsm-engine", "", "3 `openai` workers, each with a server; a server is killed", ours_remote),
     System("vllm-router", "vllm-router", "vllm-router", "the same 3 servers; one is killed", through_vllm_router),
     System(
         "sglang-router", "sglang-router", "sglang-router", "the same 3 servers; one is killed", through_sglang_router

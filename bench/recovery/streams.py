@@ -1,8 +1,8 @@
-"""Streams under the death of an engine: 18 run on three engines, one of which is killed with `kill -9`.
+"""Measures what happens to streams when their engine dies: 18 streams on three engines, one killed with `kill -9`.
 
     python -m bench.recovery.streams [--rounds 3] [--name streams]
 
-The same prompts and the same engine parameters for all systems; the busiest engine is the one that dies.
+All systems get the same prompts and the same engine parameters. The busiest engine is the one that is killed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from bench.http_servers import PATIENCE_S
-from bench.recovery.stream_account import Account, Heard, Total
+from bench.recovery.stream_account import Account, Received, Total
 from bench.recovery.stream_systems import ENGINES, SYSTEMS, TOKEN_S, Ask, Setup, System
 from bench.report.machine import machine, server_name
 from bench.report.page import write
@@ -28,68 +28,70 @@ from rsm.workers.backends.sim.text import Prompt, answer
 
 STREAMS, SESSIONS = 18, 6
 TOKENS = 600
-# The engine dies when every client has heard so many tokens.
+# The engine is killed when every client has received this many tokens.
 KILL_AFTER_TOKENS = 30
-# On a machine that is too busy some streams are over before the last one has begun: such a run shows nothing.
+# On a busy machine some streams may end before the last one begins; such a run is repeated.
 TRIES = 3
 _SHARED = "something that all calls of this session begin with, " * 8
 
 
 def asks() -> list[Ask]:
-    """The calls: those of one session begin alike."""
+    """Returns the calls; those of one session share a prefix."""
     sessions = [f"session-{n % SESSIONS}" for n in range(STREAMS)]
     return [Ask(s, f"{s}: {_SHARED} question {n}?", TOKENS) for n, s in enumerate(sessions)]
 
 
 def expected(ask: Ask) -> str:
-    """What an undisturbed engine says."""
+    """Returns the text of an undisturbed engine."""
     return answer(Prompt(ask.prompt).seed(), ask.max_tokens).text
 
 
-async def listen(setup: Setup, ask: Ask, heard: Heard) -> None:
-    """One client."""
+async def listen(setup: Setup, ask: Ask, received: Received) -> None:
+    """Runs one client."""
     try:
         async for text in setup.stream(ask):
-            heard.take(text, time.monotonic())
-        heard.ended = True
+            received.take(text, time.monotonic())
+        received.ended = True
     except Exception as e:
-        heard.error = f"{type(e).__name__}: {e}"
+        received.error = f"{type(e).__name__}: {e}"
 
 
 class TooLate(Exception):
-    """Streams had ended before the kill."""
+    """Some streams had ended before the kill."""
 
 
 def valid_run(system: System, url: str) -> Total:
-    """A run in which all streams ran when the engine was killed; RuntimeError if there is none in TRIES."""
+    """Returns a run in which all streams were running at the kill; RuntimeError if TRIES runs give none."""
     for _ in range(TRIES):
         try:
             return asyncio.run(one_run(system, url))
         except TooLate as e:
-            print(f"  {e}: once more", flush=True)
-    raise RuntimeError(f"{system.name}: the machine is too busy for this benchmark")
+            print(f"  {e}; repeating the run", flush=True)
+    raise RuntimeError(f"{system.name}: no valid run in {TRIES} tries. Repeat the benchmark on a less busy machine.")
 
 
 async def one_run(system: System, url: str) -> Total:
     with tempfile.TemporaryFile() as log:
         async with system.run(url, log) as setup:
             calls = asks()
-            heard = [Heard() for _ in calls]
-            clients = [asyncio.create_task(listen(setup, a, h)) for a, h in zip(calls, heard, strict=True)]
+            received = [Received() for _ in calls]
+            clients = [asyncio.create_task(listen(setup, a, r)) for a, r in zip(calls, received, strict=True)]
             async with asyncio.timeout(PATIENCE_S):
-                while any(len(h.words) < KILL_AFTER_TOKENS for h in heard):
+                while any(len(r.words) < KILL_AFTER_TOKENS for r in received):
                     if all(c.done() for c in clients):
-                        raise RuntimeError(f"{system.name}: no stream began: {heard[0].error}")
+                        raise RuntimeError(f"{system.name}: all streams ended before the kill: {received[0].error}")
                     await asyncio.sleep(TOKEN_S)
             running = await asyncio.to_thread(setup.running)
             if sum(running.values()) < STREAMS:
-                raise TooLate(f"{system.name}: only {sum(running.values())} of {STREAMS} streams ran at the kill")
+                raise TooLate(
+                    f"{system.name}: only {sum(running.values())} of {STREAMS} streams were running at the kill"
+                )
             victim = max(running, key=lambda engine: running[engine])
             killed = time.monotonic()
             setup.kill(victim)
             await asyncio.wait(clients, timeout=PATIENCE_S)
-            accounts = [Account.of(expected(a), h) for a, h in zip(calls, heard, strict=True)]
-            gap = max(h.longest_gap_s(killed) for h in heard)
+            accounts = [Account.of(expected(a), r) for a, r in zip(calls, received, strict=True)]
+            gap = max(r.longest_gap_s(killed) for r in received)
             return Total.of(accounts, running[victim], gap)
 
 
@@ -99,10 +101,10 @@ def page(about: Mapping[str, str], runs: Mapping[int, Sequence[Total]]) -> str:
     lines += [
         "",
         f"{STREAMS} streams of {TOKENS} tokens, in {SESSIONS} sessions, run on {ENGINES} modelled engines "
-        f"(a token each {TOKEN_S * 1000:g} ms). When every client has heard {KILL_AFTER_TOKENS} tokens, "
-        "the busiest engine gets `kill -9`. Cut: the client saw an error or an early end. "
-        "Tokens are held against the text of an undisturbed engine. "
-        "Sums over the runs; the gap is the longest silence in a stream that went on.",
+        f"(one token every {TOKEN_S * 1000:g} ms). When every client has received {KILL_AFTER_TOKENS} tokens, "
+        "the busiest engine is killed with `kill -9`. Cut: the client saw an error or an early end. "
+        "Tokens are compared with the text of an undisturbed engine. "
+        "Counts are sums over the runs; the gap is the longest pause in a stream that continued after the kill.",
         "",
     ]
     head = ("System", "Version", "Engines", "Runs", "Streams", "On the killed engine", "Cut", "Tokens lost", "Repeated",
@@ -119,7 +121,7 @@ def page(about: Mapping[str, str], runs: Mapping[int, Sequence[Total]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="streams", help="of the result files in bench/results")
+    parser.add_argument("--name", default="streams", help="Name of the result files in bench/results.")
     args = parser.parse_args()
     runs: dict[int, list[Total]] = {}
     with EmbeddedRedis() as embedded:

@@ -1,1 +1,1 @@
-"""Tables and pages of results."""
+"""Writes tables and pages of results."""

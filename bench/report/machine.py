@@ -1,4 +1,4 @@
-"""On what a benchmark ran."""
+"""Describes the machine that a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def machine(name: str, server: str) -> dict[str, str]:
-    """Return what the page says of the machine; it goes by the caller's `name`, never by its host name."""
+    """Returns a page's description of the machine, under the caller's `name` and never its host name."""
     return {
         "Machine": name,
         "CPU": f"{cpu_model()}, {os.cpu_count()} cores",
@@ -20,7 +20,7 @@ def machine(name: str, server: str) -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """Return the processor's name as the kernel or, elsewhere, the platform module tells it."""
+    """Returns the processor's name from the kernel, or else from the platform module."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -35,13 +35,13 @@ def os_name() -> str:
 
 
 def server_name(info: Mapping[str, object]) -> str:
-    """Return a server's name and version from its INFO; Valkey's `redis_version` is a compatibility level."""
+    """Returns a server's name and version from its INFO; Valkey's `redis_version` is a compatibility level."""
     if "valkey_version" in info:
         return f"Valkey {info['valkey_version']}"
     return f"Redis {info['redis_version']}"
 
 
 def here(**more: str) -> dict[str, str]:
-    """What a page says of the machine and, by name, of whatever else took part."""
+    """Returns a page's description of this machine, with `more` lines about whatever else took part."""
     about = machine(f"{os.cpu_count()} cores, shared with others", "")
     return {key: value for key, value in about.items() if value} | more

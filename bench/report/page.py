@@ -1,4 +1,4 @@
-"""Pages of results, and their sections in the documents."""
+"""Pages of results, and their sections in the docs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCS = ROOT / "docs" / "scheduling.md"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One line of the table of aims."""
+    """One line of the table of targets."""
 
     what: str
     aim: str
@@ -30,7 +30,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A benchmark's results: `section` is also for docs/scheduling.md, `more` is not; `data` is all figures."""
+    """A benchmark's results. `section` also goes into docs/scheduling.md, `more` does not; `data` has all figures."""
 
     title: str
     about: Mapping[str, str]
@@ -56,20 +56,20 @@ def targets_table(found: Iterable[Target]) -> list[str]:
 
 
 def into_docs(mark: str, section: Sequence[str], docs: Path = DOCS) -> bool:
-    """Puts lines between <!-- MARK --> and <!-- /MARK --> of a document; False, and a word of it: it lacks them."""
+    """Replaces the lines between <!-- MARK --> and <!-- /MARK --> of a document; False if it has no such marks."""
     begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     text = docs.read_text(encoding="utf-8") if docs.exists() else ""
     head, found, rest = text.partition(begin)
     _, closed, tail = rest.partition(end)
     if not (found and closed):
-        print(f"{docs.name} is left alone: it has no {begin} … {end}")
+        print(f"{docs.name} is unchanged, because it has no {begin} … {end}")
         return False
     docs.write_text("\n".join([head + begin, "", *section, "", end + tail]), encoding="utf-8")
     return True
 
 
 def publish(report: Report, name: str, folder: Path = RESULTS, docs: Path = DOCS) -> None:
-    """Writes NAME.md and NAME.json, shows the former, and puts its section between the marks of that name."""
+    """Writes NAME.md and NAME.json, prints the page, and puts its section between the docs' marks of that name."""
     text = report.page()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
@@ -80,7 +80,7 @@ def publish(report: Report, name: str, folder: Path = RESULTS, docs: Path = DOCS
 
 
 def write(name: str, text: str, data: Mapping[str, Any], folder: Path = RESULTS) -> None:
-    """Writes NAME.md and NAME.json, and shows the former."""
+    """Writes NAME.md and NAME.json, and prints the page."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A table in markdown, and figures in it: medians with their least and greatest values."""
+"""Markdown tables, and the figures in them: medians with minimum and maximum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of a figure over the runs, with its least and greatest value."""
+    """The median of a figure over the runs, with its minimum and maximum."""
 
     median: float
     least: float

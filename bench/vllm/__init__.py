@@ -1,1 +1,1 @@
-"""Real vLLM, by itself, with every step written down: what steps cost, and who waits how long for whom."""
+"""Benchmarks of real vLLM without the broker, with a log of every step: the cost of steps, and waiting times."""

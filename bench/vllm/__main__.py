@@ -1,4 +1,4 @@
-"""`python -m bench.vllm steps|waits|same|cpu …`: real vLLM by itself, on a GPU or the CPU."""
+"""`python -m bench.vllm steps|waits|same|cpu …`: real vLLM without the broker, on a GPU or the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main() -> None:
         engine.add_arguments(command)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    command = commands.add_parser("same", help="whether two runs gave the same tokens")
+    command = commands.add_parser("same", help="Check whether two runs gave the same tokens.")
     command.add_argument("folders", type=Path, nargs=2)
     command = commands.add_parser("cpu", help=(cpu.__doc__ or "").partition("\n")[0])
     cpu.add_arguments(command)

@@ -1,10 +1,10 @@
-"""A short call on an engine full of long programs' calls: vLLM's own schedulers and ours, on the CPU, in one table.
+"""Measures a short call on an engine full of long programs' calls, on the CPU: vLLM's own schedulers and ours.
 
     python -m bench.vllm cpu [--rounds 3] [--name waits]
 
-Each run is `bench.vllm waits --cases slots` with the tiny model, in a process of its own; the schedulers take turns.
-Many long calls more than there are slots come at once, then short ones, one by one. Those that come while long ones
-still wait for a slot count.
+Each run is `bench.vllm waits --cases slots` with the tiny model, in its own process; the schedulers take turns. Many
+more long calls than slots arrive at once, then short calls arrive one by one. Only short calls that arrive while long
+calls wait for a slot are counted.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from bench.report.table import Spread, table_line
 from bench.vllm.waits import differing
 
 BASE, OURS = "priority", "plas"
-# The first is the one whose tokens the others' are compared with.
-LABELS = {BASE: "vLLM, priority", "fcfs": "vLLM, fcfs", OURS: "with our plug-in (plas)"}
+# The tokens of the others are compared with those of the first.
+LABELS = {BASE: "vLLM, priority", "fcfs": "vLLM, fcfs", OURS: "vLLM with our plug-in (plas)"}
 _PHASE, _SLOTS, _LONGS = "slots", 8, 3.0
-# Sizes of the run: seconds on the CPU, and contexts that all fit, so that slots alone are scarce.
+# A run takes seconds on the CPU, and all contexts fit into the cache, so that only slots are scarce.
 _WAITS = ("--long", "500", "3000", "--longs", str(_LONGS), "--wait-s", "1.5", "--cases", _PHASE)
 _ENGINE = {
     "max_num_seqs": _SLOTS,
@@ -38,7 +38,7 @@ _ENGINE = {
     "kv_cache_memory_bytes": 128 << 20,
     "enforce_eager": True,
 }
-# One thread a process: more of them than cores stand in each other's way.
+# One thread per process, because more threads than cores slow each other down.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _RUN_S = 240
 _AIM = 3.0
@@ -47,11 +47,11 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="waits", help="of the result files in bench/results")
+    parser.add_argument("--name", default="waits", help="Name of the result files in bench/results.")
 
 
 def measure(rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """Runs by scheduler, one a round, and what was measured on."""
+    """Returns the runs of each scheduler, one per round, and the description of the engine."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in LABELS}
     engine: dict[str, Any] = {}
     for turn in range(rounds):
@@ -60,9 +60,9 @@ def measure(rounds: int) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any
                 report = _run(name, Path(folder) / name)
                 engine = report["engine"]
                 phase = next(p for p in report["phases"] if p["phase"] == _PHASE)
-                run = figures(phase, _SLOTS) | told(Path(folder) / BASE, Path(folder) / name)
+                run = figures(phase, _SLOTS) | compare(Path(folder) / BASE, Path(folder) / name)
                 runs[name].append(run)
-                print(f"round {turn + 1} of {rounds}, {name}: {_said(run)}", flush=True)
+                print(f"round {turn + 1} of {rounds}, {name}: {_summary(run)}", flush=True)
     return runs, engine
 
 
@@ -76,18 +76,21 @@ def _run(scheduler: str, out: Path) -> dict[str, Any]:
     with (out / "log").open("wb") as log:
         done = subprocess.run(command, env=os.environ | _ENVIRONMENT, stdout=log, stderr=log, timeout=_RUN_S)
     if done.returncode:
-        raise RuntimeError(f"vLLM with {scheduler} failed:\n{(out / 'log').read_text(errors='replace')[-3000:]}")
+        log_tail = (out / "log").read_text(errors="replace")[-3000:]
+        raise RuntimeError(f"vLLM with {scheduler} failed with status {done.returncode}:\n{log_tail}")
     report: dict[str, Any] = json.loads((out / "waits.json").read_text(encoding="utf-8"))
     return report
 
 
 def figures(phase: Mapping[str, Any], slots: int) -> dict[str, Any]:
-    """A run in figures, in ms: medians and worst of the short calls that came while long ones waited for slots."""
+    """Returns a run's figures in ms: median and maximum over the short calls that came while long ones waited."""
     ends = phase["long_ended_s"]
     full_until = ends[-slots - 1] if len(ends) > slots else 0.0
     counted = [n for n, came in enumerate(phase["short_came_s"]) if came < full_until]
     if not counted:
-        raise ValueError("No short call came while all slots were taken and long calls waited.")
+        raise ValueError(
+            "No short call came while all slots were taken and long calls waited. Use more or longer long calls."
+        )
     found: dict[str, Any] = {"shorts": len(counted), "preempted": phase["preempted"], "long_s": ends[-1]}
     for name, key in (("first", "short_first_ms"), ("end", "short_ms")):
         values = [phase[key][n] for n in counted]
@@ -95,13 +98,13 @@ def figures(phase: Mapping[str, Any], slots: int) -> dict[str, Any]:
     return found | {"step_ms": phase["decode"]["ms"]}
 
 
-def told(one: Path, other: Path) -> dict[str, int]:
-    """How many calls two runs have in common, and in how many of them the tokens differ."""
+def compare(one: Path, other: Path) -> dict[str, int]:
+    """Counts the calls that two runs have in common, and those whose tokens differ."""
     compared, differ = differing(one, other)
     return {"compared": compared, "differ": len(differ)}
 
 
-def _said(run: Mapping[str, Any]) -> str:
+def _summary(run: Mapping[str, Any]) -> str:
     return f"first token {run['first_ms']:.0f} ms, end {run['end_ms']:.0f} ms, {run['preempted']} preempted"
 
 
@@ -115,15 +118,16 @@ def section(runs: Runs, engine: Mapping[str, Any]) -> list[str]:
         "short call: first token, ms",
         "end, ms",
         "worst end, ms",
-        "long calls done after, s",
-        "preempted",
+        "last long call done after, s",
+        "preemptions",
     )
     return [
-        f"vLLM {engine['vllm']} ({engine['device']}) with the tiny model, {engine['slots']} slots, and {_LONGS:g} "
-        "times as many long calls at once; short calls of new programs come one by one, and count while long ones wait "
-        f"for slots. Medians of {rounds} interleaved rounds, with least and greatest.",
+        f"vLLM {engine['vllm']} ({engine['device']}) with the tiny model and {engine['slots']} slots. Long calls, "
+        f"{_LONGS:g} times as many as slots, arrive at once; then short calls of new programs arrive one by one. Only "
+        f"short calls that arrive while long ones wait for slots are counted. Medians of {rounds} interleaved rounds, "
+        "with minimum and maximum.",
         "",
-        table_line((*head, "tokens as with vLLM, priority")),
+        table_line((*head, "same tokens as vLLM, priority")),
         table_line(["---", *["---:"] * len(head)]),
         *(_line(name, list(of)) for name, of in runs.items()),
         "",
@@ -146,11 +150,11 @@ def targets(runs: Runs) -> list[Target]:
     for key, what in (("first_ms", "first token"), ("end_ms", "end")):
         ratios = [base[key] / ours[key] for base, ours in zip(runs[BASE], runs[OURS], strict=True)]
         got = f"{Spread.of(ratios).text(1)} times"
-        what = f"a short call's {what}, ours before vLLM's priority"
-        found.append(Target(what, f"≥ {_AIM:g} times sooner", got, median(ratios) >= _AIM))
+        what = f"a short call's {what}: vLLM's priority over ours"
+        found.append(Target(what, f"≥ {_AIM:g} times", got, median(ratios) >= _AIM))
     differ, compared = (sum(run[key] for run in runs[OURS]) for key in ("differ", "compared"))
     got = f"{compared - differ} of {compared} calls"
-    return [*found, Target("the same tokens as with vLLM's priority", "all", got, compared > 0 and not differ)]
+    return [*found, Target("same tokens as vLLM's priority", "all", got, compared > 0 and not differ)]
 
 
 async def run(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""A real vLLM engine with a log of its steps, and the calls that are made of it.
+"""A real vLLM engine with a log of its steps, and the calls that run on it.
 
-Without a model of the user's it is 8B parameters of Llama's shape with dummy weights: what a step costs does not depend
-on what they are.
+The default model has 8B parameters in Llama's shape with dummy weights, because the cost of a step does not depend on
+the weights.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(slots=True)
 class Call:
-    """One call as it went; times of the monotonic clock, in seconds."""
+    """The result of one call; times of the monotonic clock, in seconds."""
 
     name: str
     prompt: int
@@ -78,7 +78,7 @@ class Phase:
 
 
 class Engine:
-    """A running engine, and what it has done so far."""
+    """A running engine, and its calls and phases so far."""
 
     def __init__(self, llm: Any, folder: Path) -> None:
         self._llm = llm
@@ -93,7 +93,7 @@ class Engine:
         self._vocabulary: int = config.model_config.get_vocab_size()
 
     async def call(self, name: str, prompt: int, output: int, service: int = 0, level: int = 0) -> Call:
-        """One greedy call of a program of its own, which has had so much service; its prompt is made of its name."""
+        """Runs one greedy call of its own program, which has used `service`; its name is the seed of its prompt."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -109,32 +109,32 @@ class Engine:
         )
         call = Call(name, prompt, output, time.monotonic())
         self.calls.append(call)
-        async for part in self._llm.generate(tokens_input(ids), params, name, priority=level):
+        async for output_chunk in self._llm.generate(tokens_input(ids), params, name, priority=level):
             call.first = call.first or time.monotonic()
-            call.tokens += part.outputs[0].token_ids
+            call.tokens += output_chunk.outputs[0].token_ids
         call.ended = time.monotonic()
         return call
 
-    async def phase(self, name: str, *parts: Awaitable[Any]) -> None:
-        """Runs things at once, as a part of the run that has a name."""
+    async def phase(self, name: str, *work: Awaitable[Any]) -> None:
+        """Runs work concurrently, as a named phase."""
         found = Phase(name, time.monotonic())
         self.phases.append(found)
-        await asyncio.gather(*parts)
+        await asyncio.gather(*work)
         found.ended = time.monotonic()
         await asyncio.sleep(0.05)
 
     async def warm_up(self) -> None:
-        """Kernels that are compiled on first use are compiled now."""
+        """Makes vLLM compile the kernels that it compiles on first use."""
         for n in range(2):
             await self.phase("warm-up", *(self.call(f"warm-up {n} {i}", 300, 30) for i in range(20)))
 
     async def steps(self) -> list[Timed]:
-        """All steps so far, as the log has them."""
+        """Returns all logged steps so far."""
         await asyncio.sleep(3 * log.EVERY_S)
         return durations(list(log.read(self._folder / "steps.jsonl")))
 
     def described(self) -> dict[str, Any]:
-        """What was measured, and on what."""
+        """Returns a description of the engine and its device."""
         import torch
         import vllm
         from vllm.platforms import current_platform
@@ -153,7 +153,7 @@ class Engine:
         }
 
     def save(self) -> None:
-        """Phases and calls beside the log of steps; what each call was given in a file of its own."""
+        """Writes phases and calls beside the log of steps, and the tokens of each call into a separate file."""
         calls = [asdict(c) | {"tokens": None} for c in self.calls]
         (self._folder / "calls.json").write_text(
             json.dumps({"phases": [asdict(p) for p in self.phases], "calls": calls})
@@ -162,16 +162,18 @@ class Engine:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder for what was measured")
-    parser.add_argument("--model", default="", help="local folder or name; none: 8B of Llama's shape, dummy weights")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="priority", help="fcfs, priority: vLLM's own")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for the measurements.")
+    parser.add_argument(
+        "--model", default="", help='Model name or path; "" for 8B parameters in Llama\'s shape with dummy weights.'
+    )
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="priority", help="fcfs and priority are vLLM's own.")
     parser.add_argument("--async", dest="asynchronous", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="of vLLM's engine")
+    parser.add_argument("--engine-arg", action="append", default=[], metavar="NAME=JSON", help="An argument of vLLM.")
 
 
 @asynccontextmanager
 async def started(args: argparse.Namespace) -> AsyncIterator[Engine]:
-    """The engine that the command line asks for, until the end of the block."""
+    """Runs the engine that the command line describes until the end of the block."""
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "steps.jsonl"
     file.unlink(missing_ok=True)

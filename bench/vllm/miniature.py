@@ -1,10 +1,10 @@
-"""vLLM's real Scheduler class around a model runner made of dictionaries: an engine core in miniature.
+"""A miniature engine core: vLLM's real Scheduler class with a model runner made of dictionaries.
 
-The runner keeps what a real one keeps: the tokens of each request as it was told them or sampled them itself, and the
-contents of the KV blocks. The next token is a hash over the whole prefix, read back out of the blocks; so a token that
-is lost, doubled or out of order, and a block that was given away too early, change everything that follows.
+The runner keeps the same state as a real one: the tokens of each request, received or sampled, and the contents of the
+KV blocks. The next token is a hash of the whole prefix, read back from the blocks. So a token that is lost, repeated or
+out of order, or a block that is freed too early, changes everything that follows.
 
-With `asynchronous` two batches are under way, as in vLLM's engine core: a step is planned while the one before it runs.
+With `asynchronous` two batches are in flight, as in vLLM's engine core: a step is planned while the previous one runs.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ def next_token(prefix: int) -> int:
 
 
 def answer(prompt: Iterable[int], size: int) -> list[int]:
-    """What the model says to a prompt."""
-    prefix, said = 0, []
+    """Returns the model's answer to a prompt."""
+    prefix, tokens = 0, []
     for token in prompt:
         prefix = chained(prefix, token)
     for _ in range(size):
-        said.append(next_token(prefix))
-        prefix = chained(prefix, said[-1])
-    return said
+        tokens.append(next_token(prefix))
+        prefix = chained(prefix, tokens[-1])
+    return tokens
 
 
 @dataclass(slots=True)
 class _Known:
-    """A request as the model runner knows it."""
+    """The model runner's state of a request."""
 
     tokens: list[int]
     blocks: list[int]
 
 
 class Runner:
-    """Executes what the scheduler has planned."""
+    """Executes the scheduler's plans."""
 
     def __init__(self) -> None:
-        self.blocks: dict[tuple[int, int], int] = {}  # block and offset: hash of the prefix up to there
+        self.blocks: dict[tuple[int, int], int] = {}  # by block and offset: hash of the prefix up to there
         self._known: dict[str, _Known] = {}
 
     def execute(self, output: Any) -> Any:
@@ -105,7 +105,7 @@ class Runner:
 
     def _compute(self, request_id: str, at: int, count: int) -> list[int]:
         known = self._known[request_id]
-        assert at + count <= len(known.tokens), f"{request_id}: token {at + count} of {len(known.tokens)} is to come"
+        assert at + count <= len(known.tokens), f"{request_id}: token {at + count} of {len(known.tokens)} is not known"
         prefix = 0
         for position in range(at):
             prefix = chained(prefix, known.tokens[position])
@@ -125,12 +125,12 @@ class Runner:
 
 @dataclass(slots=True)
 class Call:
-    """A request to be, and what came of it."""
+    """A planned request, and its result."""
 
     name: str
     prompt: list[int]
     size: int
-    at: int = 0  # step at which it comes
+    at: int = 0  # step at which it arrives
     priority: int = 0  # vLLM's: class and level
     program: dict[str, Any] = field(default_factory=dict)
     abort_at: int | None = None
@@ -147,11 +147,11 @@ class Call:
 
 @dataclass(slots=True)
 class Engine:
-    """The scheduler, and its steps.
+    """The scheduler and its runner.
 
     Attributes:
-        steps: how many were planned.
-        before, after: called around each plan.
+        steps: number of planned steps.
+        before, after: called before and after planning each step.
     """
 
     scheduler: Any
@@ -177,7 +177,7 @@ class Engine:
             self.scheduler.finish_requests(call.name, RequestStatus.FINISHED_ABORTED)
 
     def step(self) -> None:
-        """One turn of the engine core's loop."""
+        """Runs one iteration of the engine core's loop."""
         scheduler = self.scheduler
         if scheduler.has_requests():
             self.before()
@@ -202,7 +202,7 @@ class Engine:
                     call.preempted = self._requests[call.name].num_preemptions
 
     def run(self, calls: Iterable[Call], most_steps: int = 20_000) -> None:
-        """Runs calls that come and are aborted at their steps, to the end of all."""
+        """Runs calls, which arrive and are aborted at given steps, until all have ended."""
         coming = deque(sorted(calls, key=lambda call: call.at))
         doomed = [call for call in coming if call.abort_at is not None]
         turns = 0
@@ -214,10 +214,10 @@ class Engine:
                     self.abort(call)
             self.step()
             turns += 1
-            assert turns < most_steps, "some calls never end"
+            assert turns < most_steps, f"some calls have not ended after {most_steps} steps"
 
     def left(self) -> dict[str, Any]:
-        """What should be nothing once all calls have ended."""
+        """Returns the counts that are not zero; once all calls have ended there should be none."""
         s = self.scheduler
         pool = s.kv_cache_manager.block_pool
         found = {
@@ -260,7 +260,7 @@ def make_engine(
     policy: str = "priority",
     model: str = "",
 ) -> Engine:
-    """An engine with the scheduler class that `scheduler_class` makes of vLLM's configuration."""
+    """Returns an engine with the scheduler that `scheduler_class` makes from vLLM's configuration."""
     import torch
     from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
     from vllm.v1.core import kv_cache_utils
@@ -285,7 +285,7 @@ def make_engine(
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
     )
-    config.scheduler_config.async_scheduling = asynchronous  # it has no place on a CPU, says vLLM
+    config.scheduler_config.async_scheduling = asynchronous  # set here, because vLLM turns it off on a CPU
     config.cache_config.block_size = BLOCK
     config.cache_config.num_gpu_blocks = blocks
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
@@ -304,7 +304,7 @@ def make_engine(
 
 
 def stock(**arguments: Any) -> Any:
-    """vLLM's own scheduler."""
+    """Returns vLLM's own scheduler."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 

@@ -1,14 +1,14 @@
-"""How much of a step the scheduler plug-in takes, around the real Scheduler class of the vLLM on the import path.
+"""Measures the scheduler plug-in's share of a step, with the real Scheduler class of the vLLM on the import path.
 
     python -m bench.vllm.scheduler_share [--calls 256] [--steps 400] [--name scheduler_share]
 
-The model runner is made of dictionaries and is not measured; what a step takes was measured on a GPU
+The model runner is a stub made of dictionaries and is not measured. The duration of a step was measured on a GPU
 (bench/results/h200-steps.json). Two loads:
 
-- quiet: all calls decode, none comes or goes;
-- busy: one ends in each step, a program in four is short and new, and a queue waits, so that calls are preempted.
+- quiet: all calls decode, and none starts or ends;
+- busy: one call ends in each step, every fourth program is short and new, and a queue waits, so calls are preempted.
 
-vLLM's own scheduler and the one with the plug-in take turns, twenty steps each, in one process.
+vLLM's own scheduler and the one with the plug-in take turns in one process.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Timed:
     """An engine whose steps are timed.
 
     Attributes:
-        schedule: seconds of each `schedule`.
-        own: seconds of the plug-in's part of it.
+        schedule: seconds of each call of `schedule`.
+        own: seconds of the plug-in in each of them.
     """
 
     engine: Engine
@@ -71,7 +71,7 @@ class Timed:
             self.own.append(self.schedule[-1] - self.inner)
             return output
 
-        # The class is shared by the two engines, so each brings its own just before its turn.
+        # Both engines share the class, so each installs its own method just before its turn.
         self.before = lambda: setattr(base, "schedule", lambda _, *a, **k: inner(*a, **k))
         self.after = lambda: setattr(base, "schedule", vllms)
         scheduler.schedule = timed
@@ -88,12 +88,12 @@ class Timed:
 
 
 def vllm_class(scheduler: Any) -> Any:
-    """The class of vLLM's that has `schedule`."""
+    """Returns vLLM's class that defines `schedule`."""
     return next(c for c in type(scheduler).__mro__ if "schedule" in vars(c) and c.__module__.startswith("vllm."))
 
 
 class LightRunner:
-    """Says a token for every request that has no prompt left to compute; checks nothing."""
+    """Returns a token for every request without prompt left to compute; checks nothing."""
 
     def __init__(self, scheduler: Any) -> None:
         self._requests = scheduler.requests
@@ -102,11 +102,11 @@ class LightRunner:
         from vllm.v1.outputs import ModelRunnerOutput
 
         ids = list(output.num_scheduled_tokens)
-        said = [[] if self._requests[i].is_prefill_chunk else [7] for i in ids]
+        sampled = [[] if self._requests[i].is_prefill_chunk else [7] for i in ids]
         return ModelRunnerOutput(
             req_ids=ids,
             req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-            sampled_token_ids=said,
+            sampled_token_ids=sampled,
             logprobs=None,
             prompt_logprobs_dict={},
             pooler_output=[],
@@ -114,7 +114,7 @@ class LightRunner:
 
 
 def fill(coming: Iterator[Call], full: int, engine: Engine) -> None:
-    """Adds calls until the engine has so many."""
+    """Adds calls until the engine has `full` of them."""
     for _ in range(full - len(engine.scheduler.requests)):
         engine.add(next(coming))
 
@@ -163,39 +163,44 @@ def measure(load: str, asynchronous: bool, slots: int, steps: int) -> dict[str, 
     }
 
 
-# -- beside what a step takes
+# -- comparison with the duration of a step
 
 
 def decode_ms(measured: Mapping[str, Any], calls: int) -> dict[str, float]:
-    """What steps take in which so many calls decode and nothing else is done, in ms, by the length of the contexts."""
+    """Returns the ms of steps in which `calls` calls decode and nothing else is done, by context length."""
     name = f"decode {calls} x "
     found = [kind for kind in measured["kinds"] if kind["phase"].startswith(name) and not kind["prefill"]]
     return {kind["phase"].removeprefix(name): kind["ms"] for kind in found}
 
 
 def cost_ms(row: Mapping[str, Any]) -> float:
-    """What the plug-in adds to a step: by how much planning takes longer, but at least what was timed inside it."""
+    """Returns what the plug-in adds to a step: the difference in planning, but at least the time inside the plug-in."""
     return max(float(row["plas_ms"] - row["stock_ms"]), float(row["own_mean_ms"]))
 
 
 def section(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, float], gpu: Mapping[str, Any]) -> list[str]:
-    """`steps`: as `decode_ms` gives them; `gpu`: what they were measured on."""
+    """Returns the tables of the page.
+
+    Args:
+        steps: the result of `decode_ms`.
+        gpu: what the steps were measured on.
+    """
     columns = (
         "Load",
         "Mode",
         "Running",
         "Steps",
-        "vLLM's, ms",
+        "vLLM, ms",
         "with the plug-in, ms",
-        "its part: median, mean, p99, ms",
+        "plug-in alone: median, mean, p99, ms",
     )
     shares = [f"share of a step, contexts of {context}" for context in steps]
     head = (*columns, *shares)
     lines = [
-        "Planning of a step by vLLM's own scheduler and by the one with the plug-in, in processor time (medians), "
-        f"beside decode steps that were measured with vLLM {gpu['vllm']} on an {gpu['device']} ({gpu['model']}): "
+        "CPU time to plan a step (medians), by vLLM's own scheduler and with the plug-in, compared with decode steps "
+        f"measured with vLLM {gpu['vllm']} on an {gpu['device']} ({gpu['model']}): "
         + ", ".join(f"{ms:.1f} ms with contexts of {context}" for context, ms in steps.items())
-        + ". Busy: a call ends in each step, a program in four is short and new, and calls are preempted.",
+        + ". Busy: one call ends in each step, every fourth program is short and new, and calls are preempted.",
         "",
         table_line(head),
         table_line(["---", "---", *["---:"] * (len(head) - 2)]),
@@ -203,7 +208,7 @@ def section(rows: Sequence[Mapping[str, Any]], steps: Mapping[str, float], gpu: 
         "",
     ]
     worst = max(map(cost_ms, rows)) / min(steps.values())
-    what = "the plug-in's part of the shortest of these steps, all calls running"
+    what = "the plug-in's share of the shortest of these steps, all calls running"
     return [*lines, *targets_table([Target(what, f"≤ {_AIM:.0%}", f"{worst:.1%}", worst <= _AIM)])]
 
 
@@ -218,12 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=256)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--name", default="scheduler_share", help="of the result files in bench/results")
+    parser.add_argument("--name", default="scheduler_share", help="Name of the result files in bench/results.")
     args = parser.parse_args()
     measured = json.loads(_STEPS.read_text(encoding="utf-8"))
     steps = decode_ms(measured, args.calls)
     if not steps:
-        parser.error(f"{_STEPS.name} has no decode steps of {args.calls} calls")
+        parser.error(f"{_STEPS.name} has no decode steps of {args.calls} calls; use a --calls that was measured")
     version = mini.prepare()
     rows = [
         measure(load, asynchronous, args.calls, args.steps)

@@ -1,9 +1,9 @@
-"""What the steps of a real vLLM engine cost, over all kinds of steps that occur.
+"""Measures the steps of a real vLLM engine, over all kinds of steps that occur.
 
     python -m bench.vllm steps --out FOLDER [--model FOLDER] [--engine-arg NAME=JSON …]
 
-Prints a line for each kind, then the costs (as in the simulator's `SimTimes`) that explain them best, and how far these
-are from calls that come at random, of which the fit knows nothing.
+Prints a line for each kind, then the best fit of the costs in the simulator's `SimTimes`, and its error on calls that
+arrive at random and are not part of the fit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.vllm.engine import Engine, Phase, started
 from rsm.simulation.calibration.step_costs import COSTS, Error, Timed, error, fit
 
 _DECODE_STEPS = 48
-# Calls that decode at once, by the context of each.
+# Numbers of calls that decode at once, by context length.
 _GRID = {
     64: (1, 8, 32, 64, 128, 192, 256),
     1024: (1, 16, 64, 128, 256),
@@ -31,13 +31,13 @@ _GRID = {
 }
 _PROMPTS = (64, 256, 512, 1024, 2048, 4096, 8000)
 _MIXED = "mixed"
-# The costs that SimTimes has, and those with one more, for what attention costs in long prompts.
+# The costs of SimTimes, and the same with the cost of attention in long prompts.
 MODELS = (tuple(COSTS)[:4], tuple(COSTS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--mixed-s", type=float, default=20.0, help="how long calls come at random")
-    parser.add_argument("--rate", type=float, default=12.0, help="how many a second")
+    parser.add_argument("--mixed-s", type=float, default=20.0, help="Seconds during which calls arrive at random.")
+    parser.add_argument("--rate", type=float, default=12.0, help="Random calls per second.")
 
 
 async def run(args: argparse.Namespace) -> None:
@@ -62,14 +62,15 @@ def _fits(engine: Engine, batch: int, context: int) -> bool:
 
 
 async def decode(engine: Engine, batch: int, context: int) -> None:
-    """Who comes first has said some words when the last prompt is computed; all say enough to overlap."""
+    """Runs calls that decode at once. The first ones start before the last prompt is computed, so all are long enough
+    to overlap."""
     more = _DECODE_STEPS + context * batch // engine.step_tokens
     name = f"decode {batch} x {context}"
     await engine.phase(name, *(engine.call(f"{name} {n}", context, more) for n in range(batch)))
 
 
 async def mixed(engine: Engine, seconds: float, rate: float, longest: int) -> None:
-    """Calls of all lengths come at random times."""
+    """Runs calls of all lengths that arrive at random times."""
     dice, arrivals, at = random.Random(_MIXED), [], 0.0
 
     async def later(at: float, prompt: int, output: int) -> None:
@@ -82,17 +83,17 @@ async def mixed(engine: Engine, seconds: float, rate: float, longest: int) -> No
     await engine.phase(_MIXED, *arrivals)
 
 
-# -- what it gave
+# -- results
 
 
 def of_phases(taken: Iterable[Timed], phases: Sequence[Phase], *names: str) -> list[Timed]:
-    """The steps of the phases whose names begin so."""
+    """Returns the steps of the phases whose names start with one of `names`."""
     chosen = [p for p in phases if p.name.startswith(names)]
     return [t for t in taken if any(p.holds(t.step.planned_from) for p in chosen)]
 
 
 def kinds(taken: Sequence[Timed], phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """Medians of each kind of step: those with and those without prompt tokens, in each phase."""
+    """Returns the medians of each kind of step: those with and without prompt tokens, in each phase."""
     found = []
     for name in dict.fromkeys(p.name for p in phases):
         of_name = of_phases(taken, [p for p in phases if p.name == name], name)
@@ -114,7 +115,7 @@ def kinds(taken: Sequence[Timed], phases: Sequence[Phase]) -> list[dict[str, Any
 
 
 def fits(taken: Sequence[Timed], phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """For each model: its costs, and its errors on the steps of which they were made, and on others."""
+    """Returns each model's costs, and its errors on the fitted steps and on others."""
     known, unknown = of_phases(taken, phases, "decode", "prefill"), of_phases(taken, phases, _MIXED)
     found = []
     for names in MODELS:

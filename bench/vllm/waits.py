@@ -1,15 +1,15 @@
-"""How long a new program's short call takes on a real vLLM engine that is full of long programs' calls.
+"""Measures a new program's short call on a real vLLM engine that is full of long programs' calls.
 
     python -m bench.vllm waits --scheduler plas|priority|fcfs --out FOLDER [--cases cost,slots,kv] [--no-async]
 
 Cases:
-- cost: all slots decode, with a context of 64 and of 1024 tokens, and nobody waits: what planning a step takes.
-- slots: more long calls than there are slots (--longs) come at once; then short ones, one by one, before the first
-  long one has ended and after.
+- cost: all slots decode, with contexts of 64 and of 1024 tokens, and no call waits: the cost of planning a step.
+- slots: more long calls than slots (--longs) arrive at once; then short calls arrive one by one, before and after the
+  first long call has ended.
 - kv: the same with long prompts, so that the KV cache is full while slots are free.
 
-Long calls belong to programs that have used much service, and have the level that the router would give them.
-`same` says whether two runs gave the same tokens, call by call:
+Long calls belong to programs that have used much service, and have the level that the router would assign. `same`
+compares the tokens of two runs, call by call:
 
     python -m bench.vllm same FOLDER FOLDER
 """
@@ -33,16 +33,18 @@ from rsm.simulation.calibration.step_costs import Timed
 _LONG_SERVICE, _LONG_LEVEL = 300_000, 5
 _SHORT_PROMPT, _SHORT_OUTPUT, _SHORTS = 200, 32, 30
 _COST_STEPS = 100
-# A step is full when at least so many of the slots decode in it: calls of the next level come and go.
+# A step is full if at least this share of the slots decodes in it; not all of them, since some calls come and go.
 _FULL = 0.98
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default="cost,slots,kv")
-    parser.add_argument("--longs", type=float, default=1.5, help="long calls in case slots, over slots")
-    parser.add_argument("--long", type=int, nargs=2, default=(400, 1200), help="output tokens of long calls")
-    parser.add_argument("--prompt", type=int, default=8000, help="prompt tokens of long calls in case kv")
-    parser.add_argument("--wait-s", type=float, default=3.0, help="until the first short call; then one each sixth")
+    parser.add_argument("--longs", type=float, default=1.5, help="Long calls per slot in case slots.")
+    parser.add_argument("--long", type=int, nargs=2, default=(400, 1200), help="Output tokens of long calls.")
+    parser.add_argument("--prompt", type=int, default=8000, help="Prompt tokens of long calls in case kv.")
+    parser.add_argument(
+        "--wait-s", type=float, default=3.0, help="Seconds until the first short call; then one every sixth of it."
+    )
 
 
 async def run(args: argparse.Namespace) -> None:
@@ -89,11 +91,11 @@ async def _cost(engine: Engine) -> None:
             await engine.phase(f"cost {context}", *calls)
 
 
-# -- what it gave
+# -- results
 
 
 def summary(phase: Phase, taken: Sequence[Timed], calls: Sequence[Call], slots: int) -> dict[str, Any]:
-    """A phase in figures; times in ms."""
+    """Returns the figures of a phase; times in ms."""
     of_phase = [t for t in taken if phase.holds(t.step.planned_from)]
     decode = [t for t in of_phase if not t.step.prefill_tokens]
     full = [t for t in decode if t.step.decode_seqs >= _FULL * slots]
@@ -139,7 +141,7 @@ def lines(r: dict[str, Any]) -> Iterator[str]:
 
 
 def same(one: Path, other: Path) -> Iterator[str]:
-    """For each kind of call, how many were given the same tokens in both runs."""
+    """Yields, for each kind of call, how many have the same tokens in both runs."""
     a, b = _tokens(one), _tokens(other)
     by_kind = defaultdict(list)
     for name in sorted(a.keys() & b.keys()):
@@ -147,19 +149,19 @@ def same(one: Path, other: Path) -> Iterator[str]:
     for kind, names in by_kind.items():
         differ = [n for n in names if a[n] != b[n]]
         at = [next((i for i, (x, y) in enumerate(zip(a[n], b[n], strict=False)) if x != y), -1) for n in differ]
-        where = f", the others from token {median(at):.0f} on (median)" if at else ""
+        where = f", the others differ from token {median(at):.0f} on (median)" if at else ""
         words = len({token for n in names for token in a[n]})
-        yield f"{kind:14} {len(names) - len(differ)} of {len(names)} are the same{where}; {words} different tokens"
+        yield f"{kind:14} {len(names) - len(differ)} of {len(names)} are the same{where}; {words} distinct tokens"
 
 
 def differing(one: Path, other: Path) -> tuple[int, list[str]]:
-    """How many calls two runs have in common, and those of them that were not given the same tokens."""
+    """Returns the number of calls that two runs have in common, and the names of those whose tokens differ."""
     a, b = _tokens(one), _tokens(other)
     common = sorted(a.keys() & b.keys())
     return len(common), [name for name in common if a[name] != b[name]]
 
 
 def _tokens(folder: Path) -> dict[str, list[int]]:
-    """What each call of a run was given."""
+    """Returns the tokens of each call of a run."""
     found: dict[str, list[int]] = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
     return found

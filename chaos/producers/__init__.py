@@ -1,1 +1,1 @@
-"""Producers as processes, of three kinds, and what they are going to do."""
+"""Producer processes of three kinds, and their plans."""

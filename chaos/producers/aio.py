@@ -1,4 +1,4 @@
-"""A producer with the asyncio client, a task for each lane; chunks come live, through the inbox."""
+"""A producer with the asyncio client and a task per lane; chunks arrive live, through the inbox."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def run(book: Book, settings: Settings) -> None:
-    """Returns when the book has nothing more to do."""
+    """Runs all lanes; returns when the book has no more work."""
     asyncio.run(_run(book, settings))
 
 
@@ -47,21 +47,21 @@ class _Lane:
     async def _push(self, plan: Plan) -> AsyncCall | None:
         story = self._book.story(plan)
         known = bool(story.accepted)
-        if known:  # by a predecessor of this process: pushed again below, so that the events comes here
+        if known:  # to a predecessor of this process; pushed again below, so that its events arrive here
             try:
-                await _insist(lambda: self._client.record(plan.id))
+                await _retry(lambda: self._client.record(plan.id))
             except UnknownCall:
                 self._book.lost(plan)
                 return None
         if plan.deadline_s and not story.deadline_ms:
-            self._book.deadline(plan, await _insist(lambda: self._client.deadline_in(plan.deadline_s)))
+            self._book.deadline(plan, await _retry(lambda: self._client.deadline_in(plan.deadline_s)))
         call = await self._submit(plan)
         if not known:
             self._book.accepted(plan)
         return await self._submit(plan) if plan.act is Act.TWICE else call
 
     async def _submit(self, plan: Plan) -> AsyncCall:
-        return await _insist(
+        return await _retry(
             lambda: self._client.submit(
                 plan.prompt,
                 id=plan.id,
@@ -80,14 +80,14 @@ class _Lane:
         elif plan.act is Act.CANCEL:
             await asyncio.sleep(plan.after / 10)
             await self._cancel(plan)
-        record = await _insist(call.wait)
+        record = await _retry(call.wait)
         result = record.result
         self._book.end(
             plan, record.state, result.text if result else "", result.token_ids if result else [], record.error_code
         )
 
     async def _read(self, plan: Plan, call: AsyncCall) -> None:
-        """Live from the inbox at first; a stream that was left, or begun by a predecessor, goes on from the log."""
+        """Reads live from the inbox; a stream that was left, or started by a predecessor, resumes from the log."""
         left = bool(self._book.story(plan).chunks) or await self._chunks(plan, call.stream(), may_leave=True)
         if left:
             async with AsyncClient(settings=self._client.settings) as other:
@@ -95,7 +95,7 @@ class _Lane:
                     pass
 
     async def _chunks(self, plan: Plan, stream: AsyncIterator[Delta], may_leave: bool = False) -> bool:
-        """True if the stream was left before its end."""
+        """Reads chunks; returns whether the stream was left before its end."""
         closing: Any = stream
         try:
             async with aclosing(closing):
@@ -113,21 +113,21 @@ class _Lane:
 
     async def _cancel(self, plan: Plan) -> None:
         self._book.cancel(plan)
-        if await _insist(lambda: self._client.cancel(plan.id)):
-            self._book.cancelled(plan, await _insist(lambda: self._client.deadline_in(0)))
+        if await _retry(lambda: self._client.cancel(plan.id)):
+            self._book.cancelled(plan, await _retry(lambda: self._client.deadline_in(0)))
 
     async def _cancel_session(self, plans: list[Plan]) -> None:
         await asyncio.sleep(plans[0].after / 10)
         for plan in plans:
             self._book.cancel(plan)
-        await _insist(lambda: self._client.cancel_session(plans[0].session))
-        now = await _insist(lambda: self._client.deadline_in(0))
+        await _retry(lambda: self._client.cancel_session(plans[0].session))
+        now = await _retry(lambda: self._client.deadline_in(0))
         for plan in plans:
             self._book.session_cancelled(plan, now)
 
 
-async def _insist(action: Callable[[], Awaitable[T]]) -> T:
-    """Does what BrokerUnavailable asks for: it repeats."""
+async def _retry(action: Callable[[], Awaitable[T]]) -> T:
+    """Repeats an action while the broker is unavailable."""
     while True:
         try:
             return await action()

@@ -1,5 +1,5 @@
-"""What a producer is going to do: a function of the seed, of its place and of the call's number, so deaths change
-nothing of it. And what an undisturbed engine would have answered."""
+"""A producer's plans. They depend only on the seed, the producer's place and the call's number, so deaths do not change
+them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIM_MODEL = "sim-8b"
 
 
 class Act(StrEnum):
-    """What the producer does besides waiting."""
+    """What the producer does with a call besides waiting. The values are keys in bench/results/chaos-*.json."""
 
     WAIT = "wait"
     CANCEL = "cancel"
@@ -23,7 +23,7 @@ class Act(StrEnum):
     DEADLINE = "deadline"
 
 
-# Weights: most calls are ordinary, so that faults have work to disturb.
+# Weights. Most calls are ordinary, so that faults have work to disturb.
 _ACTS = {Act.WAIT: 8, Act.CANCEL: 3, Act.CANCEL_SESSION: 1, Act.AWAY: 3, Act.TWICE: 2, Act.DEADLINE: 1}
 _SESSION_CALLS = 3
 _SESSIONS = 8
@@ -32,11 +32,11 @@ _LONG = 300
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One call, and what its producer does about it.
+    """One call, and what its producer does with it.
 
     Attributes:
-        after: chunks seen, or tenths of a second waited where there are no chunks, before the producer acts.
-        deadline_s: seconds from the push on Redis's clock; 0 = none.
+        after: number of chunks (without streaming: tenths of a second) before the producer acts.
+        deadline_s: seconds from the push, on Redis's clock; 0: none.
     """
 
     id: str
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Prompts of an engine whose answers cannot be computed here, so that they were asked before the chaos began."""
+    """Prompts for a real engine. Its answers cannot be computed, so they are recorded before the first fault."""
 
     model: str
     prompts: tuple[str, ...]
@@ -68,15 +68,15 @@ class Pool:
 
 
 def is_real(number: int) -> bool:
-    """Whether the calls of this number go to the engine that is not modelled, if there is one."""
+    """Tells whether the calls of this number go to the real engine, if there is one."""
     return number % 2 == 1
 
 
 def draw(seed: int, place: int, number: int, pool: Pool | None = None) -> list[Plan]:
-    """The calls that a producer makes together as its `number`th: one, or a whole session that it will cancel.
+    """Draws the calls that a producer pushes together under one number: a single one, or a session to cancel.
 
     Args:
-        pool: half of the numbers go to its model.
+        pool: prompts for the real engine; half of the numbers use them.
     """
     rng = random.Random(f"{seed}/{place}/{number}")
     act = rng.choices(list(_ACTS), weights=list(_ACTS.values()))[0]
@@ -90,7 +90,7 @@ def draw(seed: int, place: int, number: int, pool: Pool | None = None) -> list[P
 def _plan(rng: random.Random, name: str, session: str, act: Act, pool: Pool | None) -> Plan:
     prompt, tokens, model = f"prompt {name} {rng.randrange(1 << 30)}", rng.randint(4, 60), SIM_MODEL
     if act in (Act.CANCEL, Act.CANCEL_SESSION):
-        tokens = _LONG  # so that an engine that goes on regardless would be seen
+        tokens = _LONG  # so that an engine that ignores the cancel is noticed
     if pool is not None:
         prompt, tokens, model = rng.choice(pool.prompts), pool.max_tokens, pool.model
     deadline = rng.choice((0.3, 1.0, 30.0)) if act is Act.DEADLINE else 0.0

@@ -1,4 +1,4 @@
-"""A producer's lanes as threads; what a lane does with the calls it is given is its kind's to say."""
+"""A producer's lanes as threads; each kind of producer defines what a lane does with its calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOOK_S = 0.1
 
 
 class Lane(threading.Thread):
-    """One call, or one session, after the other. `error` is what ended it, if not the end of the work."""
+    """Processes one call, or one session, after the other. `error`: the exception that ended it early, if any."""
 
     def __init__(self, book: Book, client: Client, number: int) -> None:
         super().__init__(daemon=True)
@@ -32,17 +32,17 @@ class Lane(threading.Thread):
             self._book.stopping.set()
 
     def _together(self, plans: list[Plan]) -> None:
-        """Makes these calls, or takes them up."""
+        """Pushes these calls, or takes over a predecessor's, and follows them to their ends."""
         raise NotImplementedError
 
 
 def run_lanes(lane_of: type[Lane], book: Book, settings: Settings) -> None:
-    """Returns when the book has nothing more to do; raises what ended a lane."""
+    """Runs all lanes; returns when the book has no more work, or raises the error of a lane."""
     with Client(settings=settings) as client:
         lanes = [lane_of(book, client, number) for number in range(LANES)]
         for lane in lanes:
             lane.start()
-        while any(lane.is_alive() for lane in lanes):  # no join: a signal that another thread took would wait with it
+        while any(lane.is_alive() for lane in lanes):  # join() would delay the handling of signals
             time.sleep(_LOOK_S)
     for lane in lanes:
         if lane.error is not None:

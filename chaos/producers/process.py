@@ -1,8 +1,8 @@
-"""A producer as a process of its own: `python -m chaos.producers.process KIND …`, started again when it dies.
+"""A producer process: `python -m chaos.producers.process KIND …`, restarted when it dies.
 
-It works on a few calls at once until SIGTERM, then ends those under way and leaves. After SIGUSR1 it kills itself
-(kill -9) between its next push and its wait. Its successor takes its ledger up: unfinished calls are waited for by
-their ids, streams are read on from the last event id.
+It works on a few calls at once until SIGTERM, then finishes the calls in progress and exits. After SIGUSR1 it kills
+itself (kill -9) between its next push and its wait. Its successor continues from its ledger: it waits for unfinished
+calls by their ids, and resumes streams after the last event id.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from chaos.producers.calls import Plan, Pool, draw, is_real
 from rsm.broker import Settings, logs
 
 KINDS = ("sync", "aio", "raw")
-# Of the bare producer, which does not read it: our clients trim theirs, so only here all ends can be counted.
+# The raw producer's inbox, which it never reads. Our clients trim their inboxes, so only here can all ends be counted.
 INBOX = "untrimmed"
 LANES = 6
-# So many of them call the real engine, which takes long to come back; they alone wait for it then.
+# Number of lanes that call the real engine. It restarts slowly, so only these lanes wait for it.
 REAL_LANES = 2
-# Between two calls of a lane.
+# Pause between two calls of a lane.
 PAUSE_S = 0.3
 _LEAVE_S = 120
 
 
 class Book:
-    """What a producer has to do, what its predecessors did, and what it notes down. Threads may share one."""
+    """A producer's work: its plans, the facts from its predecessors, and the ledger for its own. Thread-safe."""
 
     def __init__(self, place: int, seed: int, path: Path, pool: Pool | None = None) -> None:
         self._seed, self._place, self._pool = seed, place, pool
@@ -44,13 +44,13 @@ class Book:
         even = (max(numbers, default=-1) + 2) // 2 * 2
         self._fresh = {False: itertools.count(even, 2), True: itertools.count(even + 1, 2)}
         self._lock = threading.Lock()
-        self._doomed = False
+        self._dies_at_push = False
         self.stopping = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: self._leave())
-        signal.signal(signal.SIGUSR1, lambda *_: self._doom())
+        signal.signal(signal.SIGTERM, lambda *_: self._stop())
+        signal.signal(signal.SIGUSR1, lambda *_: self._die_at_push())
 
     def take(self, lane: int) -> list[Plan] | None:
-        """The next calls to make in a lane, or to take up; None if there is nothing more to do."""
+        """Returns the next calls of a lane, new or a predecessor's; None if there is no more work."""
         real = lane < REAL_LANES
         with self._lock:
             left = [number for number in self._unfinished if is_real(number) is real]
@@ -67,13 +67,13 @@ class Book:
         return [plan for plan in plans if not self.story(plan).ends]
 
     def story(self, plan: Plan) -> Story:
-        """What this process and its predecessors know of a call."""
+        """Returns what this process and its predecessors know about a call."""
         return self._stories[plan.id]
 
     def accepted(self, plan: Plan) -> None:
-        """Its push was acknowledged."""
+        """Notes that the push was acknowledged."""
         self._note("accepted", plan)
-        if self._doomed:
+        if self._dies_at_push:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def deadline(self, plan: Plan, ms: int) -> None:
@@ -83,44 +83,44 @@ class Book:
         self._note("chunk", plan, n=n, eid=eid, text=text, ids=token_ids)
 
     def cancel(self, plan: Plan) -> None:
-        """A cancel of the call, or of its session, is about to be sent."""
+        """Notes that a cancel of the call, or of its session, is about to be sent."""
         self._note("cancel", plan)
 
     def cancelled(self, plan: Plan, ms: int) -> None:
-        """The cancel was acknowledged as taking effect; it is `ms` on Redis's clock."""
+        """Notes that the cancel was acknowledged as effective, at `ms` on Redis's clock."""
         self._note("cancelled", plan, ms=ms)
 
     def session_cancelled(self, plan: Plan, ms: int) -> None:
         self._note("session_cancelled", plan, ms=ms)
 
     def lost(self, plan: Plan) -> None:
-        """An accepted call has no record."""
+        """Notes that an accepted call has no record."""
         self._note("lost", plan)
         self.end(plan, "LOST")
 
     def end(self, plan: Plan, state: str, text: str = "", token_ids: list[int] | None = None, code: str = "") -> None:
         self._note("end", plan, state=state, text=text, ids=token_ids or [], error_code=code)
 
-    def _leave(self) -> None:
-        self._doomed = False
+    def _stop(self) -> None:
+        self._dies_at_push = False
         self.stopping.set()
-        signal.alarm(_LEAVE_S)  # whoever started it may be gone, and Redis too
+        signal.alarm(_LEAVE_S)  # its parent and Redis may be gone
 
-    def _doom(self) -> None:
-        self._doomed = not self.stopping.is_set()  # nobody would start its successor any more
+    def _die_at_push(self) -> None:
+        self._dies_at_push = not self.stopping.is_set()  # while stopping, it would not be restarted
 
     def _note(self, what: str, plan: Plan, **more: Any) -> None:
         self._ledger.note(what, plan.id, **more)
         self.story(plan).add({"what": what, "at": 1.0, **more})
 
 
-def heeds_signals(ledger: Path) -> Path:
-    """The file that holds the pid of the producer that works on a ledger, once SIGTERM means to it what it should."""
+def ready_file(ledger: Path) -> Path:
+    """Returns the file with the pid of the producer on a ledger; the producer writes it once it handles SIGTERM."""
     return ledger.with_suffix(".pid")
 
 
 def _number(call_id: str) -> int:
-    """The number of the group that a call belongs to: 17 of "p2-17.0"."""
+    """Returns the number in a call's id: 17 for "p2-17.0"."""
     return int(call_id.partition("-")[2].partition(".")[0])
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     logs.configure(Settings(), f"producer {args.place}")
     pool = Pool(args.pool["model"], tuple(args.pool["prompts"]), args.pool["max_tokens"]) if args.pool else None
     book = Book(args.place, args.seed, args.ledger, pool)
-    heeds_signals(args.ledger).write_text(str(os.getpid()))
+    ready_file(args.ledger).write_text(str(os.getpid()))
     importlib.import_module(f"chaos.producers.{args.kind}").run(book, Settings())
 
 

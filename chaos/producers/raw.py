@@ -1,6 +1,6 @@
-"""A producer that knows docs/protocol.md and a Redis client: XADD of JSON, HMGET of the record, XREAD of the log.
+"""A producer that uses only docs/protocol.md and a Redis client: XADD of JSON, HMGET of the record, XREAD of the log.
 
-Only cancels go through our client: they are scripts. A thread for each lane.
+Only cancels go through our client, because they are scripts. One thread per lane.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK_MS = 500
 
 
 def run(book: Book, settings: Settings) -> None:
-    """Returns when the book has nothing more to do."""
+    """Runs all lanes; returns when the book has no more work."""
     run_lanes(_Lane, book, settings)
 
 
@@ -62,7 +62,7 @@ class _Lane(Lane):
         }
         if deadline := self._book.story(plan).deadline_ms:
             fields["deadline_ms"] = deadline
-        _insist(lambda: self._redis.xadd(self._keys.calls, fields))
+        _retry(lambda: self._redis.xadd(self._keys.calls, fields))
 
     def _follow(self, plan: Plan) -> None:
         if plan.stream:
@@ -77,7 +77,7 @@ class _Lane(Lane):
         key = self._keys.events(plan.id)
         while True:
             last = self._book.story(plan).last_eid
-            reply = _insist(lambda last=last: self._redis.xread({key: last}, block=_BLOCK_MS))  # type: ignore[misc]
+            reply = _retry(lambda last=last: self._redis.xread({key: last}, block=_BLOCK_MS))  # type: ignore[misc]
             for eid, fields in reply[0][1] if reply else ():
                 if b"state" in fields:
                     return
@@ -91,32 +91,32 @@ class _Lane(Lane):
     def _wait(self, plan: Plan) -> tuple[str, dict[str, Any], str]:
         key = self._keys.call(plan.id)
         while True:
-            state, result, code = _insist(lambda: self._redis.hmget(key, "state", "result", "error_code"))
+            state, result, code = _retry(lambda: self._redis.hmget(key, "state", "result", "error_code"))
             if state not in (None, b"PENDING", b"RUNNING"):
                 return state.decode(), json.loads(result or "{}"), (code or b"").decode()
             time.sleep(_POLL_S)
 
     def _cancel(self, plan: Plan) -> None:
         self._book.cancel(plan)
-        if _insist(lambda: self._client.cancel(plan.id)):
+        if _retry(lambda: self._client.cancel(plan.id)):
             self._book.cancelled(plan, self._now_ms())
 
     def _cancel_session(self, plans: list[Plan]) -> None:
         time.sleep(plans[0].after / 10)
         for plan in plans:
             self._book.cancel(plan)
-        _insist(lambda: self._client.cancel_session(plans[0].session))
+        _retry(lambda: self._client.cancel_session(plans[0].session))
         now = self._now_ms()
         for plan in plans:
             self._book.session_cancelled(plan, now)
 
     def _now_ms(self) -> int:
-        seconds, micros = _insist(self._redis.time)
+        seconds, micros = _retry(self._redis.time)
         return int(seconds * 1000 + micros // 1000)
 
 
-def _insist(action: Callable[[], Any]) -> Any:
-    """Repeats until Redis takes it; every push has an id, so that is safe."""
+def _retry(action: Callable[[], Any]) -> Any:
+    """Repeats an action until Redis accepts it, which is safe because every push has an id."""
     while True:
         try:
             return action()

@@ -1,4 +1,4 @@
-"""A producer with the synchronous client, a thread for each lane."""
+"""A producer with the synchronous client and one thread per lane."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def run(book: Book, settings: Settings) -> None:
-    """Returns when the book has nothing more to do."""
+    """Runs all lanes; returns when the book has no more work."""
     run_lanes(_Lane, book, settings)
 
 
@@ -29,20 +29,20 @@ class _Lane(Lane):
 
     def _push(self, plan: Plan) -> CallHandle | None:
         story = self._book.story(plan)
-        if story.accepted:  # by a predecessor of this process
+        if story.accepted:  # to a predecessor of this process
             try:
-                return _insist(lambda: self._client.handle(plan.id))
+                return _retry(lambda: self._client.handle(plan.id))
             except UnknownCall:
                 self._book.lost(plan)
                 return None
         if plan.deadline_s and not story.deadline_ms:
-            self._book.deadline(plan, _insist(lambda: self._client.deadline_in(plan.deadline_s)))
+            self._book.deadline(plan, _retry(lambda: self._client.deadline_in(plan.deadline_s)))
         handle = self._submit(plan)
         self._book.accepted(plan)
         return self._submit(plan) if plan.act is Act.TWICE else handle
 
     def _submit(self, plan: Plan) -> CallHandle:
-        return _insist(
+        return _retry(
             lambda: self._client.submit(
                 plan.prompt,
                 id=plan.id,
@@ -61,20 +61,20 @@ class _Lane(Lane):
         elif plan.act is Act.CANCEL:
             time.sleep(plan.after / 10)
             self._cancel(plan)
-        record = _insist(handle.wait)
+        record = _retry(handle.wait)
         result = record.result
         self._book.end(
             plan, record.state, result.text if result else "", result.token_ids if result else [], record.error_code
         )
 
     def _read(self, plan: Plan) -> None:
-        """Reads the stream, acting in the middle of it; a second client reads on where the first one left."""
+        """Reads the stream and acts in the middle of it; a second client resumes where the first one left."""
         if self._chunks(plan, self._client) and plan.act is Act.AWAY:
             with Client(settings=self._client.settings) as other:
                 self._chunks(plan, other)
 
     def _chunks(self, plan: Plan, client: Client) -> bool:
-        """True if it left the stream before its end."""
+        """Reads chunks; returns whether the stream was left before its end."""
         while True:
             try:
                 for delta in client.stream(plan.id, self._book.story(plan).last_eid):
@@ -94,21 +94,21 @@ class _Lane(Lane):
 
     def _cancel(self, plan: Plan) -> None:
         self._book.cancel(plan)
-        if _insist(lambda: self._client.cancel(plan.id)):
-            self._book.cancelled(plan, _insist(lambda: self._client.deadline_in(0)))
+        if _retry(lambda: self._client.cancel(plan.id)):
+            self._book.cancelled(plan, _retry(lambda: self._client.deadline_in(0)))
 
     def _cancel_session(self, plans: list[Plan]) -> None:
         time.sleep(plans[0].after / 10)
         for plan in plans:
             self._book.cancel(plan)
-        _insist(lambda: self._client.cancel_session(plans[0].session))
-        now = _insist(lambda: self._client.deadline_in(0))
+        _retry(lambda: self._client.cancel_session(plans[0].session))
+        now = _retry(lambda: self._client.deadline_in(0))
         for plan in plans:
             self._book.session_cancelled(plan, now)
 
 
-def _insist(action: Callable[[], T]) -> T:
-    """Does what BrokerUnavailable asks for: it repeats."""
+def _retry(action: Callable[[], T]) -> T:
+    """Repeats an action while the broker is unavailable."""
     while True:
         try:
             return action()

@@ -1,7 +1,7 @@
-"""A routing policy in a package of its own: `RSM_POLICY=bounded_hash:BoundedHash`.
+"""A routing policy in its own package: `RSM_POLICY=bounded_hash:BoundedHash`.
 
-Hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018): a session goes to the engine that its hash names,
-unless that engine has more than its share of the calls; then to the next one in an order that is the session's own.
+Consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018): a session's hash gives an order of the
+engines, and its calls go to the first engine that does not have more than its share of the calls.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 from rsm.router import CallView, Choice, EngineView, Policy, SessionView
 
-# How much more than the mean an engine may hold, as a factor.
+# The maximum load of an engine, as a factor of the mean load.
 BOUND = 1.25
 
 
 class BoundedHash(Policy):
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
-        # This call counts, too, so at least one engine is within the bound.
+        # This call counts, too, so at least one engine is below the limit.
         most = BOUND * (sum(map(_calls, engines)) + 1) / len(engines)
         order = sorted(engines, key=lambda e: _weight(call.session, e.id), reverse=True)
         engine = next(e for e in order if _calls(e) < most)

@@ -1,4 +1,4 @@
-"""The parts of the crash benchmarks that can be wrong without anybody seeing it in a table. No peer is installed."""
+"""The parts of the crash benchmarks whose errors a table would not show. No peer is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.recovery import __main__ as recovery
 from bench.recovery import streams
 from bench.recovery.__main__ import Ours, Peer
 from bench.recovery.ours import SCENARIOS, measure
-from bench.recovery.stream_account import Account, Heard, Total
+from bench.recovery.stream_account import Account, Received, Total
 from bench.recovery.stream_systems import SYSTEMS, StreamCut, read_event
 from bench.report.page import write
 from bench.venvs import PEERS, peer_names
@@ -22,8 +22,8 @@ from tests.support.sim_processes import said
 TEXT = " w1 w2 w3 w4"
 
 
-def heard(text: str, ended: bool = True, step_s: float = 1.0) -> Heard:
-    made = Heard(ended=ended)
+def received(text: str, ended: bool = True, step_s: float = 1.0) -> Received:
+    made = Received(ended=ended)
     for n, word in enumerate(text.split()):
         made.take(word, n * step_s)
     return made
@@ -42,21 +42,21 @@ def heard(text: str, ended: bool = True, step_s: float = 1.0) -> Heard:
     ],
 )
 def test_tokens_are_accounted_for(text: str, ended: bool, account: Account) -> None:
-    assert Account.of(TEXT, heard(text, ended)) == account
+    assert Account.of(TEXT, received(text, ended)) == account
 
 
-def test_the_gap_is_that_behind_the_kill() -> None:
-    stream = Heard()
+def test_the_gap_is_that_after_the_kill() -> None:
+    stream = Received()
     for at in (0.0, 5.0, 6.0, 8.5, 9.0):
         stream.take("w1", at)
     assert stream.longest_gap_s(since=0.0) == 5.0
     assert stream.longest_gap_s(since=6.0) == 2.5
     assert stream.longest_gap_s(since=20.0) == 0.0
-    assert Heard().longest_gap_s(0.0) == 0.0
+    assert Received().longest_gap_s(0.0) == 0.0
 
 
 def test_totals_add_up_and_keep_the_longest_gap() -> None:
-    one = Total.of([Account.of(TEXT, heard(TEXT)), Account.of(TEXT, heard(" w1", ended=False))], 1, 0.5)
+    one = Total.of([Account.of(TEXT, received(TEXT)), Account.of(TEXT, received(" w1", ended=False))], 1, 0.5)
     assert one == Total(2, on_killed=1, cut=1, lost=3, repeated=0, disordered=0, longest_gap_s=0.5)
     assert Total.sum([one, one, Total(1, 0, 0, 0, 2, 1, 0.7)]) == Total(5, 2, 2, 6, 2, 1, 0.7)
 
@@ -70,7 +70,7 @@ def test_events_of_a_stream_of_completions() -> None:
         read_event('{"error": {"message": "engine gone"}}')
 
 
-def test_prompts_share_beginnings_within_a_session_only() -> None:
+def test_prompts_share_prefixes_only_within_a_session() -> None:
     calls = streams.asks()
     assert len({c.prompt for c in calls}) == streams.STREAMS
     assert len({c.session for c in calls}) == streams.SESSIONS
@@ -86,7 +86,7 @@ def test_each_system_and_each_queue_has_its_environment() -> None:
         assert all(f'"{profile}": ' in script for profile in recovery.PROFILES)
 
 
-def test_the_page_says_what_was_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_reports_missed_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peers = [Peer("slow", "1", "default", [65.0, None]), Peer("quick", "2", "tuned", [9.0, 7.19])]
     ours = [
         Ours(s.name, busy, s.limit_s, [0.5, 0.4, 9.0 if busy else 0.6]) for s in SCENARIOS for busy in (False, True)

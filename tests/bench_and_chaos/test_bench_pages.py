@@ -1,4 +1,4 @@
-"""Pages of results: where they go, and what the real-time benchmarks say of figures that are known beforehand."""
+"""Pages of results: where they are written, and the real-time benchmarks' pages for known figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def verdicts(lines: list[str]) -> list[str]:
     return [line.split(" | ")[-1].removesuffix(" |") for line in lines if line.endswith(("| yes |", "| **no** |"))]
 
 
-def test_a_report_is_written_and_stands_in_the_docs(tmp_path: Path) -> None:
+def test_a_report_is_written_into_results_and_docs(tmp_path: Path) -> None:
     docs = tmp_path / "docs.md"
     docs.write_text("a\n<!-- some-name -->\nold\n<!-- /some-name -->\nz\n")
     publish(Report("Title", ABOUT, ["the table"], {"x": 1}, "make it", ["the rest"]), "some_name", tmp_path, docs)
@@ -35,7 +35,7 @@ def test_a_report_is_written_and_stands_in_the_docs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "no marks", "<!-- x --> alone", "<!-- /x --> <!-- x -->"])
-def test_docs_without_the_marks_are_left_alone(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_docs_without_the_marks_are_unchanged(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     docs = tmp_path / "docs.md"
     docs.write_text(text)
     assert not into_docs("x", ["the table"], docs)
@@ -55,8 +55,8 @@ PHASE = {
 }
 
 
-def test_short_calls_count_while_long_ones_wait_for_slots() -> None:
-    """Of four long calls two run at a time: from 6 s on, nobody waits."""
+def test_short_calls_count_only_while_long_ones_wait_for_slots() -> None:
+    """Two of the four long calls run at a time, so none waits from 6 s on."""
     assert cpu.figures(PHASE, 2)["shorts"] == 3
     found = cpu.figures(PHASE, 3)
     assert (found["shorts"], found["first_ms"], found["end_ms"], found["end_worst_ms"]) == (2, 20, 120, 130)
@@ -72,7 +72,9 @@ def test_short_calls_count_while_long_ones_wait_for_slots() -> None:
         (10.0, 1, ["yes", "**no**", "**no**"]),
     ],
 )
-def test_a_short_call_must_be_three_times_sooner_and_say_the_same(first: float, differ: int, met: list[str]) -> None:
+def test_a_short_call_must_be_three_times_faster_with_the_same_tokens(
+    first: float, differ: int, met: list[str]
+) -> None:
     base = cpu.figures(PHASE, 2) | {"compared": 9, "differ": 0}
     ours = {**base, "first_ms": first, "differ": differ}
     engine = {"vllm": "1.0", "device": "cpu", "slots": 2}
@@ -85,8 +87,8 @@ def test_tokens_of_two_runs_are_compared(tmp_path: Path) -> None:
     for name, tokens in (("a", {"x": [1, 2], "y": [3], "z": [4]}), ("b", {"x": [1, 2], "y": [5]})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokens.json").write_text(json.dumps(tokens))
-    assert cpu.told(tmp_path / "a", tmp_path / "b") == {"compared": 2, "differ": 1}
-    assert cpu.told(tmp_path / "a", tmp_path / "a") == {"compared": 3, "differ": 0}
+    assert cpu.compare(tmp_path / "a", tmp_path / "b") == {"compared": 2, "differ": 1}
+    assert cpu.compare(tmp_path / "a", tmp_path / "a") == {"compared": 3, "differ": 0}
 
 
 # -- the scheduler's share of a step
@@ -114,15 +116,15 @@ def test_decode_steps_are_found_by_their_calls() -> None:
 @pytest.mark.parametrize(
     ("changes", "met"), [({}, "yes"), ({"plas_ms": 2.21}, "**no**"), ({"own_mean_ms": 0.21}, "**no**")]
 )
-def test_the_plug_in_is_held_against_the_shortest_step(changes: dict[str, float], met: str) -> None:
+def test_the_plug_in_is_compared_with_the_shortest_step(changes: dict[str, float], met: str) -> None:
     rows = [share_row(), share_row(**changes)]
     assert verdicts(scheduler_share.section(rows, {"64": 10.0, "1024": 20.0}, GPU)) == [met]
 
 
-# -- what choosing costs
+# -- the cost of choosing an engine
 
 
-def test_times_of_calls_are_told_by_part() -> None:
+def test_times_of_calls_are_reported_in_total_and_for_the_choice() -> None:
     placings = [Placing(0.001 * n, 0.0001 * n, n > 90) for n in range(101)]
     found = routing_cost.figures("alone", placings)
     assert (found["alone_all_p50_ms"], found["alone_all_p99_ms"]) == pytest.approx((50, 99))
@@ -131,8 +133,8 @@ def test_times_of_calls_are_told_by_part() -> None:
 
 
 @pytest.mark.parametrize("policy", routing_cost.POLICIES)
-def test_calls_are_placed_on_a_fleet_that_has_a_past(server: EmbeddedRedis, policy: str) -> None:
-    """Each call costs a look and an assignment at most, beside the reading of the stream; a batch the same."""
+def test_calls_are_placed_on_a_fleet_with_a_history(server: EmbeddedRedis, policy: str) -> None:
+    """A call takes at most one refresh and one assignment in addition to reading the stream, and so does a batch."""
     run = routing_cost.measure(server.url, policy, engines=4, calls=20, batches=2)
     assert 0 < run["alone_choice_p50_ms"] < run["alone_all_p50_ms"]
     assert 2 / run["batch"] <= run["trips_a_call"] <= 3 / run["batch"]
@@ -145,7 +147,7 @@ def test_calls_are_placed_on_a_fleet_that_has_a_past(server: EmbeddedRedis, poli
 # -- the small case
 
 
-def test_a_system_of_the_small_case_is_what_it_says() -> None:
+def test_a_system_of_the_small_case_has_its_settings() -> None:
     base, ours = (small.stack(s, 2, "sim") for s in (FCFS_RR, OURS))
     assert [e.engine_id for e in base.engines] == ["e0", "e1"]
     fcfs, plas = (Settings(**stack.settings) for stack in (base, ours))
@@ -160,9 +162,9 @@ def test_programs_of_the_small_case_fit_into_the_model() -> None:
     assert max(small._longest(p) for p in programs) < small._LONGEST
 
 
-def test_ours_must_not_be_behind_any_other() -> None:
+def test_ours_must_not_be_slower_than_any_other() -> None:
     run: dict[str, Any] = {key: 1.0 for _, key, *_ in small._COLUMNS} | {"programs": 3, "calls": 9}
     better, worse = {**run, "per_token_mean": 0.9, "per_token_p95": 0.9}, {**run, "per_token_mean": 0.8}
     lines = small.section({"fcfs_rr": [run], "paper": [worse], "ours": [better]}, 2, "sim")
     assert verdicts(lines) == ["yes", "yes", "**no**", "yes"]
-    assert "3 (9 calls)" in lines[0]
+    assert ": 3 programs (9 calls)." in lines[0]

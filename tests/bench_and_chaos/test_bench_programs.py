@@ -1,4 +1,4 @@
-"""The benchmark of programs: what its workloads look like, and what its metrics say of runs known beforehand."""
+"""The benchmark of programs: its workloads, and its metrics for known runs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_lengths_have_the_mean_asked_for(mean: float, sigma: float, low: int, hi
     assert (min(drawn), max(drawn)) == (low, high) or min(drawn) >= low
 
 
-def test_lengths_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="mean"):
+def test_an_impossible_mean_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"The mean 100 must be between low \(1\) and high \(80\)\."):
         Lengths(100, 1.0, 1, 80)
 
 
@@ -50,11 +50,11 @@ def test_the_workloads_have_the_papers_statistics(kind: str) -> None:
     assert fmean(delays) == pytest.approx(SHAPES[kind].delay_s, rel=0.05)
 
 
-def test_a_conversation_goes_on_behind_its_answers() -> None:
+def test_a_conversation_continues_after_its_answers() -> None:
     for p in synthetic("chat", 1.0, 50, 1):
         for n, (before, call) in enumerate(zip(p.calls, p.calls[1:], strict=False)):
-            said = (*before.prompt, Segment(before.answer, before.output_tokens))
-            assert call.prompt[:-1] == said
+            context = (*before.prompt, Segment(before.answer, before.output_tokens))
+            assert call.prompt[:-1] == context
             assert call.after == (n,)
         assert p.calls[0].prompt[0] == SHAPES["chat"].system
 
@@ -64,7 +64,7 @@ def test_tree_search_runs_five_calls_at_a_time() -> None:
         assert len(p.calls) % 10 == 0
         for n, call in enumerate(p.calls):
             turn, place = divmod(n, 10)
-            if place < 5:  # five steps from one leaf, once the round before is judged
+            if place < 5:  # five steps from one leaf, after the judgements of the previous round
                 assert call.prompt[:-1] == p.calls[turn * 10].prompt[:-1]
                 assert call.after == (tuple(range(turn * 10 - 5, turn * 10)) if turn else ())
             else:  # a judgement of one of them
@@ -74,14 +74,14 @@ def test_tree_search_runs_five_calls_at_a_time() -> None:
     assert max(depths) <= 2 + 7 * 2 + 1
 
 
-def test_texts_are_shared_by_system_prompts_alone() -> None:
+def test_only_system_prompts_are_shared() -> None:
     programs = synthetic("mixed", 1.0, 60, 1)
     own = [{s.text for c in p.calls for s in c.prompt[1:]} for p in programs]
     assert sum(map(len, own)) == len(set().union(*own))
     assert {p.calls[0].prompt[0] for p in programs} == {s.system for s in SHAPES.values()}
 
 
-def test_another_rate_brings_the_same_programs() -> None:
+def test_another_rate_gives_the_same_programs() -> None:
     slow, fast = synthetic("mixed", 1.0, 100, 7), synthetic("mixed", 2.0, 50, 7)
     assert [p.calls for p in slow] == [p.calls for p in fast]
     assert [p.arrival_s for p in slow] == pytest.approx([2 * p.arrival_s for p in fast])
@@ -90,7 +90,7 @@ def test_another_rate_brings_the_same_programs() -> None:
     assert all(kinds.count(k) / len(kinds) == pytest.approx(1 / 3, abs=0.04) for k in KINDS)
 
 
-def test_coding_sessions_are_those_of_the_trace_scaled() -> None:
+def test_coding_sessions_are_the_scaled_sessions_of_the_trace() -> None:
     programs = traces.coding(0.1, 3000, 1)
     assert len(programs) == pytest.approx(300, rel=0.2)
     prompts = [c.prompt_tokens for p in programs for c in p.calls]
@@ -113,7 +113,7 @@ def test_coding_sessions_share_their_tools() -> None:
 
 def test_prefix_requests_keep_the_traces_order_and_blocks() -> None:
     programs = traces.prefix(10.0, 600, 1)
-    assert len(programs) == pytest.approx(6000, rel=0.1)  # more than the trace has: it is walked again
+    assert len(programs) == pytest.approx(6000, rel=0.1)  # more than the trace has, so it repeats
     arrivals = [p.arrival_s for p in programs]
     assert arrivals == sorted(arrivals)
     assert arrivals[0] == 0
@@ -128,7 +128,7 @@ def test_prefix_requests_keep_the_traces_order_and_blocks() -> None:
 
 TIMES = SimTimes(step_s=0.01, prefill_token_s=0.001, decode_seq_s=0.0, context_token_s=0.0, prefill_pair_s=0.0)
 HEAD, TURN = Segment(1, 100), Segment(2, 50)
-# Two calls at once behind a first one; the later of their ends ends the program.
+# Two parallel calls after a first one; the program ends with the later of the two.
 FORK = ProgramSpec(
     "p",
     "tree",
@@ -142,7 +142,7 @@ FORK = ProgramSpec(
 
 
 def went(*spans: tuple[float, float, float | None], until: float = 1000) -> ProgramRun:
-    """FORK, its calls ready, started and ended at these times."""
+    """Returns FORK's result, with its calls ready, started and ended at these times."""
     times = ProgramTimes(FORK)
     for n, (ready, started, ended) in enumerate(spans):
         times.calls.append(CallTimes("p", n, "p", FORK.calls[n].prompt_tokens, FORK.calls[n].output_tokens, ready))
@@ -150,7 +150,7 @@ def went(*spans: tuple[float, float, float | None], until: float = 1000) -> Prog
     return ProgramRun.of(times, TIMES, until)
 
 
-def test_the_delay_of_a_program_is_that_of_the_path_its_end_waited_for() -> None:
+def test_the_delay_of_a_program_is_that_of_its_critical_path() -> None:
     late = went((10, 11, 12), (15, 15, 40), (17, 18, 30))
     assert (late.response_s, late.delay_s, late.longest_wait_s) == (30.0, 3.0, 1.0)
     assert late.per_token_s == pytest.approx(27 / 60)
@@ -159,7 +159,7 @@ def test_the_delay_of_a_program_is_that_of_the_path_its_end_waited_for() -> None
 
 
 def test_an_idle_engine_computes_new_texts_once() -> None:
-    # 100 tokens read and 10 steps; then 50 more read (by the second of the two not again) and 20 steps, or 30.
+    # 100 tokens and 10 steps; then 50 more tokens (computed once for both calls) and 20 or 30 steps.
     assert ideal_s(FORK, TIMES) == pytest.approx(0.1 + 0.1 + 0.3)
     alone = went((10, 10, 10.2), (13.2, 13.2, 13.5), (15.2, 15.2, 15.5))
     assert alone.slowdown == pytest.approx(1.0)
@@ -175,11 +175,11 @@ def test_a_program_that_never_ends_starved() -> None:
     assert figures.jain == 1.0
 
 
-def test_a_program_that_waited_for_very_long_starved() -> None:
-    """Its calls run for 1 + 5 + 4 s."""
+def test_a_program_that_waited_very_long_starved() -> None:
+    """The calls run for 1 + 5 + 4 s."""
     assert went((10, 211, 212), (215, 215, 220), (217, 217, 221)).starved
     assert not went((10, 209, 210), (215, 215, 220), (217, 217, 221)).starved
-    assert not went((10, 28, 28.1), (28, 28, 28.1), (28, 28, 28.1)).starved, "whoever hardly ran counts as if for 1 s"
+    assert not went((10, 28, 28.1), (28, 28, 28.1), (28, 28, 28.1)).starved, "a shorter run does not count as 1 s"
 
 
 def test_figures_of_many_programs() -> None:
@@ -204,7 +204,7 @@ def test_quantiles_and_jains_index() -> None:
 
 
 def queue(capacity: float, floor: float = 0.1) -> tuple[Curve, list[int]]:
-    """A curve as a queue has it, and the points at which it was measured."""
+    """Returns the curve of a queue, and the list of its measured points."""
     asked: list[int] = []
 
     def latency(point: int) -> float:
@@ -228,7 +228,7 @@ def test_the_rate_at_a_level_is_found(capacity: float, times: float) -> None:
     assert len(asked) == before
 
 
-def test_rates_beyond_the_grid_are_its_ends() -> None:
+def test_rates_outside_the_grid_are_clipped() -> None:
     curve, _ = queue(1000.0)
     assert curve.sustained(1.0) == rate_of(curve.highest)
     assert queue(0.03)[0].sustained(1.0) == 0.0
@@ -247,7 +247,7 @@ def test_a_scaled_program_keeps_its_shape() -> None:
 
 
 def test_programs_are_played_through_the_real_broker() -> None:
-    """On modelled engines: an answer is part of the next prompt, and its cache is found."""
+    """On modelled engines. An answer is part of the next prompt, and is found in the cache."""
     engine = {"step_s": 0.001, "prefill_token_s": 0, "decode_seq_s": 0, "context_token_s": 0}
     configs = [EngineConfig(engine_id=e, backend="sim", max_num_seqs=8, engine_args=engine) for e in ("e1", "e2")]
     programs = [replace(scaled(p, 8, 20), arrival_s=n * 0.05) for n, p in enumerate(synthetic("mixed", 1.0, 12, 1))]

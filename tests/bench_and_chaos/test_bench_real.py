@@ -1,4 +1,4 @@
-"""What is read out of the steps of a real engine."""
+"""The analysis of a real engine's steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = tuple(COST)
 
 
 def some_steps(count: int = 300, costs: dict[str, float] | None = None) -> list[Timed]:
-    """Steps of many kinds, as long as these costs say."""
+    """Returns steps of many kinds, with durations from these costs."""
     dice, found = Random(1), []
     for _ in range(count):
         seqs, tokens = dice.randint(0, 256), dice.choice((0, 0, dice.randint(1, 8192)))
@@ -30,43 +30,43 @@ def some_steps(count: int = 300, costs: dict[str, float] | None = None) -> list[
     return found
 
 
-def test_the_costs_are_found_again() -> None:
+def test_the_fit_finds_the_costs() -> None:
     taken = some_steps()
     assert fit(taken, NAMES) == pytest.approx(COST, rel=1e-6)
     found = error(COST, taken)
     assert (found.median, found.p90, found.total) == pytest.approx((0, 0, 1), abs=1e-9)
 
 
-def test_the_cost_of_attention_is_told_from_the_others() -> None:
+def test_the_fit_separates_the_cost_of_attention() -> None:
     costs = COST | {"prefill_pair_s": 1e-9}
     assert fit(some_steps(costs=costs), tuple(costs)) == pytest.approx(costs, rel=1e-6)
 
 
-def test_a_few_steps_that_took_far_too_long_change_little() -> None:
+def test_a_few_outliers_change_little() -> None:
     taken = some_steps()
     slow = [Timed(t.step, 50 * t.seconds) if n % 40 == 0 else t for n, t in enumerate(taken)]
     assert fit(slow, NAMES) == pytest.approx(COST, rel=0.02)
 
 
-def test_no_cost_is_below_zero() -> None:
+def test_no_cost_is_negative() -> None:
     taken = some_steps(costs=COST | {"context_token_s": -2e-9})
     assert fit([t for t in taken if t.seconds > 0], NAMES)["context_token_s"] == 0
 
 
-def test_steps_that_are_all_alike_tell_nothing() -> None:
+def test_equal_steps_cannot_be_fitted() -> None:
     with pytest.raises(ValueError, match="alike"):
         fit([Timed(Step(decode_seqs=3, context_tokens=9), 0.005)] * 20, NAMES)
 
 
 def test_a_step_begins_when_the_one_before_it_ends() -> None:
-    """With asynchronous scheduling it is planned long before; where nothing runs it begins with its planning."""
+    """With asynchronous scheduling it is planned long before. When nothing runs, it begins with its planning."""
     taken = durations(
         [
             Step(planned_from=1.0, done_from=1.5, decode_seqs=1, left=1),
             Step(planned_from=1.1, done_from=1.75, decode_seqs=1),
             Step(planned_from=1.6, done_from=1.76),  # nothing was left to do
             Step(planned_from=3.0, done_from=3.25, prefill_tokens=9, left=1),
-            Step(planned_from=3.5, done_from=3.75, decode_seqs=1),  # what the engine did in between is its own
+            Step(planned_from=3.5, done_from=3.75, decode_seqs=1),  # the time in between belongs to the step
         ]
     )
     assert [t.seconds for t in taken] == [0.5, 0.25, 0.25, 0.5]
@@ -112,7 +112,7 @@ def test_two_runs_are_compared_call_by_call(tmp_path: Path) -> None:
         (tmp_path / folder / "tokens.json").write_text(json.dumps(tokens))
     first, second = waits.same(tmp_path / "a", tmp_path / "b")
     assert "slots long" in first
-    assert "1 of 2 are the same, the others from token 2 on" in first
+    assert "1 of 2 are the same, the others differ from token 2 on" in first
     assert "1 of 1 are the same" in second
 
 
@@ -121,8 +121,8 @@ def test_two_runs_are_compared_call_by_call(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_the_log_knows_every_token(tmp_path: Path, asynchronous: bool) -> None:
-    """Around vLLM's real scheduler: prompts in chunks, calls that wait, blocks that run out."""
+def test_the_log_has_every_token(tmp_path: Path, asynchronous: bool) -> None:
+    """With vLLM's real scheduler: chunked prompts, waiting calls, a lack of blocks."""
     pytest.importorskip("vllm")
     from bench.vllm import miniature as mini
 
@@ -136,6 +136,6 @@ def test_the_log_knows_every_token(tmp_path: Path, asynchronous: bool) -> None:
     found = list(log.read(tmp_path / "steps.jsonl"))
     assert sum(s.preempted for s in found) == sum(c.preempted for c in calls) > 0
     computed = sum(s.prefill_tokens + s.decode_seqs for s in found)
-    assert computed >= sum(len(c.prompt) + 11 for c in calls)  # what was preempted is computed again
+    assert computed >= sum(len(c.prompt) + 11 for c in calls)  # preempted tokens are computed again
     assert max(s.running for s in found) <= 4 < max(s.running + s.waiting for s in found)
     assert all(s.planned_from <= s.planned_to <= s.done_from <= s.done_to for s in found)

@@ -1,4 +1,4 @@
-"""Programs through a server, and through the broker before it: in order, sharing what they share, counted right."""
+"""Programs through a server and through the broker in front of it: their order, their cache hits, their figures."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from rsm.workers.backends.sim.text import tokenize
 from tests.support.sim_http import SimHttp, sim_server
 
 BLOCK = 16
-HEAD, SAID = Segment(1, 3 * BLOCK), Segment(11, BLOCK)
-# A fork and a join: 0 -> (1, 2) -> 3; 1 and 3 read what was said before.
+HEAD, ANSWER = Segment(1, 3 * BLOCK), Segment(11, BLOCK)
+# A fork and a join: 0 -> (1, 2) -> 3. The prompts of 1 and 3 contain earlier answers.
 FORK = ProgramSpec(
     "fork",
     "test",
     0.0,
     (
         CallSpec((HEAD,), BLOCK, answer=11),
-        CallSpec((HEAD, SAID, Segment(2, 5)), 7, answer=12, after=(0,), delay_s=0.05),
+        CallSpec((HEAD, ANSWER, Segment(2, 5)), 7, answer=12, after=(0,), delay_s=0.05),
         CallSpec((Segment(3, 40),), 9, after=(0,)),
-        CallSpec((HEAD, SAID, Segment(2, 5), Segment(12, 7), Segment(4, 3)), 4, after=(1, 2)),
+        CallSpec((HEAD, ANSWER, Segment(2, 5), Segment(12, 7), Segment(4, 3)), 4, after=(1, 2)),
     ),
 )
 
@@ -52,7 +52,7 @@ def engine() -> Iterator[SimHttp]:
 
 @dataclass(frozen=True)
 class Call:
-    """One call as its producer saw it."""
+    """One call as seen by its producer."""
 
     prompt: int
     began: float
@@ -60,7 +60,7 @@ class Call:
     cached: int
 
 
-async def test_a_program_is_played_in_order_and_finds_what_it_shares(engine: SimHttp) -> None:
+async def test_a_program_is_played_in_order_and_finds_its_cache(engine: SimHttp) -> None:
     calls: dict[int, Call] = {}  # by the size of the prompt
     async with over_http(engine.url) as serve:
 
@@ -76,7 +76,7 @@ async def test_a_program_is_played_in_order_and_finds_what_it_shares(engine: Sim
     assert first.ended + 0.05 <= left.began
     assert first.ended <= right.began < left.began
     assert max(left.ended, right.ended) <= last.began
-    # What a call says is cached but for its last token, so the block that holds it is not.
+    # An answer's last token is not cached, so neither is the block that holds it.
     assert [c.cached for c in (first, left, right, last)] == [0, 3 * BLOCK, 0, 4 * BLOCK]
     run = ProgramRun.of(times, TIMES, 0.0)
     assert run.prompt_tokens == sum(c.prompt_tokens for c in FORK.calls)
@@ -84,12 +84,12 @@ async def test_a_program_is_played_in_order_and_finds_what_it_shares(engine: Sim
     assert run.response_s == pytest.approx(last.ended - first.began, abs=0.05)
 
 
-def test_a_text_has_the_tokens_that_it_is_made_of() -> None:
+def test_a_text_has_its_tokens() -> None:
     ids = [*VOCABULARY[:50], *VOCABULARY[-50:]]
     assert tokenize(text_of(ids)) == ids
 
 
-async def test_programs_go_through_the_broker_before_a_server(engine: SimHttp, server: EmbeddedRedis) -> None:
+async def test_programs_run_through_the_broker_in_front_of_a_server(engine: SimHttp, server: EmbeddedRedis) -> None:
     programs = [replace(FORK, id=f"fork-{n}", arrival_s=n * 0.05) for n in range(3)]
     with TemporaryFile() as log:
         stage = Stage(server.url, [HttpServer(engine.url, engine.process)], log, "session_hash")  # type: ignore[arg-type]
@@ -98,13 +98,13 @@ async def test_programs_go_through_the_broker_before_a_server(engine: SimHttp, s
             assert len(running.pids) == 2
             assert await peer_run.round_trip_ms(running.serve, 1) > 0
     assert (run.failed, run.figures.unfinished, run.figures.programs) == (0, 0, 3)
-    # The second and third find all that is not their own last block; see above.
+    # The second and third find everything but their own last block; see above.
     assert run.figures.hit_rate > 0.5
     assert min(run.cost.producer, run.cost.between, run.cost.servers) > 0
     assert run.cost.machine >= run.cost.producer
 
 
-async def test_a_call_that_fails_fails_its_program_alone() -> None:
+async def test_a_failed_call_fails_only_its_program() -> None:
     async def serve(program: str, prompt: list[int], tokens: int) -> Answer:
         await asyncio.sleep(0)
         if program == "bad" and len(prompt) == FORK.calls[2].prompt_tokens:
@@ -117,7 +117,7 @@ async def test_a_call_that_fails_fails_its_program_alone() -> None:
 
 
 @pytest.mark.parametrize("workload", [*WORKLOADS, peer_page.ALL])
-def test_samples_are_so_much_work_and_fit_into_an_engine(workload: str) -> None:
+def test_samples_have_the_requested_load_and_fit_into_an_engine(workload: str) -> None:
     programs = sample(workload, HIGH, 4.0, seed=0, run=1)
     work = [work_s(p) for p in programs]
     assert HIGH * ENGINES * 4.0 <= sum(work) < HIGH * ENGINES * 4.0 + max(work)
@@ -126,7 +126,7 @@ def test_samples_are_so_much_work_and_fit_into_an_engine(workload: str) -> None:
     assert fmean(len(p.calls) for p in programs) > 2
 
 
-def test_two_runs_have_the_same_programs_in_other_texts() -> None:
+def test_two_runs_have_the_same_programs_with_other_texts() -> None:
     one, two = (sample("mixed", HIGH, 4.0, seed=0, run=run) for run in (1, 2))
     assert [[c.output_tokens for c in p.calls] for p in one] == [[c.output_tokens for c in p.calls] for p in two]
     texts = [{s.text for p in programs for c in p.calls for s in c.prompt} for programs in (one, two)]
@@ -140,7 +140,7 @@ def test_each_peer_has_its_environment() -> None:
 
 
 def found(monkeypatch: pytest.MonkeyPatch) -> peer_page.Found:
-    """Ours takes 1, 2, 3 … s on average by system; the first peer has lost a call."""
+    """Returns results in which the systems take 1, 2, 3 … s on average; calls of the first peer have failed."""
     monkeypatch.setattr("bench.programs.peers.systems.version_of", lambda package, venv: "1.0")
     made = peer_page.Found(rounds=2, window_s=4.0, direct_ms=[5.0, 7.0], chains=[3.0, 3.0])
     for n, system in enumerate(SYSTEMS):
@@ -158,31 +158,31 @@ def page_of(made: peer_page.Found) -> str:
     return peer_page.report({"Machine": "m", "CPU": "c"}, SYSTEMS, made).page()
 
 
-def test_the_page_has_every_system_and_says_who_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_compares_every_system(monkeypatch: pytest.MonkeyPatch) -> None:
     text = page_of(found(monkeypatch))
-    assert "| **rsm-engine, before the same servers** | 1.50 / 1.50 |" in text
+    assert "| **rsm-engine, in front of the same servers** | 1.50 / 1.50 |" in text
     assert "| vllm-router 1.0, consistent_hash | 2 calls failed |" in text
-    assert "| **rsm-engine, engines inside** | 2.50 / 2.50 | 69.4 | 3.0 |" in text
+    assert "| **rsm-engine, with its own engines** | 2.50 / 2.50 | 69.4 | 3.0 |" in text
     best = SYSTEMS[3].label
-    first, last = f"| rsm-engine, before the same servers | mean | 3.00 ({best})", "| > 1 everywhere | yes |"
+    first, last = f"| rsm-engine, in front of the same servers | mean | 3.00 ({best})", "| > 1 everywhere | yes |"
     assert any(line.startswith(first) and line.endswith(last) for line in text.splitlines())
     assert "## The machine" in text
 
 
 @pytest.mark.parametrize("figure", ["jct_mean", "jct_p95"])
-def test_to_be_behind_on_one_workload_is_to_be_behind(monkeypatch: pytest.MonkeyPatch, figure: str) -> None:
+def test_one_slower_workload_misses_the_target(monkeypatch: pytest.MonkeyPatch, figure: str) -> None:
     made = found(monkeypatch)
     peer = SYSTEMS[4].label
     for run in made.runs["react", peer]:
         object.__setattr__(run.figures, figure, 0.3)
     rows = [line for line in page_of(made).splitlines() if "> 1 everywhere" in line]
-    behind = [f"0.20 ({peer})" in line or f"0.12 ({peer})" in line for line in rows]
-    assert behind == [line.endswith("| **no** |") for line in rows]
-    assert sum(behind) == 2
+    slower = [f"0.20 ({peer})" in line or f"0.12 ({peer})" in line for line in rows]
+    assert slower == [line.endswith("| **no** |") for line in rows]
+    assert sum(slower) == 2
 
 
-def test_at_low_load_a_program_may_be_later_by_its_hops(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first two systems are ours, with hops of 2 and 3 ms and three calls in a row; a peer is ahead by so much."""
+def test_at_low_load_a_program_may_be_slower_by_its_hops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two systems are ours, with hops of 2 and 3 ms and three sequential calls; a peer is `later` faster."""
     for later, verdicts in ((0.005, ["yes", "yes"]), (0.0075, ["**no**", "yes"]), (0.02, ["**no**", "**no**"])):
         made = found(monkeypatch)
         for ours in SYSTEMS[:2]:
@@ -190,17 +190,17 @@ def test_at_low_load_a_program_may_be_later_by_its_hops(monkeypatch: pytest.Monk
                 object.__setattr__(run.figures, "jct_mean", 1.0)
         for run in made.runs[peer_page.ALL, SYSTEMS[3].label]:
             object.__setattr__(run.figures, "jct_mean", 1.0 - later)
-        rows = [line for line in page_of(made).splitlines() if "a hop for each of 3.0 calls" in line]
+        rows = [line for line in page_of(made).splitlines() if "one hop for each of 3.0 sequential calls" in line]
         assert [line.split(" | ")[-1].removesuffix(" |") for line in rows] == verdicts
 
 
-def test_calls_in_a_row_are_counted_along_the_longest_chain() -> None:
+def test_sequential_calls_are_counted_along_the_longest_chain() -> None:
     alone = replace(FORK, calls=FORK.calls[:1])
     assert peer_page.chain([FORK]) == 3
     assert peer_page.chain([FORK, alone]) == 2
 
 
-def test_ours_runs_as_for_programs(server: EmbeddedRedis) -> None:
+def test_ours_has_the_settings_for_programs(server: EmbeddedRedis) -> None:
     with TemporaryFile() as log:
         made = settings(Stage(server.url, [], log, "cost"))
     assert (made.policy, made.service_rule) == ("cost", "total")

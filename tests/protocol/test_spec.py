@@ -34,7 +34,7 @@ MUTANTS = {
     "CLAIM_WITHOUT_LEASE": "deaths",
     "CANCEL_IGNORED": "deaths",
     "NO_CLAIM_NUMBER": "replies",
-    "NO_PIECE_NUMBER": "replies",
+    "NO_CHUNK_NUMBER": "replies",
     "FINISH_TWICE": "replies",
     "TAKE_ON_READ": "replies",
 }

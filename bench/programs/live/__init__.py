@@ -1,1 +1,1 @@
-"""Programs in real time, on real engines or modelled ones behind the real broker."""
+"""Runs programs in real time, on real or modelled engines behind the real broker."""

@@ -1,7 +1,6 @@
-"""Plays programs in real time, open loop: a program comes at its time, whatever became of those before it.
+"""Plays programs in real time, open loop: each program arrives at its time, whether or not earlier ones have ended.
 
-The texts of a program are made of token ids: a text's ids are a function of its number, and an answer's are those that
-the engine gave.
+The texts of a program are token ids. A text's ids depend only on its number; an answer's ids are those from the engine.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from rsm.simulation.workload.programs import ProgramSpec, Segment
 
 
 class Answer(NamedTuple):
-    """What an engine gave. `waited_s`: from the call's submission until it was first served."""
+    """An engine's answer. `waited_s`: from the call's submission until it was first served."""
 
     ids: Sequence[int]
     cached: int
     waited_s: float
 
 
-# Runs one call of the program of that id, with these prompt tokens, for so many output tokens.
+# Runs one call: program id, prompt tokens, number of output tokens.
 Serve = Callable[[str, list[int], int], Awaitable[Answer]]
 
 
 def scaled(spec: ProgramSpec, divisor: int, max_calls: int) -> ProgramSpec:
-    """The same program with all lengths divided, and only its first calls."""
+    """Returns the program with all lengths divided, and only its first calls."""
 
     def shorter(segment: Segment) -> Segment:
         return Segment(segment.text, max(1, segment.tokens // divisor))
@@ -44,14 +43,14 @@ def scaled(spec: ProgramSpec, divisor: int, max_calls: int) -> ProgramSpec:
 
 @dataclass(slots=True)
 class Player:
-    """Plays programs against `serve`; `vocabulary`: ids that texts are made of."""
+    """Plays programs through `serve`; texts consist of ids from `vocabulary`."""
 
     serve: Serve
     vocabulary: Sequence[int]
     _texts: dict[int, list[int]] = field(default_factory=dict)
 
     async def play(self, programs: Sequence[ProgramSpec]) -> list[ProgramTimes]:
-        """What became of each program, in seconds from the beginning; returns when all have ended."""
+        """Plays all programs to their ends; returns their times in seconds from the start."""
         began = perf_counter()
         return list(await asyncio.gather(*(self._program(p, began) for p in programs)))
 
@@ -83,7 +82,7 @@ class Player:
 
     def _ids(self, segment: Segment) -> list[int]:
         known = self._texts.get(segment.text, [])
-        if len(known) < segment.tokens:  # a text goes on as it began, however often it is lengthened
+        if len(known) < segment.tokens:  # seeded by its number, so a longer text starts with the shorter one
             known = Random(segment.text).choices(self.vocabulary, k=segment.tokens)
             self._texts[segment.text] = known
         return known[: segment.tokens]

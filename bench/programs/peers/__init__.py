@@ -1,1 +1,1 @@
-"""The same programs through public routers and through ours."""
+"""Compares public routers with ours on the same programs."""

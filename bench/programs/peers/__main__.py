@@ -1,9 +1,9 @@
-"""The same programs, open loop, through public routers and through ours, before the same modelled engines, in one run.
+"""Runs the same programs, open loop, through public routers and ours in front of the same modelled engines.
 
     python -m bench.programs.peers [--rounds 2] [--window 1.25] [--policy cost]
 
-Everything is up from beginning to end; in a round each workload goes through all systems in turn, in texts that no
-engine has seen before.
+All systems stay up for the whole benchmark. In each round every workload runs through all systems in turn, with texts
+that no engine has seen before.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from rsm.broker import Settings
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.factory import connect
 
-# Between two runs, so that what the first one left behind (ends of calls, evictions) is done.
+# Pause between two runs, so that the first one's leftovers (ends of calls, evictions) are finished.
 _REST_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is played: rounds, the seconds in which programs come, which workloads."""
+    """What to play: rounds, seconds during which programs arrive, workloads."""
 
     rounds: int
     window_s: float
@@ -46,7 +46,7 @@ class Plan:
 
 
 async def measure(plan: Plan, stage: Stage, systems: Sequence[System]) -> peer_page.Found:
-    """All runs, and the round trips of single calls: each system's, and a server's own."""
+    """Measures all runs, and the round trips of single calls through each system and directly to a server."""
     found = peer_page.Found(plan.rounds, plan.window_s)
     async with AsyncExitStack() as stack:
         up = [(system, await stack.enter_async_context(system.run(stage))) for system in systems]
@@ -72,7 +72,7 @@ async def measure(plan: Plan, stage: Stage, systems: Sequence[System]) -> peer_p
 
 
 def _rotated(up: Sequence[tuple[System, Running]], turn: int) -> Sequence[tuple[System, Running]]:
-    """Another system is the first one in each round."""
+    """Starts each round with a different system."""
     first = turn % len(up)
     return [*up[first:], *up[:first]]
 
@@ -94,11 +94,11 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--window", type=float, default=1.25, help="seconds in which the programs of a run come")
-    parser.add_argument("--policy", default=OURS.policy, help="RSM_POLICY of our routers")
+    parser.add_argument("--window", type=float, default=1.25, help="Seconds during which a run's programs arrive.")
+    parser.add_argument("--policy", default=OURS.policy, help="RSM_POLICY of our routers.")
     parser.add_argument("--workloads", nargs="*", default=[*WORKLOADS, peer_page.ALL])
-    parser.add_argument("--systems", nargs="*", default=[], help="those with such words in their names; none = all")
-    parser.add_argument("--name", default="program_peers", help="of the result files in bench/results")
+    parser.add_argument("--systems", nargs="*", default=[], help="Words in the names of the systems. Default: all.")
+    parser.add_argument("--name", default="program_peers", help="Name of the result files in bench/results.")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The page of bench/programs/peers/__main__.py: what was found, and the verdict."""
+"""The page of bench/programs/peers/__main__.py: the results, and the comparison with the targets."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bench.report.page import Report, Target, targets_table
 from bench.report.table import table_line
 from rsm.simulation.workload.programs import ProgramSpec
 
-# The workload of the runs at low load: all kinds side by side. Few programs come, so they have more time to.
+# The workload of the runs at low load: all kinds together. Few programs arrive, so the window is longer.
 ALL, LOW_WINDOWS = "all", 4
 
 
 @dataclass(slots=True)
 class Found:
-    """All runs by workload and system, and the round trips of single calls in milliseconds; one of each a round.
+    """All runs by workload and system, and the round trips of single calls in milliseconds; one of each per round.
 
     Attributes:
-        chains: how many calls follow one another in a program at low load, in the mean.
+        chains: mean length of a program's longest chain of sequential calls at low load.
     """
 
     rounds: int
@@ -38,11 +38,11 @@ class Found:
         self.runs.setdefault((workload, system), []).append(run)
 
     def hop_ms(self, system: str) -> float:
-        """What a call takes longer through a system than straight to a server."""
+        """Returns the extra time of a call through a system, compared with a direct call to a server."""
         return median(self.round_trips_ms[system]) - median(self.direct_ms)
 
     def median(self, workload: str, system: str, name: str) -> float:
-        """The median over the rounds of one of the figures."""
+        """Returns the median of one figure over the rounds."""
         values: list[float] = [getattr(run.figures, name) for run in self.runs[workload, system]]
         return median(values)
 
@@ -59,7 +59,7 @@ class Found:
 
 
 def line(label: str, run: Run) -> str:
-    """One run, for people who wait."""
+    """Returns one run as a line of progress output."""
     f, c = run.figures, run.cost
     return (
         f"{label:38} {f.programs:3} programs, {run.wall_s:4.1f} s: mean {f.jct_mean:5.2f} s, p95 {f.jct_p95:5.2f} s, "
@@ -69,32 +69,32 @@ def line(label: str, run: Run) -> str:
 
 
 def report(about: Mapping[str, str], systems: Sequence[System], found: Found) -> Report:
-    title, made_by = "Beside public routers", "make bench-peers"
+    title, made_by = "Comparison with public routers", "make bench-peers"
     return Report(title, about, section(systems, found), data(systems, found), made_by, machine(systems, found))
 
 
 def machine(systems: Sequence[System], found: Found) -> list[str]:
-    """What the runs took of the machine."""
+    """Returns the table of the machine's resources that the runs used."""
     return [
         "## The machine",
         "",
-        "Cores in use on average, and the worst lateness of a timer of the producer: medians over all runs. Where the "
-        "machine has none left, times say more of the machine than of the systems.",
+        "Average number of cores in use, and the longest delay of a timer in the producer: medians over all runs. When "
+        "no core is idle, times describe the machine rather than the systems.",
         "",
         *_costs(systems, found),
     ]
 
 
 def section(systems: Sequence[System], found: Found) -> list[str]:
-    """The tables and what they say, also for docs/scheduling.md."""
+    """Returns the tables and their text, also for docs/scheduling.md."""
     high = [w for w in found.workloads if w != ALL]
     lines = [
-        f"{ENGINES} modelled engines of {SLOTS} slots and {KV_TOKENS:,} tokens of KV cache, first come, first served, "
-        "with prefix caching, behind OpenAI's HTTP API (`rsm sim-server`). Samples of the workloads, made small "
-        f"(bench/programs/live), come as a Poisson process within {found.window_s:g} s, whatever became of those "
-        f"before. High load is {HIGH:g} of what the engines can do with all slots full and nothing computed twice, low "
-        f"load {LOW:g}, for {LOW_WINDOWS} times as long. Ours has policy {OURS.policy}, and inside its own engines "
-        f"scheduler {OURS.scheduler}. Medians of {found.rounds} interleaved rounds.",
+        f"{ENGINES} modelled engines, each with {SLOTS} slots and {KV_TOKENS:,} tokens of KV cache, first come, first "
+        "served, with prefix caching, behind OpenAI's HTTP API (`rsm sim-server`). Scaled-down samples of the "
+        f"workloads (bench/programs/live) arrive as a Poisson process, open loop, within {found.window_s:g} s. High "
+        f"load is {HIGH:g} times the engines' maximum (all slots full, nothing computed twice). Low load is {LOW:g} "
+        f"times the maximum, for {LOW_WINDOWS} times as long. Ours uses policy {OURS.policy}, and scheduler "
+        f"{OURS.scheduler} inside its own engines. Medians of {found.rounds} interleaved rounds.",
         "",
     ]
     if high:
@@ -103,7 +103,7 @@ def section(systems: Sequence[System], found: Found) -> list[str]:
         lines += [*_hits(systems, found, high), ""]
     if ALL in found.workloads:
         lines += [
-            "At low load, all kinds side by side; a hop is the median of single calls, less the server's own:",
+            "At low load, all kinds together. A hop is the median time of single calls minus that of the server alone:",
             "",
         ]
         lines += [*_low(systems, found), ""]
@@ -145,7 +145,7 @@ def _low(systems: Sequence[System], found: Found) -> list[str]:
 
 
 def _costs(systems: Sequence[System], found: Found) -> list[str]:
-    lines = _head(systems, ("producer", "between", "servers", "machine, of all", "late, ms"))
+    lines = _head(systems, ("producer", "router or broker", "servers", "whole machine", "timer delay, ms"))
     for s in systems:
         costs = [run.cost for (_, label), runs in found.runs.items() if label == s.label for run in runs]
         cells = [median(getattr(c, name) for c in costs) for name in ("producer", "between", "servers", "machine")]
@@ -158,19 +158,19 @@ def _name(system: System) -> str:
     return f"**{system.label}**" if system.ours else f"{system.name} {system.version()}, {system.mode}"
 
 
-# -- who is ahead
+# -- comparison with the targets
 
 
 def _verdict(systems: Sequence[System], found: Found) -> list[str]:
-    """Ours beside the best public router of the same run, and whether that is what was aimed at."""
+    """Compares ours with the best public router of the same run, and with the targets."""
     high = [w for w in found.workloads if w != ALL]
     ours = [s for s in systems if s.ours]
     lines = []
     if high and ours:
-        lines += ["Best public router over ours at high load, completion time of a program:", ""]
+        lines += ["Completion time of a program at high load, best public router over ours:", ""]
         lines += [table_line(("Ours", "", *high, "Target", "Met"))]
         lines += [table_line(["---", "---", *["---:"] * len(high), "---", "---"])]
-        lines += [_ahead(systems, found, s, figure, high) for s in ours for figure in _FIGURES]
+        lines += [_ratios(systems, found, s, figure, high) for s in ours for figure in _FIGURES]
     if ALL in found.workloads:
         lines += ["", *targets_table(target for s in ours if (target := _at_low_load(systems, found, s)))]
     return lines
@@ -179,7 +179,7 @@ def _verdict(systems: Sequence[System], found: Found) -> list[str]:
 _FIGURES = {"jct_mean": "mean", "jct_p95": "P95"}
 
 
-def _ahead(systems: Sequence[System], found: Found, ours: System, figure: str, workloads: Sequence[str]) -> str:
+def _ratios(systems: Sequence[System], found: Found, ours: System, figure: str, workloads: Sequence[str]) -> str:
     cells, met = [], True
     for workload in workloads:
         best = _best(systems, found, workload, figure)
@@ -188,14 +188,14 @@ def _ahead(systems: Sequence[System], found: Found, ours: System, figure: str, w
             met = met and not found.failed(workload, ours.label)
             continue
         time, label = best
-        more = time / found.median(workload, ours.label, figure)
-        met = met and more > 1
-        cells.append(f"{more:.2f} ({label})")
+        ratio = time / found.median(workload, ours.label, figure)
+        met = met and ratio > 1
+        cells.append(f"{ratio:.2f} ({label})")
     return table_line((ours.label, _FIGURES[figure], *cells, "> 1 everywhere", "yes" if met else "**no**"))
 
 
 def _best(systems: Sequence[System], found: Found, workload: str, figure: str) -> tuple[float, str] | None:
-    """The best of the others that lost no call; None = there is none."""
+    """Returns the best time of the other systems without failed calls, and its system; None if there is none."""
     times = [
         (found.median(workload, s.label, figure), s.label)
         for s in systems
@@ -205,7 +205,7 @@ def _best(systems: Sequence[System], found: Found, workload: str, figure: str) -
 
 
 def _at_low_load(systems: Sequence[System], found: Found, ours: System) -> Target | None:
-    """A program may take longer by one hop for each call of its longest chain."""
+    """Returns the target at low load: a program may take one hop longer for each call of its longest chain."""
     best = _best(systems, found, ALL, "jct_mean")
     if best is None:
         return None
@@ -213,13 +213,13 @@ def _at_low_load(systems: Sequence[System], found: Found, ours: System) -> Targe
     later = found.median(ALL, ours.label, "jct_mean") - time
     hops = found.hop_ms(ours.label) / 1000 * found.chain
     met = later <= hops and not found.failed(ALL, ours.label)
-    what = f"low load, mean completion time: {ours.label}, behind the best public router ({label})"
-    aim = f"≤ {1000 * hops:.0f} ms, a hop for each of {found.chain:.1f} calls in a row"
+    what = f"low load, mean completion time: {ours.label}, minus the best public router ({label})"
+    aim = f"≤ {1000 * hops:.0f} ms, one hop for each of {found.chain:.1f} sequential calls"
     return Target(what, aim, f"{1000 * later:+.0f} ms", met)
 
 
 def chain(programs: Sequence[ProgramSpec]) -> float:
-    """How many calls follow one another in a program, at most; the mean over programs."""
+    """Returns the length of a program's longest chain of sequential calls; the mean over programs."""
     return fmean(max(_depths(p)) for p in programs)
 
 

@@ -1,4 +1,4 @@
-"""One run of one system: programs played through it, what became of them, and what it cost."""
+"""One run of one system: the programs played through it, their results, and the cost in CPU time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.programs.metrics import Figures, ProgramRun
 from bench.programs.peers.systems import Running
 from rsm.simulation.workload.programs import ProgramSpec
 
-# Ids that texts are made of: all that a modelled engine prints as words.
+# Ids that texts consist of: all that a modelled engine prints as words.
 VOCABULARY = range(3, 32_000)
 _PINGS, _PING_TOKENS = 30, 32
 _TICK_S = 0.02
@@ -26,10 +26,11 @@ _TICK_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a run took of the machine: cores in use on average, and how late a timer of the producer was at worst.
+    """The machine's resources that a run used: average cores in use, and the longest delay of a timer in the producer.
 
     Attributes:
-        between: of the processes between producer and engines. machine: of all, other people's too.
+        between: cores of the processes between producer and engines.
+        machine: cores of all processes on the machine, including those of others.
     """
 
     producer: float
@@ -41,7 +42,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`failed`: calls that gave no answer; their programs count as unfinished."""
+    """The result of a run. `failed`: calls without an answer; their programs count as unfinished."""
 
     figures: Figures
     failed: int
@@ -51,7 +52,7 @@ class Run:
 
 @dataclass(slots=True)
 class _Tally:
-    """Serves on, with a stand-in for the answer of a call that failed, so that the rest of the run is not lost."""
+    """Counts failed calls and answers them with a substitute, so that the rest of the run is not lost."""
 
     serve: Serve
     failed: dict[str, int] = field(default_factory=dict)
@@ -67,10 +68,14 @@ class _Tally:
 
 
 async def play(system: Running, servers: Sequence[int], programs: Sequence[ProgramSpec]) -> Run:
-    """Args: `servers`: pids of the engines' servers."""
+    """Plays programs through a system.
+
+    Args:
+        servers: pids of the engines' servers.
+    """
     tally = _Tally(system.serve)
     meter = _Meter([os.getpid()], system.pids, servers)
-    late = asyncio.create_task(_latest())
+    late = asyncio.create_task(_longest_delay())
     played = await Player(tally, VOCABULARY).play(programs)
     late.cancel()
     cost = meter.read(await late)
@@ -84,8 +89,8 @@ async def play(system: Running, servers: Sequence[int], programs: Sequence[Progr
     return Run(Figures.of(runs), sum(tally.failed.values()), meter.wall_s, cost)
 
 
-async def _latest() -> float:
-    """Until it is cancelled: by how much a timer was late at most, in seconds."""
+async def _longest_delay() -> float:
+    """Runs a timer until it is cancelled; returns the longest delay of the timer in seconds."""
     worst = 0.0
     try:
         while True:
@@ -97,7 +102,7 @@ async def _latest() -> float:
 
 
 class _Meter:
-    """CPU time of groups of processes, from its making on."""
+    """Measures the CPU time of groups of processes since its creation."""
 
     def __init__(self, *groups: Iterable[int]) -> None:
         self._groups = [[psutil.Process(pid) for pid in group] for group in groups]
@@ -115,14 +120,14 @@ class _Meter:
         return Cost(producer / wall, between / wall, servers / wall, machine / wall, late_s)
 
     def _used(self) -> list[float]:
-        """Seconds of each group, and of the machine."""
+        """Returns the CPU seconds of each group, and of the machine."""
         times = [sum(sum(p.cpu_times()[:2]) for p in group) for group in self._groups]
         machine = psutil.cpu_times()
         return [*times, sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)]
 
 
 async def round_trip_ms(serve: Serve, run: int) -> float:
-    """The median of calls of one token, one after the other, in milliseconds."""
+    """Returns the median time of sequential one-token calls, in milliseconds."""
     times = []
     for n in range(_PINGS):
         prompt = [VOCABULARY[(run * 7919 + n * 31 + i) % len(VOCABULARY)] for i in range(_PING_TOKENS)]

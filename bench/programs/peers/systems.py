@@ -1,4 +1,4 @@
-"""The systems that play the same programs: routers of others and ours before the same engines and with its own."""
+"""The systems that are compared: public routers, and ours with the same engines and with its own."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What all systems find: a Redis, the engines' servers, and where processes may write.
+    """What all systems share: a Redis, the engines' servers, and a log for their processes.
 
     Attributes:
-        policy: of our routers.
+        policy: policy of our routers.
     """
 
     redis_url: str
@@ -42,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A system that is up. `pids`: of its processes between the producer and the engines' servers."""
+    """A running system. `pids`: its processes between the producer and the engines' servers."""
 
     serve: Serve
     pids: Sequence[int]
@@ -50,7 +50,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One line of the comparison. `package`: whose version is shown, from the environment `venv` ("" = this one)."""
+    """One line of the comparison. The page shows the version of `package` in the environment `venv` ("": this one)."""
 
     name: str
     mode: str
@@ -68,7 +68,7 @@ class System:
 
 
 def text_of(ids: Sequence[int]) -> str:
-    """A text of exactly these tokens, as modelled engines read it."""
+    """Returns a text that modelled engines read as exactly these tokens."""
     return "".join(map(token_text, ids))
 
 
@@ -76,7 +76,7 @@ def text_of(ids: Sequence[int]) -> str:
 
 
 def settings(stage: Stage) -> Settings:
-    """As for programs, but for what counts tokens: programs are a tenth as long here, so are the bounds."""
+    """Returns the settings for programs; those that count tokens are divided by ten, like the programs' lengths."""
     found = Settings(namespace=f"peers-{new_id()}", drain_grace_s=0, policy=stage.policy, **OURS_FOR_PROGRAMS.settings)
     bounds = tuple(b // 10 for b in found.level_bounds)
     changes = {"level_bounds": bounds, "cache_token_threshold": found.cache_token_threshold // 10}
@@ -89,19 +89,19 @@ async def _ours(stage: Stage, configs: Sequence[EngineConfig]) -> AsyncIterator[
     fleet.start(configs)
     try:
         async with AsyncClient(settings=fleet.settings) as client:
-            parts = [*fleet.routers, *fleet.workers.values()]
-            yield Running(through_broker(client), [p.pid for p in parts if p.pid is not None])
+            processes = [*fleet.routers, *fleet.workers.values()]
+            yield Running(through_broker(client), [p.pid for p in processes if p.pid is not None])
     finally:
         fleet.stop()
 
 
 def ours_before_servers(stage: Stage) -> AbstractAsyncContextManager[Running]:
-    """An `openai` worker before each server."""
+    """Runs an `openai` worker in front of each server."""
     return _ours(stage, [_engine(n, backend="openai", base_url=f"{s.url}/v1") for n, s in enumerate(stage.servers)])
 
 
 def ours_inside(stage: Stage) -> AbstractAsyncContextManager[Running]:
-    """Workers with the same engines inside, and our scheduler in these."""
+    """Runs workers with the same engines inside, and our scheduler in these engines."""
     args = {**STOCK, "scheduler": OURS_FOR_PROGRAMS.scheduler}
     return _ours(stage, [_engine(n, backend="sim", engine_args=args) for n in range(ENGINES)])
 
@@ -123,7 +123,7 @@ def through_broker(client: AsyncClient) -> Serve:
 # -- over HTTP
 
 
-# Headers and further fields of the body that tell a router which program a call belongs to.
+# Headers and more body fields that tell a router which program a call belongs to.
 Identity = Callable[[str], tuple[Mapping[str, str], Mapping[str, Any]]]
 
 
@@ -131,7 +131,7 @@ def header(name: str) -> Identity:
     return lambda program: ({name: program}, {})
 
 
-def nobody(program: str) -> tuple[Mapping[str, str], Mapping[str, Any]]:
+def anonymous(program: str) -> tuple[Mapping[str, str], Mapping[str, Any]]:
     return {}, {}
 
 
@@ -140,7 +140,7 @@ def agentic_context(program: str) -> tuple[Mapping[str, str], Mapping[str, Any]]
 
 
 @asynccontextmanager
-async def over_http(url: str, identity: Identity = nobody) -> AsyncIterator[Serve]:
+async def over_http(url: str, identity: Identity = anonymous) -> AsyncIterator[Serve]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits) as client:
 
@@ -174,9 +174,9 @@ def pid_of(process: Popen[bytes]) -> int:
 
 
 def program_scheduling() -> list[str]:
-    """vllm-router's options, with the engines' own figures where it asks for a calibration.
+    """Returns vllm-router's options for program scheduling, with the engines' own figures for its calibration.
 
-    It takes a step's time for a + b x calls + c x tokens of context, and a prefill's for a + b x thousands of tokens.
+    It models a step's time as a + b x calls + c x context tokens, and a prefill's as a + b x thousands of tokens.
     """
     config = {
         "global_queue": True,  # "the recommended deployment mode"
@@ -209,13 +209,13 @@ def _sglang(policy: str, identity: Identity) -> System:
 
 PEERS = (
     _vllm("consistent_hash", "consistent_hash", header("X-Session-ID")),
-    _vllm("cache_aware", "cache_aware", nobody),
+    _vllm("cache_aware", "cache_aware", anonymous),
     _vllm("program scheduling", "consistent_hash", agentic_context, program_scheduling),
-    _sglang("cache_aware", nobody),
+    _sglang("cache_aware", anonymous),
     _sglang("manual", header("X-SMG-Routing-Key")),
 )
 OURS = (
-    System("rsm-engine", "before the same servers", "rsm-engine", "", ours_before_servers, ours=True),
-    System("rsm-engine", "engines inside", "rsm-engine", "", ours_inside, ours=True),
+    System("rsm-engine", "in front of the same servers", "rsm-engine", "", ours_before_servers, ours=True),
+    System("rsm-engine", "with its own engines", "rsm-engine", "", ours_inside, ours=True),
 )
 SYSTEMS = (*OURS, *PEERS)

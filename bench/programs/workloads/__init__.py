@@ -1,1 +1,1 @@
-"""The paper's workloads, and two real ones."""
+"""The paper's workloads, and two from real traces."""

@@ -1,4 +1,4 @@
-"""Long-tailed counts with a given mean: a log-normal cut off at both ends, its location solved for."""
+"""Long-tailed counts with a given mean: a log-normal distribution clipped at both ends, with a fitted location."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Counts from `low` to `high` with the mean `mean`; `sigma` is the deviation of their logarithm before the cut."""
+    """Counts from `low` to `high` with mean `mean`; `sigma` is the deviation of their logarithm before clipping."""
 
     mean: float
     sigma: float
@@ -19,7 +19,7 @@ class Lengths:
 
     def __post_init__(self) -> None:
         if not self.low < self.mean < self.high:
-            raise ValueError(f"No counts from {self.low} to {self.high} have the mean {self.mean}.")
+            raise ValueError(f"The mean {self.mean} must be between low ({self.low}) and high ({self.high}).")
         below, above = log(self.low) - 9 * self.sigma, log(self.high) + 9 * self.sigma
         for _ in range(60):
             mu = (below + above) / 2
@@ -31,7 +31,7 @@ class Lengths:
 
 
 def _clipped_mean(mu: float, lengths: Lengths) -> float:
-    """E[min(max(X, low), high)] of a log-normal X."""
+    """Returns E[min(max(X, low), high)] of a log-normal X."""
     s = lengths.sigma
     low, high = (log(lengths.low) - mu) / s, (log(lengths.high) - mu) / s
     inside = exp(mu + s * s / 2) * (_normal(high - s) - _normal(low - s))
@@ -39,5 +39,5 @@ def _clipped_mean(mu: float, lengths: Lengths) -> float:
 
 
 def _normal(x: float) -> float:
-    """The standard normal distribution function."""
+    """Returns the standard normal distribution function."""
     return (1 + erf(x / sqrt(2))) / 2

@@ -1,16 +1,16 @@
 """The paper's workloads as programs: chat, ReAct, tree search, and their mix.
 
-Calls per program, new prompt tokens and output tokens per call have the means (and the maxima, where it tells them)
-that the paper gives for ShareGPT, BFCL and LATS on HotpotQA: section 6 of arXiv 2502.13965. What it does not give is
-assumed here, and said so:
+Calls per program, new prompt tokens per call and output tokens per call have the means that the paper gives for
+ShareGPT, BFCL and LATS on HotpotQA (section 6 of arXiv 2502.13965), and its maxima where it gives them. The rest is
+assumed here:
 
-- "Prefill tokens per call" are read as the tokens that a call adds to what its program has said before. Whole prompts
-  they cannot be: by its third turn a conversation with answers of 277 tokens is longer than the 256 they would have.
-  So contexts grow: a call's prompt is the common system prompt, all turns before, and its new tokens.
-- The deviations, the system prompts' lengths, and the time that people and tools take between calls.
+- "Prefill tokens per call" are taken as the tokens that a call adds to its program's context. They cannot be whole
+  prompts: by its third turn a conversation with answers of 277 tokens is longer than the paper's 256 tokens. So
+  contexts grow: a call's prompt is the shared system prompt, all previous turns, and its new tokens.
+- The deviations, the lengths of the system prompts, and the delays by people and tools between calls.
 
-Programs arrive as a Poisson process. A program is a function of the seed and its number alone: at another rate the same
-programs come, closer together, so that two rates, like two systems, are compared on the same work.
+Programs arrive as a Poisson process. A program depends only on the seed and its number. At another rate the same
+programs arrive at other times, so rates, like systems, are compared on the same work.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from random import Random
 from bench.programs.workloads.lengths import Lengths
 from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 
-# Texts below this number are common to programs (system prompts); a program's own start at its number times this.
+# Texts below this number are shared between programs (system prompts); each program owns a range of this size above.
 _OWN_TEXTS = 1_000_000
 KINDS = ("chat", "react", "tree")
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the programs of a kind look like: `calls` a program (tree: rounds), tokens, and mean delay in seconds."""
+    """The shape of one kind of program: `calls` per program (tree: rounds), tokens, and the mean delay in seconds."""
 
     system: Segment
     calls: Lengths
@@ -63,13 +63,13 @@ SHAPES = {
         delay_s=0.5,
     ),
 }
-# LATS (Zhou et al., 2024) on HotpotQA: five children a node, at most seven deep; the weight of exploration in UCT.
+# LATS (Zhou et al., 2024) on HotpotQA: children per node, maximum depth, and the exploration weight of UCT.
 _WIDTH, _DEPTH, _EXPLORE = 5, 7, 1.0
 
 
 @dataclass(slots=True)
 class Draft:
-    """A program in the making: its calls so far, and numbers for its texts."""
+    """A program under construction: its calls so far, and the numbers for its texts."""
 
     shape: Shape
     rng: Random
@@ -77,19 +77,19 @@ class Draft:
     calls: list[CallSpec] = field(default_factory=list)
 
     def call(self, context: tuple[Segment, ...], after: tuple[int, ...], delay_s: float = 0.0) -> tuple[Segment, ...]:
-        """Adds a call that says something new behind a context; returns what the context is with it and its answer."""
+        """Adds a call that extends a context; returns the context with its prompt and its answer."""
         prompt = (*context, Segment(next(self.texts), self.shape.new.draw(self.rng)))
         output, answer = self.shape.output.draw(self.rng), next(self.texts)
         self.calls.append(CallSpec(prompt, output, answer, after, delay_s))
         return (*prompt, Segment(answer, output))
 
     def pause(self) -> float:
-        """How long a person or a tool takes, in seconds."""
+        """Draws the delay of a person or a tool, in seconds."""
         return self.rng.expovariate(1 / self.shape.delay_s)
 
 
 def conversation(draft: Draft) -> None:
-    """One call after the other: a person's turns (chat) or a tool's results (ReAct) between them."""
+    """Adds sequential calls, with a person's turns (chat) or a tool's results (ReAct) between them."""
     context: tuple[Segment, ...] = (draft.shape.system,)
     for n in range(draft.shape.calls.draw(draft.rng)):
         context = draft.call(context, (n - 1,) if n else (), draft.pause() if n else 0.0)
@@ -97,7 +97,7 @@ def conversation(draft: Draft) -> None:
 
 @dataclass(slots=True)
 class _Node:
-    """A state of the search: what was said on the way to it, and what came of the searches below it."""
+    """A state of the search: the context on the way to it, and the value of the searches below it."""
 
     context: tuple[Segment, ...]
     depth: int
@@ -107,7 +107,7 @@ class _Node:
     visits: int = 0
 
     def descend(self) -> _Node:
-        """The leaf that UCT chooses: at each node the child with the best mean value plus exploration."""
+        """Returns the leaf that UCT chooses: at each node the child with the best mean value plus exploration."""
         if not self.children:
             return self
         scale = _EXPLORE * sqrt(log(self.visits + 1))
@@ -120,8 +120,11 @@ class _Node:
 
 
 def tree_search(draft: Draft) -> None:
-    """Monte-Carlo tree search as LATS does it. A round selects a leaf, tries five steps from it at once, carries each
-    out with a tool, and judges each by a further call; the next round needs all five judgements."""
+    """Adds a Monte Carlo tree search like that of LATS.
+
+    A round selects a leaf, tries five steps from it in parallel, runs a tool for each, and judges each by another call.
+    The next round needs all five judgements.
+    """
     root = _Node((draft.shape.system, Segment(next(draft.texts), draft.shape.new.draw(draft.rng))), 0, None)
     before: tuple[int, ...] = ()
     for _ in range(draft.shape.calls.draw(draft.rng)):
@@ -131,7 +134,7 @@ def tree_search(draft: Draft) -> None:
         for n, child in enumerate(children):
             draft.call(child.context, (first + n,), draft.pause())
             child.credit(draft.rng.random())
-        if leaf.depth + 1 < _DEPTH:  # a leaf at the full depth is tried again instead
+        if leaf.depth + 1 < _DEPTH:  # a leaf at the maximum depth is tried again instead
             leaf.children = children
         before = tuple(range(first + _WIDTH, first + 2 * _WIDTH))
 
@@ -140,7 +143,7 @@ BUILDERS: dict[str, Callable[[Draft], None]] = {"chat": conversation, "react": c
 
 
 def program(kind: str, number: int, seed: int, arrival_s: float) -> ProgramSpec:
-    """Program number `number` of a workload: `kind` is one of KINDS, or "mixed" for each with equal chance."""
+    """Returns program `number` of a workload; `kind` is one of KINDS, or "mixed" for each with equal probability."""
     rng = Random(f"{seed}/{number}")
     chosen = rng.choice(KINDS) if kind == "mixed" else kind
     draft = Draft(SHAPES[chosen], rng, count((number + 1) * _OWN_TEXTS))
@@ -149,12 +152,12 @@ def program(kind: str, number: int, seed: int, arrival_s: float) -> ProgramSpec:
 
 
 def poisson(per_s: float, window_s: float, seed: int) -> Iterator[float]:
-    """Arrivals in seconds. The same seed at another rate gives the same arrivals on another scale."""
+    """Yields arrival times in seconds. The same seed at another rate gives the same arrivals on another scale."""
     rng, at = Random(f"{seed}/arrivals"), 0.0
     while (at := at + rng.expovariate(1.0) / per_s) < window_s:
         yield at
 
 
 def synthetic(kind: str, per_s: float, window_s: float, seed: int) -> list[ProgramSpec]:
-    """Programs of a kind, or of all, that arrive within a window at a mean rate."""
+    """Returns programs of one kind, or "mixed", that arrive within a window at a mean rate."""
     return [program(kind, n, seed, at) for n, at in enumerate(poisson(per_s, window_s, seed))]

@@ -1,4 +1,4 @@
-"""The two real workloads: coding-agent sessions, and requests that share prefixes (traces/README.md)."""
+"""The two workloads from real traces: coding-agent sessions, and requests that share prefixes (data/README.md)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from bench.programs.workloads.synthetic import poisson
 from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 
 FOLDER = Path(__file__).resolve().parent / "data"
-# The sessions were made with contexts of up to 880,000 tokens. Half of every length puts all but the longest into a
-# model with a context of 131,072 tokens; the KV cache of an engine then holds about twenty of them.
+# The sessions have contexts of up to 880,000 tokens. With all lengths halved, all but the longest fit into a model with
+# a context of 131,072 tokens, and an engine's KV cache holds about twenty of them.
 SCALE = 2
-# What such a model may not take, and what no open-loop run of an hour can wait for, is cut off: calls from the first
-# one that is longer than this (240,000 tokens before scaling), calls after so many, pauses beyond so many seconds.
+# Limits of such a model, and of an open-loop run of an hour. A session ends before its first prompt longer than
+# MAX_PROMPT (240,000 tokens before scaling) and after MAX_CALLS calls; longer pauses are cut to MAX_PAUSE_S.
 MAX_PROMPT = 120_000
 MAX_CALLS = 60
 MAX_PAUSE_S = 60.0
 _BLOCK = 512
 _OWN_TEXTS = 1_000_000
-_TOOLS, _SYSTEMS = 1_000, 200_000  # the common texts are numbered by their lengths: equal length, equal text
+_TOOLS, _SYSTEMS = 1_000, 200_000  # shared texts are numbered by their lengths: equal length means equal text
 
 
 @cache
@@ -40,17 +40,17 @@ def _sessions() -> Sequence[Any]:
 
 
 def coding(per_s: float, window_s: float, seed: int) -> list[ProgramSpec]:
-    """Real sessions, drawn with replacement, with Poisson arrivals."""
+    """Returns real sessions, drawn with replacement, with Poisson arrivals."""
     rng = Random(f"{seed}/sessions")
     return [session(rng.choice(_sessions()), n, at) for n, at in enumerate(poisson(per_s, window_s, seed))]
 
 
 def session(line: Any, number: int, arrival_s: float) -> ProgramSpec:
-    """One session: tools and system prompt first (shared with sessions that have the same), then its own turns.
+    """Returns one session: tools and system prompt first (shared with sessions that have the same), then its own turns.
 
-    A prompt goes on behind the one before and its answer, or without the answer where it is too short to hold it (an
-    agent drops what a model thought aloud). A prompt shorter than the one before is a summary: behind the common head
-    all is new.
+    A prompt extends the previous prompt and its answer. If it is too short to contain the answer, it extends only the
+    prompt, since agents drop a model's reasoning. A prompt shorter than the previous one is a summary: everything after
+    the shared head is new.
     """
     head = (
         Segment(_TOOLS + line["tool_tokens"], line["tool_tokens"] // SCALE),
@@ -75,9 +75,9 @@ def _length(context: Sequence[Segment]) -> int:
 
 
 def prefix(per_s: float, window_s: float, seed: int) -> list[ProgramSpec]:
-    """Requests in the trace's order and spacing, at another mean rate, each a program of its own; no answer is reused.
+    """Returns requests in the trace's order and spacing, scaled to a mean rate. Each is a program; no answer is reused.
 
-    The trace is walked from a place given by the seed, and again from its beginning where it ends.
+    The seed selects where in the trace to start. After its end the trace repeats from its beginning.
     """
     requests = _lines("prefix_blocks")
     first = Random(f"{seed}/prefix").randrange(len(requests))
@@ -85,7 +85,7 @@ def prefix(per_s: float, window_s: float, seed: int) -> list[ProgramSpec]:
 
 
 def _requests(requests: Sequence[Any], first: int, per_s: float) -> Iterator[ProgramSpec]:
-    # The last request has a gap behind it, too: the mean one.
+    # The mean gap follows the last request.
     span_ms = requests[-1]["timestamp"] * len(requests) / (len(requests) - 1)
     scale = len(requests) / span_ms / per_s
     for number in count(first):
