@@ -107,7 +107,7 @@ def main() -> None:
     trips = RoundTrips()
     trips.install()
     try:
-        runpy.run_module({"router": "router", "worker": "workers"}[sys.argv[1]], run_name="__main__")
+        runpy.run_module({"router": "rsm.router", "worker": "rsm.workers"}[sys.argv[1]], run_name="__main__")
     finally:
         Path(os.environ[COUNTS]).write_text(json.dumps({"round_trips": trips.count}))
 

@@ -49,12 +49,11 @@ def up(stack: Stack, log: Path) -> Iterator[Settings]:
         server = stack_of.enter_context(EmbeddedRedis())
         settings = Settings(namespace=f"programs{new_id()}", **stack.settings).with_redis(server.url)
         env = {k: v for k, v in os.environ.items() if not k.startswith("RSM_")} | settings.environment()
-        environments = [("router", env)]
-        environments += [
-            ("workers", env | {CONFIG_VARIABLE: e.model_dump_json(exclude={"api_key"})}) for e in stack.engines
-        ]
+        environments = [("rsm.router", env)]
+        environments += [("rsm.workers", env | {CONFIG_VARIABLE: e.as_json()}) for e in stack.engines]
         for module, variables in environments:
-            process = subprocess.Popen([sys.executable, "-m", module], env=variables, stdout=output, stderr=output)
+            command = [sys.executable, "-P", "-m", module]
+            process = subprocess.Popen(command, env=variables, stdout=output, stderr=output)
             stack_of.callback(_end, process)
         _await_engines(Monitor(settings), [e.engine_id for e in stack.engines], log)
         yield settings
