@@ -122,15 +122,15 @@ def stop(
 ) -> None:
     """Stops an engine. Waiting calls move to other engines; running calls may finish within RSM_DRAIN_GRACE_S."""
     settings = settings_of(ctx)
-    with server_of(ctx) as server:
-        engine_id = whole_engine_id(settings, server, engine_id)
-        if node is None:
-            order_drain(settings, server, engine_id, "stop")
-    if node is None:
-        _await_stopped(ctx, settings, engine_id)
-    else:
-        with ordering(settings, node) as client:
+    if node is not None:
+        with ordering(settings, node) as client, server_of(ctx) as server:
+            engine_id = whole_engine_id(settings, server, engine_id)
             client.stop_engine(engine_id)
+    else:
+        with server_of(ctx) as server:
+            engine_id = whole_engine_id(settings, server, engine_id)
+            order_drain(settings, server, engine_id, "stop")
+        _await_stopped(ctx, settings, engine_id)
     say(f"Engine {engine_id} has stopped.")
 
 
