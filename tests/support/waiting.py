@@ -1,4 +1,4 @@
-"""Waiting for what is to come true."""
+"""Waiting for conditions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def eventually(condition: Callable[[], object], timeout_s: float = 20.0, what: str = "") -> None:
-    """Waits until `condition()` is true; fails the test after `timeout_s`."""
+    """Waits until `condition()` is true. Fails the test after `timeout_s`."""
     until = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < until, f"waited {timeout_s} s in vain{': ' + what if what else ''}"
