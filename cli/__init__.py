@@ -1,4 +1,4 @@
-"""The `rsm` command. Each module registers its commands with the one application."""
+"""The `rsm` command. Each module in `commands` registers its commands with the application."""
 
 from __future__ import annotations
 

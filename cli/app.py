@@ -1,4 +1,4 @@
-"""The root of the `rsm` command: global options, and one sentence instead of a traceback."""
+"""The root of the `rsm` command: global options, and error messages instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from rsm.cli.streams import tolerate
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 2
 
-# These may stand behind a command's name as well as before it: `rsm ps --namespace a` is how people write.
+# Also accepted after the command's name, where people write them: `rsm ps --namespace a`.
 _GLOBAL = ("--redis", "--namespace", "--log-level")
-# Options of an engine whose names differ from those of its configuration in more than the dashes.
+# Engine options whose names differ from the fields of EngineConfig by more than dashes.
 _ENGINE_OPTIONS = {"gpu_id": "--gpu", "engine_args": "--engine-arg"}
 
 
 class Rsm(TyperGroup):
-    """Takes global options anywhere, and turns errors raised on purpose into one sentence and an exit status."""
+    """Accepts global options anywhere, and turns expected errors into one line on stderr and an exit status."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, hoist(args))
@@ -49,36 +49,42 @@ class Rsm(TyperGroup):
         command: Any = super().get_command(ctx, cmd_name)
         if command is not None:
             command.rich_help_panel = group_of(cmd_name)
+            command.help = _unwrapped(command.help or "")
         return command
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
-        with _in_a_sentence():  # --install-completion writes files
+        with _errors_reported():  # --install-completion writes files
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        with _in_a_sentence():
+        with _errors_reported():
             return super().invoke(ctx)
 
 
+def _unwrapped(text: str) -> str:
+    """Each paragraph on one line: Typer keeps the line breaks of all paragraphs but the first."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
 @contextmanager
-def _in_a_sentence() -> Iterator[None]:
+def _errors_reported() -> Iterator[None]:
     try:
         yield
     except (RsmError, ValidationError, redis.RedisError, OSError, UnicodeError) as e:
-        say_error(_sentence(e))
+        say_error(_message(e))
         raise typer.Exit(_status(e)) from None
 
 
-def _sentence(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, ValidationError):
         return explain(error, lambda name: _ENGINE_OPTIONS.get(name, f"--{name.replace('_', '-')}"))
     if isinstance(error, redis.RedisError):
-        return f"Redis refused or went away ({type(error).__name__}); `rsm doctor` says what is wrong."
+        return f"Redis failed or refused a command ({type(error).__name__}). Run `rsm doctor` to find out why."
     if isinstance(error, OSError):
         why = error.strerror or str(error).rstrip(".") or type(error).__name__
         return f"{error.filename}: {why}." if error.filename else f"{why}."
     if isinstance(error, UnicodeError):
-        return f"A text that was given cannot be written as UTF-8 or read as such ({type(error).__name__})."
+        return f"The arguments or the input are not valid UTF-8 ({type(error).__name__})."
     return str(error)
 
 
@@ -90,7 +96,7 @@ def _status(error: Exception) -> int:
 
 
 def hoist(args: list[str]) -> list[str]:
-    """Moves global options to the front; leaves alone what stands behind `--`."""
+    """Moves global options to the front. Leaves everything after `--` alone."""
     cut = args.index("--") if "--" in args else len(args)
     front: list[str] = []
     rest: list[str] = []
@@ -109,7 +115,7 @@ app = typer.Typer(
     name="rsm",
     cls=Rsm,
     help="A durable, program-aware broker for LLM calls, on Redis. Start with `rsm demo` or `rsm up`.",
-    epilog="Commands that take an id also take its short form, or any beginning or end of it that is unique.",
+    epilog="Commands that take an id also accept its short form, or any unique beginning or end of it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -130,7 +136,7 @@ def _global_options(
         typer.Option(
             "--redis",
             metavar="URL",
-            help="Redis server. Default: RSM_REDIS_URL, else the embedded server of this user.",
+            help="Redis server. Default: RSM_REDIS_URL, else this user's embedded server.",
         ),
     ] = None,
     namespace: Annotated[
@@ -143,7 +149,8 @@ def _global_options(
         str | None,
         typer.Option(
             metavar="LEVEL",
-            help="DEBUG, INFO, WARNING or ERROR. Default: RSM_LOG_LEVEL, else INFO if the command serves, or WARNING.",
+            help="DEBUG, INFO, WARNING or ERROR. Default: RSM_LOG_LEVEL, else INFO for processes that serve and "
+            "WARNING for other commands.",
         ),
     ] = None,
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
@@ -153,7 +160,7 @@ def _global_options(
     serves = ctx.invoked_subcommand in SERVING
     with logs.held_back():
         settings = Settings() if log_level is None else Settings(log_level=log_level)
-        # A process that serves says more: it calls `configure` again, with its own default.
+        # A process that serves logs more by default: it calls `configure` again.
         logs.configure(settings, str(ctx.invoked_subcommand) if serves else "rsm", "WARNING")
     log_errors(serves and settings.log_format == "json")
     if serves:
@@ -163,7 +170,7 @@ def _global_options(
 
 
 def settings_while_completing(ctx: typer.Context) -> Settings:
-    """The settings that the options typed so far say; no callback is run for a completion."""
+    """The settings by the options typed so far. Completion runs no callback, so `ctx.obj` is not set."""
     given = ctx.find_root().params
     return Settings().with_redis(given.get("redis_url"), given.get("namespace"))
 
@@ -180,7 +187,7 @@ def _check_level(level: str) -> None:
         raise typer.BadParameter("must be DEBUG, INFO, WARNING or ERROR", param_hint="--log-level")
 
 
-# -- what commands work with
+# -- what commands use
 
 
 def settings_of(ctx: typer.Context) -> Settings:
@@ -189,17 +196,17 @@ def settings_of(ctx: typer.Context) -> Settings:
 
 
 def require_redis(settings: Settings) -> None:
-    """Fails at once, instead of after the long patience that a service has with its Redis.
+    """Fails at once if Redis does not answer, where a service would keep trying.
 
     Raises:
-        BrokerUnavailable: Redis does not answer; the message says where it was looked for, and what to do.
+        BrokerUnavailable: Redis does not answer; the message names its address and says what to do.
     """
     server: Any = connect(settings)
     try:
-        server.time()  # not PING: a Redis whose disk is full refuses that one too
+        server.time()  # not PING, which a Redis with a full disk refuses
     except (redis.AuthenticationError, redis.ResponseError) as e:
         raise BrokerUnavailable(
-            f"Redis at {shown_url(settings.url())} refuses this client ({type(e).__name__}); check user and password."
+            f"Redis at {shown_url(settings.url())} refuses this client ({type(e).__name__}). Check user and password."
         ) from None
     except BLIPS as e:
         raise BrokerUnavailable(

@@ -1,4 +1,4 @@
-"""Is everything as it should be? One small check after the other, each with what to do if not."""
+"""The checks of `rsm doctor`. Each one says what to do about what it finds."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from rsm.broker.protocol.models import EngineState
 from rsm.broker.settings import Settings
 from rsm.broker.views.dead_letters import DeadLetters
 from rsm.broker.views.monitor import Monitor
+from rsm.cli.output import counted
 
 Status = Literal["ok", "warning", "problem"]
 
-_FLOOR = {"Redis": (7, 0), "Valkey": (7, 2)}
-_KINDS = {"": "one server", "sentinel": "a master that Sentinel names", "cluster": "the slot's master in a Cluster"}
+_OLDEST = {"Redis": (7, 0), "Valkey": (7, 2)}
+_KINDS = {"": "single server", "sentinel": "master by Sentinel", "cluster": "master of the namespace's slot"}
 _SKEW_MS = 1000.0
 _NEARLY_FULL = 0.8
 _FULL = {
-    "open_calls": "Producers are about to be refused: add engines, or raise RSM_MAX_OPEN_CALLS.",
-    "open_bytes": "Producers are about to be refused: add engines, or raise RSM_MAX_OPEN_BYTES.",
-    "retained_bytes": "Results go before their TTL: shorten RSM_RESULT_TTL_S, or raise RSM_MAX_RETAINED_BYTES.",
-    "dead_bytes": "The oldest dead letters are about to go: `rsm dead replay`, or raise RSM_MAX_DEAD_BYTES.",
+    "open_calls": "New calls will soon be refused: add engines, or raise RSM_MAX_OPEN_CALLS.",
+    "open_bytes": "New calls will soon be refused: add engines, or raise RSM_MAX_OPEN_BYTES.",
+    "retained_bytes": "Results will soon be removed before their TTL: shorten RSM_RESULT_TTL_S, or raise "
+    "RSM_MAX_RETAINED_BYTES.",
+    "dead_bytes": "The oldest dead letters will soon be removed: run `rsm dead replay`, or raise RSM_MAX_DEAD_BYTES.",
 }
-# In a healthy deployment an entry stays on the router stream for milliseconds.
+# In a healthy deployment, an entry leaves the router stream within milliseconds.
 _SLOW_BACKLOG_MS = 5_000
 _STUCK_BACKLOG_MS = 60_000
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one check found. `advice` says what to do, "" if nothing."""
+    """What one check found. `advice` says what to do; it may be empty."""
 
     name: str
     status: Status
@@ -48,7 +50,7 @@ class Check:
 
 
 def examine(settings: Settings) -> list[Check]:
-    """Runs all checks. Without Redis there is only the first."""
+    """Runs all checks. If Redis does not answer, only the first one."""
     server: Any = connect(settings)
     try:
         reached = _reachable(server)
@@ -61,17 +63,18 @@ def examine(settings: Settings) -> list[Check]:
 
 
 def _guarded(name: str, check: Callable[[Any, Monitor], Check], server: Any, monitor: Monitor) -> Check:
-    """A check that this server refuses (a managed one may forbid INFO) must not hide the others."""
+    """Runs one check. If the server refuses it (a managed one may forbid INFO), the others still run."""
     try:
         return check(server, monitor)
     except redis.RedisError as e:
-        return Check(name, "warning", f"could not be checked ({type(e).__name__}).", "Look at the user's permissions.")
+        advice = "Check this user's permissions in Redis."
+        return Check(name, "warning", f"could not be checked ({type(e).__name__}).", advice)
 
 
 def _reachable(server: Any) -> Check:
     began = time.perf_counter()
     try:
-        server.time()  # not PING: a Redis whose disk is full refuses that one too
+        server.time()  # not PING, which a Redis with a full disk refuses
     except redis.RedisError as e:
         advice = "Start everything with `rsm up`, or name a server with --redis or RSM_REDIS_URL."
         return Check("redis", "problem", f"does not answer ({type(e).__name__}).", advice)
@@ -80,44 +83,47 @@ def _reachable(server: Any) -> Check:
 
 def _version(server: Any, _: Monitor) -> Check:
     name, shown = _server_version(server.info("server"))
-    floor = _FLOOR[name]
-    if tuple(int(part) for part in shown.split(".")[:2]) < floor:
-        return Check("version", "problem", f"{name} {shown}.", f"Use {name} {floor[0]}.{floor[1]} or newer.")
+    oldest = _OLDEST[name]
+    if tuple(int(part) for part in shown.split(".")[:2]) < oldest:
+        return Check("version", "problem", f"{name} {shown}.", f"Use {name} {oldest[0]}.{oldest[1]} or newer.")
     return Check("version", "ok", f"{name} {shown}.")
 
 
 def _server_version(info: Mapping[str, Any]) -> tuple[str, str]:
-    """Valkey also calls itself a Redis 7.2, for old clients; its own version stands beside."""
+    """Name and version. Valkey reports a `redis_version` too, for old clients."""
     if "valkey_version" in info:
         return "Valkey", str(info["valkey_version"])
     return "Redis", str(info["redis_version"])
 
 
 def _replication(server: Any, monitor: Monitor) -> Check:
-    """Who the master is, and what a fail-over would lose."""
+    """Which server this is, and whether its replicas suffice."""
     info, settings = server.info("replication"), monitor.settings
     kind = place_of(settings.url(), settings.namespace).kind
     replicas = [info[f"slave{i}"] for i in range(int(info.get("connected_slaves", 0)))]
     lag = max((int(r.get("lag", 0)) for r in replicas), default=0)
-    shown = f"{_KINDS[kind]}, {len(replicas)} replicas" + (f", the slowest {lag} s behind." if replicas else ".")
+    shown = f"{_KINDS[kind]}, {counted(len(replicas), 'replica')}" + (f", lag {lag} s." if replicas else ".")
     if info.get("role") != "master":
-        return Check("replication", "problem", f"this server is a {info.get('role')}.", "Name the master, or Sentinel.")
+        advice = "Set RSM_REDIS_URL to the master, or to Sentinel."
+        return Check("replication", "problem", f"this server is a {info.get('role')}.", advice)
     if len(replicas) < settings.wait_replicas:
-        advice = f"RSM_WAIT_REPLICAS is {settings.wait_replicas}: every push fails with NotReplicated. Look at them."
+        advice = (
+            f"RSM_WAIT_REPLICAS is {settings.wait_replicas}: every push fails with NotReplicated. Check the replicas."
+        )
         return Check("replication", "problem", shown, advice)
     if kind == "sentinel" and not replicas:
-        return Check("replication", "warning", shown, "Without a replica nobody can take the master's place.")
+        return Check("replication", "warning", shown, "Start a replica: without one, there is no failover.")
     return Check("replication", "ok", shown)
 
 
 def _persistence(server: Any, _: Monitor) -> Check:
     info = server.info("persistence")
     if not info.get("aof_enabled"):
-        advice = "Set `appendonly yes`, or accepted calls are lost when Redis restarts."
+        advice = "Set `appendonly yes`; otherwise accepted calls are lost when Redis restarts."
         return Check("persistence", "problem", "the append-only file is off.", advice)
     for field in ("aof_last_write_status", "aof_last_bgrewrite_status"):
         if info.get(field, "ok") != "ok":
-            return Check("persistence", "problem", f"{field} is {info[field]}.", "Look at Redis's log and its disk.")
+            return Check("persistence", "problem", f"{field} is {info[field]}.", "Check Redis's log and its disk.")
     return Check("persistence", "ok", "append-only file, last write ok.")
 
 
@@ -126,7 +132,7 @@ def _memory(server: Any, _: Monitor) -> Check:
     policy, limit, used = str(info.get("maxmemory_policy")), int(info.get("maxmemory", 0)), int(info["used_memory"])
     shown = f"maxmemory-policy {policy}, {used >> 20} MiB used" + (f" of {limit >> 20}." if limit else ".")
     if policy != SAFE:
-        return Check("memory", "problem", shown, f"Set `maxmemory-policy {SAFE}`: no part starts on any other.")
+        return Check("memory", "problem", shown, f"Set `maxmemory-policy {SAFE}`: no process starts with another one.")
     if limit and used > _NEARLY_FULL * limit:
         return Check("memory", "warning", shown, "Raise maxmemory, or shorten RSM_RESULT_TTL_S.")
     return Check("memory", "ok", shown)
@@ -142,21 +148,25 @@ def _usage(_: Any, monitor: Monitor) -> Check:
 
 
 def usage_line(name: str, usage: Mapping[str, int]) -> str:
-    """One bound and how far it is used, in words: "open calls 5 of 200000"."""
+    """One limit and how much of it is used: "open calls 5 of 200000"."""
+    return f"{name.replace('_', ' ')} {used_of_limit(name, usage)}"
+
+
+def used_of_limit(name: str, usage: Mapping[str, int]) -> str:
     unit, size = (" MiB", 20) if name.endswith("bytes") else ("", 0)
-    bound = f"of {usage['bound'] >> size}{unit}" if usage["bound"] else "(no bound)"
-    return f"{name.replace('_', ' ')} {usage['used'] >> size} {bound}"
+    used, limit = usage["used"] >> size, usage["bound"] >> size
+    return f"{used} of {limit}{unit}" if usage["bound"] else f"{used}{unit} (no limit)"
 
 
 def _clock(server: Any, _: Monitor) -> Check:
     sent = time.time()
     seconds, micros = server.time()
-    # Its clock was read somewhere between sending and receiving; half way is the best guess.
+    # Redis read its clock between sending and receiving; half way is the best guess.
     skew = abs((sent + time.time()) / 2 - seconds - micros / 1e6) * 1000
     if skew > _SKEW_MS:
-        advice = "Run NTP on both. Only deadlines that producers compute from their own clock are affected."
-        return Check("clock", "warning", f"this machine and Redis are {skew / 1000:.1f} s apart.", advice)
-    return Check("clock", "ok", f"{skew:.0f} ms from Redis's.")
+        advice = "Run NTP on both. This affects only deadlines that producers compute from their own clock."
+        return Check("clock", "warning", f"this machine and Redis differ by {skew / 1000:.1f} s.", advice)
+    return Check("clock", "ok", f"this machine and Redis differ by {skew:.0f} ms.")
 
 
 def _scripts(server: Any, _: Monitor) -> Check:
@@ -164,33 +174,32 @@ def _scripts(server: Any, _: Monitor) -> Check:
         execute.load_all(server)
     except redis.ResponseError as e:
         return Check("scripts", "problem", f"Redis refuses them ({type(e).__name__}).", "Allow EVAL, EVALSHA, SCRIPT.")
-    return Check("scripts", "ok", "all load.")
+    return Check("scripts", "ok", "all are loaded.")
 
 
 def _routers(server: Any, monitor: Monitor) -> Check:
-    advice = "Start a router: `rsm up` or `rsm router`."
+    advice = "Start one with `rsm up` or `rsm router`."
     try:
         groups = {text(g["name"]) for g in server.xinfo_groups(monitor.keys.calls)}
     except redis.ResponseError:
-        return Check("routers", "problem", "no router has ever served this namespace.", advice)
+        return Check("routers", "problem", "none has ever served this namespace.", advice)
     if ROUTER_GROUP not in groups:
         return Check("routers", "problem", "the consumer group is missing.", advice)
     alive = server.zcount(monitor.keys.routers, monitor.now_ms() - 2 * monitor.settings.lease_ms, "+inf")
     if not alive:
-        return Check(
-            "routers", "problem", f"none is alive ({server.zcard(monitor.keys.routers)} seen of late).", advice
-        )
+        seen = server.zcard(monitor.keys.routers)
+        return Check("routers", "problem", f"none is alive ({seen} seen recently).", advice)
     return Check("routers", "ok", f"{alive} alive.")
 
 
 def _backlog(server: Any, monitor: Monitor) -> Check:
     oldest = server.xrange(monitor.keys.calls, count=1)
     if not oldest:
-        return Check("backlog", "ok", "every call is placed.")
+        return Check("backlog", "ok", "no call waits for a router.")
     age = monitor.now_ms() - int(text(oldest[0][0]).partition("-")[0])
-    shown = f"{monitor.backlog()} calls not yet placed, the oldest for {age / 1000:.1f} s."
+    shown = f"{counted(monitor.backlog(), 'call')} not yet routed; the oldest waits for {age / 1000:.1f} s."
     if age > _STUCK_BACKLOG_MS:
-        return Check("backlog", "problem", shown, "Start a router, or look at the routers' logs.")
+        return Check("backlog", "problem", shown, "Start a router, or check the routers' logs.")
     if age > _SLOW_BACKLOG_MS:
         return Check("backlog", "warning", shown, "Start another router: `rsm router`.")
     return Check("backlog", "ok", shown)
@@ -201,21 +210,22 @@ def _engines(_: Any, monitor: Monitor) -> Check:
     engines = [e for e in monitor.engines() if e["state"] != EngineState.STOPPED or e["error"]]
     ready = [e for e in engines if e["state"] == EngineState.READY and now - e["heartbeat_ms"] <= lease]
     ids = {e["engine_id"] for e in ready}
-    others = ", ".join(f"{e['engine_id']} {_ails(e, now, lease)}" for e in engines if e["engine_id"] not in ids)
+    others = ", ".join(f"{e['engine_id']} {_condition(e, now, lease)}" for e in engines if e["engine_id"] not in ids)
+    also = f"; {others.rstrip('.')}" if others else ""
     if not ready:
-        advice = "Start one: `rsm up` or `rsm worker`; look at its log."
-        return Check("engines", "problem", f"none is ready{': ' + others if others else ''}.", advice)
-    slots = sum(e["max_num_seqs"] for e in ready)
-    shown = f"{len(ready)} ready with {slots} slots{'; ' + others if others else ''}."
+        advice = "Start one with `rsm up` or `rsm worker`, or check the workers' logs."
+        return Check("engines", "problem", f"none is ready{also}.", advice)
+    shown = f"{len(ready)} ready with {counted(sum(e['max_num_seqs'] for e in ready), 'slot')}{also}."
     if others:
-        return Check("engines", "warning", shown, "Look at the logs of those that are not ready.")
+        return Check("engines", "warning", shown, "Check the logs of those that are not ready.")
     return Check("engines", "ok", shown)
 
 
-def _ails(engine: Mapping[str, Any], now: int, lease: int) -> str:
+def _condition(engine: Mapping[str, Any], now: int, lease: int) -> str:
+    """Why an engine is not ready."""
     if engine["state"] == EngineState.READY:
-        return f"silent for {(now - engine['heartbeat_ms']) / 1000:.1f} s (lease: {lease / 1000:g} s)"
-    return f"{engine['state']}{': ' + engine['error'] if engine['error'] else ''}"
+        return f"has sent no heartbeat for {(now - engine['heartbeat_ms']) / 1000:.1f} s (lease: {lease / 1000:g} s)"
+    return f"is {engine['state']}{': ' + engine['error'] if engine['error'] else ''}"
 
 
 def _dead_letters(server: Any, monitor: Monitor) -> Check:

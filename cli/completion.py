@@ -1,7 +1,6 @@
-"""Ids that a shell offers for completion.
+"""Ids and names that a shell completes.
 
-Whatever goes wrong, nothing is printed and nothing raised, and nobody waits for longer than a moment: the ids that
-Redis has named by then are offered.
+On any failure, nothing is printed or raised. After half a second, what has been found by then is offered.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from itertools import chain
 
 import typer
 
+from rsm.broker import Settings
 from rsm.broker.connection.factory import connect
 from rsm.broker.protocol.ids import short_form
 from rsm.broker.protocol.keys import Keys
@@ -22,36 +22,54 @@ from rsm.broker.views.lookup import Lookup
 from rsm.cli.app import settings_while_completing
 
 MOST = 100
-_PATIENCE_S = 0.5
+_TIMEOUT_S = 0.5
 
-_Read = Callable[[Lookup, DeadLetters], Iterable[str]]
+_Read = Callable[[Settings], Iterable[str]]
 
 
 def complete_call(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Open calls first, then those that ended last."""
-    return _offered(ctx, incomplete, lambda look, _: chain(look.open_calls(MOST), look.finished_calls(MOST)))
+    """Open calls first, then finished ones, the latest first."""
+
+    def read(settings: Settings) -> Iterable[str]:
+        lookup = _lookup(settings)
+        return chain(lookup.open_calls(MOST), lookup.finished_calls(MOST))
+
+    return _offered(ctx, incomplete, read)
 
 
 def complete_open_call(ctx: typer.Context, incomplete: str) -> list[str]:
-    return _offered(ctx, incomplete, lambda look, _: look.open_calls(MOST))
+    return _offered(ctx, incomplete, lambda settings: _lookup(settings).open_calls(MOST))
 
 
 def complete_session(ctx: typer.Context, incomplete: str) -> list[str]:
-    return _offered(ctx, incomplete, lambda look, _: look.sessions())
+    return _offered(ctx, incomplete, lambda settings: _lookup(settings).sessions())
 
 
 def complete_engine(ctx: typer.Context, incomplete: str) -> list[str]:
-    return _offered(ctx, incomplete, lambda look, _: look.engines())
+    return _offered(ctx, incomplete, lambda settings: _lookup(settings).engines())
 
 
 def complete_dead_letter(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Entries, and the calls that they are of."""
+    """Ids of entries and of their calls."""
 
-    def read(_: Lookup, letters: DeadLetters) -> Iterator[str]:
-        for letter in letters.ls(MOST // 2):
+    def read(settings: Settings) -> Iterator[str]:
+        for letter in DeadLetters(settings, connect(settings)).ls(MOST // 2):
             yield from filter(None, (letter.entry, letter.request_id))
 
     return _offered(ctx, incomplete, read)
+
+
+def complete_node(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Nodes that listen. Nothing without RQ, which is an extra."""
+    with contextlib.suppress(Exception):
+        from rsm.workers.supervision.node import listening  # here, so that importing RQ does not count as waiting
+
+        return _offered(ctx, incomplete, listening)
+    return []
+
+
+def _lookup(settings: Settings) -> Lookup:
+    return Lookup(Keys(settings.namespace), connect(settings))
 
 
 def _offered(ctx: typer.Context, incomplete: str, read: _Read) -> list[str]:
@@ -60,7 +78,7 @@ def _offered(ctx: typer.Context, incomplete: str, read: _Read) -> list[str]:
     logging.disable()
     try:
         reader.start()
-        reader.join(_PATIENCE_S)
+        reader.join(_TIMEOUT_S)
     finally:
         logging.disable(logging.NOTSET)
     return list(found)
@@ -68,9 +86,7 @@ def _offered(ctx: typer.Context, incomplete: str, read: _Read) -> list[str]:
 
 def _collect(ctx: typer.Context, incomplete: str, read: _Read, found: dict[str, None]) -> None:
     with contextlib.suppress(Exception):
-        settings = settings_while_completing(ctx)
-        server = connect(settings)
-        for value in read(Lookup(Keys(settings.namespace), server), DeadLetters(settings, server)):
+        for value in read(settings_while_completing(ctx)):
             name = _name(value, incomplete)
             if name.startswith(incomplete):
                 found[name] = None
@@ -79,6 +95,6 @@ def _collect(ctx: typer.Context, incomplete: str, read: _Read, found: dict[str, 
 
 
 def _name(value: str, incomplete: str) -> str:
-    """The short form, as tables show it; the whole id once its beginning is typed."""
+    """The short form, as tables show it. The whole id, once its beginning is typed."""
     short = short_form(value)
     return short if short.startswith(incomplete) else value

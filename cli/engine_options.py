@@ -1,4 +1,4 @@
-"""Options that describe an engine, and the EngineConfig that they make."""
+"""Options that describe an engine, and the EngineConfig made of them."""
 
 from __future__ import annotations
 
@@ -10,43 +10,60 @@ import typer
 
 from rsm.broker import InvalidRequest
 
-Model = Annotated[str, typer.Option(help="Name or folder; none = for vllm a tiny random one, for openai any.")]
-
-
-Backend = Annotated[
-    str | None, typer.Option(help="vllm, openai (a remote OpenAI-compatible server) or sim; none = vllm if installed.")
+Model = Annotated[
+    str,
+    typer.Option(metavar="MODEL", help="Model name or path. Default: a tiny test model (vllm); any model (openai)."),
 ]
 
 
-BaseUrl = Annotated[str | None, typer.Option(help="Of the remote server, for --backend openai.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="vllm, openai (a remote OpenAI-compatible server) or sim (a simulated engine). Default: openai with "
+        "--base-url, else vllm if installed, else sim.",
+    ),
+]
+
+
+BaseUrl = Annotated[str | None, typer.Option(metavar="URL", help="URL of the remote server, for --backend openai.")]
 
 
 MaxNumSeqs = Annotated[
     int | None,
     typer.Option(
-        min=1, show_default=False, help="Calls an engine runs at once. Default: 256; openai: as the server says."
+        min=1,
+        metavar="N",
+        show_default=False,
+        help="Most calls that an engine runs at once. Default: 256; openai: what the server reports, if it does.",
     ),
 ]
 
 
-TensorParallel = Annotated[int, typer.Option("--tensor-parallel-size", min=1, help="GPUs of one engine.")]
+Slots = Annotated[
+    int, typer.Option("--max-num-seqs", min=1, metavar="N", help="Most calls that an engine runs at once.")
+]
+
+
+TensorParallel = Annotated[int, typer.Option("--tensor-parallel-size", min=1, metavar="N", help="GPUs per engine.")]
 
 
 EngineArg = Annotated[
-    list[str] | None, typer.Option("--engine-arg", metavar="NAME=VALUE", help="Any further argument of the backend.")
+    list[str] | None,
+    typer.Option("--engine-arg", metavar="NAME=VALUE", help="Further argument of the backend. May be repeated."),
 ]
 
 
 Scheduler = Annotated[
     str | None,
-    typer.Option("--engine-scheduler", help="fcfs, priority or plas; none = as RSM_ENGINE_SCHEDULER says."),
+    typer.Option("--engine-scheduler", metavar="NAME", help="fcfs, priority or plas. Default: RSM_ENGINE_SCHEDULER."),
 ]
 
 
-EngineId = Annotated[str, typer.Option(help="Names its queue; unique in the namespace.")]
+EngineId = Annotated[str, typer.Option(metavar="ID", help="Id of the engine and its queue. Unique in the namespace.")]
 
 
-Gpu = Annotated[int, typer.Option(min=0, help="The first of its GPUs.")]
+Gpu = Annotated[int, typer.Option(min=0, metavar="N", help="First GPU of the engine.")]
 
 
 def default_backend() -> str:
@@ -64,7 +81,7 @@ def engine_config(
     engine_arg: list[str] | None,
     scheduler: str | None = None,
 ) -> Any:
-    """The EngineConfig of these options. A wrong one is a pydantic error, which the command reports in a sentence."""
+    """The EngineConfig of these options. Raises ValidationError, which every command reports in one line."""
     from rsm.workers.config import EngineConfig
 
     named = {"max_num_seqs": max_num_seqs, "base_url": base_url, "engine_scheduler": scheduler}
@@ -80,7 +97,7 @@ def engine_config(
 
 
 def pair(option: str) -> tuple[str, Any]:
-    """NAME=VALUE; the value is JSON where it reads as such, else text."""
+    """Splits NAME=VALUE. The value is JSON if it can be read as JSON, else text."""
     name, equals, value = option.partition("=")
     if not equals or not name:
         raise InvalidRequest(f"--engine-arg takes NAME=VALUE; got {option!r}.")

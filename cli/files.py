@@ -1,4 +1,4 @@
-"""Files that a command reads and writes, with errors in one sentence."""
+"""Files that a command reads and writes, with error messages for users."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rsm.broker import InvalidRequest
 
 
 def read_text(path: str, what: str) -> str:
-    """A file's text, or that of stdin for "-". `what`: what it is, for the message.
+    """The text of a file, or of stdin for "-". `what` names it in the error message.
 
     Raises:
         InvalidRequest: it cannot be read.
@@ -25,10 +25,10 @@ def read_text(path: str, what: str) -> str:
 
 
 def require_writable(path: Path, what: str) -> None:
-    """For a file that is written at the end of long work.
+    """Checks a file that is written only at the end of long work.
 
     Raises:
-        InvalidRequest: it cannot be written there.
+        InvalidRequest: it cannot be written.
     """
     folder = path.parent
     if path.is_dir():

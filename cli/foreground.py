@@ -1,9 +1,9 @@
 """`rsm up`: a deployment on this machine, in the foreground.
 
-1. Redis, unless one is named: the embedded server in the user's state folder, so that `rsm ps` and `redis-cli` in
-   another terminal find it with no setting, and calls survive until the next `rsm up`.
-2. Routers and workers as supervised children that write to this terminal.
-3. The first Ctrl-C (or SIGTERM, or a closed terminal) drains; the second kills, and still leaves no process.
+1. Starts Redis unless one is named: the embedded server, in the user's state folder. So `rsm ps` and `redis-cli` in
+   another terminal find it without any setting, and calls survive until the next `rsm up`.
+2. Starts routers and workers as supervised children that log to this terminal.
+3. Drains on the first Ctrl-C, SIGTERM or closed terminal. Kills on the second. Leaves no process behind either way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rsm.broker import Settings, logs
 from rsm.broker.connection.topology import shown_url
 from rsm.broker.errors import InvalidRequest, RsmError
 from rsm.cli.app import require_redis
-from rsm.cli.output import console
+from rsm.cli.output import console, counted
 from rsm.engine.fleet import Fleet
 from rsm.workers.config import EngineConfig
 
@@ -34,10 +34,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_up(settings: Settings, configs: Sequence[EngineConfig], routers: int, source: str = "") -> None:
-    """Runs the fleet until a signal. `source`: where it is written down, if it is.
+    """Runs the fleet until a signal. `source` names the file that describes it, if any.
 
     Raises:
-        EngineFailed, BrokerUnavailable: it did not come up; nothing is left running.
+        EngineFailed, BrokerUnavailable: the start failed; nothing is left running.
     """
     logs.configure(settings, "up")
     embedded = settings.redis_url is None
@@ -50,16 +50,17 @@ def run_up(settings: Settings, configs: Sequence[EngineConfig], routers: int, so
     try:
         with stopping:
             named = f" ({source})" if source else ""
-            log.info("starting %d engines, %d routers%s; Redis: %s", len(configs), routers, named, _where(settings))
+            processes = f"{counted(len(configs), 'engine')} and {counted(routers, 'router')}"
+            log.info("starting %s%s; Redis: %s", processes, named, _where(settings))
             fleet.start(configs)
-            _say_whats_next(fleet.settings, configs, embedded)
+            _print_next_steps(fleet.settings, configs, embedded)
             threading.Event().wait()
     except KeyboardInterrupt:
         pass
     except RsmError:
-        if not stopping.asked:
+        if not stopping.signals:
             raise
-    log.info("everything has stopped")
+    log.info("all processes have stopped")
 
 
 def _where(settings: Settings) -> str:
@@ -67,15 +68,15 @@ def _where(settings: Settings) -> str:
 
 
 class Stopping:
-    """A context that ends on the first signal, by KeyboardInterrupt, and then stops the fleet.
+    """A context that the first signal ends with KeyboardInterrupt, and that then stops the fleet.
 
-    Further signals kill the children, so that the orderly stop, which goes on, has nothing left to wait for.
+    Further signals kill the children, so the orderly stop has nothing left to wait for.
     """
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._leaving = False
-        self.asked = 0
+        self.signals = 0
 
     def __enter__(self) -> Stopping:
         for number in _SIGNALS:
@@ -83,24 +84,28 @@ class Stopping:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # The signals stay with us: another Ctrl-C must not cut the last steps short.
+        # The handlers stay installed: another Ctrl-C must not cut the last steps short.
         self._leaving = True
         self._fleet.stop()
 
     def _on_signal(self, *_: object) -> None:
-        self.asked += 1
-        if self.asked == 1 and not self._leaving:
+        self.signals += 1
+        if self.signals == 1 and not self._leaving:
             grace = self._fleet.settings.drain_grace_s
-            log.info("stopping: running calls may finish within %g s; once more stops at once", grace)
+            log.info("stopping: running calls have %g s to finish; another Ctrl-C stops at once", grace)
             raise KeyboardInterrupt
-        log.warning("stopping at once; what was running goes on when engines are back")
-        for part in [*self._fleet.workers.values(), *self._fleet.routers]:
-            part.request_stop()  # so that its supervisor does not start it again
-            _kill_group(part.pid)
+        log.warning("stopping at once; interrupted calls resume when engines are back")
+        # In a thread: the signal may have interrupted the orderly stop where it holds a lock that this needs, too.
+        threading.Thread(target=self._kill_all, name="rsm-up-kill").start()
+
+    def _kill_all(self) -> None:
+        for process in [*self._fleet.workers.values(), *self._fleet.routers]:
+            process.request_stop()  # so that its supervisor does not restart it
+            _kill_group(process.pid)
 
 
 def _kill_group(pid: int | None) -> None:
-    """Each part leads a process group of its own, which holds whatever its engine has started."""
+    """Kills a process and everything that it started: each one leads a process group of its own."""
     if pid is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
@@ -109,32 +114,32 @@ def _kill_group(pid: int | None) -> None:
 # -- what to try next
 
 
-def _say_whats_next(settings: Settings, configs: Sequence[EngineConfig], embedded: bool) -> None:
+def _print_next_steps(settings: Settings, configs: Sequence[EngineConfig], embedded: bool) -> None:
     out = console()
     out.print()
-    for sentence in _what_runs(configs):
-        out.print(Text(sentence, style="bold green"), soft_wrap=True)
+    for line in _what_runs(configs):
+        out.print(Text(line, style="bold green"), soft_wrap=True)
     out.print(Text("Try in another terminal:", style="bold"))
     for line in next_lines(settings, embedded):
         out.print(Text(f"  {line}"), soft_wrap=True)
-    out.print(Text("Ctrl-C stops everything in order.", style="dim"))
+    out.print(Text("Ctrl-C lets running calls finish, then stops everything.", style="dim"))
     out.print()
 
 
 def _what_runs(configs: Sequence[EngineConfig]) -> list[str]:
     if not configs:
-        return ["Ready, without engines: start them with `rsm worker`, here or on other hosts."]
+        return ["Ready, without engines. Start them with `rsm worker`, here or on other hosts."]
     backend, engines = configs[0].backend, ", ".join(c.engine_id for c in configs)
-    said = [f"Ready: {engines} ({backend}{', ' + configs[0].model if configs[0].model else ''})."]
+    lines = [f"Ready: {engines} ({backend}{', ' + configs[0].model if configs[0].model else ''})."]
     if backend == "sim":
-        said.append("These engines are simulated: their timing is modelled, their text is made up and of no model.")
+        lines.append("These engines are simulated: their timing is modelled, and their text is meaningless.")
     elif backend == "vllm" and not configs[0].model:
-        said.append("No --model was named, so vLLM serves a tiny random one: its text is noise.")
-    return said
+        lines.append("Without --model, vLLM serves a tiny test model with random weights: its text is meaningless.")
+    return lines
 
 
 def next_lines(settings: Settings, embedded: bool) -> list[str]:
-    """Commands that work as they stand in another shell."""
+    """Commands that work in another shell as they are printed."""
     prefix = f"{{{settings.namespace}}}:"
     cli = redis_cli(settings)
     body = shlex.quote('{"prompt":"hi","max_tokens":8}')
@@ -144,12 +149,12 @@ def next_lines(settings: Settings, embedded: bool) -> list[str]:
         "rsm ps            # also: rsm engines, rsm sessions, rsm stats, rsm doctor",
         f"{cli} XADD {shlex.quote(prefix + 'calls')} '*' id c1 session s1 json {body}",
         f"{cli} HGETALL {shlex.quote(prefix + 'call:c1')}",
-        *([] if shutil.which(cli.split()[0]) else ["# The last two need redis-cli, which is not on the PATH here."]),
+        *([] if shutil.which(cli.split()[0]) else ["# The last two need redis-cli, which is not on this PATH."]),
     ]
 
 
 def _exports(settings: Settings, embedded: bool) -> list[str]:
-    """Settings without which other commands would not find this deployment. Never a password."""
+    """Settings that other commands need to find this deployment. Never a password."""
     lines = []
     if not embedded:
         lines.append(f"export RSM_REDIS_URL={shlex.quote(_where(settings))}   # with user and password, if any")
@@ -161,14 +166,14 @@ def _exports(settings: Settings, embedded: bool) -> list[str]:
 
 
 def _default_folder() -> Path | None:
-    """Where other commands look for the embedded server on their own; None = this user has no home."""
+    """Where other commands look for the embedded server by default. None if this user has no home."""
     with contextlib.suppress(InvalidRequest):
         return Settings.model_construct().state_dir()
     return None
 
 
 def redis_cli(settings: Settings) -> str:
-    """A redis-cli that reaches this server; it takes a password from REDISCLI_AUTH."""
+    """The redis-cli command that reaches this server. It takes a password from REDISCLI_AUTH."""
     program = next((name for name in ("redis-cli", "valkey-cli") if shutil.which(name)), "redis-cli")
     url = _where(settings)
     if url.startswith("unix://"):

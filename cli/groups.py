@@ -1,4 +1,4 @@
-"""In which order and under which headings `rsm --help` shows the commands."""
+"""The order and the headings of commands in `rsm --help`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Calls": ("submit", "cancel", "call", "ps", "dead"),
     "Fleet": ("engines", "sessions", "stats", "drain"),
     "Processes": ("router", "worker", "node", "start", "stop"),
-    "Models of engines": ("simulate", "calibrate", "sim-server"),
+    "Simulation": ("simulate", "calibrate", "sim-server"),
     "Admin": ("acl",),
 }
 # Processes that serve until a signal ends them.
@@ -18,7 +18,7 @@ _PLACES = {command: place for place, command in enumerate(_GROUP_OF)}
 
 
 def group_of(command: str) -> str | None:
-    """None for a command that is in no group; it comes last."""
+    """The heading of a command. None for one that is in no group; it comes last."""
     return _GROUP_OF.get(command)
 
 

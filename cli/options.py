@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from rsm.cli.output import on_terminal
 
 Form = Literal["table", "wide", "json"]
 
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Output = Annotated[
     Form | None,
-    typer.Option("--output", "-o", help="wide has whole ids and all columns. Default: table on a terminal, else wide."),
+    typer.Option(
+        "--output", "-o", help="wide shows whole ids and all columns. Default: table on a terminal, else wide."
+    ),
 ]
-Watch = Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second, until Ctrl-C.")]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second until Ctrl-C.")]
 
 
 def form_of(output: Form | None, json: bool) -> Form:
-    """What the options ask for."""
+    """The form that the options select."""
     if json and output not in (None, "json"):
         raise typer.BadParameter(f"--json and --output {output} contradict each other; leave one out")
     if json:

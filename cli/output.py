@@ -1,4 +1,4 @@
-"""What the command prints: tables for people on stdout, JSON for programs on stdout, everything else on stderr."""
+"""What commands print: tables and JSON on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rsm.broker.protocol.models import CallRecord
 log = logging.getLogger("rsm.cli")
 _errors_are_logged = False
 
-# Wider than any table: output that goes to a file or a pipe is neither cut nor folded.
+# Wider than any table: output to a file or a pipe is neither cut nor folded.
 _UNFOLDED = 100_000
 # Blanks between the columns of a table.
 GAP = 2
-# How wide a terminal is taken to be where there is none.
+# The assumed width where there is no terminal.
 _COLUMNS = 80
 
 
@@ -31,8 +31,8 @@ def console(stderr: bool = False, wide: int = _UNFOLDED, *, unfolded: bool = Fal
     """A console on the current stdout or stderr, which tests may have replaced.
 
     Args:
-        wide: columns off a terminal.
-        unfolded: on a terminal, too, no line is folded but by the terminal itself.
+        wide: the width where there is no terminal.
+        unfolded: whether a terminal, too, gets lines of any length.
     """
     stream = sys.stderr if stderr else sys.stdout
     width = _UNFOLDED if unfolded else None if stream.isatty() else wide
@@ -44,17 +44,17 @@ def on_terminal() -> bool:
 
 
 def console_for(form: str) -> Console:
-    """For a list: "table" fits the terminal, "wide" is not folded."""
+    """The console for a list: "table" fits the terminal, "wide" is not folded."""
     return console(wide=_COLUMNS) if form == "table" else console(unfolded=True)
 
 
 def room_for(form: str) -> int | None:
-    """The columns that a list may take; none = as many as it likes."""
+    """The width that a list may take. None: any."""
     return console_for(form).width if form == "table" else None
 
 
 def show(*renderables: RenderableType, form: str = "table") -> None:
-    """Prints tables and the like. Lines end with their last word: padded, wide ones would fill a terminal."""
+    """Prints tables and the like, without trailing blanks: padded wide lines would fill a terminal."""
     out = console_for(form)
     with out.capture() as printed:
         out.print(*renderables, sep="\n")
@@ -62,27 +62,27 @@ def show(*renderables: RenderableType, form: str = "table") -> None:
     sys.stdout.flush()
 
 
-def say(sentence: str, style: str = "") -> None:
-    console().print(Text(sentence, style=style), soft_wrap=True)
+def say(message: str, style: str = "") -> None:
+    console().print(Text(message, style=style), soft_wrap=True)
 
 
-def say_error(sentence: str) -> None:
-    """One red sentence, or a log line."""
+def say_error(message: str) -> None:
+    """Prints a red line on stderr, or logs the message."""
     if _errors_are_logged:
-        log.error("%s", sentence)
+        log.error("%s", message)
     else:
-        console(stderr=True).print(Text(sentence, style="bold red"), soft_wrap=True)
+        console(stderr=True).print(Text(message, style="bold red"), soft_wrap=True)
 
 
 def log_errors(wanted: bool) -> None:
-    """Whether errors are log lines from now on, for a process whose stderr is for programs."""
+    """Sets whether errors are log lines, for processes whose stderr is read by programs."""
     global _errors_are_logged
     _errors_are_logged = wanted
 
 
-def note(sentence: str) -> None:
-    """Something by the way; on stderr, so that stdout holds the result alone."""
-    console(stderr=True).print(Text(sentence, style="dim"), soft_wrap=True)
+def note(message: str) -> None:
+    """Prints a remark on stderr, so that stdout holds only the result."""
+    console(stderr=True).print(Text(message, style="dim"), soft_wrap=True)
 
 
 def emit_json(value: Any) -> None:
@@ -92,15 +92,15 @@ def emit_json(value: Any) -> None:
 
 
 def shows_unicode(stream: TextIO) -> bool:
-    """Whether the stream's encoding has every character."""
+    """Whether the stream's encoding can express every character."""
     return codecs.lookup(stream.encoding or "utf-8").name.startswith("utf")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, cut: Collection[str] = ()) -> Table:
-    """A table; numbers stand right. Cells are shown as they are: no markup, so that no id can paint the screen.
+    """A table with numbers aligned right. Cells are not parsed as markup, so no id can change the screen.
 
     Args:
-        cut: columns whose cells are cut where the terminal is narrow; none = words of the last column are wrapped.
+        cut: columns whose cells are cut on a narrow terminal. By default, the last column wraps instead.
     """
     made = Table(
         title=title or None,
@@ -113,8 +113,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     )
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
-        gives_way = column in cut if cut else i == len(columns) - 1
-        made.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=not gives_way)
+        shrinks = column in cut if cut else i == len(columns) - 1
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=not shrinks)
     for row in rows:
         made.add_row(*(cell(value, one_line=bool(cut)) for value in row))
     return made
@@ -127,7 +127,7 @@ def cell(value: Any, one_line: bool = False) -> Text:
 
 
 def printable(text: str) -> str:
-    """A text in one line and without codes that a terminal would obey: an engine's error comes from elsewhere."""
+    """A text on one line, without terminal control codes: some texts, such as errors of engines, are not trusted."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
@@ -147,13 +147,18 @@ STATE_STYLES = {
 }
 
 
+def counted(count: int, noun: str) -> str:
+    """A count and its noun: "1 call", "2 calls"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def seconds(ms: float) -> str:
-    """A span of time for people."""
+    """A time span for people."""
     if ms < 1000:
         return f"{max(0, ms):.0f} ms"
     return f"{ms / 1000:.1f} s" if ms < 120_000 else f"{ms / 60_000:.0f} min"
 
 
 def record_json(record: CallRecord) -> Mapping[str, Any]:
-    """A record with its result, as JSON can hold it. A record has no body, so no prompt is in it."""
+    """A record and its result, ready for JSON. Records hold no body, so the output holds no prompt."""
     return asdict(record)

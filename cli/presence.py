@@ -1,8 +1,8 @@
-"""Whether somebody still waits for what a command is about to print.
+"""Notices when nobody waits any longer for what a command is about to print.
 
-A signal that would end the command, a closed terminal, and a pipe whose reader has gone are raised in the main thread,
-wherever it is, so that the command can cancel what it began. The pipe is looked at on a timer: a call that waits for an
-engine prints nothing by which its end would be noticed.
+Signals, a closed terminal and a closed pipe raise an exception in the main thread, wherever it is. So the command can
+cancel what it began. The pipe is checked on a timer: while a call waits for an engine, nothing is printed that would
+fail.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from types import FrameType
 
 from rsm.cli.streams import EXIT_READER_GONE
 
-_LOOK_S = 0.5
+_CHECK_S = 0.5
 _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGHUP: "a closed terminal"}
 
 
 class Departure(BaseException):
-    """Nobody waits any more. No Exception: on its way to the command, nobody is to take it for an error of theirs."""
+    """Nobody waits any longer. A BaseException, so that no `except Exception` on its way catches it."""
 
     def __init__(self, why: str, status: int) -> None:
         super().__init__(why)
@@ -31,14 +31,14 @@ class Departure(BaseException):
 
 
 class TimeIsUp(BaseException):
-    """No TimeoutError above all: the Redis client would take that for a lost connection and try again."""
+    """The deadline has passed. Not a TimeoutError, which the Redis client would treat as a lost connection."""
 
 
 class Presence:
-    """A context in which departures, and the end of `until`, are raised. For the main thread alone.
+    """A context that raises Departure, or TimeIsUp at `until`. For the main thread only.
 
     Attributes:
-        until: when TimeIsUp is raised, on the monotonic clock; none = never.
+        until: when to raise TimeIsUp, on the monotonic clock. None: never.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class Presence:
             for number in _NAMES
             if signal.getsignal(number) is not signal.SIG_IGN  # nohup
         }
-        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._look)
-        signal.setitimer(signal.ITIMER_REAL, _LOOK_S, _LOOK_S)
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._check)
+        signal.setitimer(signal.ITIMER_REAL, _CHECK_S, _CHECK_S)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,27 +63,27 @@ class Presence:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         raise Departure(_NAMES[signal.Signals(number)], 128 + number)
 
-    def _look(self, *_: object) -> None:
+    def _check(self, *_: object) -> None:
         if self.until is not None and time.monotonic() >= self.until:
             raise TimeIsUp
         if self._out is not None and self._out.poll(0):
-            raise Departure("the reader of its output has gone", EXIT_READER_GONE)
+            raise Departure("a closed pipe", EXIT_READER_GONE)
 
 
 def _pollable_stdout() -> select.poll | None:
-    """None where stdout is no file, as in a test."""
+    """None where stdout is not a file, as in a test."""
     try:
         fd = sys.stdout.fileno()
     except (AttributeError, OSError):
         return None
     out = select.poll()
-    out.register(fd, 0)  # whatever is not asked for is reported: errors, and the other end's absence
+    out.register(fd, 0)  # errors and a closed other end are reported without being requested
     return out
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """For the last steps: `timeout` and a closed terminal signal more than once. Ctrl-C still ends them."""
+    """Ignores all signals but Ctrl-C during the last steps: `timeout` and a closed terminal send several."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _NAMES}
     try:
         yield

@@ -1,4 +1,4 @@
-"""Ids as tables show them: short, and still no other's."""
+"""Short, unambiguous forms of ids for tables."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 from rsm.broker.protocol.ids import short_form
 
-# Ids up to here are shown whole. It is as long as what Redis gives to calls that were pushed by a bare XADD.
+# Ids up to this length are shown whole. Redis gives ids of this length to calls pushed by a bare XADD.
 WHOLE = 15
 _CUT = "…"
 
 
 class ShortIds:
-    """What each of these ids looks like: its short form, or its shortest beginning or end that none of the others has.
+    """The short form of each id, or else its shortest beginning or end that is unique among these ids.
 
-    `rsm call`, `cancel` and the others take what is shown here as an id.
+    `rsm call`, `rsm cancel` and the other commands accept what is shown here.
     """
 
     def __init__(self, ids: Iterable[str], *, whole: bool = False) -> None:
-        """`whole`: show them all as they are."""
+        """`whole`: show the ids unchanged."""
         known = sorted(set(ids))
         self._shown = {i: i if whole else short_form(i) for i in known}
         long = [i for i in known if len(self._shown[i]) > WHOLE and self._shown[i] == i and not whole]

@@ -1,10 +1,10 @@
-"""Standard streams on which a command can rely, whatever it was started with.
+"""Standard streams that a command can rely on, whatever it was started with.
 
-1. stdout raises `OutputLost` once where it cannot be written: closed, a full disk, a reader that has gone. That is no
-   OSError, so nobody on the way takes it for trouble with a file or with Redis, and `ended` turns it into a sentence.
-2. A process that serves goes on: what it prints on stdout is by the way.
-3. stderr never raises: there is nowhere left to say so.
-4. What the terminal's encoding cannot show is written as an escape; arguments are read as UTF-8 in any locale.
+1. stdout raises `OutputLost` once if it cannot be written: closed, disk full, reader gone. That is not an OSError, so
+   no handler on the way mistakes it for trouble with a file or with Redis. `ended` reports it.
+2. A process that serves continues: its output on stdout does not matter.
+3. stderr never raises: there is nowhere left to report to.
+4. Characters that the terminal's encoding lacks are escaped. Arguments are read as UTF-8 in any locale.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rsm.cli")
 
 _EXIT_LOST = 1
-# As if SIGPIPE had ended the command, which is what shells expect of `rsm ps | head -1`.
+# As after SIGPIPE, which shells expect of `rsm ps | head -1`.
 EXIT_READER_GONE = 141
 
 
@@ -47,10 +47,10 @@ class _Out(io.FileIO):
             return super().write(data)
         except OSError as e:
             lost = OutputLost(e)
-        dropped = _drop(self, data)  # what follows is dropped without a word, the interpreter's last flush included
+        dropped = _drop(self, data)  # all that follows is dropped silently, even the interpreter's last flush
         if not self.tolerant:
             raise lost
-        log.warning("%s Going on without it.", lost)
+        log.warning("%s Continuing without it.", lost)
         return dropped
 
 
@@ -63,18 +63,18 @@ class _Err(io.FileIO):
 
 
 def _drop(stream: io.FileIO, data: ReadableBuffer) -> int:
-    """Sends this and all that follows to nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Discards this data and all that follows."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
     return memoryview(data).nbytes
 
 
 def guard() -> None:
-    """Puts guarded streams in the place of stdout and stderr. Once in a process, at its start."""
+    """Replaces stdout and stderr by guarded streams. Called once, when a process starts."""
     if sys.stdin is None:
         sys.stdin = open(os.open(os.devnull, os.O_RDONLY), encoding="utf-8")  # noqa: SIM115
-    # In the place of a closed stdout stands one to which each write fails.
+    # A closed stdout is replaced by one that cannot be written.
     sys.stdout = _guarded(sys.stdout, _Out, os.O_RDONLY)
     sys.stderr = _guarded(sys.stderr, _Err, os.O_WRONLY)
 
@@ -82,7 +82,7 @@ def guard() -> None:
 def _guarded(given: TextIO | None, kind: Callable[[int, str, bool], io.FileIO], missing: int) -> TextIO:
     try:
         fd = os.open(os.devnull, missing) if given is None else given.fileno()
-    except (AttributeError, OSError):  # whoever has put it there looks after it
+    except (AttributeError, OSError):  # not a file, as in a test
         assert given is not None  # noqa: S101
         return given
     raw = kind(fd, "w", False)
@@ -95,7 +95,7 @@ def _guarded(given: TextIO | None, kind: Callable[[int, str, bool], io.FileIO], 
 
 
 def as_utf8(argument: str) -> str:
-    """An argument as its user typed it where the locale has no such characters."""
+    """An argument as the user typed it, also in a locale that lacks its characters."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -104,14 +104,14 @@ def as_utf8(argument: str) -> str:
 
 
 def tolerate() -> None:
-    """From now on an stdout that cannot be written is no reason to end."""
+    """Lets the process continue if stdout cannot be written."""
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if isinstance(raw, _Out):
         raw.tolerant = True
 
 
 def ended(lost: OutputLost) -> int:
-    """Says why the output is lost, unless its reader has just gone; returns the exit status."""
+    """Reports why the output is lost, unless its reader has gone. Returns the exit status."""
     if not lost.reader_gone:
         say_error(str(lost))
     return lost.status

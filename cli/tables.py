@@ -1,7 +1,7 @@
-"""What Redis holds, as rows for people and as JSON for programs. Pure: no I/O.
+"""Tables of what Redis holds. Pure: no I/O.
 
-A list has a narrow form, for a terminal of 80 columns: short ids, and the columns that users ask for first; and a wide
-one with whole ids and all columns.
+A list has two forms. The narrow one fits a terminal of 80 columns: it has short ids and the most important columns. The
+wide one has whole ids and all columns.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from rsm.broker.protocol.ids import shorten
 from rsm.broker.protocol.models import CallRecord, EngineState
 from rsm.broker.views.monitor import ActiveCall
-from rsm.cli.checks import usage_line
-from rsm.cli.output import GAP, record_json, seconds, table
+from rsm.cli.checks import usage_line, used_of_limit
+from rsm.cli.output import GAP, counted, printable, record_json, seconds, table
 from rsm.cli.short_ids import ShortIds
 
 _TEXT_SHOWN = 400
-# Of a cell that is cut, so much is left.
+# The least width of a cell that is cut.
 _LEAST = 8
-_LEFT = (EngineState.STOPPED, EngineState.DEAD)
+_ENDED = (EngineState.STOPPED, EngineState.DEAD)
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a list. `narrow`, `wide`: in which forms it is."""
+    """A column of a list. `narrow`, `wide`: the forms that show it."""
 
     name: str
     value: Callable[[Any], Any]
@@ -42,11 +43,11 @@ class Column:
 def _listing(
     columns: Sequence[Column], items: Sequence[Any], room: int | None, *, cut: str, spare: Sequence[str] = ()
 ) -> Table:
-    """A list, wide unless there is so much `room`.
+    """A list: narrow if `room` gives the width of the terminal, else wide.
 
     Args:
-        cut: the column whose cells are cut where there is too little room.
-        spare: columns that are left out where even that is not enough, the least missed first.
+        cut: the column whose cells are cut if the list is too wide.
+        spare: columns to leave out if that is not enough, the least important first.
     """
     shown = [c for c in columns if (c.wide if room is None else c.narrow)]
     rows = {c.name: [c.value(item) for item in items] for c in shown}
@@ -75,7 +76,7 @@ def calls_table(
     room: int | None = None,
     limit: int = 0,
 ) -> RenderableType:
-    """`usage`: as `Monitor.usage` gives it, for the foot. `limit`: how many calls were asked for."""
+    """`usage`: from `Monitor.usage`, for the footer. `limit`: how many calls were requested at most."""
     foot = [Text(_calls_foot(calls, backlog, limit), style="dim")]
     if usage and room is None:
         foot.append(Text("; ".join(usage_line(name, u) for name, u in usage.items()), style="dim"))
@@ -115,7 +116,7 @@ def _calls_foot(calls: Sequence[ActiveCall], backlog: int, limit: int) -> str:
 
 
 def _since(call: ActiveCall) -> int:
-    """When it began to run, or to wait."""
+    """When it began to run or to wait."""
     return (call.record.started_ms if call.where == "running" else None) or call.record.submitted_ms
 
 
@@ -125,22 +126,44 @@ def _since(call: ActiveCall) -> int:
 def engines_table(
     engines: Sequence[Row], now_ms: int, *, room: int | None = None, everything: bool = True
 ) -> RenderableType:
-    """`everything`: those that have stopped or died, too."""
-    shown = [e for e in engines if everything or e["state"] not in _LEFT]
-    foot = _hidden(engines, shown)
+    """`everything`: include engines that stopped or died without an error."""
+    shown = [e for e in engines if everything or not _ended_in_order(e)]
+    foot = [] if everything else _not_shown([e for e in engines if _ended_in_order(e)])
     if not shown:
         return Text(" ".join(["No engines. Start some with `rsm up` or `rsm worker`.", *foot]))
     ids = ShortIds((e["engine_id"] for e in shown), whole=room is None)
     listing = _listing(_engine_columns(ids, now_ms, room is None), shown, room, cut="MODEL", spare=["TOKENS/S"])
-    return Group(listing, *(Text(sentence, style="dim") for sentence in foot))
+    rows = listing if room is None else _WithErrors(listing, [e["error"] for e in shown])
+    return Group(rows, *(Text(line, style="dim") for line in foot))
 
 
-def _hidden(engines: Sequence[Row], shown: Sequence[Row]) -> list[str]:
-    if len(shown) == len(engines):
+def _ended_in_order(engine: Row) -> bool:
+    return engine["state"] in _ENDED and not engine["error"]
+
+
+def _not_shown(engines: Sequence[Row]) -> list[str]:
+    if not engines:
         return []
-    left = {state: sum(e["state"] == state for e in engines) for state in _LEFT}
-    counts = " and ".join(f"{n} {state.lower()}" for state, n in left.items() if n)
-    return [f"Not shown: {counts}; --all shows them."]
+    counts = {state: sum(e["state"] == state for e in engines) for state in _ENDED}
+    listed = " and ".join(f"{n} {state.lower()}" for state, n in counts.items() if n)
+    return [f"Not shown: {listed}; --all shows them."]
+
+
+class _WithErrors:
+    """A list with a row per line, and below each row the first line of its error, if there is one."""
+
+    def __init__(self, listing: Table, errors: Sequence[str]) -> None:
+        self._listing = listing
+        self._errors = errors
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._listing, options, pad=False)
+        head = len(lines) - len(self._errors)
+        for line, error in zip(lines, [*[""] * head, *self._errors], strict=True):
+            yield from (*line, Segment.line())
+            if error:
+                first_line = printable(error.strip().partition("\n")[0])
+                yield Text(f"  {first_line}", style="red", no_wrap=True, overflow="ellipsis")
 
 
 def _engine_columns(ids: ShortIds, now_ms: int, wide: bool) -> list[Column]:
@@ -161,14 +184,15 @@ def _engine_columns(ids: ShortIds, now_ms: int, wide: bool) -> list[Column]:
         Column("TOKENS", lambda e: e["queued_tokens"], narrow=False),
         Column("KV", lambda e: f"{e['kv_usage']:.0%}"),
         Column("TOKENS/S", lambda e: round(e["tokens_per_s"])),
-        Column("PREFILL/S", lambda e: _learned(e["prefill_tps"]), narrow=False),
-        Column("DECODE/S", lambda e: _learned(e["decode_tps"]), narrow=False),
+        Column("PREFILL/S", lambda e: _estimate(e["prefill_tps"]), narrow=False),
+        Column("DECODE/S", lambda e: _estimate(e["decode_tps"]), narrow=False),
         Column("SERVED", lambda e: e["served"], narrow=False),
         Column("SEEN", seen),
+        Column("ERROR", lambda e: e["error"] or "-", narrow=False),
     ]
 
 
-def _learned(tokens_per_s: float) -> str:
+def _estimate(tokens_per_s: float) -> str:
     return str(round(tokens_per_s)) if tokens_per_s else "-"
 
 
@@ -176,16 +200,16 @@ def _learned(tokens_per_s: float) -> str:
 
 
 def running_first(sessions: Sequence[Row]) -> list[Row]:
-    """Programs with unfinished calls, then the others, the latest active first; a program's sessions stay together."""
+    """Sorts programs with unfinished calls first, then by last activity. Keeps a program's sessions together."""
     programs: dict[str, list[Row]] = {}
     for s in sessions:
         programs.setdefault(s["program"], []).append(s)
 
-    def place(program: str) -> tuple[bool, int, str]:
+    def rank(program: str) -> tuple[bool, int, str]:
         rows = programs[program]
         return not any(s["active"] for s in rows), -max(map(_last_active, rows)), program
 
-    return [s for program in sorted(programs, key=place) for s in _root_first(programs[program])]
+    return [s for program in sorted(programs, key=rank) for s in _root_first(programs[program])]
 
 
 def _last_active(session: Row) -> int:
@@ -193,7 +217,7 @@ def _last_active(session: Row) -> int:
 
 
 def _root_first(rows: Sequence[Row]) -> list[Row]:
-    """A program's sessions, each behind its parent."""
+    """A program's sessions, each after its parent."""
     known = {s["session_id"] for s in rows}
     children: dict[str, list[Row]] = {}
     for s in rows:
@@ -208,14 +232,15 @@ def _root_first(rows: Sequence[Row]) -> list[Row]:
 def sessions_table(
     sessions: Sequence[Row], now_ms: int, unit: str = "tokens", *, room: int | None = None
 ) -> RenderableType:
-    """A session's service, level and wait are those of its program."""
+    """A list of sessions. Service, level and wait are those of a session's program."""
     if not sessions:
         return Text("No sessions.")
     columns = _session_columns(sessions, now_ms, unit, room is None)
     listing = _listing(columns, sessions, room, cut="RUNS ON", spare=["RAN", "WAITED"])
     running = len({s["program"] for s in sessions if s["active"]})
     programs = len({s["program"] for s in sessions})
-    foot = f"{running} of {programs} programs have unfinished calls" + ("" if room is None else f"; service in {unit}")
+    foot = f"{counted(programs, 'program')}, {running} with unfinished calls"
+    foot += "" if room is None else f"; service in {unit}"
     return Group(listing, Text(foot, style="dim"))
 
 
@@ -245,13 +270,13 @@ def _session_columns(sessions: Sequence[Row], now_ms: int, unit: str, wide: bool
         Column("DONE", lambda s: s["completed"], narrow=False),
         Column("CANCELLED", lambda s: s["cancelled"], narrow=False),
         Column("FAILED", lambda s: s["failed"], narrow=False),
-        Column("CACHE AT", cached, narrow=False),
+        Column("CACHED ON", cached, narrow=False),
         Column("ACTIVE", last),
     ]
 
 
 def _depths(sessions: Sequence[Row]) -> dict[str, int]:
-    """How far below its program's root each session is; parents come before their children."""
+    """How many levels each session is below its program's root. `sessions` has parents before their children."""
     depths: dict[str, int] = {}
     for s in sessions:
         depths[s["session_id"]] = depths.get(s["parent"], -1) + 1
@@ -262,7 +287,7 @@ def _depths(sessions: Sequence[Row]) -> dict[str, int]:
 
 
 def call_table(record: CallRecord, now_ms: int) -> RenderableType:
-    """One call, told in the order in which things happened to it."""
+    """One call, in the order in which things happened to it."""
     rows = [["state", record.state.value], ["session", record.session_id], ["kind", record.kind]]
     rows += _routing(record)
     rows += _times(record, now_ms)
@@ -272,32 +297,32 @@ def call_table(record: CallRecord, now_ms: int) -> RenderableType:
 
 def _routing(r: CallRecord) -> list[list[Any]]:
     return [
-        ["model asked for", r.model],
+        ["requested model", r.model],
         ["prompt tokens", str(r.prompt_tokens)],
         ["priority, level", f"{r.priority}, {r.level}"],
         ["engine", r.engine_id or "(none yet)"],
-        ["why there" if r.engine_id else "why it waits", r.why],
-        ["cost there, elsewhere", _costs(r.costs)],
-        ["waited before for", ", ".join(r.stolen_from)],
+        ["why this engine" if r.engine_id else "why it waits", r.why],
+        ["estimated times", _costs(r.costs)],
+        ["stolen from", ", ".join(r.stolen_from)],
         ["attempt", str(r.attempt)],
     ]
 
 
 def _costs(costs: Mapping[str, float]) -> str:
-    """What the call would take on each engine, as its router reckoned."""
+    """The router's estimates of how long the call takes on each engine."""
     return ", ".join(f"{e} {s:.3g} s" for e, s in costs.items())
 
 
 def _times(r: CallRecord, now_ms: int) -> list[list[Any]]:
-    """Spans between the stations; a call that has not got there yet has waited until now."""
+    """Time spans between the stages. A stage that has not ended lasts until now."""
     end = r.finished_ms or now_ms
     return [
         ["submitted", f"{seconds(now_ms - r.submitted_ms)} ago"],
         ["assigned after", seconds(r.assigned_ms - r.submitted_ms) if r.assigned_ms else ""],
-        ["waited", seconds((r.started_ms or end) - r.submitted_ms)],
-        ["ran" if r.finished_ms else "runs for", seconds(end - r.started_ms) if r.started_ms else ""],
+        ["waited" if r.started_ms or r.finished_ms else "waiting for", seconds((r.started_ms or end) - r.submitted_ms)],
+        ["ran" if r.finished_ms else "running for", seconds(end - r.started_ms) if r.started_ms else ""],
         ["deadline", f"in {seconds(r.deadline_ms - now_ms)}" if r.deadline_ms and not r.finished_ms else ""],
-        ["cancel", "asked for" if r.cancel_requested and not r.finished_ms else ""],
+        ["cancellation", "requested" if r.cancel_requested and not r.finished_ms else ""],
     ]
 
 
@@ -318,26 +343,27 @@ def _ending(r: CallRecord) -> list[list[Any]]:
 
 
 def stats_table(stats: Mapping[str, Any]) -> RenderableType:
-    ends = [[state, stats[state]] for state in ("completed", "cancelled", "failed")]
-    now = [[state, stats[state]] for state in ("pending", "running", "unaccounted")]
-    now.insert(1, ["of them throttled", stats["held"]])
-    rest = [
+    since = [
+        ["submitted", stats["submitted"]],
+        *([state, stats[state]] for state in ("completed", "cancelled", "failed")),
         ["requeued attempts", stats["requeued"]],
         ["dead letters", stats["dead_letters"]],
-        ["taken to idle engines", stats["stolen"]],
+        ["stolen by idle engines", stats["stolen"]],
+        ["results removed before their TTL", stats["retired"]],
         ["prompt tokens", stats["prompt_tokens"]],
-        ["of them cached", stats["cached_tokens"]],
+        ["  of these cached", stats["cached_tokens"]],
         ["completion tokens", stats["completion_tokens"]],
-    ]
-    shares = [
         ["affinity hit rate", f"{stats['hit_rate']:.0%}"],
-        ["mean waiting", seconds(stats["mean_waiting_s"] * 1000)],
-        ["mean running", seconds(stats["mean_running_s"] * 1000)],
+        ["mean time waiting", seconds(stats["mean_waiting_s"] * 1000)],
+        ["mean time running", seconds(stats["mean_running_s"] * 1000)],
     ]
-    used = [["in use", usage_line(name, usage)] for name, usage in stats["usage"].items()]
-    early = [["results gone before their TTL", stats["retired"]]]
-    rows = [["submitted", stats["submitted"]], *now, *ends, *rest, *shares, *early, *used]
-    return table("", ["SINCE THE NAMESPACE BEGAN", ""], rows)
+    now = [
+        ["pending", stats["pending"]],
+        ["  of these throttled", stats["held"]],
+        *([state, stats[state]] for state in ("running", "unaccounted")),
+        *([name.replace("_", " "), used_of_limit(name, usage)] for name, usage in stats["usage"].items()),
+    ]
+    return Group(table("", ["SINCE THE NAMESPACE BEGAN", ""], since), Text(), table("", ["NOW", ""], now))
 
 
 def dead_table(letters: Sequence[Row], now_ms: int, *, room: int | None = None) -> RenderableType:
@@ -350,12 +376,18 @@ def dead_table(letters: Sequence[Row], now_ms: int, *, room: int | None = None) 
         Column("SESSION", lambda d: ids[d["session_id"]], narrow=False),
         Column("ATTEMPTS", lambda d: d["attempts"]),
         Column("DIED", lambda d: f"{seconds(now_ms - d['died_ms'])} ago"),
-        Column("BODY", lambda d: f"{d['body_bytes']} bytes" if d["replayable"] else "not kept", narrow=False),
+        Column("BODY", lambda d: counted(d["body_bytes"], "byte") if d["replayable"] else "not kept", narrow=False),
         Column("REASON", lambda d: f"{d['error_code']}: {d['error']}"),
     ]
     return _listing(columns, letters, room, cut="REASON", spare=["ATTEMPTS"])
 
 
+def letter_table(letter: Row, now_ms: int) -> RenderableType:
+    shown = {**letter, "died_ms": f"{seconds(now_ms - letter['died_ms'])} ago"}
+    rows = [[name.removesuffix("_ms").replace("_", " "), str(value)] for name, value in shown.items() if value != ""]
+    return table(f"dead letter {letter['entry']}", ["", ""], rows)
+
+
 def checks_table(checks: Sequence[Mapping[str, str]]) -> RenderableType:
     rows = [[c["status"], c["name"], f"{c['detail']} {c['advice']}".strip()] for c in checks]
-    return table("", ["", "CHECK", "WHAT"], rows)
+    return table("", ["STATUS", "CHECK", "RESULT"], rows)

@@ -1,4 +1,4 @@
-"""Fixtures: a real server per test process, a namespace per test, and watchmen over keys and processes."""
+"""Fixtures: a real server per test process, a namespace per test, and checks for leaked keys and processes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.support.topologies import TOPOLOGIES, Topology
 from tests.support.waiting import eventually as eventually
 from tests.support.world import World
 
-# Started in a shell's background, SIGINT is ignored here and in every child; the tests of Ctrl-C need it to arrive.
+# In a shell's background, this process and its children ignore SIGINT. The tests of Ctrl-C need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--topology", choices=TOPOLOGIES, default="standalone", help="what `server` and `settings` are")
+    parser.addoption("--topology", choices=TOPOLOGIES, default="standalone", help="the Redis of `server`, `settings`")
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Topology]:
 
 @pytest.fixture
 def settings(server: Topology) -> Settings:
-    """Fast timers and a namespace of its own."""
+    """Settings with fast timers and a namespace of their own."""
     return Settings(namespace=f"t{new_id()}", lease_ms=1500, heartbeat_ms=200, tick_ms=100).with_redis(server.url)
 
 
@@ -86,7 +86,7 @@ def fragile() -> Iterator[EmbeddedRedis]:
 @pytest.fixture
 def cut_off(fragile: EmbeddedRedis, settings: Settings) -> Settings:
     """Settings for the fragile server."""
-    # `everysec` may lose what was written while a sync was under way; most tests are not about that.
+    # `everysec` may lose what is written during a sync. Most tests are not about that.
     with redis.Redis(unix_socket_path=str(fragile.socket)) as server:
         server.config_set("appendfsync", "always")
     return settings.with_redis(fragile.url)
@@ -102,7 +102,7 @@ def roles(db: redis.Redis, settings: Settings) -> Iterator[Roles]:
 
 @pytest.fixture(params=["server", "fakeredis"])
 def world(request: pytest.FixtureRequest, settings: Settings) -> Iterator[World]:
-    """A namespace on a real server, and one on fakeredis, which leaves no key behind either."""
+    """A namespace on a real server, and one on fakeredis. Both are checked for leaked keys."""
     if request.param == "server":
         db = connect(settings)
         yield World(db, settings)
@@ -115,7 +115,7 @@ def world(request: pytest.FixtureRequest, settings: Settings) -> Iterator[World]
 
 @pytest.fixture
 def start(settings: Settings, tmp_path: Path) -> Iterator[Start]:
-    """Starts workers; whatever is left of them is killed in the end."""
+    """Starts workers. Those that are left at the end are killed."""
     started: list[WorkerProcess] = []
 
     def start(
@@ -124,9 +124,11 @@ def start(settings: Settings, tmp_path: Path) -> Iterator[Start]:
         worker = WorkerProcess(sim(engine_id, **sim_args), settings, tmp_path / f"{engine_id}-{len(started)}.log")
         started.append(worker)
         if ready:
-            look = Monitor(settings)
-            eventually(lambda: look.engine(engine_id)["pid"] == worker.pid if state_of(look, engine_id) else False)
-            eventually(lambda: state_of(look, engine_id) == "READY", what=worker.log())
+            monitor = Monitor(settings)
+            eventually(
+                lambda: monitor.engine(engine_id)["pid"] == worker.pid if state_of(monitor, engine_id) else False
+            )
+            eventually(lambda: state_of(monitor, engine_id) == "READY", what=worker.log())
         return worker
 
     yield start
@@ -136,18 +138,18 @@ def start(settings: Settings, tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture(autouse=True)
 def no_key_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test that leaves a key without TTL off the named list, or a finished call that never expires."""
+    """Fails a test that leaves a key without TTL, unless it is of an open call or on the list of lasting keys."""
     if "settings" not in request.fixturenames:
         yield
         return
     settings: Settings = request.getfixturevalue("settings")
     yield
-    watcher = connect(settings)
+    server = connect(settings)
     try:
-        leaks = leaked_keys(watcher, Keys(settings.namespace).prefix)
+        leaks = leaked_keys(server, Keys(settings.namespace).prefix)
         assert not leaks, f"keys without TTL: {leaks}"
     finally:
-        watcher.close()
+        server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,3 +1,3 @@
-"""The commands, one module each or a few that belong together."""
+"""The commands. Each module has one, or a few that belong together."""
 
 __all__: list[str] = []

@@ -19,12 +19,13 @@ def acl(
     passwords: Annotated[
         str,
         typer.Option(
-            metavar="FILE", help="Lines of a role and its password; - reads stdin. Users without a password are locked."
+            metavar="FILE",
+            help="File with a role and its password on each line; - reads stdin. Users without a password are locked.",
         ),
     ] = "",
 ) -> None:
     """Prints a Redis ACL file for this namespace: one user per role, passwords as hashes. See docs/operations.md."""
-    given = read_text(passwords, "The file of passwords") if passwords else ""
+    given = read_text(passwords, "The password file") if passwords else ""
     sys.stdout.write(acl_file(settings_of(ctx).namespace, _hashes(given)))
 
 
@@ -33,6 +34,7 @@ def _hashes(lines: str) -> dict[str, str]:
     for line in filter(str.strip, lines.splitlines()):
         role, _, password = line.strip().partition(" ")
         if role not in (*ROLES, "default") or not password.strip():
-            raise InvalidRequest(f"A line holds a role (default, {', '.join(ROLES)}) and its password.")
+            roles = ", ".join(["default", *ROLES])
+            raise InvalidRequest(f"Each line of the password file must hold a role ({roles}), a space and a password.")
         hashes[role] = password_hash(password.strip())
     return hashes

@@ -1,4 +1,4 @@
-"""`rsm calibrate`: the modelled engine is given the speed of the real one on this machine."""
+"""`rsm calibrate`: fits the simulated engine to the speed of vLLM on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from rsm.broker import InvalidRequest
 from rsm.cli.app import app, settings_of
-from rsm.cli.engine_options import EngineArg, MaxNumSeqs, Model, TensorParallel, engine_config
+from rsm.cli.engine_options import EngineArg, Gpu, Slots, TensorParallel, engine_config
 from rsm.cli.files import require_writable
 from rsm.cli.output import note, say, show, table
 
@@ -19,25 +19,25 @@ from rsm.cli.output import note, say, show, table
 @app.command()
 def calibrate(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the figures go; `--times-file` reads it.")],
-    model: Model = "",
-    gpu: Annotated[int, typer.Option(min=0, help="The first of its GPUs.")] = 0,
-    max_num_seqs: MaxNumSeqs = 256,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, for `--times-file`.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help="Model name or path. Default: a tiny test model.")] = "",
+    gpu: Gpu = 0,
+    max_num_seqs: Slots = 256,
     tensor_parallel: TensorParallel = 1,
     engine_arg: EngineArg = None,
     seconds: Annotated[
-        float, typer.Option(min=1.0, metavar="SECONDS", help="How long calls arrive at random, to test the fit.")
+        float, typer.Option(min=1.0, metavar="SECONDS", help="How long to test the fit with calls at random times.")
     ] = 20.0,
 ) -> None:
-    """Measures vLLM's steps on this machine and fits the modelled engine to them.
+    """Measures vLLM's steps on this machine and fits the simulated engine to them.
 
-    The file is read by `rsm simulate --times-file FILE` and `rsm worker --backend sim --engine-arg times_file=FILE`.
+    `rsm simulate --times-file FILE` and `rsm worker --backend sim --engine-arg times_file=FILE` use the result.
     """
     from rsm.simulation.calibration.measure import calibrate as measure
 
     require_writable(out, "The figures")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    note("Starting vLLM and measuring it. This takes minutes.")
+    note("Starting vLLM to measure it. This takes some minutes.")
     config = engine_config("calibrate", model, gpu, "vllm", max_num_seqs, tensor_parallel, None, engine_arg)
     found = measure(config, settings_of(ctx), seconds)
     try:
@@ -45,8 +45,8 @@ def calibrate(
     except OSError as e:
         raise InvalidRequest(f"The figures cannot be written to {out}: {e.strerror}.") from e
     show(table("Costs in seconds", ("", ""), [(name, f"{s:.3g}") for name, s in found.times.items()]))
-    for name, far in (("steps of which the fit was made", found.fitted), ("calls at random", found.held_out)):
+    for name, error in (("fitted steps", found.fitted), ("held-out steps", found.held_out)):
         say(
-            f"{name}: {far.steps} steps; error of one: median {far.median:.1%}, p90 {far.p90:.1%}; "
-            f"modelled / measured time of all: {far.total:.3f}"
+            f"{name}: {error.steps}; error per step: median {error.median:.1%}, p90 {error.p90:.1%}; "
+            f"modelled / measured total time: {error.total:.3f}"
         )

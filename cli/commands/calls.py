@@ -20,19 +20,19 @@ from rsm.broker.views.monitor import Monitor
 from rsm.cli.app import EXIT_FAILED, app, client_of
 from rsm.cli.completion import complete_open_call, complete_session
 from rsm.cli.files import read_text
-from rsm.cli.output import emit_json, note, record_json, say, say_error
+from rsm.cli.output import counted, emit_json, note, record_json, say, say_error
 from rsm.cli.presence import Departure, Presence, TimeIsUp, undisturbed
 from rsm.cli.streams import EXIT_READER_GONE, OutputLost
 
-# What the end of a call may take beyond its deadline: the router looks for passed ones on a timer.
+# How long after its deadline a call may end: routers check deadlines on a timer.
 _MARGIN_S = 3.0
 _CANCEL_S = 10.0
 
-_CANCEL_SAYS = {
+_CANCEL_MESSAGES = {
     "cancelled": "Call {} is cancelled.",
-    "cancelling": "Call {} is being stopped; its partial text stays in its record.",
-    "noted": "Call {} is not known yet; it ends as soon as a router reads it.",
-    "finished": "Call {} had ended before; nothing was cancelled.",
+    "cancelling": "Call {} is being cancelled. Its record keeps the partial text.",
+    "noted": "Call {} is not known yet. If it has been pushed, it ends as soon as a router reads it.",
+    "finished": "Call {} had already ended; nothing was cancelled.",
     "unknown": "There is no call {}.",
 }
 
@@ -40,48 +40,54 @@ _CANCEL_SAYS = {
 @app.command()
 def submit(
     ctx: typer.Context,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="- reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.")],
     session: Annotated[
         str | None,
         typer.Option(
             metavar="ID",
-            help="The program that the call belongs to. Default: one of its own.",
+            help="Session of the call. Default: a new one.",
             autocompletion=complete_session,
         ),
     ] = None,
     stream: Annotated[
         bool | None,
-        typer.Option("--stream/--no-stream", help="Print the text as it comes. Default: on a terminal."),
+        typer.Option("--stream/--no-stream", help="Print the text while it is generated. Default: on a terminal."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Most tokens to generate. Default: the engine's.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Most tokens to generate. Default: set by the engine."),
     ] = None,
     model: Annotated[str, typer.Option(metavar="NAME", help="Model that the engine must serve. Default: any.")] = "",
-    priority: Annotated[int, typer.Option(metavar="N", help="-128 to 127; lower runs earlier.")] = 0,
+    priority: Annotated[int, typer.Option(metavar="N", help="-128 to 127; lower values run first.")] = 0,
     call_id: Annotated[
         str | None,
-        typer.Option("--id", metavar="ID", help="Id of the call. Repeating a command with the same id is safe."),
+        typer.Option("--id", metavar="ID", help="Id of the call, which makes it safe to repeat. Default: a new one."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, metavar="T", help="Sampling temperature. Default: the engine's.")
+        float | None,
+        typer.Option(min=0.0, metavar="T", help="Sampling temperature. Default: set by the engine."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's chat message.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message of the user.")] = False,
     parent: Annotated[
         str | None,
         typer.Option(
-            metavar="ID", help="Parent session, if this session is a sub-agent.", autocompletion=complete_session
+            metavar="ID", help="Parent session, for the session of a sub-agent.", autocompletion=complete_session
         ),
     ] = None,
     on_engine_loss: Annotated[
         OnEngineLoss,
-        typer.Option(help="If its engine dies: continue on another one, restart from the beginning, or fail."),
+        typer.Option(
+            metavar="WHAT",
+            help="If its engine dies: continue on another one, restart from the beginning, or fail.",
+        ),
     ] = "continue",
-    json: Annotated[bool, typer.Option("--json", help="Print the record with its result as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the record and its result as JSON.")] = False,
     timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="The call fails if it takes longer.", min=0.0)
+        float | None,
+        typer.Option(metavar="SECONDS", help="Fail the call if it takes longer. Default: no limit.", min=0.0),
     ] = None,
 ) -> None:
-    """Submits one call and prints its text. Exit status 1 if it failed or was cancelled.
+    """Submits one call and prints its text. Exits with status 1 if the call failed or was cancelled.
 
     Ctrl-C, SIGTERM, a closed terminal and a closed pipe (`| head`) cancel the call.
     """
@@ -116,7 +122,7 @@ def _attend(
     timeout: float | None,
     print_call: Callable[[CallHandle], None],
 ) -> None:
-    """Submits the call and prints it until it ends. Whoever turns away from it cancels it: it must not go on unseen."""
+    """Submits the call and prints it until it ends. Cancels it if this command ends first: nobody would read it."""
     try:
         with Presence() as presence:
             handle = submit()
@@ -124,11 +130,11 @@ def _attend(
             print_call(handle)
             sys.stdout.flush()
     except CallEnded as e:
-        raise _sentence(e) from None
+        raise _error_of(e) from None
     except TimeIsUp:
         raise RsmError(
-            f"Call {call_id} has not ended after {timeout:g} s, nor has its deadline been noticed: "
-            "is a router running? `rsm doctor` says."
+            f"Call {call_id} has not ended after {timeout:g} s, and its deadline was not enforced. "
+            "Run `rsm doctor` to check that a router is running."
         ) from None
     except KeyboardInterrupt:
         say_error(_stop(client, call_id, "Ctrl-C"))
@@ -137,43 +143,45 @@ def _attend(
         _stop(client, call_id, str(e))
         raise
     except Departure as e:
-        said = _stop(client, call_id, e.why)
+        outcome = _stop(client, call_id, e.why)
         if e.status != EXIT_READER_GONE:
-            say_error(said)
+            say_error(outcome)
         raise typer.Exit(e.status) from None
 
 
-def _sentence(end: CallEnded) -> RsmError:
+def _error_of(end: CallEnded) -> RsmError:
     record = end.record
     code = f" ({record.error_code})" if record.error_code else ""
     return RsmError(f"Call {record.request_id} {record.state.lower()}{code}: {record.error or 'no reason was given.'}")
 
 
 def _print_text(handle: CallHandle) -> None:
-    write = sys.stdout.write
     if not handle.streamed:
-        write(handle.result().text + "\n")
+        sys.stdout.write(handle.result().text + "\n")
         return
+    begun = False
     try:
         for delta in handle.stream():
-            write(_text_of(delta))
+            sys.stdout.write(_text_of(delta))
             sys.stdout.flush()
+            begun = True
     except BaseException:
-        with suppress(OutputLost):
-            write("\n")
+        if begun:
+            with suppress(OutputLost):
+                sys.stdout.write("\n")
         raise
-    write("\n")
+    sys.stdout.write("\n")
 
 
 def _print_record(handle: CallHandle) -> None:
     handle.wait()
-    record = handle.record()  # the end's event leaves out what was known before, such as why the engine was chosen
+    record = handle.record()  # the event of the end has no earlier facts, such as why the engine was chosen
     emit_json(record_json(record))
     record.outcome()
 
 
 def _text_of(delta: Delta) -> str:
-    """The text in a chunk; that of a chat comes inside the chunks of OpenAI's protocol."""
+    """The text of a chunk. For a chat, it is inside the chunks of OpenAI's protocol."""
     return delta.text + "".join(_chunk_text(jsonlib.loads(chunk)) for chunk in delta.chunks)
 
 
@@ -183,7 +191,7 @@ def _chunk_text(chunk: Any) -> str:
 
 
 def _stop(client: Client, call_id: str, why: str) -> str:
-    """Cancels the call; returns a sentence on what became of it."""
+    """Cancels the call. Returns a message that says what happened to it."""
     with undisturbed():
         client.cancel(call_id, f"{why} in `rsm submit`")
         try:
@@ -198,27 +206,28 @@ def _stop(client: Client, call_id: str, why: str) -> str:
 def _warn_if_idle(client: Client) -> None:
     engines = Monitor(client.settings, client.redis).engines()
     if not any(e["state"] == EngineState.READY for e in engines):
-        note("No engine is ready: the call waits until one is. `rsm engines` and `rsm doctor` say more.")
+        note("No engine is ready, so the call waits for one. Run `rsm engines` or `rsm doctor` for details.")
 
 
 @app.command()
 def cancel(
     ctx: typer.Context,
     call_id: Annotated[
-        str | None, typer.Argument(metavar="CALL", show_default=False, autocompletion=complete_open_call)
+        str | None,
+        typer.Argument(metavar="CALL", show_default=False, help="Id of the call.", autocompletion=complete_open_call),
     ] = None,
     session: Annotated[
         str | None,
         typer.Option(
             metavar="ID",
-            help="All calls of this session and of its sub-agents, on all engines.",
+            help="Cancel all calls of this session and its sub-agents, on all engines.",
             autocompletion=complete_session,
         ),
     ] = None,
     alone: Annotated[bool, typer.Option("--alone", help="With --session: leave its sub-agents running.")] = False,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the records.")] = "",
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Reason to keep in the records.")] = "",
 ) -> None:
-    """Cancels a call, or all calls of a session. Exit status 1 if there was nothing to cancel."""
+    """Cancels a call, or all calls of a session. Exits with status 1 if there was nothing to cancel."""
     if (call_id is None) == (session is None):
         raise typer.BadParameter("name either a call or a --session")
     with client_of(ctx) as client:
@@ -226,7 +235,11 @@ def cancel(
         if session is not None:
             whole = lookup.session(session)
             ended = client.cancel_session(whole, reason, descendants=not alone)
-            say(f"{ended} calls of session {whole} cancelled." if ended else f"Session {whole} has no open call.")
+            say(
+                f"{counted(ended, 'call')} of session {whole} cancelled."
+                if ended
+                else f"Session {whole} has no unfinished calls."
+            )
             took_effect = ended > 0
         else:
             took_effect = _cancel_one(client, lookup.call(call_id or ""), reason)
@@ -236,9 +249,9 @@ def cancel(
 
 def _cancel_one(client: Client, call_id: str, reason: str) -> bool:
     outcome = execute.run(client.redis, client.transitions.cancel(check_id(call_id, "id"), reason))
-    sentence = _CANCEL_SAYS[outcome].format(call_id)
+    message = _CANCEL_MESSAGES[outcome].format(call_id)
     if outcome in ("finished", "unknown"):
-        say_error(sentence)
+        say_error(message)
         return False
-    say(sentence)
+    say(message)
     return True

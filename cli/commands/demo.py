@@ -1,4 +1,4 @@
-"""`rsm demo`: the whole story in two minutes on this machine."""
+"""`rsm demo`: a tour of the main features in two minutes, on this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from rsm.cli.engine_options import default_backend
 
 @app.command()
 def demo(
-    backend: Annotated[str, typer.Option(help="vllm (a tiny model on the CPU) or sim; none = vllm if installed.")] = "",
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="vllm (with a tiny test model) or sim (simulated engines). Default: vllm if installed, else sim.",
+        ),
+    ] = "",
 ) -> None:
-    """Streams, keeps a program where its cache is, cancels on two engines, kills an engine; and loses nothing.
+    """Shows streaming, cache affinity, cancellation and the death of an engine on a fleet of its own.
 
-    It has a Redis of its own and touches nothing else. Exit status 1 if anything is not as promised.
+    It starts its own Redis and touches nothing else. Exits with status 1 if a check fails.
     """
     if backend not in ("", "vllm", "sim"):
         raise InvalidRequest(f"--backend must be vllm or sim; got {backend!r}.")

@@ -15,7 +15,7 @@ from rsm.cli.output import emit_json, say, show
 
 @app.command()
 def doctor(ctx: typer.Context, json: Json = False, output: Output = None) -> None:
-    """Checks Redis, routers, engines and queues, and advises. Exit status 1 if there is a problem."""
+    """Checks Redis, routers, engines and queues, and gives advice. Exits with status 1 if there is a problem."""
     from rsm.cli.checks import examine
 
     form = form_of(output, json)

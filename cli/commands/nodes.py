@@ -1,4 +1,4 @@
-"""`rsm node`, and engines on nodes by `rsm start` and `rsm stop`."""
+"""`rsm node`, and `rsm start` and `rsm stop` for engines on nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import typer
 from rsm.broker import EngineFailed, Settings, logs
 from rsm.broker.protocol.models import EngineState
 from rsm.cli.app import app, monitor_of, require_redis, server_of, settings_of
-from rsm.cli.commands.drain import order_drain
+from rsm.cli.commands.drain import EngineName, order_drain, whole_engine_id
+from rsm.cli.completion import complete_node
 from rsm.cli.engine_options import (
     Backend,
     BaseUrl,
@@ -32,21 +33,21 @@ if TYPE_CHECKING:
     from rsm.workers.supervision.node import NodeClient
 
 _POLL_S = 0.1
-_LEAVE_MARGIN_S = 20.0
-# By which a command is ended from outside; the second comes when its terminal is gone.
-_ENDS = (signal.SIGTERM, signal.SIGHUP)
+_STOP_MARGIN_S = 20.0
+# Signals that end a command from outside. SIGHUP comes when its terminal closes.
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def ordering(settings: Settings, node: str) -> Iterator[NodeClient]:
-    """A client for orders to a node. They are withdrawn also if this command is ended by SIGTERM or SIGHUP."""
+    """A client for orders to a node. SIGTERM and SIGHUP withdraw the order, too."""
     from rsm.workers.supervision.node import NodeClient
 
     require_redis(settings)
-    before = {number: signal.getsignal(number) for number in _ENDS}
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _end)
+            signal.signal(number, _exit)
     try:
         yield NodeClient(node, settings)
     except (KeyboardInterrupt, SystemExit):
@@ -57,16 +58,17 @@ def ordering(settings: Settings, node: str) -> Iterator[NodeClient]:
             signal.signal(number, handler)
 
 
-def _end(number: int, _: Any) -> None:
-    """An exception, so that what waits is given up in order; the status is that of a process that a signal ended."""
+def _exit(number: int, _: Any) -> None:
+    """Raises, so that the wait is cleaned up. The status is that of a process that a signal ended."""
     raise SystemExit(128 + number)
 
 
 @app.command()
 def node(
-    ctx: typer.Context, name: Annotated[str, typer.Option(help="Of this host; none = its host name.")] = ""
+    ctx: typer.Context,
+    name: Annotated[str, typer.Option(metavar="NODE", help="Name of this node. Default: the host's name.")] = "",
 ) -> None:
-    """Serves this host's RQ queue, so that `rsm start --node` can bring up engines here."""
+    """Serves this host's RQ queue, so that `rsm start --node` can start engines here."""
     import socket
 
     from rsm.workers.supervision.node import run_node
@@ -80,7 +82,12 @@ def node(
 def start(
     ctx: typer.Context,
     engine_id: EngineId,
-    node: Annotated[str, typer.Option(help="The host; `rsm node` must run there.")],
+    node: Annotated[
+        str,
+        typer.Option(
+            metavar="NODE", help="Node to start it on; `rsm node` must run there.", autocompletion=complete_node
+        ),
+    ],
     model: Model = "",
     gpu: Gpu = 0,
     backend: Backend = None,
@@ -89,9 +96,9 @@ def start(
     base_url: BaseUrl = None,
     engine_arg: EngineArg = None,
     engine_scheduler: Scheduler = None,
-    timeout: Annotated[float, typer.Option(help="Seconds it may take to come up.")] = 900.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long the start may take.")] = 900.0,
 ) -> None:
-    """Starts an engine on another host and waits until it is READY. Ctrl-C withdraws the order and undoes the start."""
+    """Starts an engine on a node and waits until it is READY. Ctrl-C withdraws the order and undoes the start."""
     config = engine_config(
         engine_id, model, gpu, backend, max_num_seqs, tensor_parallel, base_url, engine_arg, engine_scheduler
     )
@@ -103,24 +110,34 @@ def start(
 @app.command()
 def stop(
     ctx: typer.Context,
-    engine_id: Annotated[str, typer.Argument(metavar="ENGINE")],
-    node: Annotated[str | None, typer.Option(help="The host it was started on with `rsm start`.")] = None,
+    engine_id: EngineName,
+    node: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NODE",
+            help="Node that started the engine; it also kills one that hangs. Default: only ask the worker to stop.",
+            autocompletion=complete_node,
+        ),
+    ] = None,
 ) -> None:
-    """Stops an engine: its waiting calls go to others, its running ones may finish within the grace."""
+    """Stops an engine. Waiting calls move to other engines; running calls may finish within RSM_DRAIN_GRACE_S."""
+    settings = settings_of(ctx)
     if node is not None:
-        with ordering(settings_of(ctx), node) as client:
+        with ordering(settings, node) as client, server_of(ctx) as server:
+            engine_id = whole_engine_id(settings, server, engine_id)
             client.stop_engine(engine_id)
     else:
         with server_of(ctx) as server:
-            order_drain(settings_of(ctx), server, engine_id, "stop")
-        _await_stopped(ctx, settings_of(ctx), engine_id)
+            engine_id = whole_engine_id(settings, server, engine_id)
+            order_drain(settings, server, engine_id, "stop")
+        _await_stopped(ctx, settings, engine_id)
     say(f"Engine {engine_id} has stopped.")
 
 
 def _await_stopped(ctx: typer.Context, settings: Settings, engine_id: str) -> None:
-    until = time.monotonic() + settings.drain_grace_s + _LEAVE_MARGIN_S
+    until = time.monotonic() + settings.drain_grace_s + _STOP_MARGIN_S
     with monitor_of(ctx) as monitor:
         while (state := monitor.engine(engine_id)["state"]) not in (EngineState.STOPPED, EngineState.DEAD):
             if time.monotonic() > until:
-                raise EngineFailed(f"Engine {engine_id} is still {state}; look at its log.")
+                raise EngineFailed(f"Engine {engine_id} is still {state}. Check its log.")
             time.sleep(_POLL_S)

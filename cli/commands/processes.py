@@ -1,4 +1,4 @@
-"""The processes one by one: router, worker."""
+"""`rsm router` and `rsm worker`: single processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rsm.cli.engine_options import (
 
 @app.command()
 def router(ctx: typer.Context) -> None:
-    """One router, in the foreground. Any number may run."""
+    """Runs a router in the foreground. Any number of routers may run."""
     from rsm.router.__main__ import run_router
 
     logs.configure(settings_of(ctx), "router")
@@ -44,9 +44,9 @@ def worker(
     base_url: BaseUrl = None,
     engine_arg: EngineArg = None,
     engine_scheduler: Scheduler = None,
-    supervised: Annotated[bool, typer.Option("--supervised", help="Start it again when it dies.")] = False,
+    supervised: Annotated[bool, typer.Option("--supervised", help="Restart the worker when it dies.")] = False,
 ) -> None:
-    """One engine, in the foreground. SIGTERM drains it."""
+    """Runs an engine and its worker in the foreground. SIGTERM drains it."""
     from rsm.workers.__main__ import run_supervised, run_worker
     from rsm.workers.environment import NODE_VARIABLE
 

@@ -1,4 +1,4 @@
-"""`rsm sim-server`: a modelled engine behind OpenAI's HTTP API. It needs no Redis."""
+"""`rsm sim-server`: a simulated engine behind OpenAI's HTTP API. It needs no Redis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from rsm.broker import logs
 from rsm.cli.app import app, settings_of
-from rsm.cli.engine_options import EngineArg, MaxNumSeqs, Model, engine_config
+from rsm.cli.engine_options import EngineArg, Slots, engine_config
 from rsm.cli.output import say
 
 
@@ -17,16 +17,21 @@ from rsm.cli.output import say
 def sim_server(
     ctx: typer.Context,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="0 = any free one; the first line printed names it.")
+        int,
+        typer.Option(
+            min=0, max=65535, metavar="N", help="Port to listen on. 0 takes a free one; the first line names it."
+        ),
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    model: Model = "",
-    max_num_seqs: MaxNumSeqs = 256,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Model name to serve. Default: that of the simulated model.")
+    ] = "",
+    max_num_seqs: Slots = 256,
     engine_arg: EngineArg = None,
 ) -> None:
     """Serves a simulated engine over OpenAI's HTTP API, as `vllm serve` does with a real one.
 
-    For trying out and measuring whatever speaks to such servers: `--backend openai`, and other products' routers.
+    Useful for testing and measuring clients of such servers: `--backend openai`, and other products' routers.
     """
     from rsm.workers.backends.factory import create_backend
     from rsm.workers.backends.sim.backend import SimBackend

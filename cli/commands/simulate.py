@@ -10,9 +10,9 @@ import typer
 
 from rsm.broker import InvalidRequest
 from rsm.cli.app import app, settings_of
-from rsm.cli.engine_options import EngineArg, MaxNumSeqs, pair
+from rsm.cli.engine_options import EngineArg, Slots, pair
 from rsm.cli.options import Json
-from rsm.cli.output import emit_json, note, show, table
+from rsm.cli.output import counted, emit_json, note, show, table
 
 _HOUR_S = 3600.0
 
@@ -28,29 +28,30 @@ def simulate(
         float, typer.Option(min=0.001, metavar="N", help="Conversations per second, for the whole fleet.")
     ] = 1.0,
     seconds: Annotated[
-        float, typer.Option(min=1.0, metavar="N", help="Virtual seconds after which the run ends.")
+        float, typer.Option(min=1.0, metavar="SECONDS", help="Virtual time after which the run ends.")
     ] = _HOUR_S,
-    engines: Annotated[int, typer.Option(min=1, metavar="N", help="How many.")] = 1,
+    engines: Annotated[int, typer.Option(min=1, metavar="N", help="Number of engines.")] = 1,
     policy: Annotated[
         str, typer.Option(metavar="NAME", help="Routing policy, or package.module:Class. Default: RSM_POLICY.")
     ] = "",
     engine_scheduler: Annotated[
-        str, typer.Option(metavar="NAME", help="In the engines: fcfs, priority or plas.")
+        str, typer.Option(metavar="NAME", help="Scheduler of the engines: fcfs, priority or plas.")
     ] = "plas",
     times_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="What `rsm calibrate` wrote. Default: an 8B model on one H100, by its data sheet."
+            metavar="FILE",
+            help="Output file of `rsm calibrate`. Default: an 8B model on one H100, by its data sheet.",
         ),
     ] = None,
-    max_num_seqs: MaxNumSeqs = 256,
+    max_num_seqs: Slots = 256,
     engine_arg: EngineArg = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed of the conversations and of the run.")] = 1,
     json: Json = False,
 ) -> None:
-    """Simulates a fleet in virtual time and reports how programs fared.
+    """Simulates a fleet in virtual time and reports latencies and throughput.
 
-    The routing policies and schedulers are those of real deployments. No Redis and no engine is needed.
+    It uses the routing policies and schedulers of real deployments. It needs neither Redis nor engines.
     An hour of many engines takes about a minute.
     """
     from rsm.simulation.fleet import FleetConfig, SimFleet
@@ -79,22 +80,22 @@ def simulate(
     rows = [(_LABELS.get(name, name), _shown(value)) for name, value in figures.items()]
     show(table(f"{engines} x {sim.model}, {config.policy}, {sim.scheduler}", ("", ""), rows))
     if figures["unfinished"] and seconds < inf:
-        note(f"{figures['unfinished']} programs had come and were not done after {seconds:g} s.")
+        note(f"{counted(figures['unfinished'], 'program')} had arrived but not finished after {seconds:g} s.")
 
 
 _LABELS = {
     "until_s": "virtual time, s",
-    "response_mean_s": "response time of a program, mean, s",
+    "response_mean_s": "program response time, mean, s",
     "response_p95_s": "… p95, s",
     "response_p99_s": "… p99, s",
-    "token_mean_s": "latency per token of a program, mean, s",
+    "token_mean_s": "program latency per token, mean, s",
     "token_p95_s": "… p95, s",
     "token_p99_s": "… p99, s",
-    "call_wait_mean_s": "wait of a call for its place, mean, s",
+    "call_wait_mean_s": "call waiting time, mean, s",
     "call_wait_p99_s": "… p99, s",
     "output_tokens_per_s": "output tokens/s",
-    "hit_rate": "prompt tokens found in caches",
-    "busy": "engines' time in steps",
+    "hit_rate": "share of prompt tokens cached",
+    "busy": "share of time that engines are busy",
     "wall_s": "real time, s",
 }
 

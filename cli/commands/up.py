@@ -19,6 +19,7 @@ from rsm.cli.engine_options import (
     default_backend,
     engine_config,
 )
+from rsm.cli.output import counted
 from rsm.engine.gpu_plan import Place, places
 
 
@@ -27,36 +28,46 @@ def up(
     ctx: typer.Context,
     engines: Annotated[
         int | None,
-        typer.Option(min=0, show_default=False, help="How many, as e0, e1, … Default: 1, or one a --base-url."),
+        typer.Option(
+            min=0,
+            metavar="N",
+            show_default=False,
+            help="Number of engines, named e0, e1, … Default: 1, or one for each --base-url.",
+        ),
     ] = None,
     model: Model = "",
     backend: Backend = None,
     base_url: Annotated[
         list[str] | None,
-        typer.Option(help="Of a running OpenAI-compatible server; once for each: an engine before it."),
+        typer.Option(
+            metavar="URL",
+            help="URL of a running OpenAI-compatible server, which becomes one engine. May be repeated.",
+        ),
     ] = None,
-    routers: Annotated[int, typer.Option(min=1, help="How many router processes.")] = 1,
+    routers: Annotated[int, typer.Option(min=1, metavar="N", help="Number of router processes.")] = 1,
     max_num_seqs: MaxNumSeqs = None,
     tensor_parallel: TensorParallel = 1,
     engine_arg: EngineArg = None,
     engine_scheduler: Scheduler = None,
     share_gpus: Annotated[
-        bool, typer.Option("--share-gpus", help="Several engines on a GPU, where there are too few.")
+        bool, typer.Option("--share-gpus", help="Put several engines on a GPU if there are too few GPUs.")
     ] = False,
     config: Annotated[
         Path | None,
         typer.Option(
             "--config",
             "-c",
+            metavar="FILE",
             show_default=False,
-            help="A fleet as YAML. Default: rsm.yaml in this folder, if no option names an engine.",
+            help="YAML file that describes the fleet. Default: rsm.yaml in this folder, unless options describe "
+            "engines.",
         ),
     ] = None,
 ) -> None:
     """Runs everything on this machine, in the foreground: Redis (unless one is named), routers and engines.
 
-    Ctrl-C lets running calls finish and gives the others back; a second one stops at once. Unfinished calls stay in
-    Redis and run when engines are back.
+    Ctrl-C lets running calls finish, then stops. A second Ctrl-C stops at once. Unfinished calls stay in Redis and run
+    when engines are back.
     """
     from rsm.cli.foreground import run_up
     from rsm.engine.fleet_file import NAME, read_fleet
@@ -67,10 +78,10 @@ def up(
     settings = settings_of(ctx)
     if file is not None:
         if by_options:
-            raise typer.BadParameter(f"engines are described by {file}; leave the other options out")
+            raise typer.BadParameter(f"{file} describes the engines; leave the other options out")
         fleet = read_fleet(file)
-        settings = fleet.applied().with_redis(*_named(ctx))
-        run_up(settings, fleet.engines, fleet.routers, f"the fleet of {file}")
+        settings = fleet.applied().with_redis(*_redis_and_namespace(ctx))
+        run_up(settings, fleet.engines, fleet.routers, f"from {file}")
         return
     described = [
         engine_config(
@@ -81,8 +92,8 @@ def up(
     run_up(settings, described, routers)
 
 
-def _named(ctx: typer.Context) -> tuple[str | None, str | None]:
-    """The Redis and the namespace that the command line names; these stand above any file."""
+def _redis_and_namespace(ctx: typer.Context) -> tuple[str | None, str | None]:
+    """The Redis URL and the namespace from the command line. They override any file."""
     root = ctx.find_root().params
     return root["redis_url"], root["namespace"]
 
@@ -90,14 +101,14 @@ def _named(ctx: typer.Context) -> tuple[str | None, str | None]:
 def _places(
     engines: int | None, backend: str | None, urls: list[str], tensor_parallel: int, share: bool
 ) -> list[tuple[str | None, Place]]:
-    """For each engine the server before which it stands, if any, and its GPU."""
+    """The remote server of each engine, if any, and its GPU."""
     if urls:
         if backend not in (None, "openai"):
             raise typer.BadParameter(f"--base-url is for backend openai; leave out --backend {backend}")
         if engines not in (None, len(urls)):
             raise InvalidRequest(
-                f"--engines {engines} and {len(urls)} --base-url do not fit: each server is one engine. "
-                "Name --base-url once for each server, and leave --engines out."
+                f"--engines {engines} and {counted(len(urls), 'URL')} do not fit: each server is one engine. "
+                "Give --base-url once for each server, and leave --engines out."
             )
         return [(url, Place(0)) for url in urls]
     if (backend or default_backend()) != "vllm":

@@ -1,4 +1,4 @@
-"""`rsm ps`, `engines`, `sessions`, `call`, `stats`: what is going on."""
+"""`rsm ps`, `engines`, `sessions`, `call` and `stats`: the current state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rsm.cli.output import console_for, emit_json, on_terminal, record_json, roo
 
 _REFRESH_S = 1.0
 
-# What a view shows: as JSON, and as a table for a terminal of so many columns; none = a wide one.
+# Returns the value for JSON, and a table that fits the given width; None: a wide one.
 View = Callable[[Monitor, int | None], tuple[Any, RenderableType]]
 
 
@@ -34,9 +34,9 @@ def ps(
     json: Json = False,
     output: Output = None,
     watch: Watch = False,
-    limit: Annotated[int, typer.Option(min=1, help="Most calls to show.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Most calls to show.")] = 200,
 ) -> None:
-    """Lists unfinished calls: running ones first, then waiting ones in the order of their queues."""
+    """Lists unfinished calls: running ones first, then waiting ones in queue order."""
 
     def view(monitor: Monitor, room: int | None) -> tuple[Any, RenderableType]:
         calls = monitor.active_calls(limit)
@@ -52,7 +52,9 @@ def engines(
     json: Json = False,
     output: Output = None,
     watch: Watch = False,
-    everything: Annotated[bool, typer.Option("--all", "-a", help="Also those that have stopped or died.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", "-a", help="Include engines that stopped or died without an error.")
+    ] = False,
     ready: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +64,7 @@ def engines(
         ),
     ] = None,
 ) -> None:
-    """Lists engines: state, load, KV cache, last heartbeat."""
+    """Lists engines with their state, load, KV cache, last heartbeat and error."""
 
     def view(monitor: Monitor, room: int | None) -> tuple[Any, RenderableType]:
         found = monitor.engines()
@@ -82,7 +84,7 @@ def _require_ready(monitor: Monitor, engine_id: str) -> None:
 
 @app.command()
 def sessions(ctx: typer.Context, json: Json = False, output: Output = None, watch: Watch = False) -> None:
-    """Lists programs and their sessions: running ones first, then by last activity."""
+    """Lists programs and their sessions: those with unfinished calls first, then by last activity."""
 
     def view(monitor: Monitor, room: int | None) -> tuple[Any, RenderableType]:
         found = tables.running_first(monitor.sessions())
@@ -98,7 +100,7 @@ def call(
     json: Json = False,
     output: Output = None,
 ) -> None:
-    """Shows one call: why it went to its engine, when what happened, attempts, error, result."""
+    """Shows one call: its engine and why, its times, attempts, error and result."""
     with lookup_of(ctx) as lookup:
         whole = lookup.call(call_id)
 
@@ -111,7 +113,7 @@ def call(
 
 @app.command()
 def stats(ctx: typer.Context, json: Json = False, output: Output = None) -> None:
-    """Shows totals since the namespace began, and what waits and runs now."""
+    """Shows totals since the namespace began, and what is waiting and running now."""
 
     def view(monitor: Monitor, _: int | None) -> tuple[Any, RenderableType]:
         found = monitor.stats()
@@ -122,7 +124,7 @@ def stats(ctx: typer.Context, json: Json = False, output: Output = None) -> None
 
 def _show(ctx: typer.Context, view: View, form: Form, watch: bool = False) -> None:
     if form == "json" and watch:
-        raise typer.BadParameter("--json and --watch do not go together")
+        raise typer.BadParameter("--json and --watch exclude each other; leave one out")
     with monitor_of(ctx) as monitor:
         if watch:
             _watch(monitor, view, form)
@@ -135,12 +137,12 @@ def _show(ctx: typer.Context, view: View, form: Form, watch: bool = False) -> No
 
 
 def _watch(monitor: Monitor, view: View, form: Form) -> None:
-    """Shows a view again and again. A Redis that is away for a while is reported, and waited for."""
+    """Refreshes a view until Ctrl-C. If Redis does not answer, says so and keeps trying."""
     try:
         if on_terminal():
             _watch_in_place(monitor, view, form)
         else:
-            _watch_in_turn(monitor, view, form)
+            _watch_line_by_line(monitor, view, form)
     except KeyboardInterrupt:
         return
 
@@ -152,8 +154,8 @@ def _watch_in_place(monitor: Monitor, view: View, form: Form) -> None:
             time.sleep(_REFRESH_S)
 
 
-def _watch_in_turn(monitor: Monitor, view: View, form: Form) -> None:
-    """One after the other, for a file or a pipe."""
+def _watch_line_by_line(monitor: Monitor, view: View, form: Form) -> None:
+    """Prints one view after the other, for a file or a pipe."""
     while True:
         show(_render(monitor, view, form), form=form)
         time.sleep(_REFRESH_S)
@@ -163,4 +165,4 @@ def _render(monitor: Monitor, view: View, form: Form) -> RenderableType:
     try:
         return view(monitor, room_for(form))[1]
     except (redis.RedisError, BrokerUnavailable) as e:
-        return Text(f"Redis does not answer ({type(e).__name__}); trying again.", style="bold red")
+        return Text(f"Redis does not answer ({type(e).__name__}). Trying again.", style="bold red")

@@ -1,3 +1,3 @@
-"""The story of `rsm demo`."""
+"""The acts of `rsm demo` and what they run on."""
 
 __all__: list[str] = []

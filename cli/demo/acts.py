@@ -1,4 +1,4 @@
-"""The acts of `rsm demo`. Each does something, shows what came of it, and checks what was promised."""
+"""The acts of `rsm demo`. Each one does something, shows the results and checks them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from itertools import pairwise
 
 from rsm.broker import CallHandle, CallRecord, Delta, RequestState
 from rsm.cli.demo.live import LiveStreams
-from rsm.cli.demo.stage import PATIENCE_S, Stage
-from rsm.cli.output import seconds, table
+from rsm.cli.demo.stage import TIMEOUT_S, Stage
+from rsm.cli.output import counted, seconds, table
 
-# Token ids that both the tiny model and the simulator know as words.
+# Token ids that are words to both the tiny model and the simulator.
 _FIRST_WORD, _WORDS = 300, 250
 _AGENT_STEPS = 3
 _LONG_CALLS = 6
 _LONG_TOKENS = 6000
 _CROWD = 16
-# A call counts as being in mid-flight once it has published so many chunks.
+# A call counts as running once it has published this many chunks.
 _UNDER_WAY = 8
-# A cancelled call must have ended by then; it is milliseconds where the machine is not overloaded.
-_CANCEL_BOUND_S = 5.0
+# The longest that a cancelled call may take to end. On a machine that is not overloaded, it takes milliseconds.
+_CANCEL_LIMIT_S = 5.0
 
 
 def stream_one(stage: Stage) -> float:
-    """Act 1. Returns the pace of one call alone, in tokens per second."""
-    stage.act("1. A call, streamed", "Each chunk travels from the engine through Redis to this terminal as it is made.")
+    """Act 1. Returns the speed of one call alone, in tokens per second."""
+    stage.act("1. A streamed call", "Each chunk goes from the engine through Redis to this terminal at once.")
     began = time.monotonic()
     handle = stage.submit("Explain quantum computing to a curious child.", "reader", 64, stream=True)
     numbers, text, first = [], "", 0.0
@@ -41,15 +41,15 @@ def stream_one(stage: Stage) -> float:
         stage.out.file.write(delta.text)
         stage.out.file.flush()
     stage.out.file.write("\n")
-    result = handle.result(PATIENCE_S)
+    result = handle.result(TIMEOUT_S)
     took = time.monotonic() - first
     pace = result.completion_tokens / took
     stage.out.print(
         f"{len(numbers)} chunks, {result.completion_tokens} tokens on {result.engine_id}; first chunk after "
         f"{seconds((first - began) * 1000)}, then {pace:.0f} tokens/s"
     )
-    stage.promise(numbers == list(range(len(numbers))), "its chunks are numbered without a gap or a repetition")
-    stage.promise(text == result.text, "the chunks together are the text of the result")
+    stage.check(numbers == list(range(len(numbers))), "the chunks are numbered without gaps and repeats")
+    stage.check(text == result.text, "the chunks add up to the text of the result")
     return pace
 
 
@@ -57,24 +57,24 @@ def follow_an_agent(stage: Stage) -> None:
     """Act 2."""
     threshold = stage.monitor.settings.cache_token_threshold
     stage.act(
-        "2. A program of three steps, kept where its KV cache is",
-        f"Each prompt is longer than {threshold} tokens and contains the step before. Look at ENGINE, WHY and CACHED.",
+        "2. A program of three steps stays where its KV cache is",
+        f"Each prompt has more than {threshold} tokens and contains the previous step. Look at ENGINE, CACHED and WHY.",
     )
     ids = _words(0, threshold + 400)
     records: list[CallRecord] = []
     for step in range(_AGENT_STEPS):
         handle = stage.submit(ids, "agent", 32)
-        handle.wait(PATIENCE_S)
-        record = handle.record()  # what came with its end leaves out why the engine was chosen
+        handle.wait(TIMEOUT_S)
+        record = handle.record()  # the event of the end does not say why the engine was chosen
         records.append(record)
         ids = ids + (record.result.token_ids if record.result else []) + _words(step + 1, 150)
     stage.show(table("", ["STEP", "ENGINE", "PROMPT", "CACHED", "FIRST TOKEN", "WHY"], _agent_rows(records)))
     results = [r.result for r in records if r.result is not None]
-    stage.promise(len(results) == _AGENT_STEPS, "all steps have completed")
-    stage.promise(len({r.engine_id for r in records}) == 1, f"all steps ran on {records[0].engine_id}")
-    # The engine caches whole blocks, and computes at least the last token anew.
-    held = all(b.cached_tokens > a.prompt_tokens * 0.9 for a, b in pairwise(results))
-    stage.promise(held, "from the second step on, the step before was found in the KV cache")
+    stage.check(len(results) == _AGENT_STEPS, "all steps completed")
+    stage.check(len({r.engine_id for r in records}) == 1, f"all steps ran on {records[0].engine_id}")
+    # The engine caches whole blocks, and always computes at least the last token.
+    cached = all(b.cached_tokens > a.prompt_tokens * 0.9 for a, b in pairwise(results))
+    stage.check(cached, "from the second step on, the previous step was found in the KV cache")
 
 
 def _agent_rows(records: Sequence[CallRecord]) -> list[list[object]]:
@@ -88,16 +88,16 @@ def _agent_rows(records: Sequence[CallRecord]) -> list[list[object]]:
 def cancel_a_session(stage: Stage) -> None:
     """Act 3."""
     stage.act(
-        "3. A session cancelled in mid-flight, on both engines, with one command",
-        f"{_LONG_CALLS} calls of {_LONG_TOKENS} tokens each. Look at ENDED AFTER, and at the text that was kept.",
+        "3. One command cancels a running session on both engines",
+        f"{_LONG_CALLS} calls of {_LONG_TOKENS} tokens each. Look at ENDED AFTER and TEXT KEPT.",
     )
     handles = [
         stage.submit(f"Write chapter {i} of a long novel.", "novel", _LONG_TOKENS, stream=True)
         for i in range(_LONG_CALLS)
     ]
-    stage.until(lambda: all(stage.chunks(h) >= _UNDER_WAY for h in handles), "all long calls under way")
+    stage.until(lambda: all(stage.chunks(h) >= _UNDER_WAY for h in handles), "all long calls are running")
     began = time.monotonic()
-    cancelled = stage.client.cancel_session("novel", "the reader has gone")
+    cancelled = stage.client.cancel_session("novel", "the reader left")
     ended: dict[str, float] = {}
     for handle in handles:
         handle.add_done_callback(lambda h: ended.update({h.id: time.monotonic() - began}))
@@ -113,18 +113,17 @@ def cancel_a_session(stage: Stage) -> None:
         for i, r in enumerate(records, 1)
     ]
     stage.show(table("", ["CALL", "ENGINE", "STATE", "ENDED AFTER", "TEXT KEPT"], rows))
-    stage.promise(cancelled == _LONG_CALLS, f"one command reached {cancelled} calls")
-    stage.promise(all(r.state is RequestState.CANCELLED for r in records), "all of them are CANCELLED")
-    stage.promise({r.engine_id for r in records} == set(stage.engine_ids), "they were running on both engines")
-    stage.promise(all(r.result and r.result.text for r in records), "the partial text of each was kept")
-    stage.promise(
-        max(ended.values()) < _CANCEL_BOUND_S, f"the last one ended after {seconds(max(ended.values()) * 1000)}"
-    )
+    last_s = max(ended.values())
+    stage.check(cancelled == _LONG_CALLS, f"one command reached {cancelled} of {_LONG_CALLS} calls")
+    stage.check(all(r.state is RequestState.CANCELLED for r in records), "all of them are CANCELLED")
+    stage.check({r.engine_id for r in records} == set(stage.engine_ids), "they were running on both engines")
+    stage.check(all(r.result and r.result.text for r in records), "each one keeps its partial text")
+    stage.check(last_s < _CANCEL_LIMIT_S, f"the last one ended after {seconds(last_s * 1000)}")
 
 
 @dataclass
 class Crowd:
-    """Calls that an engine's death interrupts."""
+    """Calls that the death of an engine interrupts."""
 
     handles: list[CallHandle]
     expected: list[str] = field(repr=False)
@@ -138,72 +137,75 @@ class Crowd:
 def kill_an_engine(stage: Stage, pace: float) -> None:
     """Act 4."""
     stage.act(
-        "4. kill -9 of an engine with calls running",
-        f"{_CROWD} streamed calls, greedy; the same prompts have run undisturbed before. "
+        "4. kill -9 for an engine with running calls",
+        f"{_CROWD} streamed greedy calls. The same prompts first run undisturbed, for comparison. "
         "Look at ENDED ON, ATTEMPTS and SAME TEXT.",
     )
     prompts = [f"Agent {i} reports on what it has seen today." for i in range(_CROWD)]
-    # Some seconds long, so that the kill finds all of them running.
+    # Some seconds long, so that all of them are running when the engine is killed.
     tokens = int(min(800, max(120, 3 * pace)))
-    calm = stage.records([stage.submit(p, f"calm-{i}", tokens) for i, p in enumerate(prompts)])
+    undisturbed = stage.records([stage.submit(p, f"calm-{i}", tokens) for i, p in enumerate(prompts)])
     crowd = Crowd(
         [stage.submit(p, f"crowd-{i}", tokens, stream=True) for i, p in enumerate(prompts)],
-        [r.result.text if r.result else "" for r in calm],
+        [r.result.text if r.result else "" for r in undisturbed],
     )
     live = LiveStreams(stage.out, stage.monitor, crowd.handles, tokens, stage.engine_ids)
     with live, ThreadPoolExecutor(_CROWD) as readers:
         reading = [readers.submit(live.read, handle) for handle in crowd.handles]
-        stage.until(lambda: all(stage.chunks(h) >= _UNDER_WAY for h in crowd.handles), "all calls under way")
-        _choose_the_busier(crowd)
+        stage.until(lambda: all(stage.chunks(h) >= _UNDER_WAY for h in crowd.handles), "all calls are running")
+        _choose_victim(crowd)
         for record in crowd.before:
             live.seen(record.request_id, record.engine_id)
         live.note(_kill(stage, crowd))
-        crowd.streams = [future.result(PATIENCE_S) for future in reading]
+        crowd.streams = [future.result(TIMEOUT_S) for future in reading]
     crowd.after = stage.records(crowd.handles)
-    _report_the_kill(stage, crowd)
+    _report_kill(stage, crowd)
 
 
-def _choose_the_busier(crowd: Crowd) -> None:
+def _choose_victim(crowd: Crowd) -> None:
+    """The engine that runs more calls."""
     crowd.before = [handle.record() for handle in crowd.handles]
     busy = Counter(r.engine_id for r in crowd.before if r.state is RequestState.RUNNING)
     crowd.victim = busy.most_common(1)[0][0]
 
 
 def _kill(stage: Stage, crowd: Crowd) -> str:
-    """What was done, in a sentence."""
+    """Kills the engine. Returns a line that says so."""
     running = sum(r.engine_id == crowd.victim and r.state is RequestState.RUNNING for r in crowd.before)
     pid = stage.monitor.engine(crowd.victim)["pid"]
     crowd.killed_ms = stage.monitor.now_ms()
     os.kill(pid, signal.SIGKILL)
-    sentence = f"kill -9 {pid}: {crowd.victim} is gone, with {running} calls running on it"
-    if not stage.out.is_terminal:  # else it stands below the streams
-        stage.out.print(sentence)
-    return sentence
+    line = f"kill -9 {pid}: {crowd.victim} died with {counted(running, 'running call')}"
+    if not stage.out.is_terminal:  # else the live view shows it
+        stage.out.print(line)
+    return line
 
 
-def _report_the_kill(stage: Stage, crowd: Crowd) -> None:
+def _report_kill(stage: Stage, crowd: Crowd) -> None:
     outcomes = list(zip(crowd.before, crowd.after, crowd.streams, crowd.expected, strict=True))
     rows = [
         [i, b.engine_id, a.engine_id, a.attempt, len(chunks), _yes(_gapless(chunks)), _yes(_text(chunks) == text)]
         for i, (b, a, chunks, text) in enumerate(outcomes, 1)
     ]
-    columns = ["CALL", "RAN ON", "ENDED ON", "ATTEMPTS", "CHUNKS", "NUMBERED RIGHT", "SAME TEXT"]
+    columns = ["CALL", "RAN ON", "ENDED ON", "ATTEMPTS", "CHUNKS", "NO GAPS", "SAME TEXT"]
     stage.show(table("", columns, rows))
     hit = [a for b, a, _, _ in outcomes if b.engine_id == crowd.victim and b.state is RequestState.RUNNING]
     pauses = [a.started_ms - crowd.killed_ms for a in hit if a.started_ms is not None]
-    heirs = ", ".join(sorted({a.engine_id for a in hit}))
-    stage.out.print(f"{len(hit)} calls resumed on {heirs}, the last of them {seconds(max(pauses))} after the kill")
-    stage.promise(all(a.state is RequestState.COMPLETED for a in crowd.after), f"all {_CROWD} calls have completed")
-    stage.promise(bool(hit) and all(a.attempt > 1 for a in hit), "each call of the dead engine took a second attempt")
-    stage.promise(all(_gapless(s) for s in crowd.streams), "every stream is numbered without a gap or a repetition")
+    engines = ", ".join(sorted({a.engine_id for a in hit}))
+    stage.out.print(
+        f"{counted(len(hit), 'call')} resumed on {engines}, the last one {seconds(max(pauses))} after the kill"
+    )
+    stage.check(all(a.state is RequestState.COMPLETED for a in crowd.after), f"all {_CROWD} calls completed")
+    stage.check(bool(hit) and all(a.attempt > 1 for a in hit), "each call of the dead engine took a second attempt")
+    stage.check(all(_gapless(s) for s in crowd.streams), "the chunks of every stream have no gaps and no repeats")
     same = all(_text(chunks) == text for _, _, chunks, text in outcomes)
     whole = all(a.result is not None and _text(chunks) == a.result.text for _, a, chunks, _ in outcomes)
-    stage.promise(whole, "every stream has the text of its result")
+    stage.check(whole, "every stream has the text of its result")
     if stage.exact:
-        stage.promise(same, "every stream has the text of the undisturbed call")
+        stage.check(same, "every stream has the text of its undisturbed run")
     elif not same:
         stage.out.print(
-            "On a GPU a batch of another size rounds otherwise, so a text may differ from an undisturbed one."
+            "On a GPU, rounding depends on the size of the batch, so a text may differ from its undisturbed run."
         )
 
 
@@ -219,24 +221,24 @@ def _yes(fact: bool) -> str:
     return "yes" if fact else "NO"
 
 
-def close_the_books(stage: Stage) -> None:
+def count_all_calls(stage: Stage) -> None:
     """Act 5."""
-    stage.act("5. The books", "Two ledgers: the counters in Redis, and the ids of the calls that this demo has sent.")
-    stage.until(lambda: not _moving(stage), "nothing waits or runs")
+    stage.act("5. No call is lost", "The counters in Redis, and the calls that this demo has submitted.")
+    stage.until(lambda: not _busy(stage), "no call is waiting or running")
     stats, own = stage.monitor.stats(), stage.states_of_ledger()
     states = [s.value for s in RequestState]
     rows = [[state, stats[state.lower()], own[state]] for state in states]
-    stage.show(table("", ["CALLS", "IN REDIS", "SENT BY US"], [*rows, ["all", stats["submitted"], len(stage.ledger)]]))
+    stage.show(table("", ["CALLS", "IN REDIS", "SUBMITTED"], [*rows, ["all", stats["submitted"], len(stage.ledger)]]))
     lost = len(stage.ledger) - sum(own[s.value] for s in RequestState if s.terminal)
-    stage.promise(all(stats[s.lower()] == own[s] for s in states), "both ledgers agree")
-    stage.promise(lost == 0 and stats["unaccounted"] == 0, f"calls lost: {lost + stats['unaccounted']}")
+    stage.check(all(stats[s.lower()] == own[s] for s in states), "both agree")
+    stage.check(lost == 0 and stats["unaccounted"] == 0, f"calls lost: {lost + stats['unaccounted']}")
 
 
-def _moving(stage: Stage) -> bool:
+def _busy(stage: Stage) -> bool:
     stats = stage.monitor.stats()
     return bool(stats["pending"] or stats["running"] or stats["unaccounted"])
 
 
 def _words(seed: int, count: int) -> list[int]:
-    """Different, repeatable word ids."""
+    """Repeatable word ids that differ by `seed`."""
     return [_FIRST_WORD + (seed * 7919 + i * 31 + i * i % 97) % _WORDS for i in range(count)]

@@ -1,4 +1,4 @@
-"""Streams under way, shown as they come: which engine runs them, how far they are, and what becomes of them."""
+"""A live view of running streams: the engine of each, its progress, and its moves to other engines."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rsm.broker.errors import RsmError
 from rsm.broker.views.monitor import Monitor
 from rsm.cli.output import cell
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 _REFRESH_PER_S = 8
 _BAR = 40  # columns
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
 
 
 class LiveStreams:
-    """A context in which streams are shown live on a terminal; elsewhere it only keeps count.
+    """A context that shows streams live on a terminal. Without a terminal, it only counts.
 
     Args:
-        tokens: how many each call will have.
-        engines: in the order in which they are shown.
+        tokens: how many tokens each call will have.
+        engines: ids of the engines, in the order to show them.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LiveStreams:
         self._states = dict.fromkeys(engines, "READY")
         self._note = ""
         self._over = threading.Event()
-        self._looker = threading.Thread(target=self._look_again, name="rsm-demo-look", daemon=True)
+        self._poller = threading.Thread(target=self._poll, name="rsm-demo-poll", daemon=True)
         self._live: Any = (
             Live(get_renderable=self.picture, console=out, refresh_per_second=_REFRESH_PER_S)
             if out.is_terminal
@@ -52,17 +52,17 @@ class LiveStreams:
         )
 
     def __enter__(self) -> LiveStreams:
-        self._looker.start()
+        self._poller.start()
         self._live.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._over.set()
-        self._looker.join()
+        self._poller.join()
         self._live.__exit__(kind, error, tb)
 
     def read(self, handle: CallHandle) -> list[Delta]:
-        """Reads a stream to its end, and counts as it comes."""
+        """Reads a stream to its end and counts its tokens."""
         deltas = []
         for delta in handle.stream():
             deltas.append(delta)
@@ -70,17 +70,17 @@ class LiveStreams:
         return deltas
 
     def seen(self, request_id: str, engine_id: str) -> None:
-        """A call runs on an engine."""
+        """Notes that a call runs on an engine."""
         ran_on = self._ran_on.get(request_id)
         if ran_on is not None and engine_id and ran_on[-1:] != [engine_id]:
             ran_on.append(engine_id)
 
-    def note(self, sentence: str) -> None:
-        """A line below the streams."""
-        self._note = sentence
+    def note(self, line: str) -> None:
+        """Shows a line below the streams."""
+        self._note = line
 
     def picture(self) -> RenderableType:
-        """The engines, and a bar for each stream, in the colour of the engine that runs it."""
+        """The engines, and a bar for each stream in the colour of its engine."""
         engines = Table(box=None, pad_edge=False, header_style="bold")
         for column in ("ENGINE", "STATE", "STREAMS", "TOKENS"):
             engines.add_column(column, justify="right" if column in ("STREAMS", "TOKENS") else "left")
@@ -103,14 +103,14 @@ class LiveStreams:
         ran_on = self._ran_on[handle.id]
         return ran_on[-1] if ran_on else ""
 
-    def _look_again(self) -> None:
-        while not self._over.wait(_LOOK_S):
+    def _poll(self) -> None:
+        while not self._over.wait(_POLL_S):
             try:
-                self._look()
+                self._update()
             except RsmError:
-                continue  # the next look shows it
+                continue  # the next one may work
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         for engine in self._monitor.engines():
             if engine["engine_id"] in self._states:
                 self._states[engine["engine_id"]] = str(engine["state"])

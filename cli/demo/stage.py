@@ -1,13 +1,12 @@
-"""What the acts of `rsm demo` need: a private fleet, a ledger of every call sent, and a list of promises."""
+"""What the acts of `rsm demo` need: a private fleet, a ledger of every call sent, and the results of checks."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,30 +24,29 @@ from rsm.engine.fleet import Fleet
 from rsm.workers.backends.vllm.start.gpus import on_gpu
 from rsm.workers.config import EngineConfig
 
-# Far beyond what anything takes here; a demo that hangs is a demo that failed.
-PATIENCE_S = 120.0
+# Far beyond what anything takes here: a demo that hangs has failed.
+TIMEOUT_S = 120.0
 _START_S = 300.0
 _POLL_S = 0.02
 
 
 class Stage:
-    """Two engines, a router and a Redis of their own; nothing of the user's is touched.
+    """Two engines, a router and a Redis of their own. A context; nothing of the user's is touched.
 
     Args:
-        out: where the story is told. The processes' logs go to a file.
+        out: where the demo prints.
+        log_file: where the processes log.
     """
 
-    def __init__(self, configs: Sequence[EngineConfig], out: Console) -> None:
+    def __init__(self, configs: Sequence[EngineConfig], out: Console, log_file: Path) -> None:
         self.out = out
         self.configs = list(configs)
-        self.log_file = Path(tempfile.mkdtemp(prefix="rsm-demo-")) / "processes.log"
-        self.broken: list[str] = []
+        self.log_file = log_file
+        self.failures: list[str] = []
         self.ledger: list[str] = []
-        self._log = self.log_file.open("ab")
-        self._handler = logging.StreamHandler(self.log_file.open("a"))
-        self._fleet = Fleet(_own_settings(), output=self._log.fileno())
         self.monitor: Monitor
         self.client: Client
+        self._stack = ExitStack()
 
     @property
     def backend(self) -> str:
@@ -64,26 +62,28 @@ class Stage:
         return [config.engine_id for config in self.configs]
 
     def __enter__(self) -> Stage:
-        logging.getLogger("rsm").addHandler(self._handler)
-        began = time.monotonic()
-        with self._waiting() as waiting:
-            self._fleet.start(
-                self.configs, _START_S, lambda what: waiting(f"{what} [{time.monotonic() - began:.0f} s]")
-            )
-        self.monitor = Monitor(self._fleet.settings)
-        self.client = Client(settings=self._fleet.settings)
+        with ExitStack() as stack:
+            output = stack.enter_context(self.log_file.open("ab"))
+            stack.enter_context(_logging_to(self.log_file))
+            fleet = Fleet(_own_settings(), output=output.fileno())
+            self._start(fleet)
+            stack.callback(fleet.stop)
+            self.monitor = Monitor(fleet.settings)
+            self.client = stack.enter_context(Client(settings=fleet.settings))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.client.close()
-        self._fleet.stop()
-        logging.getLogger("rsm").removeHandler(self._handler)
-        self._handler.stream.close()
-        self._log.close()
+        self._stack.close()
+
+    def _start(self, fleet: Fleet) -> None:
+        began = time.monotonic()
+        with self._progress() as report:
+            fleet.start(self.configs, _START_S, lambda what: report(f"{what} [{time.monotonic() - began:.0f} s]"))
 
     @contextmanager
-    def _waiting(self) -> Iterator[Callable[[str], None]]:
-        """What is being done, as it is: a spinner on a terminal, else a line each time that it changes."""
+    def _progress(self) -> Iterator[Callable[[str], None]]:
+        """A function that shows the current step: by a spinner on a terminal, else by a line for each step."""
         if not self.out.is_terminal:
             yield lambda what: self.out.print(f"  {what}", soft_wrap=True)
             return
@@ -93,7 +93,7 @@ class Stage:
     # -- calls
 
     def submit(self, prompt: Prompt, session: str, max_tokens: int, *, stream: bool = False) -> CallHandle:
-        """Sends one greedy call that runs to `max_tokens`, and writes it down."""
+        """Submits one greedy call that runs to `max_tokens`, and enters it in the ledger."""
         handle = self.client.submit(
             prompt, session=session, stream=stream, max_tokens=max_tokens, temperature=0, ignore_eos=True
         )
@@ -101,30 +101,26 @@ class Stage:
         return handle
 
     def chunks(self, handle: CallHandle) -> int:
-        """How many chunks of a streamed call are out."""
+        """How many chunks a streamed call has published."""
         return int(self.client.redis.xlen(self.client.keys.events(handle.id)))
 
     def records(self, handles: Sequence[CallHandle]) -> list[CallRecord]:
-        """How each call ended, waiting for those that have not."""
-        return [handle.wait(PATIENCE_S) for handle in handles]
+        """Waits until all calls have ended, and returns their records."""
+        return [handle.wait(TIMEOUT_S) for handle in handles]
 
     def states_of_ledger(self) -> Counter[str]:
-        """The demo's own book: what became of every id it sent."""
+        """The current states of all calls in the ledger."""
         return Counter(self.client.record(call_id).state.value for call_id in self.ledger)
 
     def until(self, condition: Callable[[], bool], what: str) -> None:
-        """Waits for something to come true.
-
-        Raises:
-            RsmError: it did not.
-        """
-        end = time.monotonic() + PATIENCE_S
+        """Waits until a condition holds. Raises RsmError if it takes too long."""
+        end = time.monotonic() + TIMEOUT_S
         while not condition():
             if time.monotonic() > end:
-                raise RsmError(f"Waited {PATIENCE_S:g} s and did not see this: {what}.")
+                raise RsmError(f"Waited {TIMEOUT_S:g} s in vain for this: {what}.")
             time.sleep(_POLL_S)
 
-    # -- telling
+    # -- output
 
     def act(self, title: str, look_at: str) -> None:
         self.out.print()
@@ -134,18 +130,28 @@ class Stage:
     def show(self, made: Table) -> None:
         self.out.print(made)
 
-    def promise(self, kept: bool, sentence: str) -> None:
-        """States a promise and whether it was kept; a broken one makes the demo fail."""
-        if not kept:
-            self.broken.append(sentence)
-        self.out.print(Text(f"{'✓' if kept else '✗ NOT'} {sentence}", style="green" if kept else "bold red"))
+    def check(self, passed: bool, statement: str) -> None:
+        """Prints a statement and whether it is true. A false one makes the demo fail."""
+        if not passed:
+            self.failures.append(statement)
+        mark, style = ("✓", "green") if passed else ("✗ FAILED:", "bold red")
+        self.out.print(Text(f"{mark} {statement}", style=style), soft_wrap=True)
 
 
-def _with_time(began: float, waiting: Callable[[str], None], what: str) -> None:
-    waiting(f"[{time.monotonic() - began:3.0f} s] {what}")
+@contextmanager
+def _logging_to(file: Path) -> Iterator[None]:
+    """Sends this process's own log lines to a file, too."""
+    logger = logging.getLogger("rsm")
+    with file.open("a", encoding="utf-8") as stream:
+        handler = logging.StreamHandler(stream)
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
 
 
 def _own_settings() -> Settings:
-    """Defaults, whatever the environment says: the demo must not meet a Redis in use, nor depend on its tuning."""
+    """Defaults, whatever the environment says: the demo must not use a Redis in production, nor depend on tuning."""
     values: dict[str, Any] = {"policy": "autellix", "drain_grace_s": 5.0}
     return Settings.model_construct().model_copy(update=values)

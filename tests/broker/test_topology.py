@@ -230,7 +230,7 @@ def test_a_peer_that_vanishes_without_a_word_is_noticed_soon(cluster: Cluster) -
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) + seconds <= 10
 
 
-@pytest.mark.parametrize(("kind", "shown"), [("sentinel", "1 replicas"), ("cluster", "0 replicas")])
+@pytest.mark.parametrize(("kind", "shown"), [("sentinel", "1 replica"), ("cluster", "0 replicas")])
 def test_doctor_knows_them(request: pytest.FixtureRequest, kind: str, shown: str) -> None:
     settings = Settings(namespace=f"t{kind}").with_redis(request.getfixturevalue(kind).url)
     found = {check.name: check for check in examine(settings)}

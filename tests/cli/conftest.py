@@ -1,4 +1,4 @@
-"""One `rsm up` for all tests that leave it as it is."""
+"""One `rsm up` that tests share if they leave it unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.rsm_command import Deployment
 
 @pytest.fixture(scope="session")
 def standing() -> Iterator[Deployment]:
-    """Two engines with steps of 20 ms. Tests cancel the calls that they leave unfinished."""
+    """Two engines with steps of 20 ms. Tests must cancel their unfinished calls."""
     deployment = Deployment("standing", "--engines", "2", "--max-num-seqs", "64", "--engine-arg", "step_s=0.02")
     try:
         deployment.up("e0", "e1")

@@ -1,7 +1,8 @@
-"""The `rsm` command as real processes against a real `rsm up` with simulated engines."""
+"""The `rsm` command in processes of its own, against a real `rsm up` with simulated engines."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from rsm.broker import Client, RequestState, Settings
 from rsm.broker.connection.factory import connect
 from rsm.broker.views.monitor import Monitor
 from tests.support.nodes.process import await_listening
-from tests.support.rsm_command import RSM, Deployment, clean_env, run
+from tests.support.rsm_command import RSM, Deployment, clean_env, run, typed
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(240)
@@ -64,8 +65,8 @@ def test_submit_json_and_call(up: Deployment) -> None:
     assert "secret" not in shown + str(done)
 
 
-def test_submit_says_what_the_loss_of_an_engine_means(up: Deployment, client: Client) -> None:
-    """A default is not stored."""
+def test_submit_passes_on_engine_loss(up: Deployment, client: Client) -> None:
+    """The default is not stored."""
     stored: Any = client.redis
     for choice, kept in (("restart", b"restart"), ("fail", b"fail"), ("continue", None)):
         up.rsm("submit", "x", "--id", f"loss-{choice}", "--max-tokens", "1", "--on-engine-loss", choice)
@@ -73,11 +74,12 @@ def test_submit_says_what_the_loss_of_an_engine_means(up: Deployment, client: Cl
     up.rsm("submit", "x", "--on-engine-loss", "nonsense", status=2)
 
 
-def test_a_failed_call_is_one_sentence_and_status_1(up: Deployment) -> None:
+def test_a_failed_call_is_one_message_and_status_1(up: Deployment) -> None:
     assert "no_engine_for_model" in up.rsm("submit", "x", "--model", "nope", status=1)
     assert "deadline_exceeded" in up.rsm("submit", "x", "--max-tokens", "5000", "--timeout", "0.5", status=1)
     assert up.json("submit", "x", "--model", "nope", status=1)["error_code"] == "no_engine_for_model"
     assert "There is no call nix." in up.rsm("call", "nix", status=1)
+    assert typed([RSM, "submit", "x", "--model", "nope"], up.env).startswith("Call "), "no blank line before"
 
 
 def test_ctrl_c_cancels_the_call(up: Deployment, client: Client) -> None:
@@ -95,7 +97,7 @@ def test_ctrl_c_cancels_the_call(up: Deployment, client: Client) -> None:
     assert record.result.text
 
 
-def test_tables_of_what_is_going_on(up: Deployment, client: Client) -> None:
+def test_tables_show_the_current_state(up: Deployment, client: Client) -> None:
     handles = [client.submit("x", id=f"t{i}", session="tab", max_tokens=5000) for i in range(14)]
     eventually(lambda: sum(running(client, h.id) for h in handles) >= 8)
     calls = up.json("ps")
@@ -117,7 +119,7 @@ def test_tables_of_what_is_going_on(up: Deployment, client: Client) -> None:
     assert "13 calls of session tab cancelled." in up.rsm("cancel", "--session", "tab")
     assert {h.wait(20).state for h in handles} == {RequestState.CANCELLED}
     assert "Call t0 is cancelled." in up.rsm("cancel", "t0"), "it may be repeated"
-    assert "no open call" in up.rsm("cancel", "--session", "tab", status=1)
+    assert "no unfinished calls" in up.rsm("cancel", "--session", "tab", status=1)
     assert "There is no call nix." in up.rsm("cancel", "nix", status=1)
     up.rsm("cancel", status=2)
 
@@ -132,7 +134,7 @@ def test_sub_agents_are_shown_and_cancelled_with_their_parent(up: Deployment, cl
     assert rows["helper"]["program"] == "boss"
     assert rows["helper"]["engines"] == [rows["helper"]["threads"][0]["engine_id"]] != [""]
     assert "is an ancestor of helper" in up.rsm("submit", "x", "--session", "boss", "--parent", "helper", status=1)
-    assert "1 calls of session helper cancelled." in up.rsm("cancel", "--session", "helper", "--alone")
+    assert "1 call of session helper cancelled." in up.rsm("cancel", "--session", "helper", "--alone")
     assert "2 calls of session boss cancelled." in up.rsm("cancel", "--session", "boss")
     eventually(lambda: not any(running(client, f"{s}-call") for s in ("boss", "helper", "helper2")))
 
@@ -150,7 +152,7 @@ def test_watch_refreshes_until_ctrl_c(up: Deployment) -> None:
 
 
 def test_redis_cli_is_a_client(up: Deployment) -> None:
-    """What `rsm up` tells people to try."""
+    """What `rsm up` suggests to try."""
     server: Any = connect(up.settings)
     try:
         entry = {"id": "c1", "session": "s1", "json": '{"prompt":"hi","max_tokens":8}'}
@@ -161,12 +163,12 @@ def test_redis_cli_is_a_client(up: Deployment) -> None:
         server.close()
     log = up.log.read_text()
     assert f"-s {up.folder}/redis.sock XADD '{{rsm}}:calls' '*' id c1 session s1 json '{{\"prompt\":\"hi\"" in log
-    assert "of no model" in log
-    for part in ("router ", "e0 ", "e1 ", "up "):
-        assert f" {part}" in log
+    assert "their text is meaningless" in log
+    for process in ("router ", "e0 ", "e1 ", "up "):
+        assert f" {process}" in log
 
 
-def test_doctor_is_content(up: Deployment) -> None:
+def test_doctor_finds_no_problem(up: Deployment) -> None:
     report = up.json("doctor")
     assert report["healthy"], report
     assert {c["name"]: c["status"] for c in report["checks"] if c["name"] != "dead letters"} == dict.fromkeys(
@@ -213,7 +215,7 @@ def _kill_and_replay(up: Deployment, client: Client) -> None:
     shown = up.rsm("dead", "show", "victim") + up.rsm("dead", "show", letter["entry"]) + up.rsm("dead", "ls")
     assert "attempts_exhausted" in shown
     assert "to be killed" not in shown
-    eventually(lambda: up.is_ready("e0"), what="the supervisor starts it again")
+    eventually(lambda: up.is_ready("e0"), what="the supervisor restarts it")
 
     again = up.rsm("dead", "replay", "victim", "--now").split()[-1].rstrip(".")
     assert again == f"victim.replay-{letter['entry']}"
@@ -221,7 +223,7 @@ def _kill_and_replay(up: Deployment, client: Client) -> None:
     assert result.completion_tokens == 150
     assert up.json("dead", "ls") == []
     assert "There is no dead letter victim" in up.rsm("dead", "replay", "victim", "--now", status=1)
-    assert "0 calls sent again." in up.rsm("dead", "replay", "--all", "--now")
+    assert "0 calls submitted again." in up.rsm("dead", "replay", "--all", "--now")
     assert "add --now to replay from here" in up.rsm("dead", "replay", "victim", status=1)
     up.rsm("dead", "replay", status=2)
 
@@ -260,7 +262,7 @@ def test_a_second_ctrl_c_stops_at_once_and_no_call_is_lost() -> None:
             client.submit("x", id="survivor", max_tokens=1000)
             eventually(lambda: running(client, "survivor"))
         up.interrupt()
-        eventually(lambda: "stopping: running calls" in up.log.read_text())
+        eventually(lambda: "stopping: running calls have" in up.log.read_text())
         up.interrupt()
         assert up.gone(10) == 0
 
@@ -275,7 +277,7 @@ def test_a_second_ctrl_c_stops_at_once_and_no_call_is_lost() -> None:
         up.clean_up()
 
 
-def test_up_says_what_is_wrong() -> None:
+def test_up_explains_what_is_wrong() -> None:
     up = Deployment("bad")
     try:
         assert "base_url" in up.rsm("up", "--backend", "openai", status=2)
@@ -289,32 +291,32 @@ def test_up_says_what_is_wrong() -> None:
         up.clean_up()
 
 
-# -- one part at a time, as compose, systemd and Kubernetes start them
+# -- one process at a time, as compose, systemd and Kubernetes start them
 
 
 @contextmanager
-def part(settings: Settings, *args: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A part in a process of its own; it must end by itself, in order, on SIGTERM."""
+def process(settings: Settings, *args: str, log: Path) -> Iterator[None]:
+    """One `rsm` process. It must end in order on SIGTERM."""
     with log.open("ab") as output:
-        process = subprocess.Popen([RSM, *args], env=_env(settings), stdout=output, stderr=output)
+        started = subprocess.Popen([RSM, *args], env=_env(settings), stdout=output, stderr=output)
     try:
-        yield process
+        yield
     finally:
-        process.terminate()
-        assert process.wait(30) == 0, log.read_text()
+        started.terminate()
+        assert started.wait(30) == 0, log.read_text()
 
 
 def _env(settings: Settings) -> dict[str, str]:
     return clean_env() | settings.environment()
 
 
-def test_router_and_worker_by_themselves(settings: Settings, tmp_path: Path) -> None:
+def test_router_and_workers_as_single_processes(settings: Settings, tmp_path: Path) -> None:
     log = tmp_path / "log"
     sim = ("--backend", "sim", "--max-num-seqs", "2", "--engine-arg", "instant=true")
     with (
-        part(settings, "router", log=log),
-        part(settings, "worker", "--engine-id", "w1", *sim, log=log),
-        part(settings, "worker", "--engine-id", "w2", "--supervised", *sim, log=log),
+        process(settings, "router", log=log),
+        process(settings, "worker", "--engine-id", "w1", *sim, log=log),
+        process(settings, "worker", "--engine-id", "w2", "--supervised", *sim, log=log),
         Client(settings=settings) as client,
     ):
         eventually(lambda: len(ready(settings)) == 2)
@@ -322,14 +324,29 @@ def test_router_and_worker_by_themselves(settings: Settings, tmp_path: Path) -> 
         taken = run("worker", "--engine-id", "w1", *sim, env=_env(settings))
         assert "is taken by a live worker" in taken.stderr
         assert taken.returncode == 75
-    wrong = run("worker", "--engine-id", "w3", "--backend", "sim", "--engine-arg", "nope=1", env=_env(settings))
-    assert "do not fit backend sim" in wrong.stderr
-    assert wrong.returncode == 78
+
+
+def test_an_engine_that_failed_to_start_is_listed_with_its_error(settings: Settings, tmp_path: Path) -> None:
+    """The engine that ended in order is not."""
+    with process(settings, "worker", "--engine-id", "w1", "--backend", "sim", log=tmp_path / "log"):
+        eventually(lambda: ready(settings) == ["w1"])
+    wrong = run("worker", "--engine-id", "w2", "--backend", "sim", "--engine-arg", "nope=1", env=_env(settings))
+    assert (wrong.returncode, "do not fit backend sim" in wrong.stderr) == (78, True)
+    error = "engine_args of w2 do not fit backend sim: "
+    _, row, below, hidden = typed([RSM, "engines"], _env(settings)).splitlines()
+    assert row.split()[:2] == ["w2", "STOPPED"]
+    assert below.startswith(f"  {error}")
+    assert hidden == "Not shown: 1 stopped; --all shows them."
+    found = {e["engine_id"]: e for e in json.loads(run("engines", "--json", env=_env(settings)).stdout)}
+    assert found["w1"]["error"] == ""
+    assert found["w2"]["error"].startswith(error)
+    (wide,) = [line for line in run("engines", env=_env(settings)).stdout.splitlines() if line.startswith("w2 ")]
+    assert wide.endswith(found["w2"]["error"])
 
 
 def test_engines_on_a_node(settings: Settings, tmp_path: Path) -> None:
     env = _env(settings)
-    with part(settings, "node", "--name", "here", log=tmp_path / "log"):
+    with process(settings, "node", "--name", "here", log=tmp_path / "log"):
         nobody = run("start", "--node", "there", "--engine-id", "n1", "--backend", "sim", env=env)
         assert nobody.returncode == 1
         assert "Node there does not listen" in nobody.stderr

@@ -1,7 +1,8 @@
-"""Ids by a part of them, and ids that a shell completes."""
+"""Parts of ids, and ids and names that a shell completes."""
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import threading
@@ -18,6 +19,7 @@ from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.ids import new_id, short_form
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.views.lookup import Lookup
+from tests.support.nodes.process import Node
 from tests.support.roles import Roles
 from tests.support.rsm_command import RSM, Deployment, clean_env, run, typed
 
@@ -30,18 +32,21 @@ def lookup(client: Client) -> Lookup:
 
 
 def test_a_part_names_an_open_call_and_a_finished_one(client: Client, lookup: Lookup) -> None:
-    gone, here = client.submit("x", id="batch-7-first-of-all"), client.submit("x", id="batch-7-second")
-    gone.cancel()
-    for call, parts in ((gone, ("batch-7-first", "first-of-all", "…first-of-all")), (here, ("batch-7-s", "-7-second"))):
+    ended, pending = client.submit("x", id="batch-7-first-of-all"), client.submit("x", id="batch-7-second")
+    ended.cancel()
+    for call, parts in (
+        (ended, ("batch-7-first", "first-of-all", "…first-of-all")),
+        (pending, ("batch-7-s", "-7-second")),
+    ):
         assert {lookup.call(part) for part in (*parts, call.id)} == {call.id}
     with pytest.raises(InvalidRequest, match="batch-7- may be any of the calls batch-7-first-of-all, batch-7-second; "):
         lookup.call("batch-7-")
     for unknown in ("batch-8-", "second", "no such id", "*", "batch-7-second:events", ""):
         assert lookup.call(unknown) == unknown
-    here.cancel()
+    pending.cancel()
 
 
-def test_a_short_form_names_one_call_whatever_else_ends_so(client: Client, lookup: Lookup) -> None:
+def test_a_short_form_names_one_call_even_if_other_ids_end_alike(client: Client, lookup: Lookup) -> None:
     front, process = new_id().rsplit("-", 2)[0], "0123456789"
     ids = [f"{front}-{n:06x}-{process}" for n in (0x3, 0x13, 0x103)]
     calls = [client.submit("x", id=i, session=i) for i in ids]
@@ -63,8 +68,8 @@ def test_many_candidates_are_counted(client: Client, lookup: Lookup) -> None:
         call.cancel()
 
 
-def test_a_part_is_no_glob(client: Client, settings: Settings, db: Any) -> None:
-    """A namespace may hold no glob characters, and an id neither, but a key may be anybody's."""
+def test_a_part_is_not_a_glob(client: Client, settings: Settings, db: Any) -> None:
+    """No namespace and no id holds glob characters, but other keys may."""
     keys = Keys(settings.namespace)
     db.hset(keys.call("good-id-1"), "state", "x")
     db.expire(keys.call("good-id-1"), 60)
@@ -72,7 +77,7 @@ def test_a_part_is_no_glob(client: Client, settings: Settings, db: Any) -> None:
     assert Lookup(keys, db).call("good-id-") == "good-id-1"
 
 
-def test_who_may_not_look_around_names_whole_ids(roles: Roles, client: Client) -> None:
+def test_a_user_who_may_not_scan_must_give_whole_ids(roles: Roles, client: Client) -> None:
     call = client.submit("x", id="a-call-by-name")
     with roles.client("producer") as server:
         lookup = Lookup(client.keys, server)
@@ -88,7 +93,7 @@ def test_who_may_not_look_around_names_whole_ids(roles: Roles, client: Client) -
 # -- commands
 
 
-def test_commands_take_what_tables_show(standing: Deployment, producer: Client) -> None:
+def test_commands_accept_what_tables_show(standing: Deployment, producer: Client) -> None:
     handle = producer.submit("x", max_tokens=50_000)
     other = producer.submit("x", session="a-conversation-of-long-name", max_tokens=50_000)
     try:
@@ -99,7 +104,7 @@ def test_commands_take_what_tables_show(standing: Deployment, producer: Client) 
         assert len(session) <= 15
         assert standing.json("call", short_form(handle.id))["request_id"] == handle.id
         assert f"Call {handle.id}" in standing.rsm("cancel", short_form(handle.id))
-        assert "1 calls of session a-conversation-of-long-name cancelled." in standing.rsm(
+        assert "1 call of session a-conversation-of-long-name cancelled." in standing.rsm(
             "cancel", "--session", session
         )
         assert {c.wait(20).state for c in (handle, other)} == {RequestState.CANCELLED}
@@ -118,23 +123,46 @@ def test_a_dead_letter_by_a_part_of_its_call(standing: Deployment, producer: Cli
     producer.redis.xadd(producer.keys.dead, letter)
     assert standing.json("dead", "show", "a-call-that")["request_id"] == "a-call-that-died"
     assert "There is no dead letter that-died-not" in standing.rsm("dead", "show", "that-died-not", status=1)
-    assert "Sent again as a-call-that-died." in standing.rsm("dead", "replay", "call-that-died", "--now")
+    assert "Submitted again as a-call-that-died." in standing.rsm("dead", "replay", "call-that-died", "--now")
 
 
-def test_an_engine_by_a_part_of_its_name(settings: Settings, client: Client, db: Any) -> None:
+@contextmanager
+def node_at(settings: Settings, folder: Path, name: str) -> Iterator[None]:
+    """A node that listens."""
+    node = Node(settings, folder / f"{name}.log", name)
+    try:
+        node.up()
+        yield
+    finally:
+        node.end()
+
+
+@pytest.mark.parametrize("command", ["drain", "stop"])
+def test_an_engine_by_a_part_of_its_id(settings: Settings, client: Client, db: Any, command: str) -> None:
     engines: Any = {"host-1-gpu-0": 1, "host-1-gpu-1": 1}
     db.zadd(client.keys.engines, engines)
     env = clean_env() | settings.environment()
-    assert "There is no live engine host-1-gpu-0." in run("drain", "host-1-gpu-0", env=env).stderr
-    assert "may be any of the engines host-1-gpu-0, host-1-gpu-1" in run("drain", "host-1-gpu", env=env).stderr
-    assert "There is no live engine host-1-gpu-1." in run("drain", "…st-1-gpu-1", env=env).stderr
+    assert "There is no live engine host-1-gpu-0." in run(command, "host-1-gpu-0", env=env).stderr
+    assert "may be any of the engines host-1-gpu-0, host-1-gpu-1" in run(command, "host-1-gpu", env=env).stderr
+    assert "There is no live engine host-1-gpu-1." in run(command, "…st-1-gpu-1", env=env).stderr
+
+
+def test_an_engine_on_a_node_by_a_part_of_its_id(settings: Settings, client: Client, db: Any, tmp_path: Path) -> None:
+    """The order to the node names the whole id; a part that fits several engines is refused before."""
+    engines: Any = {"host-1-gpu-0": 1, "host-1-gpu-1": 1}
+    db.zadd(client.keys.engines, engines)
+    env = clean_env() | settings.environment()
+    with node_at(settings, tmp_path, "here"):
+        stop = ("stop", "--node", "here")
+        assert "may be any of the engines" in run(*stop, "host-1-gpu", env=env).stderr
+        assert "There is no live engine host-1-gpu-1 to stop." in run(*stop, "…st-1-gpu-1", env=env).stderr
 
 
 # -- completion
 
 
 def completed(line: str, env: dict[str, str], options: Sequence[str] = ()) -> list[str]:
-    """What bash would offer for the last word of a line."""
+    """What bash offers for the last word of a line."""
     words = line.split(" ")
     asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_RSM_COMPLETE": "complete_bash"}
     done = subprocess.run([RSM], env=env | asked, capture_output=True, text=True, timeout=30, check=False)
@@ -150,7 +178,7 @@ def test_ids_are_completed(standing: Deployment, producer: Client) -> None:
     letter: Any = {"id": "completed-letter", "error": "it died", "json": '{"prompt":"a"}'}
     entry = text(producer.redis.xadd(producer.keys.dead, letter))
     try:
-        assert set(completed("rsm drain ", env)) == {"e0", "e1"}
+        assert set(completed("rsm drain ", env)) == set(completed("rsm stop ", env)) == {"e0", "e1"}
         assert completed("rsm engines --ready e1", env) == ["e1"]
         assert {short_form(handle.id), "completed-call"} <= set(completed("rsm call ", env))
         assert completed("rsm cancel ", env) == [short_form(handle.id)]
@@ -166,6 +194,16 @@ def test_ids_are_completed(standing: Deployment, producer: Client) -> None:
         producer.redis.xdel(producer.keys.dead, entry)
 
 
+def test_nodes_are_completed(settings: Settings, tmp_path: Path) -> None:
+    env = clean_env() | settings.environment()
+    commands = ("rsm start --engine-id e1 --node", "rsm stop e1 --node", "rsm dead replay x --node")
+    assert [completed(f"{command} ", env) for command in commands] == [[], [], []]
+    with node_at(settings, tmp_path, "rack-7.host-1"), node_at(settings, tmp_path, "rack-8.host-1"):
+        for command in commands:
+            assert set(completed(f"{command} ", env)) == {"rack-7.host-1", "rack-8.host-1"}
+            assert completed(f"{command} rack-8", env) == ["rack-8.host-1"]
+
+
 def test_at_most_a_hundred_ids_are_offered(client: Client, settings: Settings) -> None:
     calls = [client.submit("x", id=f"many-{i}", session=f"many-{i}") for i in range(130)]
     env = clean_env() | settings.environment()
@@ -177,7 +215,7 @@ def test_at_most_a_hundred_ids_are_offered(client: Client, settings: Settings) -
 
 @contextmanager
 def silent_server() -> Iterator[str]:
-    """Takes connections and never answers."""
+    """Accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken: list[socket.socket] = []
 
@@ -198,20 +236,29 @@ def silent_server() -> Iterator[str]:
 
 
 def test_without_redis_nothing_is_offered_and_nobody_waits(tmp_path: Path) -> None:
-    for name in ("call", "drain", "cancel --session", "dead show"):
+    for name in ("call", "drain", "stop", "stop e1 --node", "cancel --session", "dead show"):
         assert completed(f"rsm {name} ", clean_env() | {"RSM_DATA_DIR": str(tmp_path)}) == []
     with silent_server() as url:
         env = clean_env() | {"RSM_REDIS_URL": url}
         began = time.monotonic()
-        for _ in range(3):
-            assert completed("rsm call ", env) == []
-        # A command's time limit is 10 s; starting Python takes what it takes.
+        for name in ("call", "stop", "stop e1 --node"):
+            assert completed(f"rsm {name} ", env) == []
+        # A command's time limit is 10 s. The rest is for starting Python.
         assert time.monotonic() - began < 3 * 9
 
 
-def test_a_wrong_setting_does_not_get_into_the_way() -> None:
+def test_without_rq_no_nodes_are_offered(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "rq.py").write_text("raise ModuleNotFoundError('rq')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = clean_env() | settings.environment() | {"PYTHONPATH": path}
+    assert completed("rsm start --node ", env) == []
+    assert "Nodes need RQ, which is not installed" in run("node", env=env).stderr
+
+
+def test_a_wrong_setting_does_not_disturb_completion() -> None:
     for wrong in ({"RSM_LEASE_MS": "x"}, {"RSM_REDIS_URL": "nonsense"}, {"RSM_NOSUCH": "1"}):
-        assert completed("rsm call ", clean_env() | {"RSM_DATA_DIR": "/nowhere"} | wrong) == []
+        for name in ("call", "stop e1 --node"):
+            assert completed(f"rsm {name} ", clean_env() | {"RSM_DATA_DIR": "/nowhere"} | wrong) == []
 
 
 def test_completion_can_be_installed(tmp_path: Path) -> None:

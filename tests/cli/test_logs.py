@@ -1,4 +1,4 @@
-"""Log lines of real processes: levels, JSON, and no line for each HTTP request."""
+"""Log lines of real processes: levels, JSON, and no lines for HTTP requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (\S+) +(DEBUG|INFO|WARN
 
 @contextmanager
 def process(log: Path, *command: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Its stderr goes to the log; it ends in order on SIGTERM."""
+    """A process whose stderr goes to the log. It ends in order on SIGTERM."""
     with log.open("ab") as errors:
         started = subprocess.Popen([RSM, *command], env=clean_env() | env, stdout=subprocess.DEVNULL, stderr=errors)
     try:
@@ -39,26 +39,27 @@ def process(log: Path, *command: str, **env: str) -> Iterator[subprocess.Popen[b
 
 
 def objects(log: Path) -> list[dict[str, Any]]:
-    """Each line is one, or this fails."""
+    """The log as JSON. Fails if a line is not a JSON object."""
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def brought_up(log: Path, folder: Path, **env: str) -> None:
+def run_up(log: Path, folder: Path, **env: str) -> None:
+    """Runs `rsm up` until its engine is ready."""
     with process(log, "up", "--backend", "sim", RSM_DATA_DIR=str(folder), **env):
         eventually(lambda: "e0 is ready" in log.read_text(), 40)
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A short path: a socket is in it."""
+    """A folder with a short path, because a socket is in it."""
     deployment = Deployment("logs")
     yield deployment.folder
     deployment.clean_up()
 
 
-def test_json_is_an_object_a_line_from_every_process(tmp_path: Path, folder: Path) -> None:
+def test_every_process_logs_one_json_object_per_line(tmp_path: Path, folder: Path) -> None:
     log = tmp_path / "log"
-    brought_up(log, folder, RSM_LOG_FORMAT="json", RSM_NOSUCH="1")
+    run_up(log, folder, RSM_LOG_FORMAT="json", RSM_NOSUCH="1")
     lines = objects(log)
     assert {line["process"] for line in lines} == {"up", "router", "e0"}
     for line in lines:
@@ -66,18 +67,18 @@ def test_json_is_an_object_a_line_from_every_process(tmp_path: Path, folder: Pat
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
     assert {line["level"] for line in lines} == {"INFO", "WARNING"}
     warned = {line["process"] for line in lines if "RSM_NOSUCH is not a setting" in line["message"]}
-    assert warned == {"up", "router", "e0"}, "what was logged before the form was known"
+    assert warned == {"up", "router", "e0"}, "these lines are logged before the format is known"
 
 
 def test_text_lines_have_a_level(tmp_path: Path, folder: Path) -> None:
     log = tmp_path / "log"
-    brought_up(log, folder, RSM_NOSUCH="1")
+    run_up(log, folder, RSM_NOSUCH="1")
     found = [LINE.fullmatch(line) for line in log.read_text().splitlines()]
     assert all(found), log.read_text()
     assert {(m[1], m[2]) for m in found if m} == {(p, v) for p in ("up", "router", "e0") for v in ("INFO", "WARNING")}
 
 
-def test_the_level_is_obeyed(tmp_path: Path, settings: Settings) -> None:
+def test_the_log_level_is_respected(tmp_path: Path, settings: Settings) -> None:
     env = settings.environment()
     log = tmp_path / "log"
     with process(log, "worker", "--engine-id", "w1", "--backend", "sim", "--log-level", "ERROR", **env):
@@ -89,14 +90,14 @@ def test_the_level_is_obeyed(tmp_path: Path, settings: Settings) -> None:
     assert log.read_text() == ""
 
 
-def test_a_node_logs_json_too(tmp_path: Path, settings: Settings) -> None:
+def test_a_node_logs_json(tmp_path: Path, settings: Settings) -> None:
     log = tmp_path / "log"
     with process(log, "node", "--name", "here", **settings.environment() | {"RSM_LOG_FORMAT": "json"}):
         eventually(lambda: "here" in log.read_text())
     assert {line["process"] for line in objects(log)} == {"node"}
 
 
-def test_an_end_for_a_reason_is_a_json_line(tmp_path: Path, settings: Settings) -> None:
+def test_a_fatal_error_is_a_json_line(tmp_path: Path, settings: Settings) -> None:
     env = clean_env() | settings.environment() | {"RSM_LOG_FORMAT": "json"}
     command = [RSM, "worker", "--engine-id", "w1", "--backend", "sim", "--engine-arg", "nope=1"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
@@ -108,7 +109,7 @@ def test_an_end_for_a_reason_is_a_json_line(tmp_path: Path, settings: Settings) 
     (line,) = map(json.loads, done.stderr.splitlines())
     assert (line["level"], line["process"], "unix:///nowhere" in line["message"]) == ("ERROR", "node", True)
     answer = subprocess.run([RSM, "call", "nix"], env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert answer.stderr == "There is no call nix.\n", "a command's answer to a person is no log line"
+    assert answer.stderr == "There is no call nix.\n", "a message to a person is not a log line"
 
 
 def test_a_crash_is_a_json_line(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_crash_is_a_json_line(tmp_path: Path) -> None:
     assert crash["exception"].endswith("RuntimeError: unforeseen")
 
 
-def test_no_line_for_each_http_request(tmp_path: Path, settings: Settings) -> None:
+def test_http_requests_are_not_logged(tmp_path: Path, settings: Settings) -> None:
     server_log, log = tmp_path / "server", tmp_path / "worker"
     with process(server_log, "sim-server", "--port", "0", "--model", "remote", RSM_LOG_LEVEL="INFO") as server:
         url = f"http://127.0.0.1:{port_of(server)}/v1"

@@ -1,4 +1,4 @@
-"""Whatever a command is started with, what goes wrong is one sentence and an exit status."""
+"""Whatever a command is started with, an error is one message and an exit status."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.timeout(240)
 
 FULL = "Standard output cannot be written: No space left on device.\n"
 CLOSED = "Standard output cannot be written: it is closed.\n"
-# Each prints something.
+# All of these print something.
 PRINTING = [
     ["ps"], ["ps", "--json"], ["ps", "--watch"], ["engines"], ["sessions"], ["stats"], ["call", "printed"],
-    ["doctor"], ["doctor", "--json"], ["dead", "ls"], ["dead", "show", "buried"], ["cancel", "--session", "printed"],
+    ["doctor"], ["doctor", "--json"], ["dead", "ls"], ["dead", "show", "died"], ["cancel", "--session", "printed"],
     ["submit", "x", "--max-tokens", "2", "--no-stream"], ["submit", "x", "--max-tokens", "2", "--stream"],
     ["submit", "x", "--max-tokens", "2", "--json"], ["simulate", "--seconds", "2"], ["acl"], ["demo"], ["--help"],
     ["--version"], ["submit", "--help"], ["dead", "--help"], ["--show-completion"],
@@ -42,32 +42,32 @@ def in_shell(command: Sequence[str], redirection: str, env: dict[str, str]) -> t
 
 @pytest.fixture
 def prepared(standing: Deployment, producer: Client) -> Deployment:
-    """Something for each of the commands to print."""
+    """A deployment that gives each of the commands something to print."""
     producer.submit("x", id="printed", session="printed", max_tokens=2).result(20)
     if not producer.redis.xlen(producer.keys.dead):
-        letter: Any = {"id": "buried", "error_code": "engine_error", "error": "it died", "json": '{"prompt":"a"}'}
+        letter: Any = {"id": "died", "error_code": "engine_error", "error": "it died", "json": '{"prompt":"a"}'}
         producer.redis.xadd(producer.keys.dead, letter)
     return standing
 
 
-def walk(up: Deployment, redirection: str) -> dict[str, tuple[int, str]]:
+def run_all(up: Deployment, redirection: str) -> dict[str, tuple[int, str]]:
     with ThreadPoolExecutor(3) as pool:
         found = pool.map(lambda command: in_shell(command, redirection, up.env), PRINTING)
         return {" ".join(command): result for command, result in zip(PRINTING, found, strict=True)}
 
 
-@pytest.mark.parametrize(("redirection", "sentence"), [(">/dev/full", FULL), (">&-", CLOSED)])
-def test_an_output_that_cannot_be_written(prepared: Deployment, redirection: str, sentence: str) -> None:
-    expected = {" ".join(command): (1, sentence) for command in PRINTING}
-    assert walk(prepared, redirection) == expected
+@pytest.mark.parametrize(("redirection", "message"), [(">/dev/full", FULL), (">&-", CLOSED)])
+def test_an_output_that_cannot_be_written(prepared: Deployment, redirection: str, message: str) -> None:
+    expected = {" ".join(command): (1, message) for command in PRINTING}
+    assert run_all(prepared, redirection) == expected
 
 
 def test_a_reader_that_has_gone(prepared: Deployment) -> None:
-    """Quietly, as if SIGPIPE had ended the command."""
+    """The command ends silently, as if by SIGPIPE."""
     gone = "> >(exec true)"  # a process that reads nothing
     for command in (["ps"], ["sessions", "--json"], ["doctor"], ["--help"], ["simulate", "--seconds", "2"]):
-        in_time = ["bash", "-c", f'exec {gone}; sleep 0.2; "$@"', "bash", RSM, *command]
-        done = subprocess.run(in_time, env=prepared.env, capture_output=True, text=True, timeout=60, check=False)
+        delayed = ["bash", "-c", f'exec {gone}; sleep 0.2; "$@"', "bash", RSM, *command]
+        done = subprocess.run(delayed, env=prepared.env, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stderr) == (141, ""), command
 
 
@@ -80,7 +80,7 @@ def test_an_stderr_that_cannot_be_written(prepared: Deployment, redirection: str
     assert in_shell(["router", "--redis", "unix:///nowhere", "--namespace", "a b"], redirection, prepared.env)[0] == 1
 
 
-def test_processes_that_serve_go_on_without_an_output(settings: Settings, tmp_path: Path) -> None:
+def test_processes_that_serve_continue_without_an_output(settings: Settings, tmp_path: Path) -> None:
     env = clean_env() | settings.environment()
     worker = ["worker", "--engine-id", "w1", "--backend", "sim"]
     for command, sign in ((["router"], "serves"), (worker, "is ready"), (["sim-server", "--port", "0"], "started")):
@@ -91,7 +91,7 @@ def test_processes_that_serve_go_on_without_an_output(settings: Settings, tmp_pa
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, log.read_text()
         assert "Traceback" not in log.read_text()
-    assert "Going on without it." in (tmp_path / "sim-server").read_text()
+    assert "Continuing without it." in (tmp_path / "sim-server").read_text()
 
 
 def says(log: Path, words: str) -> bool:
@@ -99,14 +99,14 @@ def says(log: Path, words: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("command", "sentence"),
+    ("command", "message"),
     [
-        (["acl", "--passwords"], "The file of passwords {} cannot be read"),
+        (["acl", "--passwords"], "The password file {} cannot be read"),
         (["simulate", "--workload"], "The workload {} cannot be read"),
         (["simulate", "--times-file"], "times_file {} cannot be read"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, command: list[str], sentence: str) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path, command: list[str], message: str) -> None:
     garbage, missing = tmp_path / "garbage", tmp_path / "missing"
     garbage.write_bytes(b"\xff\xfe\x00")
     for path, why in ((missing, "No such file or directory"), (tmp_path, "Is a directory"), (garbage, "")):
@@ -116,16 +116,16 @@ def test_files_that_cannot_be_read(tmp_path: Path, command: list[str], sentence:
         assert len(done.stderr.splitlines()) == 1
         assert str(path) in done.stderr
         if why:
-            assert f"{sentence.format(path)}: {why}." in done.stderr
+            assert f"{message.format(path)}: {why}." in done.stderr
 
 
-def test_figures_that_could_not_be_written_are_not_measured(tmp_path: Path) -> None:
+def test_calibrate_refuses_a_file_that_cannot_be_written_before_it_measures(tmp_path: Path) -> None:
     for path, why in ((tmp_path, "it is a folder"), (tmp_path / "no" / "x", f"there is no folder {tmp_path / 'no'}")):
         done = run("calibrate", "--out", str(path))
         assert (done.returncode, done.stderr) == (1, f"The figures cannot be written to {path}: {why}.\n")
 
 
-def test_input_that_is_no_text(standing: Deployment) -> None:
+def test_input_that_is_not_text(standing: Deployment) -> None:
     shell = f"printf '\\xff' | {RSM} submit -"
     done = subprocess.run(["bash", "-c", shell], env=standing.env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -138,7 +138,7 @@ def test_input_that_is_no_text(standing: Deployment) -> None:
 
 
 def test_a_terminal_that_cannot_show_a_character(standing: Deployment) -> None:
-    """A locale of ASCII alone, without Python's own remedies."""
+    """An ASCII locale, without Python's own workarounds."""
     plain = standing.env | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     prompt = "h\u00e9llo".encode()
     submit = [RSM.encode(), b"submit", prompt, b"--max-tokens", b"2"]
@@ -163,8 +163,8 @@ def test_json_is_json_in_any_encoding(standing: Deployment, producer: Client) ->
         assert "caf" in shown.stdout.decode(encoding)
 
 
-def test_a_folder_that_may_not_be_used(tmp_path: Path) -> None:
-    """What nobody looked for is one sentence, too."""
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    """An OSError that no code expects is one message, too."""
     blocker = tmp_path / "file"
     blocker.write_text("")
     done = run("up", "--backend", "sim", env=clean_env() | {"RSM_DATA_DIR": str(blocker / "below")})

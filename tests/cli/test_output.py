@@ -23,7 +23,7 @@ from tests.support.fake_worker import FakeWorker
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("REDIS_URL", "NAMESPACE", "DATA_DIR", "LOG_LEVEL"):
         monkeypatch.delenv(f"RSM_{name}", raising=False)
 
@@ -49,7 +49,7 @@ def test_seconds(ms: float, text: str) -> None:
         ("redis://[bad", "redis://…"),
     ],
 )
-def test_a_shown_url_holds_no_secret(url: str, shown: str) -> None:
+def test_a_printed_url_holds_no_secret(url: str, shown: str) -> None:
     assert shown_url(url) == shown
 
 
@@ -64,7 +64,7 @@ def test_engine_args_are_json_or_text() -> None:
     assert [pair(p) for p in ("a=1", "b-c=true", "d=x=y", "e=")] == [("a", 1), ("b_c", True), ("d", "x=y"), ("e", "")]
 
 
-def test_next_lines_work_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_lines_work_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     settings = Settings().with_redis("redis://u:geheim@host:1/0", "ns")
     lines = next_lines(settings, embedded=False)
@@ -85,7 +85,7 @@ def test_next_lines_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) ->
     assert lines[0] == "export RSM_DATA_DIR=/var/lib/rsm"
 
 
-def test_json_on_stdout_and_nothing_else(settings: Settings, client: Client, transitions: Transitions) -> None:
+def test_only_json_on_stdout(settings: Settings, client: Client, transitions: Transitions) -> None:
     worker = FakeWorker(settings, "e1").up()
     handle = client.submit("never shown", session="s")
     for args in (["ps"], ["engines"], ["sessions"], ["stats"], ["call", handle.id], ["dead", "ls"]):
@@ -100,18 +100,18 @@ def test_json_on_stdout_and_nothing_else(settings: Settings, client: Client, tra
     worker.close()
 
 
-def test_errors_are_one_sentence(settings: Settings) -> None:
+def test_an_error_is_one_message(settings: Settings) -> None:
     cases = {
         ("call", "nix"): (1, "There is no call nix."),
         ("call", "no/id"): (1, "id must be"),
-        ("drain", "e9"): (1, "There is no live engine e9. Engines known: none."),
+        ("drain", "e9"): (1, "There is no live engine e9. Known engines: none."),
         ("dead", "show", "nix"): (1, "There is no dead letter nix"),
         ("submit", "x", "--priority", "999"): (1, "priority"),
     }
-    for args, (status, sentence) in cases.items():
+    for args, (status, message) in cases.items():
         result = rsm(settings, *args)
         assert result.exit_code == status, result.output
-        assert sentence in result.stderr
+        assert message in result.stderr
         assert "Traceback" not in result.output
 
 
@@ -148,18 +148,18 @@ def found(settings: Settings) -> dict[str, Check]:
     return {check.name: check for check in examine(settings)}
 
 
-def test_doctor_misses_routers_and_engines(settings: Settings, db: redis.Redis) -> None:
+def test_doctor_reports_missing_routers_and_engines(settings: Settings, db: redis.Redis) -> None:
     checks = found(settings)
     assert {name for name, c in checks.items() if c.status == "problem"} == {"routers", "engines"}
     worker = FakeWorker(settings, "e1").up()
     assert found(settings)["engines"].status == "ok"
     stale: Any = {"e1": 1}
     db.zadd(worker.keys.engines, stale)
-    assert "silent" in found(settings)["engines"].detail
+    assert "e1 has sent no heartbeat for" in found(settings)["engines"].detail
     worker.close()
 
 
-def test_doctor_sees_a_backlog_and_dead_routers(settings: Settings, db: redis.Redis, client: Client) -> None:
+def test_doctor_reports_a_backlog_and_dead_routers(settings: Settings, db: redis.Redis, client: Client) -> None:
     keys: Any = client.keys
     db.xgroup_create(keys.calls, "router", id="0", mkstream=True)
     assert "none is alive" in found(settings)["routers"].detail
@@ -171,7 +171,7 @@ def test_doctor_sees_a_backlog_and_dead_routers(settings: Settings, db: redis.Re
     assert found(settings)["dead letters"].status == "warning"
 
 
-def test_doctor_looks_at_the_server(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
+def test_doctor_checks_the_server(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
     info: dict[str, Any] = {
         "redis_version": "6.2.7", "aof_enabled": 0, "maxmemory_policy": "allkeys-lru", "maxmemory": 100,
         "used_memory": 9,

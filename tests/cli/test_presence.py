@@ -1,4 +1,4 @@
-"""`rsm submit` whose reader goes away: the call must not go on unseen."""
+"""`rsm submit` whose reader goes away: the call must not continue unread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @contextmanager
 def submitting(up: Deployment, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A call of many minutes."""
+    """Submits a call that takes many minutes."""
     command = [RSM, "submit", "a long story", "--max-tokens", "50000", *options]
     process = subprocess.Popen(command, env=up.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -63,7 +63,7 @@ def test_a_signal_cancels_the_call(standing: Deployment, producer: Client, numbe
     assert state(producer, call_id) is RequestState.CANCELLED
 
 
-def test_a_reader_that_goes_cancels_what_streams(standing: Deployment, producer: Client) -> None:
+def test_a_reader_that_leaves_cancels_the_stream(standing: Deployment, producer: Client) -> None:
     """`rsm submit --stream … | head -c 8`."""
     with submitting(standing, "--stream", "--id", "reader") as process:
         assert process.stdout is not None
@@ -74,10 +74,10 @@ def test_a_reader_that_goes_cancels_what_streams(standing: Deployment, producer:
 
 
 @pytest.mark.parametrize("form", ["--stream", "--no-stream", "--json"])
-def test_a_reader_that_goes_is_noticed_before_anything_is_printed(
+def test_a_reader_that_leaves_is_noticed_before_anything_is_printed(
     standing: Deployment, producer: Client, form: str
 ) -> None:
-    """Nobody routes the calls of this namespace, so it waits and prints nothing."""
+    """This namespace has no router, so the call waits and nothing is printed."""
     with (
         Client(settings=standing.settings, namespace="nobody") as other,
         submitting(standing, form, "--namespace", "nobody", "--id", f"waits{form}") as process,
@@ -102,7 +102,7 @@ def test_a_terminal_that_closes_cancels_the_call(standing: Deployment, producer:
 
 
 def test_nohup_is_respected(standing: Deployment, producer: Client) -> None:
-    """A command that was told to survive its terminal goes on."""
+    """A command under nohup continues when its terminal closes."""
     command = ["nohup", RSM, "submit", "x", "--max-tokens", "100", "--id", "nohup", "--no-stream"]
     process = subprocess.Popen(command, env=standing.env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     eventually(lambda: state(producer, "nohup") is RequestState.RUNNING)
@@ -112,7 +112,7 @@ def test_nohup_is_respected(standing: Deployment, producer: Client) -> None:
     assert len(printed.split()) == 100
 
 
-def test_a_full_disk_cancels_what_streams(standing: Deployment, producer: Client) -> None:
+def test_a_full_disk_cancels_the_stream(standing: Deployment, producer: Client) -> None:
     with open("/dev/full", "w") as full:
         command = [RSM, "submit", "x", "--max-tokens", "50000", "--stream", "--id", "full"]
         done = subprocess.run(
@@ -122,7 +122,7 @@ def test_a_full_disk_cancels_what_streams(standing: Deployment, producer: Client
     assert state(producer, "full") is RequestState.CANCELLED
 
 
-def test_an_unread_watch_ends(standing: Deployment) -> None:
+def test_a_watch_without_a_reader_ends(standing: Deployment) -> None:
     process = subprocess.Popen([RSM, "ps", "--watch"], env=standing.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline()

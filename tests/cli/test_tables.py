@@ -30,7 +30,7 @@ def record(**changes: Any) -> CallRecord:
     return CallRecord(**{**base, **changes})
 
 
-def test_calls_table_shows_since_when_they_run_or_wait() -> None:
+def test_calls_table_shows_how_long_they_run_or_wait() -> None:
     calls = [
         ActiveCall("r", "running", "e1", record(request_id="r", started_ms=3000)),
         ActiveCall("w", "parked", "", record(request_id="w", state=RequestState.PENDING)),
@@ -43,15 +43,15 @@ def test_calls_table_shows_since_when_they_run_or_wait() -> None:
     assert [c["where"] for c in json.loads(json.dumps(tables.calls_json(calls)))] == ["running", "parked"]
 
 
-def test_a_throttled_call_is_told_from_one_that_no_engine_serves() -> None:
-    waiting = record(request_id="h", state=RequestState.PENDING, why="no room")
+def test_a_throttled_call_differs_from_one_that_no_engine_serves() -> None:
+    waiting = record(request_id="h", state=RequestState.PENDING, why="no headroom")
     shown = printed(tables.calls_table([ActiveCall("h", "throttled", "", waiting)], 0, now_ms=5000))
     assert "(throttled)" in shown
     assert "0 running, 1 waiting (1 throttled until there is headroom)" in shown
     assert "why it waits" in printed(tables.call_table(waiting, now_ms=5000))
 
 
-def test_call_table_tells_the_story() -> None:
+def test_call_table_shows_what_happened_to_the_call() -> None:
     result = CallResult("c", "s", "e1", "[bold]text[/]", [1], 9, 2, 4, "stop", 3.0, 1.0, 1.5, 2)
     ended = record(
         state=RequestState.CANCELLED, engine_id="e1", why="it is [here]", attempt=2, started_ms=2000, finished_ms=4000,
@@ -74,7 +74,7 @@ def test_call_table_tells_the_story() -> None:
     assert "deadline" not in shown
 
 
-def test_sessions_table_shows_what_the_scheduler_goes_by() -> None:
+def test_sessions_table_shows_what_the_scheduler_uses() -> None:
     row = {
         "session_id": "sub", "parent": "main", "program": "main", "service": 5000, "level": 2, "waited_ms": 3000,
         "ran_ms": 2000, "wait_ratio": 1.5, "active": 7, "engines": ["e1", "e2"], "completed": 1, "cancelled": 2,
@@ -85,7 +85,7 @@ def test_sessions_table_shows_what_the_scheduler_goes_by() -> None:
         assert part in shown
 
 
-def test_empty_tables_are_sentences() -> None:
+def test_an_empty_table_is_a_message() -> None:
     assert "rsm up" in printed(tables.engines_table([], 0))
     assert "No sessions" in printed(tables.sessions_table([], 0))
     assert "No dead letters" in printed(tables.dead_table([], 0))
@@ -118,7 +118,7 @@ def engine(engine_id: str, **changes: Any) -> dict[str, Any]:
     return {
         "engine_id": engine_id, "state": "DRAINING", "model": "org/A-Model-Of-A-Long-Name-Instruct-AWQ", "node": "n",
         "pid": 1, "running": 1024, "max_num_seqs": 1024, "queued": 123_456, "queued_tokens": 10**9, "kv_usage": 1.0,
-        "tokens_per_s": 123_456.0, "prefill_tps": 1.0, "decode_tps": 1.0, "served": 10**7,
+        "tokens_per_s": 123_456.0, "prefill_tps": 1.0, "decode_tps": 1.0, "served": 10**7, "error": "",
         "heartbeat_ms": NOW - 119_000, **changes,
     }  # fmt: skip
 
@@ -141,13 +141,15 @@ def letter(call_id: str) -> dict[str, Any]:
 
 
 def the_lists() -> dict[str, tuple[Any, int]]:
-    """Each list in its narrow form, and how many lines it has with no row folded."""
+    """Each list in its narrow form, and the number of its lines if no row is folded."""
     calls, ids = active_calls(), [*LONG, *(new_id() for _ in range(5))]
     engines = [engine(e) for e in ENGINES]
+    failed = [engine(e, error="CUDA out of memory. " * 20 + "\nand more") for e in ENGINES]
     sessions = [session(i, active=300, engines=ENGINES) for i in ids]
     return {
         "ps": (tables.calls_table(calls, 10**6, NOW, room=80), len(calls) + 2),
         "engines": (tables.engines_table(engines, NOW, room=80), len(engines) + 1),
+        "engines with errors": (tables.engines_table(failed, NOW, room=80), 2 * len(failed) + 1),
         "sessions": (tables.sessions_table(sessions, NOW, room=80), len(sessions) + 2),
         "dead ls": (tables.dead_table([letter(i) for i in ids], NOW, room=80), len(ids) + 1),
     }
@@ -161,7 +163,7 @@ def test_a_list_fits_80_columns_and_a_row_is_a_line(name: str) -> None:
     assert len(shown) == expected, "\n".join(shown)
 
 
-def test_what_a_list_of_calls_shows_names_each_of_them() -> None:
+def test_the_ids_in_a_list_of_calls_are_unique() -> None:
     calls = active_calls()
     ids = [c.request_id for c in calls]
     rows = lines(tables.calls_table(calls, 0, NOW, room=80))[1:-1]
@@ -178,18 +180,18 @@ def test_wide_lists_are_neither_cut_nor_folded() -> None:
     assert "1024/1024" in lines(tables.engines_table([engine("e1")], NOW), width=1000)[1]
 
 
-def test_a_call_that_is_a_program_of_its_own_says_so() -> None:
+def test_a_call_without_a_session_says_so() -> None:
     mine = ActiveCall("c1", "running", "e1", record(request_id="c1", session_id="c1"))
     assert lines(tables.calls_table([mine], 0, NOW, room=80))[1].split()[:2] == ["c1", "(own)"]
 
 
-def test_more_calls_than_are_shown() -> None:
+def test_more_calls_than_the_limit() -> None:
     calls = active_calls()
     assert lines(tables.calls_table(calls, 0, NOW, limit=24))[-1].endswith("; the first 24 (see --limit)")
     assert "--limit" not in lines(tables.calls_table(calls, 0, NOW, limit=25))[-1]
 
 
-def test_engines_that_have_left_are_hidden_and_counted() -> None:
+def test_engines_that_ended_in_order_are_hidden_and_counted() -> None:
     found = [engine("e1", state="READY"), engine("e2", state="STOPPED"), engine("e3", state="DEAD")]
     found.append(engine("e4", state="STOPPED"))
     shown = lines(tables.engines_table(found, NOW, everything=False), width=1000)
@@ -203,6 +205,20 @@ def test_engines_that_have_left_are_hidden_and_counted() -> None:
         "e4",
     ]
     assert "Not shown: 1 dead" in printed(tables.engines_table([found[2]], NOW, everything=False))
+
+
+def test_engines_that_ended_with_an_error_are_shown_with_it() -> None:
+    error = "CUDA out of memory.\nTried to allocate 9 GiB."
+    found = [engine("e1", state="READY"), engine("e2", state="STOPPED", error=error), engine("e3", state="DEAD")]
+    found.append(engine("e4", state="DEAD", error="\x1b[31mits process was killed"))
+    shown = lines(tables.engines_table(found, NOW, everything=False, room=80))
+    assert [row.split()[0] for row in shown] == ["ENGINE", "e1", "e2", "CUDA", "e4", "[31mits", "Not"]
+    assert shown[3] == "  CUDA out of memory."
+    assert shown[-1] == "Not shown: 1 dead; --all shows them."
+    head, _, stopped, dead, _ = lines(tables.engines_table(found, NOW, everything=False), width=1000)
+    assert head.split()[-1] == "ERROR"
+    assert stopped.endswith("CUDA out of memory. Tried to allocate 9 GiB.")
+    assert dead.endswith("its process was killed")
 
 
 def test_running_programs_come_first_then_the_latest() -> None:
@@ -221,13 +237,13 @@ def test_running_programs_come_first_then_the_latest() -> None:
     assert shown[1].startswith("main ")
     assert shown[2].startswith("  sub1 ")
     assert shown[3].startswith("    sub2 ")
-    assert shown[-1] == "2 of 5 programs have unfinished calls; service in tokens"
+    assert shown[-1] == "5 programs, 2 with unfinished calls; service in tokens"
 
 
 # -- ids
 
 
-def test_short_forms_of_our_own_ids_are_unique_and_ends_of_them() -> None:
+def test_short_forms_of_generated_ids_are_unique_endings() -> None:
     made = [new_id() for _ in range(5000)]
     short = {short_form(i) for i in made}
     assert len(short) == len(made)
@@ -238,14 +254,14 @@ def test_short_forms_of_our_own_ids_are_unique_and_ends_of_them() -> None:
     assert short_form("my-session") == "my-session"
 
 
-def test_a_part_names_what_it_is_the_short_form_of_before_others_that_end_so() -> None:
+def test_a_short_form_takes_precedence_over_other_endings() -> None:
     ids = ["01a226e43fe1-000003-3e93dd3bd4", "01a226e43fe2-000013-3e93dd3bd4", "chosen-by-me-1", "chosen-by-me-12"]
     assert named_by("3-3e93dd3bd4", ids) == [ids[0]]
     assert named_by("13-3e93dd3bd4", ids) == [ids[1]]
     assert named_by("3e93dd3bd4", ids) == ids[:2]
     assert named_by("chosen-by-me-1", ids) == ["chosen-by-me-1"]
     assert named_by("chosen-by", ids) == ids[2:]
-    assert named_by("3bd4", ids) == [], "too short a part could be a slip"
+    assert named_by("3bd4", ids) == [], "so short a part may be a typing error"
 
 
 def test_long_ids_are_cut_where_they_differ() -> None:
@@ -259,14 +275,14 @@ def test_long_ids_are_cut_where_they_differ() -> None:
     assert len({ShortIds(twins)[i] for i in twins}) == 3
 
 
-def test_a_cell_cannot_paint_the_screen() -> None:
+def test_a_cell_holds_no_control_codes() -> None:
     assert cell("a\x1b[31mb\nc\x07").plain == "a [31mb c "
 
 
 # -- the commands, on a terminal and off it
 
 
-def test_on_a_terminal_of_80_columns_nothing_is_wider(standing: Deployment, producer: Client) -> None:
+def test_on_a_terminal_of_80_columns_no_line_is_wider(standing: Deployment, producer: Client) -> None:
     handles = [producer.submit("x " * 500, session=name, max_tokens=50_000) for name in (*LONG, None)]
     letter: Any = {
         "id": handles[-1].id,

@@ -1,4 +1,4 @@
-"""One wheel, and one environment of each kind, for all tests of a run."""
+"""One wheel and one environment of each kind, shared by all tests of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.deploy.installs import ALL, BASE, build_wheel, copy_checkout, install
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pip wheel` makes of the checkout."""
+    """The wheel that `pip wheel` builds from the checkout."""
 
     def make(folder: Path) -> None:
         copy_checkout(folder / "source")
@@ -23,14 +23,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """The Python of an environment as a producer has it: no extra."""
+    """The Python of an environment without extras, as a producer installs it."""
     folder = shared(tmp_path_factory, "base", lambda f: install_pinned(make_venv(f / "venv"), wheel, BASE))
     return folder / "venv" / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
 def cli_python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """With the extra [cli] alone, as pip resolves it."""
+    """The Python of an environment with only the extra [cli], as pip resolves it."""
 
     def make(folder: Path) -> None:
         install(make_venv(folder / "venv"), f"{wheel}[cli]", "-c", str(BASE), "-c", str(ALL))
@@ -40,14 +40,14 @@ def cli_python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def all_python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """With the extra [all], as requirements/ pins it."""
+    """The Python of an environment with the extra [all], as requirements/ pins it."""
     folder = shared(tmp_path_factory, "all", lambda f: install_pinned(make_venv(f / "venv"), wheel, BASE, ALL))
     return folder / "venv" / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
 def editable_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`pip install --editable` of a checkout."""
+    """The Python of an environment with `pip install --editable` of a checkout."""
 
     def make(folder: Path) -> None:
         copy_checkout(folder / "source")

@@ -1,7 +1,7 @@
-"""A process as in a container: nothing but its image, a user without name, no HOME, a root that is read-only.
+"""Runs a process as in a container: only its image, a user without a name, no HOME, a read-only root.
 
-As root on Linux this is a mount namespace and a new root made of this machine's programs and the image's folder. Where
-no such namespace may be made, the process at least has another user, and no HOME.
+As root on Linux, it uses a mount namespace, with a new root of this machine's programs and the image's folder. Where
+mount namespaces are not allowed, the process at least has another user and no HOME.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _TMPFS = "mount -t tmpfs -o mode={mode} rsm {at}"
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """How to run something with an image.
+    """How to run a program with an image.
 
     Args:
-        image: folders that are there, read-only.
-        user: its number, and its group's.
+        image: folders that are mounted read-only.
+        user: id of the user and of the group.
         env: the whole environment.
-        volumes: folders of this machine by their paths in the container; nothing else, /tmp apart, may be written to.
+        volumes: folders of this machine, by their paths in the container. Besides /tmp, only they are writable.
     """
 
     image: Sequence[Path]
@@ -38,9 +38,9 @@ class Container:
     volumes: Mapping[str, Path]
 
     def command(self, *words: str) -> list[str]:
-        """A command line of this machine that becomes that process, under the same pid.
+        """A command line for this machine that becomes that process, with the same pid.
 
-        Skips the test where it cannot be had.
+        Skips the test if that is impossible here.
         """
         start = ["env", "-i", *(f"{name}={value}" for name, value in self.env.items()), *words]
         if namespaces():
@@ -52,10 +52,10 @@ class Container:
         return start
 
     def _root(self) -> list[str]:
-        """Shell lines that mount a new root at $R, in a namespace that goes with its last process."""
-        shown = [*(Path(name) for name in _OF_THE_SYSTEM), Path(sys.base_prefix), *self.image]
+        """Shell lines that mount a new root at $R. Its namespace ends with its last process."""
+        mounted = [*(Path(name) for name in _OF_THE_SYSTEM), Path(sys.base_prefix), *self.image]
         lines = ["R=/mnt", _TMPFS.format(mode=755, at="$R"), "mkdir $R/tmp", _TMPFS.format(mode=1777, at="$R/tmp")]
-        for path in dict.fromkeys(shown):
+        for path in dict.fromkeys(mounted):
             if path.is_symlink():
                 lines.append(f"ln -s {shlex.quote(os.readlink(path))} {_in_root(path)}")
             elif path.exists():
@@ -68,7 +68,7 @@ class Container:
 
     def _require_reach(self) -> None:
         if subprocess.run([*_as_user(self.user), sys.executable, "-c", ""], check=False).returncode:
-            pytest.skip("no mount namespaces here, and no other user may run this Python")
+            pytest.skip("no mount namespaces here, and other users may not run this Python")
 
 
 def _bind(path: Path, at: Path | str) -> list[str]:
@@ -86,7 +86,7 @@ def _as_user(user: int) -> list[str]:
 
 @cache
 def namespaces() -> bool:
-    """Whether this process may make a mount namespace, and mount in it."""
+    """Whether this process may create a mount namespace and mount in it."""
     probe = ["unshare", "--mount", "--propagation", "private", "mount", "-t", "tmpfs", "rsm", "/mnt"]
     try:
         return os.geteuid() == 0 and subprocess.run(probe, capture_output=True, check=False).returncode == 0

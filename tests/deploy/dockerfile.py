@@ -1,4 +1,4 @@
-"""deploy/Dockerfile without Docker: what it says, and its first stage's own lines run in a folder."""
+"""deploy/Dockerfile without Docker: parses it, and runs the lines of its first stage in a folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from tests.deploy.installs import fresh_env
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What stands between one FROM and the next: words such as COPY, each with the rest of its line."""
+    """The instructions from one FROM to the next: a word such as COPY, and the rest of its line."""
 
     base: str
     lines: list[tuple[str, str]] = field(default_factory=list)
 
     def said(self, word: str) -> list[str]:
+        """The arguments of all instructions with this word."""
         return [rest for name, rest in self.lines if name == word]
 
     def environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        """What ARG and ENV set. `given` holds what is there before, such as PATH."""
+        """The variables that ARG and ENV set, added to those of `given`, such as PATH."""
         found = dict(given)
         for name, rest in self.lines:
             if name in ("ARG", "ENV"):
@@ -46,9 +47,9 @@ def stages(path: Path) -> list[Stage]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Whole lines without comments; those that a backslash continues are one."""
-    said = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    for line in "\n".join(said).replace("\\\n", " ").splitlines():
+    """Instructions without comments. Lines that a backslash continues are joined."""
+    kept = [line for line in path.read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    for line in "\n".join(kept).replace("\\\n", " ").splitlines():
         word, _, rest = line.strip().partition(" ")
         yield word.upper(), rest.strip()
 
@@ -57,7 +58,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def context(root: Path) -> list[Path]:
-    """Files and links of a folder, relative to it, that its .dockerignore leaves."""
+    """Files and links of a folder that its .dockerignore does not exclude, relative to the folder."""
     patterns = [line.strip() for line in (root / ".dockerignore").read_text().splitlines()]
     rules = [_rule(p) for p in patterns if p and not p.startswith("#")]
     return [path for path in _files(root) if not _ignored(path, rules)]
@@ -71,7 +72,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _rule(pattern: str) -> tuple[re.Pattern[str], bool]:
-    """By Docker's rules: `**` is any folders, `*` no slash, `!` lets in again."""
+    """A regex, and whether it excludes. In Docker's rules, `**` is any folders, `*` has no slash, `!` re-includes."""
     keep = pattern.startswith("!")
     glob = re.escape(pattern.removeprefix("!").strip("/"))
     for escaped, meant in ((r"\*\*/", "(?:.*/)?"), (r"\*\*", ".*"), (r"\*", "[^/]*"), (r"\?", "[^/]")):
@@ -80,10 +81,10 @@ def _rule(pattern: str) -> tuple[re.Pattern[str], bool]:
 
 
 def _ignored(path: Path, rules: list[tuple[re.Pattern[str], bool]]) -> bool:
-    """The last rule that matches the path, or a folder that it is in, says."""
+    """Whether a path is excluded: the last rule that matches it, or a folder above it, decides."""
     names = [str(p) for p in (path, *path.parents)]
-    said = [ignore for regex, ignore in rules if any(regex.fullmatch(name) for name in names)]
-    return bool(said) and said[-1]
+    matched = [ignore for regex, ignore in rules if any(regex.fullmatch(name) for name in names)]
+    return bool(matched) and matched[-1]
 
 
 # -- the first stage
@@ -93,7 +94,7 @@ def build(root: Path, folder: Path, **args: str) -> None:
     """Runs the COPY and RUN lines of the first stage, with this machine's Python and `folder`/src as the work folder.
 
     Args:
-        args: instead of the values that ARG lines give, such as VENV.
+        args: replace the values of ARG lines, such as VENV.
     """
     stage = stages(root / "deploy" / "Dockerfile")[0]
     work = folder / "src"
@@ -114,7 +115,7 @@ def build(root: Path, folder: Path, **args: str) -> None:
 
 def _copy(root: Path, source: str, to: Path) -> None:
     found = [path for path in context(root) if path.is_relative_to(source)]
-    assert found, f"COPY {source}: .dockerignore leaves nothing of it"
+    assert found, f"COPY {source}: .dockerignore excludes all of it"
     for path in found:
         target = to / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Wheels and fresh environments, made with pip as users make them; a registry must be in reach."""
+"""Wheels and fresh environments, made with pip as users make them. A package registry must be reachable."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.support.rsm_command import clean_env
 
 BASE = ROOT / "requirements" / "base.txt"
 ALL = ROOT / "requirements" / "all.txt"
-# What a checkout holds besides its files: environments, caches, and builds of before.
-_NOT_OURS = shutil.ignore_patterns(
+# Untracked files of a checkout: environments, caches, old builds.
+_UNTRACKED = shutil.ignore_patterns(
     ".git", ".venv", ".bench", ".*_cache", ".hypothesis", "__pycache__", "build", "*.egg-info"
 )
-_OF_PYTHON = {"PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV"}
+_PYTHON_VARIABLES = {"PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV"}
 
 
 def fresh_env(**more: str) -> dict[str, str]:
-    """The environment without settings of ours, and without a way back into this checkout."""
-    return {name: value for name, value in clean_env().items() if name not in _OF_PYTHON} | more
+    """The environment without our settings, and without variables that lead back into this checkout."""
+    return {name: value for name, value in clean_env().items() if name not in _PYTHON_VARIABLES} | more
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -39,7 +39,7 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
     with (base / f"rsm-{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of a try that failed
+            shutil.rmtree(folder, ignore_errors=True)  # left by a failed attempt
             folder.mkdir()
             make(folder)
             made.touch()
@@ -47,8 +47,8 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
 
 
 def copy_checkout(to: Path) -> None:
-    """A checkout of its own: builds leave things behind, and two of them in one folder disturb each other."""
-    shutil.copytree(ROOT, to, symlinks=True, ignore=_NOT_OURS, dirs_exist_ok=True)
+    """Copies the checkout: builds leave files behind, and two builds in one folder disturb each other."""
+    shutil.copytree(ROOT, to, symlinks=True, ignore=_UNTRACKED, dirs_exist_ok=True)
 
 
 def build_wheel(source: Path, to: Path) -> Path:
@@ -58,36 +58,36 @@ def build_wheel(source: Path, to: Path) -> Path:
 
 
 def make_venv(folder: Path) -> Path:
-    """An empty environment; returns its Python. It has no pip: `install` uses that of this process."""
+    """Makes an empty environment and returns its Python. It has no pip: `install` uses that of this process."""
     _run(sys.executable, "-m", "venv", "--without-pip", str(folder))
     return folder / "bin" / "python"
 
 
 def install(python: Path, *what: str) -> None:
-    """`pip install`, into another environment."""
+    """Runs `pip install` for another environment."""
     _run(sys.executable, "-m", "pip", "--python", str(python), "install", *_QUIET, *what)
 
 
 def install_pinned(python: Path, wheel: Path | str, *pins: Path) -> None:
-    """The wheel and exactly what the pins name; then asks pip whether the wheel needs more."""
-    named = [word for path in pins for word in ("--requirement", str(path))]
-    install(python, "--no-deps", *named, str(wheel))
+    """Installs the wheel and exactly the pinned packages. Then lets pip check that nothing is missing."""
+    requirements = [word for path in pins for word in ("--requirement", str(path))]
+    install(python, "--no-deps", *requirements, str(wheel))
     _run(sys.executable, "-m", "pip", "--python", str(python), "check", *_QUIET)
 
 
 def distributions(python: Path) -> dict[str, str]:
-    """What is installed there: normal names, and versions."""
+    """The installed packages: normalized names and versions."""
     frozen = _run(sys.executable, "-m", "pip", "--python", str(python), "list", "--format", "freeze", _QUIET[1])
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in frozen.split())}
 
 
 def pins(*files: Path) -> dict[str, str]:
-    """The versions that requirements files name for this Python."""
+    """The versions that requirements files pin for this Python."""
     lines = [line for path in files for line in path.read_text().splitlines() if line and line[0] not in "#-"]
-    named = [Requirement(line) for line in lines]
+    requirements = [Requirement(line) for line in lines]
     return {
         canonicalize_name(need.name): str(need.specifier).removeprefix("==")
-        for need in named
+        for need in requirements
         if need.marker is None or need.marker.evaluate()
     }
 

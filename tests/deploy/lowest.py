@@ -1,7 +1,7 @@
-"""`make lowest`: does everything still work with a direct dependency at the lowest version that pyproject.toml allows?
+"""`make lowest`: checks that everything works with the lowest dependencies that pyproject.toml allows.
 
-One environment with the pinned versions; in it each dependency in turn at its lowest, alone, then all of them at once.
-Exit status 1 if one does not do; then raise its minimum to what does.
+Starts from an environment with the pinned versions. Tries each direct dependency at its lowest version, first one by
+one, then all at once. Exits with status 1 if a version does not work: then raise its minimum.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tests.deploy.installs import ALL, BASE, build_wheel, copy_checkout, fresh_e
 from tests.support.paths import ROOT
 
 PROBE = Path(__file__).with_name("probe.py")
-# Of these the right build depends on the machine, or they are for developers.
+# Extras for developers, or whose right build depends on the machine.
 _LEFT_OUT = {"all", "dev", "vllm"}
-_PATIENCE_S = 300
+_TIMEOUT_S = 300
 
 
-def floors() -> Iterator[str]:
-    """Each direct dependency of the base and the extras, pinned at its lowest: "redis[hiredis]==6.4"."""
+def lowest_versions() -> Iterator[str]:
+    """Each direct dependency of the base and the extras, pinned to its lowest version: "redis[hiredis]==6.4"."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for wanted in [*project["dependencies"], *(w for name in extras.keys() - _LEFT_OUT for w in extras[name])]:
@@ -32,23 +32,23 @@ def floors() -> Iterator[str]:
         yield f"{name}=={lowest}"
 
 
-def what_fails(python: Path) -> str:
-    """The last line of what the probe says there; "" if all of it works."""
+def failure(python: Path) -> str:
+    """The last line of the probe's error. Empty if everything works."""
     command = [str(python), "-P", str(PROBE)]
     try:
         done = subprocess.run(
-            command, env=fresh_env(), cwd="/", capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command, env=fresh_env(), cwd="/", capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"no end within {_PATIENCE_S} s"
-    return "" if done.returncode == 0 else (done.stderr.strip() or "no word").splitlines()[-1]
+        return f"not finished after {_TIMEOUT_S} s"
+    return "" if done.returncode == 0 else (done.stderr.strip() or "no error message").splitlines()[-1]
 
 
 def try_out(python: Path, *lowest: str) -> bool:
-    """With these versions, and the pinned ones else."""
+    """Tries these versions, with the pinned ones for the other packages."""
     try:
         install(python, *lowest)
-        wrong = what_fails(python)
+        wrong = failure(python)
     except AssertionError as e:
         wrong = str(e).strip().splitlines()[-1]
     print(f"{', '.join(lowest)}: {wrong or 'works'}", flush=True)
@@ -62,7 +62,7 @@ def main() -> int:
         wheel = build_wheel(folder / "source", folder)
         python = make_venv(folder / "venv")
         fine = True
-        for lowest in [[floor] for floor in sorted(floors())] + [sorted(floors())]:
+        for lowest in [[version] for version in sorted(lowest_versions())] + [sorted(lowest_versions())]:
             install_pinned(python, wheel, BASE, ALL)
             fine &= try_out(python, *lowest)
     return 0 if fine else 1

@@ -1,6 +1,6 @@
-"""What a user's project does with an installed rsm-engine, all extras but vLLM in use. Imports nothing else of ours.
+"""A user's project: uses an installed rsm-engine with all extras but vLLM. Imports no other code of this repository.
 
-It is run as a script by the Python of some environment, in any folder; it fails with a traceback, else prints one line.
+Runs as a script, with the Python of any environment and in any folder. Prints one line, or fails with a traceback.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from rsm.engine import EngineConfig, MultiEngineManager
 from rsm.frontend import GlobalProcessTable, SessionManager
 
 RSM = str(Path(sys.executable).with_name("rsm"))
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 _TOKENS = 4
 
 
 def main() -> None:
     settings = Settings(redis_url=None, lease_ms=1500, heartbeat_ms=200, tick_ms=100)
     engines = [EngineConfig(engine_id=f"e{i}", model="m", backend="sim") for i in range(2)]
-    manager = MultiEngineManager(engines, settings=settings, start_timeout=PATIENCE_S)
+    manager = MultiEngineManager(engines, settings=settings, start_timeout=TIMEOUT_S)
     manager.start()
     try:
         asyncio.run(calls_of_a_manager(manager))
@@ -38,12 +38,12 @@ def main() -> None:
     finally:
         manager.stop()
     command("simulate", "--seconds", "60", "--rate", "0.5")
-    print("all of it works, from", Path(rsm.__file__).parent)
+    print("everything works, from", Path(rsm.__file__).parent)
 
 
 async def calls_of_a_manager(manager: MultiEngineManager) -> None:
     sampling = {"max_tokens": _TOKENS}
-    result = await asyncio.wait_for(await manager.submit_request("s", "hi", sampling_params=sampling), PATIENCE_S)
+    result = await asyncio.wait_for(await manager.submit_request("s", "hi", sampling_params=sampling), TIMEOUT_S)
     deltas = [delta.text async for delta in manager.stream_request("s", "hi", sampling_params=sampling)]
     assert "".join(deltas) == result.text != ""
     async with AsyncClient(settings=manager.settings) as client:
@@ -53,17 +53,17 @@ async def calls_of_a_manager(manager: MultiEngineManager) -> None:
 
 def calls_of_clients(settings: Settings) -> None:
     with Client(settings=settings) as client, SessionManager(GlobalProcessTable(settings)) as session:
-        assert client.submit("hi", session=session, max_tokens=_TOKENS).result(PATIENCE_S).text
+        assert client.submit("hi", session=session, max_tokens=_TOKENS).result(TIMEOUT_S).text
         chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": _TOKENS}
-        assert client.submit(chat, kind="chat.completions").result(PATIENCE_S).response
+        assert client.submit(chat, kind="chat.completions").result(TIMEOUT_S).response
 
 
 def commands(env: Mapping[str, str]) -> None:
     assert "usage" in command("--help").lower()
     assert command("--version").startswith("rsm-engine ")
     assert len(command("submit", "hi", "--max-tokens", str(_TOKENS), env=env).split()) == _TOKENS
-    for looks in (("engines",), ("engines", "--json"), ("ps",), ("sessions",), ("stats",)):
-        assert command(*looks, env=env)
+    for words in (("engines",), ("engines", "--json"), ("ps",), ("sessions",), ("stats",)):
+        assert command(*words, env=env)
 
 
 def engine_on_a_node(manager: MultiEngineManager) -> None:
@@ -77,7 +77,7 @@ def engine_on_a_node(manager: MultiEngineManager) -> None:
 def await_node(settings: Settings) -> None:
     from rsm.workers.supervision.node import listening
 
-    until = time.monotonic() + PATIENCE_S
+    until = time.monotonic() + TIMEOUT_S
     while "probe" not in listening(settings):
         assert time.monotonic() < until, "the node does not listen"
         time.sleep(0.1)
@@ -94,17 +94,17 @@ def engine_behind_http(manager: MultiEngineManager) -> None:
 
 def assert_served(settings: Settings, model: str) -> None:
     with Client(settings=settings) as client:
-        assert client.submit("hi", model=model, max_tokens=_TOKENS).result(PATIENCE_S).text
+        assert client.submit("hi", model=model, max_tokens=_TOKENS).result(TIMEOUT_S).text
 
 
 def command(*words: str, env: Mapping[str, str] | None = None) -> str:
-    """What an `rsm` command prints."""
+    """Runs an `rsm` command. Returns its output."""
     done = subprocess.run(
         [RSM, *words],
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
         check=False,
     )
     sys.stderr.write(done.stderr)
@@ -114,7 +114,7 @@ def command(*words: str, env: Mapping[str, str] | None = None) -> str:
 
 @contextmanager
 def running(*words: str, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """An `rsm` process for the length of a block; then it ends in order."""
+    """Runs an `rsm` process until the block is left. Then it must end in order."""
     with subprocess.Popen(
         [RSM, *words], env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -122,7 +122,7 @@ def running(*words: str, env: Mapping[str, str] | None = None) -> Iterator[subpr
             yield process
         finally:
             process.terminate()
-            assert process.wait(PATIENCE_S) == 0, words
+            assert process.wait(TIMEOUT_S) == 0, words
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each extra brings, and what is said where one is missing."""
+"""What each extra installs, and the error messages if one is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.deploy.installs import ALL, BASE, distributions, fresh_env, pins
 
 pytestmark = pytest.mark.timeout(300)
 
-# What a producer must do without, by the names under which it would be imported.
+# Import names of packages that a producer must not need.
 _HEAVY = {
     "typer",
     "rich",
@@ -43,7 +43,7 @@ def rsm(python: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def needs(wheel: Path) -> dict[str, list[Requirement]]:
-    """What the wheel asks for, by extra; "" is the base."""
+    """The wheel's requirements by extra; "" is the base."""
     (name,) = (name for name in ZipFile(wheel).namelist() if name.endswith("/METADATA"))
     metadata = HeaderParser().parsestr(ZipFile(wheel).read(name).decode())
     wanted = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
@@ -59,7 +59,7 @@ def test_a_producer_needs_four_packages(wheel: Path) -> None:
     assert {extra for need in base for extra in need.extras} == {"hiredis"}
 
 
-def test_the_pins_are_what_the_base_and_all_ask_for(wheel: Path) -> None:
+def test_the_pins_satisfy_the_base_and_the_extra_all(wheel: Path) -> None:
     wanted, pinned = needs(wheel), pins(BASE, ALL)
     (all_of_them,) = wanted["all"]
     assert all_of_them.extras == wanted.keys() - {"", "all", "dev", "vllm"}
@@ -69,7 +69,7 @@ def test_the_pins_are_what_the_base_and_all_ask_for(wheel: Path) -> None:
     assert {canonicalize_name(need.name) for need in wanted[""]} <= pins(BASE).keys()
 
 
-def test_the_base_alone_serves_a_producer(base_python: Path, settings: Settings, client: Client) -> None:
+def test_the_base_is_enough_for_a_producer(base_python: Path, settings: Settings, client: Client) -> None:
     assert distributions(base_python).keys() - {"rsm-engine"} == pins(BASE).keys()
     code = """
 import sys
@@ -99,7 +99,7 @@ def test_the_command_without_its_extra(base_python: Path) -> None:
 
 
 def test_a_manager_without_the_extra_for_nodes(base_python: Path, settings: Settings) -> None:
-    """It starts, and says what an engine on a node needs only when it is asked for one."""
+    """It starts. It complains only when an engine is added on a node."""
     code = """
 import rsm
 manager = rsm.MultiEngineManager()
@@ -131,7 +131,7 @@ def test_commands_for_nodes_without_the_extra(cli_python: Path, words: tuple[str
     assert done.stderr == "Nodes need RQ, which is not installed: pip install 'rsm-engine[node]'.\n"
 
 
-def test_the_command_with_its_extra_alone(cli_python: Path) -> None:
+def test_the_command_with_only_its_extra(cli_python: Path) -> None:
     assert rsm(cli_python, "--version").stdout.startswith("rsm-engine ")
     assert "router" in rsm(cli_python, "--help").stdout
     installed = distributions(cli_python).keys()

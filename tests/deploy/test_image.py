@@ -1,6 +1,6 @@
-"""deploy/Dockerfile: what it copies is enough, and what comes of it runs as it promises.
+"""deploy/Dockerfile: it copies all that is needed, and the image runs as documented.
 
-There is no Docker here: `dockerfile.build` runs the first stage's own lines, and `Container` is the place they run in.
+Tests have no Docker. `dockerfile.build` runs the lines of the first stage, and `Container` stands in for a container.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("image")]
 
 _DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 _PLACE = "/opt/rsm-engine"
-# What lies about in a checkout, and is nobody's business.
+# Files that may be in a checkout but must not be in the image.
 _JUNK = (
     ".env",
     ".git/config",
@@ -40,12 +40,12 @@ _JUNK = (
     "broker/__pycache__/settings.cpython-311.pyc",
     "build/lib/rsm/old.py",
 )
-_PATIENCE_S = 60
+_TIMEOUT_S = 60
 
 
 @pytest.fixture(scope="module")
 def built() -> Iterator[Path]:
-    """A folder with the checkout, and `src` and `venv` as the first stage leaves them, which any user may read."""
+    """A folder with the checkout, and with `src` and `venv` of the first stage. Every user may read it."""
     with tempfile.TemporaryDirectory(prefix="rsm-image-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -60,18 +60,18 @@ def built() -> Iterator[Path]:
 
 @pytest.fixture
 def container(built: Path) -> Iterator[Container]:
-    """The last stage: its environment, its user, its volumes, and the folder that it copies from the first."""
+    """The last stage: its environment, its user, its volumes, and the folder that it copies from the first stage."""
     last = stages(_DOCKERFILE)[-1]
     (user,) = last.said("USER")
     number = int(user.partition(":")[0])
-    places = Path(tempfile.mkdtemp(prefix="rsm-volumes-"))
-    places.chmod(0o755)
-    volumes = {name: places / name.replace("/", "-") for name in json.loads(*last.said("VOLUME"))}
-    for place in volumes.values():
-        place.mkdir()
-        place.chmod(0o770)
+    folder = Path(tempfile.mkdtemp(prefix="rsm-volumes-"))
+    folder.chmod(0o755)
+    volumes = {name: folder / name.replace("/", "-") for name in json.loads(*last.said("VOLUME"))}
+    for volume in volumes.values():
+        volume.mkdir()
+        volume.chmod(0o770)
         if os.geteuid() == 0:
-            os.chown(place, 0, number)  # the group's alone, as Kubernetes does it; Docker gives it to the user
+            os.chown(volume, 0, number)  # only the group may write, as on Kubernetes; Docker gives it to the user
     replaced = {_PLACE: built / "venv"} | ({} if namespaces() else volumes)
     env = {}
     for variable, value in (last.environment({"PATH": "/usr/bin:/bin"})).items():
@@ -79,19 +79,19 @@ def container(built: Path) -> Iterator[Container]:
             value = value.replace(old, str(new))
         env[variable] = value
     yield Container([built / "venv"], number, env, volumes)
-    shutil.rmtree(places)
+    shutil.rmtree(folder)
 
 
 def run(container: Container, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        container.command(*words), capture_output=True, text=True, timeout=_PATIENCE_S, check=False, cwd="/"
+        container.command(*words), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, cwd="/"
     )
 
 
-# -- what it says
+# -- the Dockerfile
 
 
-def test_it_runs_as_a_user_with_a_fixed_number_and_needs_no_home() -> None:
+def test_it_runs_as_a_user_with_a_fixed_id_and_needs_no_home() -> None:
     last = stages(_DOCKERFILE)[-1]
     (user,) = last.said("USER")
     number, _, group = user.partition(":")
@@ -100,7 +100,7 @@ def test_it_runs_as_a_user_with_a_fixed_number_and_needs_no_home() -> None:
     assert last.lines[-1] == ("CMD", '["rsm", "router"]')
 
 
-def test_all_that_is_written_goes_to_a_volume() -> None:
+def test_it_writes_only_to_volumes() -> None:
     last = stages(_DOCKERFILE)[-1]
     volumes = json.loads(*last.said("VOLUME"))
     written = {n: v for n, v in last.environment({}).items() if v.startswith("/") and n not in ("PATH", "VENV")}
@@ -108,7 +108,7 @@ def test_all_that_is_written_goes_to_a_volume() -> None:
     assert [n for n, value in written.items() if not any(Path(value).is_relative_to(v) for v in volumes)] == []
 
 
-def test_its_labels_are_those_of_the_package() -> None:
+def test_its_labels_match_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (labels,) = stages(_DOCKERFILE)[-1].said("LABEL")
     for name, value in (
@@ -119,10 +119,10 @@ def test_its_labels_are_those_of_the_package() -> None:
         assert f'org.opencontainers.image.{name}="{value}"' in labels
 
 
-# -- what it is made of
+# -- its content
 
 
-def test_what_lies_about_in_a_checkout_does_not_get_into_the_context(built: Path) -> None:
+def test_junk_in_a_checkout_is_not_in_the_context(built: Path) -> None:
     found = {str(path) for path in context(built / "checkout")}
     assert "rsm/broker" in found, "a link"
     assert "broker/protocol/lua/transitions/submit.lua" in found
@@ -131,7 +131,7 @@ def test_what_lies_about_in_a_checkout_does_not_get_into_the_context(built: Path
     assert tops.isdisjoint({"bench", "chaos", "deploy", "docs", "examples", "spec", "tests"})
 
 
-def test_what_it_copies_is_the_whole_package(built: Path, wheel: Path) -> None:
+def test_it_copies_the_whole_package(built: Path, wheel: Path) -> None:
     (site,) = (built / "venv" / "lib").glob("python*/site-packages")
     installed = {str(path.relative_to(site)) for path in (site / "rsm").rglob("*") if path.is_file()}
     packed = {name for name in ZipFile(wheel).namelist() if name.startswith("rsm/")}
@@ -141,16 +141,16 @@ def test_what_it_copies_is_the_whole_package(built: Path, wheel: Path) -> None:
 # -- how it runs
 
 
-def test_the_place_it_runs_in_is_as_bare_as_promised(container: Container) -> None:
-    """Else the tests below would show nothing."""
+def test_the_container_is_isolated(container: Container) -> None:
+    """Otherwise the tests below would prove nothing."""
     assert run(container, "id", "-u").stdout.strip() == str(container.user if os.geteuid() == 0 else os.geteuid())
     assert not [line for line in run(container, "env").stdout.splitlines() if line.startswith("HOME=")]
     if not namespaces():
         pytest.skip("no mount namespaces here: another user and no HOME, but no read-only root")
-    for place in ("/", "/var", "/usr", "/etc", str(container.image[0])):
-        assert "Read-only file system" in run(container, "touch", f"{place}/proof").stderr, place
-    for place in ("/tmp", *container.volumes):
-        assert run(container, "touch", f"{place}/proof").returncode == 0, place
+    for folder in ("/", "/var", "/usr", "/etc", str(container.image[0])):
+        assert "Read-only file system" in run(container, "touch", f"{folder}/proof").stderr, folder
+    for folder in ("/tmp", *container.volumes):
+        assert run(container, "touch", f"{folder}/proof").returncode == 0, folder
 
 
 def every_command() -> list[list[str]]:
@@ -181,11 +181,11 @@ def test_up_serves_a_call_and_ends_on_a_signal(container: Container, tmp_path: P
         command = container.command("rsm", "up", "--backend", "sim", "--engines", "2")
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd="/")
     try:
-        eventually(lambda: "Ready: e0, e1" in log.read_text() or process.poll() is not None, _PATIENCE_S)
+        eventually(lambda: "Ready: e0, e1" in log.read_text() or process.poll() is not None, _TIMEOUT_S)
         assert process.poll() is None, log.read_text()
         done = run(container, "rsm", "submit", "hi", "--max-tokens", "4")
         assert (done.returncode, len(done.stdout.split())) == (0, 4), done.stderr
         assert json.loads(run(container, "rsm", "stats", "--json").stdout)["completed"] == 1
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(_PATIENCE_S) == 0, log.read_text()
+        assert process.wait(_TIMEOUT_S) == 0, log.read_text()

@@ -1,4 +1,4 @@
-"""One import name, `rsm`: what the wheel holds, and a project around it whose own modules have our rooms' names."""
+"""One import name, `rsm`: the content of the wheel, and a project whose own modules have the names of our rooms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOSTILE = """
 from pathlib import Path
 
 Path(__file__).with_suffix(".ran").touch()
-raise RuntimeError(f"{__name__} is the project's own, and not for rsm-engine")
+raise RuntimeError(f"{__name__} belongs to the project, not to rsm-engine")
 """
 
 
@@ -51,7 +51,7 @@ def test_the_wheel_holds_rsm_and_nothing_else(wheel: Path) -> None:
     assert zipfile.ZipFile(wheel).read(top_level).split() == [b"rsm"]
 
 
-def test_names_as_the_first_users_write_them(all_python: Path) -> None:
+def test_imports_of_the_first_users_work(all_python: Path) -> None:
     code = """
 import rsm, rsm.engine, rsm.frontend
 from rsm.engine import EngineConfig, MultiEngineManager
@@ -65,12 +65,12 @@ print(rsm.__file__)
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_is_no_import_name_of_its_own(all_python: Path, room: str) -> None:
+def test_a_room_is_not_importable_without_rsm(all_python: Path, room: str) -> None:
     code = f"from importlib.util import find_spec; print(find_spec({room!r}))"
     assert output(all_python, "-c", code) == "None\n"
 
 
-def test_in_a_checkout_the_engine_may_be_imported_as_it_lies_there() -> None:
+def test_in_a_checkout_the_folder_engine_is_importable() -> None:
     code = """
 import rsm.engine
 from engine import EngineConfig, MultiEngineManager
@@ -94,19 +94,19 @@ def project() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("start", [("app.py",), ("-m", "app")], ids=" ".join)
-def test_a_project_with_modules_of_our_rooms_names(all_python: Path, project: Path, start: tuple[str, ...]) -> None:
-    """Its folder is the working folder, and first on the import path; in one case of our child processes as well.
+def test_a_project_with_modules_named_like_our_rooms(all_python: Path, project: Path, start: tuple[str, ...]) -> None:
+    """Its folder is the working folder and first on the import path; in one case, in our child processes, too.
 
     The probe uses clients, a manager with its router and workers, a node, remote engines, and the `rsm` command."""
     more = {"PYTHONPATH": str(project)} if start[0] == "-m" else {}
     printed = output(all_python, *start, cwd=project, **more)
-    assert printed.endswith(f"all of it works, from {all_python.parents[1]}/lib/{_python()}/site-packages/rsm\n")
+    assert printed.endswith(f"everything works, from {all_python.parents[1]}/lib/{_python()}/site-packages/rsm\n")
     assert ran(project) == []
 
 
-def test_the_trap_works(all_python: Path, project: Path) -> None:
+def test_the_hostile_modules_fail_if_imported(all_python: Path, project: Path) -> None:
     for name in ("router", "workers"):
-        with pytest.raises(AssertionError, match=f"{name} is the project's own"):
+        with pytest.raises(AssertionError, match=f"{name} belongs to the project"):
             output(all_python, "-c", f"import {name}", cwd=project)
     assert ran(project) == ["__init__.ran", "router.ran"]
 

@@ -1,4 +1,4 @@
-"""An editable install, as type checkers see it from a user's file outside of the checkout."""
+"""An editable install, as type checkers see it from a user's file outside the checkout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.deploy.installs import fresh_env
 pytestmark = pytest.mark.timeout(300)
 
 PACKAGES = ("rsm", "rsm.broker", "rsm.router", "rsm.workers", "rsm.engine", "rsm.frontend")
-# With names of their own types: a checker that finds nothing, and so takes all of them for Any, would miss the errors.
+# A checker that does not find the package takes everything for Any, and would miss the errors in _WRONG.
 _USES = """
 def text() -> str:
     with rsm.Client() as client:
@@ -37,7 +37,7 @@ from rsm.broker import Nonsense
 
 @pytest.fixture
 def user(tmp_path: Path) -> Path:
-    """A folder with a file that uses every public name, and one with an error on each of three lines."""
+    """A folder with a file that uses every public name, and a file with errors on three lines."""
     lines = ["import rsm"]
     for i, package in enumerate(PACKAGES):
         names = import_module(package).__all__
@@ -45,7 +45,7 @@ def user(tmp_path: Path) -> Path:
         lines += [f"from {package} import {name} as {name}_{i}" for name in names]
     (tmp_path / "right.py").write_text("\n".join(lines) + "\n\n" + _USES)
     (tmp_path / "wrong.py").write_text(_WRONG)
-    # pyright's own rules; basedpyright's further ones are about style.
+    # pyright's rules; the additional ones of basedpyright are about style.
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict", "reportUnusedImport": false}')
     return tmp_path
 

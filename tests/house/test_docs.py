@@ -1,4 +1,4 @@
-"""What the docs name exists."""
+"""Names in the docs exist, and tables in the docs are complete."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def _names(page: Path, pattern: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_tests_that_are_named_exist(page: Path) -> None:
-    there = {path.name for path in TESTS}
-    assert _names(page, r"\btest_\w+\.py") - there == set()
+def test_named_tests_exist(page: Path) -> None:
+    files = {path.name for path in TESTS}
+    assert _names(page, r"\btest_\w+\.py") - files == set()
     code = "\n".join(path.read_text(encoding="utf-8") for path in TESTS)
     functions = _names(page, r"`(test_\w+)`")
     assert {name for name in functions if f"def {name}(" not in code} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_not_broken(page: Path) -> None:
     links = _names(page, r"\]\(([^)#:]+)(?:#[^)]*)?\)")
     assert {link for link in links if not (page.parent / link).exists()} == set()
 
@@ -51,7 +51,7 @@ def test_the_mutants_of_the_model_are_explained() -> None:
     assert sorted(re.findall(r"`([A-Z_]{2,})`", page)) == sorted(MUTANTS)
 
 
-def test_conformance_names_tests() -> None:
+def test_conformance_names_a_test_for_each_promise() -> None:
     promises = (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8").partition("## Not promised")[0]
     rows = [line for line in promises.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
     assert len(rows) > 20
@@ -66,7 +66,7 @@ def test_the_architecture_names_every_file(folder: str) -> None:
 
 
 def _rows(page: str, heading: str) -> list[list[str]]:
-    """The cells of the table under a heading, without its head."""
+    """The cells of the table under a heading, without the header row."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
 
@@ -75,24 +75,24 @@ _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def _default(cell: str) -> str:
-    """A default as a number of bytes, if it is one."""
+    """A default value. A size is converted to bytes."""
     number, _, unit = cell.partition(" ")
     return str(int(number) * _UNITS[unit]) if unit in _UNITS else cell.strip("`")
 
 
 def test_the_table_of_settings_is_complete_and_right() -> None:
-    told = {
+    documented = {
         name: _default(default)
         for names, defaults, *_ in _rows("operations.md", "Settings")
         for name, default in zip(names.strip("`").split("`, `"), defaults.split(", "), strict=True)
     }
     fields = Settings.model_fields
-    assert told.keys() == {f"RSM_{name.upper()}" for name in fields}
+    assert documented.keys() == {f"RSM_{name.upper()}" for name in fields}
     for name, field in fields.items():
         default = field.default
         expected = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        if expected is not None:  # else words say what happens
-            shown = told[f"RSM_{name.upper()}"]
+        if expected is not None:  # else the table describes the default in words
+            shown = documented[f"RSM_{name.upper()}"]
             assert shown == str(expected) or float(shown) == expected, name
 
 
@@ -113,8 +113,8 @@ def test_the_table_of_keys_is_complete() -> None:
         elif inspect.isfunction(member) and not name.startswith("_"):
             (parameter,) = list(inspect.signature(member).parameters)[1:]
             made.add(member(keys, names[parameter]))
-    told = {f"{keys.prefix}{row[0].strip('`')}" for row in _rows("protocol.md", "Keys")}
-    assert told - {f"{keys.prefix}rq:*"} == made
+    documented = {f"{keys.prefix}{row[0].strip('`')}" for row in _rows("protocol.md", "Keys")}
+    assert documented - {f"{keys.prefix}rq:*"} == made
 
 
 def test_the_table_of_a_push_is_complete() -> None:
@@ -127,14 +127,14 @@ def test_every_script_is_named() -> None:
     assert sorted(named) == sorted(path.stem for path in (LUA / "transitions").glob("*.lua"))
 
 
-def test_every_error_code_is_explained() -> None:
+def test_every_error_code_is_documented() -> None:
     assert {row[0].strip("`") for row in _rows("protocol.md", "States")} == set(ErrorCode)
 
 
-def test_every_field_of_a_record_is_named() -> None:
-    """Whatever a script writes into a record."""
+def test_every_field_of_a_record_is_documented() -> None:
+    """All fields that scripts write into a record."""
     page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-    told = set(re.findall(r"\w+", page.partition("\n## The record\n")[2].partition("`.")[0]))
+    documented = set(re.findall(r"\w+", page.partition("\n## The record\n")[2].partition("`.")[0]))
     written = set()
     for path in LUA.glob("*/*.lua"):
         lua = path.read_text(encoding="utf-8")
@@ -144,4 +144,4 @@ def test_every_field_of_a_record_is_named() -> None:
         for arguments in re.findall(rf"'HSET', {target},(.*)|set_fields\({target}, {{([^}}]*)}}", lua):
             written |= set(re.findall(r"'([a-z_]+)',", "".join(arguments)))
     assert {"state", "why", "deaths", "finished_ms"} <= written
-    assert written - {"format"} <= told
+    assert written - {"format"} <= documented

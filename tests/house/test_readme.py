@@ -1,4 +1,4 @@
-"""Everything the README and docs/operations.md show is run here, against a real `rsm up`."""
+"""Runs everything that the README and docs/operations.md show, against a real `rsm up`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def up() -> Iterator[dict[str, str]]:
-    """The README's first command, in a state folder of its own. Yields the environment that finds it."""
+    """Runs the README's first command, with its own state folder. Yields the environment that finds it."""
     start = commands()[0]
     assert start[:2] == ["rsm", "up"]
     with tempfile.TemporaryDirectory(prefix="rsm-readme-") as folder, open(os.devnull, "w") as nowhere:
@@ -67,7 +67,7 @@ def test_a_bare_xadd_as_shown(up: dict[str, str]) -> None:
 
 
 def push_as_shown(up: dict[str, str]) -> bytes:
-    """Pushes call c1 with the README's line, waits as it says, and returns the result. May be done again: same id."""
+    """Pushes call c1 as the README shows, waits for it and returns the result. Repeatable: the id is the same."""
     server: Any = redis.Redis(unix_socket_path=f"{up['RSM_DATA_DIR']}/redis.sock")
     push, state, result = (shlex.split(line) for line in blocks("redis")[0].splitlines())
     server.execute_command(*push)
@@ -86,7 +86,7 @@ def test_a_command_as_shown(up: dict[str, str], command: list[str]) -> None:
     assert done.stdout.strip()
 
 
-# A finish reason and a message; a partial text that is not empty; the engine that the snippet itself started.
+# A finish reason and a message; a partial text that is not empty; the engine that the snippet has started.
 SHOWN = (r"length\n\{.*'content'", r"cancelled\n.*user left.* '.+'", r" mine-[01] ")
 
 
@@ -98,7 +98,7 @@ def test_a_snippet_as_shown(up: dict[str, str], number: int) -> None:
     assert re.search(SHOWN[number], done.stdout), done.stdout
 
 
-def test_the_policy_of_ones_own_as_shown(tmp_path: Path) -> None:
+def test_the_custom_policy_as_shown(tmp_path: Path) -> None:
     (code,) = blocks("python", OPERATIONS)
     assert re.findall(r"^(?:from|import) (rsm\S*)", code, re.MULTILINE) == ["rsm.router"], "plug-ins need nothing else"
     (tmp_path / "my_policy.py").write_text(code)
@@ -109,7 +109,7 @@ def test_the_policy_of_ones_own_as_shown(tmp_path: Path) -> None:
     assert "FewestCalls" in done.stdout, done.stderr
 
 
-def test_the_figures_are_those_of_a_run() -> None:
+def test_the_figures_are_from_a_benchmark_run() -> None:
     from bench.queue.page import excerpt
 
     assert excerpt(ROOT / "bench" / "results" / "broker.md") in PERFORMANCE

@@ -1,4 +1,4 @@
-"""The rooms of docs/architecture.md: who may import whom, how large a folder gets, and what a package promises."""
+"""The architecture of docs/architecture.md: which room may import which, the size of folders, public names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.paths import LUA, ROOT
 
-# From the ground up; each room may import those that its line names.
+# Each room, from the bottom up, with the rooms that it may import.
 ROOMS = {
     "rsm.broker": set[str](),
     "rsm.router": {"rsm.broker"},
@@ -29,7 +29,7 @@ ROOMS = {
         "rsm", "rsm.broker", "rsm.router", "rsm.workers", "rsm.simulation", "rsm.engine", "rsm.cli", "bench", "chaos",
     },
 }  # fmt: skip
-# Inside a room: a folder imports only those before it.
+# Inside a room, a folder imports only folders before it.
 LAYERS = {
     "rsm.broker": ("protocol", "connection", "client", "views"),
     "rsm.workers": ("meters", "scheduling", "backends", "runtime", "supervision"),
@@ -37,9 +37,10 @@ LAYERS = {
     "bench": ("report", "queue", "recovery", "programs", "vllm"),
 }
 MOST_FILES = 13
-# A producer installs the base and uses the broker alone. Others may be imported where they are named.
+# Never imported with a module: a producer installs only the base.
 HEAVY = {"lupa", "matplotlib", "vllm", "torch", "transformers", "httpx", "fastapi", "starlette", "uvicorn"}
-AT_HOME = {
+# Packages of extras, with the modules that may import them.
+ONLY_IN = {
     "typer": {"rsm.cli"},
     "rich": {"rsm.cli"},
     "rq": {"rsm.workers.supervision.node"},
@@ -55,7 +56,7 @@ def room_of(module: str) -> str:
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of the house by its dotted name."""
+    """Every module of this repository, by its dotted name."""
     found = {}
     for room in ROOMS:
         folder = ROOT / room.removeprefix("rsm.")
@@ -67,7 +68,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(path: Path, *, at_import: bool = False) -> frozenset[str]:
-    """Dotted names that a file imports, for its types too; `at_import` leaves out what only functions import."""
+    """Dotted names that a file imports, also for types. `at_import` leaves out imports inside functions."""
     tree = ast.parse(path.read_text())
     nodes = tree.body if at_import else list(ast.walk(tree))
     names = set()
@@ -81,13 +82,13 @@ def imports(path: Path, *, at_import: bool = False) -> frozenset[str]:
 
 
 def arrows(module: str) -> set[str]:
-    """The modules of the house that a module imports."""
+    """The modules of this repository that a module imports."""
     known = modules()
     seen = (name if name in known else name.rpartition(".")[0] for name in imports(known[module]))
     return {name for name in seen if name in known} - {module}
 
 
-def test_arrows_point_down_only() -> None:
+def test_rooms_import_only_rooms_below_them() -> None:
     wrong = [
         f"{module} imports {other}"
         for module in modules()
@@ -102,16 +103,16 @@ def test_layers_of_a_room() -> None:
     for module in modules():
         room = room_of(module)
         layers = LAYERS.get(room, ())
-        mine = module.removeprefix(f"{room}.").partition(".")[0]
+        folder = module.removeprefix(f"{room}.").partition(".")[0]
         for other in arrows(module):
-            theirs = other.removeprefix(f"{room}.").partition(".")[0]
-            above = mine in layers and theirs in layers and layers.index(theirs) > layers.index(mine)
+            imported = other.removeprefix(f"{room}.").partition(".")[0]
+            above = folder in layers and imported in layers and layers.index(imported) > layers.index(folder)
             if room_of(other) == room and above:
                 wrong.append(f"{module} imports {other}")
     assert wrong == []
 
 
-def test_no_circle() -> None:
+def test_no_circular_imports() -> None:
     graph = {module: arrows(module) for module in modules()}
     try:
         list(TopologicalSorter(graph).static_order())
@@ -119,13 +120,13 @@ def test_no_circle() -> None:
         pytest.fail(f"a circle: {' -> '.join(e.args[1])}")
 
 
-def test_no_folder_is_a_heap() -> None:
+def test_no_folder_has_too_many_files() -> None:
     sizes = Counter(path.parent for path in modules().values() if path.name != "__init__.py")
     assert {str(f.relative_to(ROOT)): n for f, n in sizes.items() if n > MOST_FILES} == {}
 
 
-def test_every_package_says_what_it_promises() -> None:
-    """`__all__` of a package is its public surface; where it is empty, the package is the house's own."""
+def test_every_package_lists_its_public_names() -> None:
+    """`__all__` of a package is its public surface. If it is empty, the package is internal."""
     for module, path in modules().items():
         if path.name == "__init__.py" and module.startswith("rsm"):
             found = import_module(module)
@@ -134,10 +135,10 @@ def test_every_package_says_what_it_promises() -> None:
             assert [name for name in names if not hasattr(found, name)] == [], module
 
 
-def test_a_plugin_needs_its_room_alone() -> None:
+def test_examples_import_only_public_packages() -> None:
     for example in (ROOT / "examples").rglob("*.py"):
-        taken = {name.rpartition(".")[0] for name in imports(example) if name.startswith("rsm")}
-        assert taken <= {"rsm", "rsm.broker", "rsm.router", "rsm.workers", "rsm.engine"}, example
+        imported = {name.rpartition(".")[0] for name in imports(example) if name.startswith("rsm")}
+        assert imported <= {"rsm", "rsm.broker", "rsm.router", "rsm.workers", "rsm.engine"}, example
 
 
 def test_nothing_heavy_is_imported_with_a_module() -> None:
@@ -145,18 +146,18 @@ def test_nothing_heavy_is_imported_with_a_module() -> None:
         if not module.startswith("rsm"):
             continue
         roots = {name.partition(".")[0] for name in imports(path, at_import=True)}
-        # The guard is imported by vLLM's own child process alone.
+        # Only vLLM's own child process imports the guard.
         assert not roots & HEAVY or path.name == "guard.py", f"{module} imports {roots & HEAVY}"
-        for package, homes in AT_HOME.items():
-            assert package not in roots or any(module.startswith(home) for home in homes), f"{module} imports {package}"
+        for package, allowed in ONLY_IN.items():
+            assert package not in roots or module.startswith(tuple(allowed)), f"{module} imports {package}"
 
 
-# Whoever may look into the environment, and for what.
+# The modules that may read the environment, and why.
 ENVIRONMENT = {
     "rsm.broker.settings": "the settings themselves, and folders",
-    "rsm.broker.child_process": "hands it on",
-    "rsm.workers.supervision.supervisor": "hands it on",
-    "rsm.workers.supervision.node_jobs": "hands it on",
+    "rsm.broker.child_process": "passes it on",
+    "rsm.workers.supervision.supervisor": "passes it on",
+    "rsm.workers.supervision.node_jobs": "passes it on",
     "rsm.workers.backends.vllm.start.args": "vLLM's own variables and CUDA's",
     "rsm.workers.backends.vllm.start.gpus": "CUDA_VISIBLE_DEVICES, which a job scheduler sets",
     "rsm.workers.__main__": "a program",
@@ -165,14 +166,14 @@ ENVIRONMENT = {
 }
 
 
-def test_settings_travel() -> None:
-    """Nothing below a program reads the environment; a public class without settings takes them from there."""
-    ours = {module: path.read_text() for module, path in modules().items() if module.startswith("rsm")}
-    readers = {module for module, text in ours.items() if re.search(r"os\.(environ|getenv)", text)}
+def test_settings_are_passed_down() -> None:
+    """Only programs read the environment. Public classes read it if they get no settings."""
+    sources = {module: path.read_text() for module, path in modules().items() if module.startswith("rsm")}
+    readers = {module for module, text in sources.items() if re.search(r"os\.(environ|getenv)", text)}
     assert readers == ENVIRONMENT.keys()
     makers = {
         module: line.strip()
-        for module, text in ours.items()
+        for module, text in sources.items()
         if not module.endswith("__main__")
         for line in text.splitlines()
         if re.search(r"\bSettings\(\)", line) and "settings or Settings()" not in line
@@ -180,9 +181,9 @@ def test_settings_travel() -> None:
     assert makers.keys() <= {"rsm.broker.settings", "rsm.cli.app"}, makers
 
 
-def test_every_script_is_a_transition_and_says_what_it_takes() -> None:
+def test_every_script_documents_its_arguments_and_its_reply() -> None:
     for path in sorted((LUA / "transitions").glob("*.lua")):
         text = path.read_text()
-        assert text.startswith("--- @include"), f"{path.name} does not say what it is made of"
-        assert "-- ARGV" in text, f"{path.name} does not say what it takes"
-        assert "Returns" in text, f"{path.name} does not say what it returns"
+        assert text.startswith("--- @include"), f"{path.name} does not begin with its modules"
+        assert "-- ARGV" in text, f"{path.name} does not document its arguments"
+        assert "Returns" in text, f"{path.name} does not document what it returns"

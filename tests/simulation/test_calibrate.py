@@ -95,7 +95,7 @@ def test_real_vllm_is_calibrated(tmp_path: Path) -> None:
     more = ("--max-num-seqs", "8", "--engine-arg", "max_model_len=512", "--seconds", "3")
     done = run("calibrate", "--out", str(out), *more, timeout_s=360)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "error of one: median" in done.stdout
+    assert "error per step: median" in done.stdout
     found = json.loads(out.read_text())
     assert found["engine"]["max_num_seqs"] == 8
     assert found["times"]["step_s"] > 0

@@ -1,1 +1,1 @@
-"""What tests share: worlds, workers, servers, models."""
+"""Shared test support: worlds, workers, servers and models."""

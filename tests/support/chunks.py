@@ -9,7 +9,7 @@ from rsm.workers.backends.base import Chunk, Resumed
 
 
 class Heard(list[Chunk]):
-    """Chunks as they come, for tests that act in the middle of a stream."""
+    """Chunks as they arrive, for tests that act in the middle of a stream."""
 
     def __init__(self, chunks: Iterable[Chunk] = ()) -> None:
         super().__init__(chunks)
@@ -26,7 +26,7 @@ class Heard(list[Chunk]):
                 await self._more.wait()
 
     def resumed(self) -> Resumed:
-        """As the worker reads it back from the call's log."""
+        """What the worker would read back from the call's log."""
         return Resumed(
             text="".join(p.text for p in self),
             token_ids=[i for p in self for i in p.token_ids],

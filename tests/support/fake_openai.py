@@ -1,7 +1,7 @@
 """A small OpenAI-compatible server on 127.0.0.1, over a real socket.
 
-No real remote server can be had where these tests run. This one can fail in the ways that matter to a client; its
-shapes follow what vLLM's server and OpenAI send.
+Tests have no real remote server. This one can fail in the ways that matter to a client. Its replies have the form of
+those of vLLM's server and of OpenAI.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ WORDS = [f" w{n}" for n in range(100)]
 
 
 class Server:
-    """A fake OpenAI-compatible server. What it says: " w0", " w1", … counted from the words that the prompt ends with.
+    """A fake OpenAI-compatible server. It answers " w0", " w1", … and continues the words that the prompt ends with.
 
     Attributes:
-        fail: status and body for the next calls, in place of an answer.
-        cut_after: breaks the connection after so many chunks.
-        stall_after: sends nothing more after so many chunks, until the client goes away.
-        pause_s: waits before each chunk.
-        in_stream: sent in place of the last chunk.
-        chunkmeal: sends its bytes one at a time.
-        vllm: says that it is vLLM; token ids are sent to whom asks with return_token_ids.
-        health: status of GET /models; models: what it lists.
-        about: answers to what is asked beside OpenAI's API, by path.
+        fail: status and body for the next calls, instead of an answer.
+        cut_after: break the connection after this many chunks.
+        stall_after: send nothing more after this many chunks, until the client disconnects.
+        pause_s: pause before each chunk.
+        in_stream: sent instead of the last chunk.
+        chunkmeal: send single bytes.
+        vllm: claim to be vLLM, and send token ids if return_token_ids is set.
+        health: status of GET /models.
+        models: what GET /models lists.
+        about: answers to requests outside OpenAI's API, by path.
     """
 
     def __init__(self) -> None:
@@ -119,13 +120,13 @@ class Server:
             await w.drain()
 
     def _chunks(self, path: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-        chat, first, limit = path.endswith("chat/completions"), _said(_begun(request)), request["max_tokens"]
+        chat, first, limit = path.endswith("chat/completions"), _words_in(_prefix(request)), request["max_tokens"]
         docs = [_chunk(chat, {"delta": {"role": "assistant", "content": ""}})] if chat else []
         for n in range(first, first + limit):
-            said: dict[str, Any] = {"delta": {"content": WORDS[n]}} if chat else {"text": WORDS[n]}
+            content: dict[str, Any] = {"delta": {"content": WORDS[n]}} if chat else {"text": WORDS[n]}
             if request.get("return_token_ids"):
-                said["token_ids"] = [1000 + n]
-            docs.append(_chunk(chat, said, "length" if n == first + limit - 1 else None))
+                content["token_ids"] = [1000 + n]
+            docs.append(_chunk(chat, content, "length" if n == first + limit - 1 else None))
         if self.in_stream is not None:
             docs[-1] = self.in_stream
         if request.get("stream_options", {}).get("include_usage"):
@@ -136,30 +137,30 @@ class Server:
         """The body of an answer that is not streamed."""
         text = "".join(WORDS[: request["max_tokens"]])
         chat = path.endswith("chat/completions")
-        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-        choice = {"index": 0, **said, "finish_reason": "length"}
+        content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        choice = {"index": 0, **content, "finish_reason": "length"}
         return {"id": "x", "choices": [choice], "usage": _usage(request, request["max_tokens"])}
 
 
-def _chunk(chat: bool, said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+def _chunk(chat: bool, content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     kind = "chat.completion.chunk" if chat else "text_completion"
-    return {"id": "x", "object": kind, "choices": [{"index": 0, **said, "finish_reason": reason}]}
+    return {"id": "x", "object": kind, "choices": [{"index": 0, **content, "finish_reason": reason}]}
 
 
-def _begun(request: dict[str, Any]) -> Any:
-    """What may end with words of the answer: the prompt, or the message that is to be gone on with."""
+def _prefix(request: dict[str, Any]) -> Any:
+    """What may end with words of the answer: the prompt, or the message to continue."""
     if request.get("continue_final_message"):
         return request["messages"][-1]["content"]
     return request.get("prompt")
 
 
-def _said(prompt: Any) -> int:
-    """How many of its words the prompt holds."""
+def _words_in(prompt: Any) -> int:
+    """How many words of the answer the prompt holds."""
     if isinstance(prompt, list):
         return sum(1000 <= token < 1100 for token in prompt)
     return str(prompt).count(" w")
 
 
 def _usage(request: dict[str, Any], produced: int) -> dict[str, Any]:
-    prompt = 5 + _said(_begun(request))
+    prompt = 5 + _words_in(_prefix(request))
     return {"prompt_tokens": prompt, "completion_tokens": produced, "prompt_tokens_details": {"cached_tokens": 4}}

@@ -1,4 +1,4 @@
-"""A worker without an engine: what becomes of each call is the test's to say. It speaks through `Transitions` alone."""
+"""A worker without an engine: the test decides what happens to each call. It uses `Transitions` only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FakeWorker:
     """One incarnation of an engine, driven by hand; `serving` drives it from a thread.
 
     Args:
-        server: a Redis client, real or fake; none = a connection of its own.
+        server: a Redis client, real or fake. Default: a connection of its own.
         load: fields of the registration, such as `max_num_seqs`.
     """
 
@@ -68,7 +68,7 @@ class FakeWorker:
         return execute.run(self.db, self.transitions.heartbeat(self.engine, self.incarnation, state, load))
 
     def up(self) -> FakeWorker:
-        """Registered and ready."""
+        """Registers and becomes READY."""
         assert self.register().ok
         assert self.beat()
         return self
@@ -76,7 +76,7 @@ class FakeWorker:
     def claim(
         self, most: int = 10, claim_no: int | None = None, ahead: int = 0, threshold: tuple[int, int] = (0, 0)
     ) -> list[Claimed] | None:
-        """Claims up to so many calls; the same number again after a lost reply, so that no call is lost."""
+        """Claims at most this many calls. After a lost reply, the same `claim_no` returns the same calls."""
         claim_no = self.claims + 1 if claim_no is None else claim_no
         command = self.transitions.claim(self.engine, self.incarnation, claim_no, most, ahead, threshold)
         claimed = execute.run(self.db, command)
@@ -85,7 +85,7 @@ class FakeWorker:
         return claimed
 
     def take(self) -> Claimed:
-        """Claims exactly one call, which must be waiting."""
+        """Claims one call, which must be waiting."""
         claimed = self.claim(1)
         assert claimed
         return claimed[0]
@@ -96,7 +96,7 @@ class FakeWorker:
         return self.take()
 
     def publish(self, call: Claimed, *texts: str, first: int | None = None) -> list[str]:
-        """Publishes one chunk per text, numbered from `first` on (none = behind what earlier attempts published)."""
+        """Publishes one chunk per text, numbered from `first`. Default: after those of earlier attempts."""
         first = call.events if first is None else first
         events = [Event(call.fence, first + i, t, [first + i], "", "") for i, t in enumerate(texts)]
         return execute.run(self.db, self.transitions.publish(self.engine, events))
@@ -104,7 +104,7 @@ class FakeWorker:
     def finish(
         self, call: Claimed, text: str = "done", state: RequestState = RequestState.COMPLETED, **how: Any
     ) -> str:
-        """Ends a call, as `end_of` says; returns the script's word for it."""
+        """Ends a call, as `end_of` describes. Returns the script's reply code."""
         self.held.pop(call.fence.call_id, None)
         return execute.run(self.db, self.transitions.finish(self.engine, [self.end_of(call, text, state, **how)]))[0]
 
@@ -124,7 +124,7 @@ class FakeWorker:
         events: int | None = None,
         service: int | None = None,
     ) -> Finish:
-        """service: none = in tokens."""
+        """The message that ends a call. `service`: by default, charged in tokens."""
         result = {"text": text, "token_ids": [1, 2], "finish_reason": "stop", "ttft_ms": 1}
         return Finish(
             fence or call.fence,
@@ -153,19 +153,19 @@ class FakeWorker:
         return execute.run(self.db, self.transitions.release(self.engine, releases))
 
     def orders(self) -> list[dict[str, str]]:
-        """What came on the control stream since the registration or the last look."""
+        """The entries of the control stream since the registration or the last call of this."""
         entries: Sequence[Any] = self.db.xrange(self.keys.control(self.engine), min=f"({self._control}")
         if entries:
             self._control = codec.text(entries[-1][0])
         return [{codec.text(k): codec.text(v) for k, v in fields.items()} for _, fields in entries]
 
-    # -- a life of its own
+    # -- driven by a thread
 
     @contextmanager
     def serving(self, answer: Answer) -> Iterator[FakeWorker]:
         """Claims and answers from a thread, renews the lease, and ends flagged calls, until the block is left.
 
-        A call that `answer` does not finish stays held, as by an engine that is still at it.
+        A call that `answer` does not finish keeps running.
         """
         assert self._owned, "a thread needs a connection of its own"
         stop = threading.Event()
@@ -207,13 +207,13 @@ class FakeWorker:
 
 
 def patient(settings: Settings) -> Settings:
-    """No engine is taken for dead: for tests that drive workers by hand, on a machine that has other work too."""
+    """Long leases, for tests that drive workers by hand on a busy machine: no engine counts as dead."""
     return settings.model_copy(update={"lease_ms": 60_000})
 
 
 @contextmanager
 def routing(settings: Settings, policy: Policy | None = None) -> Iterator[Router]:
-    """A router in a thread, until the block is left."""
+    """Runs a router in a thread until the block is left."""
     router = Router(settings, policy)
     thread = threading.Thread(target=router.run, name=router.name)
     thread.start()
@@ -225,7 +225,7 @@ def routing(settings: Settings, policy: Policy | None = None) -> Iterator[Router
 
 
 def echo(worker: FakeWorker, call: Claimed) -> None:
-    """Answers with the prompt; a streamed call gets it word by word."""
+    """Answers with the prompt. A streamed call gets it word by word."""
     prompt = str(codec.decode(call.body, call.body_field).get("prompt", ""))
     if call.stream:
         worker.publish(call, *prompt.split())
@@ -233,7 +233,7 @@ def echo(worker: FakeWorker, call: Claimed) -> None:
 
 
 def hold(worker: FakeWorker, call: Claimed) -> None:
-    """Answers nothing: the call runs on."""
+    """Does not answer: the call keeps running."""
 
 
 def refuse(worker: FakeWorker, call: Claimed) -> None:

@@ -1,4 +1,4 @@
-"""Users of the roles of `rsm.broker.protocol.acl` on the tests' server."""
+"""Redis users with the roles of `rsm.broker.protocol.acl`, on the tests' server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rsm.broker.protocol.keys import Keys
 
 
 class Roles:
-    """The users of one namespace. Each has the name of its role as its password, with "-secret" behind it."""
+    """The users of one namespace. The password of each is the name of its role, plus "-secret"."""
 
     def __init__(self, db: redis.Redis, settings: Settings) -> None:
         self._db: Any = db
@@ -34,7 +34,7 @@ class Roles:
         self._db.execute_command("ACL DELUSER", *(user_name(self._keys, name) for name in ROLES))
 
     def settings(self, role: str, password: str | None = None) -> Settings:
-        """Those of a part that runs under a role."""
+        """The settings of a process that runs under a role."""
         path = self._settings.url().removeprefix("unix://")
         login = f"{user_name(self._keys, role)}:{secret(role) if password is None else password}"
         return self._settings.with_redis(f"unix://{login}@{path}")
@@ -48,7 +48,7 @@ class Roles:
             made.close()
 
     def refusals(self) -> list[str]:
-        """What Redis has refused these users, by its own log."""
+        """What Redis has refused these users, from its ACL log."""
         log = self._db.execute_command("ACL LOG")
         rows = [dict(zip(map(str, row[::2]), row[1::2], strict=True)) if isinstance(row, list) else row for row in log]
         ours = [{_text(k): _text(v) for k, v in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""The installed `rsm` command, run as users run it: in processes of its own."""
+"""The installed `rsm` command, run as users run it: in its own process."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ RSM = str(Path(sys.executable).parent / "rsm")
 
 
 class Deployment:
-    """One `rsm up` in the foreground of its own process, with a state folder of its own.
+    """One `rsm up` in its own process, with its own state folder.
 
     Args:
-        name: part of the folder's name, which must be short: a socket's path has 107 bytes at most.
-        env: further variables for `rsm up` and all commands.
+        name: part of the folder's name. It must be short: the path of a socket has 107 bytes at most.
+        env: additional variables for `rsm up` and all commands.
     """
 
     def __init__(self, name: str, *options: str, **env: str) -> None:
@@ -63,11 +63,11 @@ class Deployment:
 
     def interrupt(self, number: int = signal.SIGINT) -> None:
         assert self.process is not None
-        self.family = psutil.Process(self.process.pid).children(recursive=True)  # some may have been started again
+        self.family = psutil.Process(self.process.pid).children(recursive=True)  # some may have been restarted
         self.process.send_signal(number)
 
     def gone(self, timeout_s: float = 30) -> int:
-        """Waits for `rsm up` to end; fails if a process of it is left. Returns its exit status."""
+        """Waits for `rsm up` to end. Fails if one of its processes is left. Returns its exit status."""
         assert self.process is not None
         status = self.process.wait(timeout_s)
         _, alive = psutil.wait_procs(self.family, timeout=3)
@@ -75,19 +75,19 @@ class Deployment:
         return status
 
     def rsm(self, *args: str, status: int = 0, text: str | None = None) -> str:
-        """Runs one command; gives what it printed. Fails on another exit status, and on any traceback."""
+        """Runs one command and returns its output. Fails on another exit status or on a traceback."""
         done = run(*args, env=self.env, text=text)
         assert done.returncode == status, (args, done.returncode, done.stdout, done.stderr)
         return done.stdout if status == 0 else done.stdout + done.stderr
 
     def json(self, *args: str, status: int = 0) -> Any:
-        """Runs one command with --json; nothing else may be on its stdout."""
+        """Runs one command with --json. Fails if anything else is on its stdout."""
         done = run(*args, "--json", env=self.env)
         assert done.returncode == status, (args, done.returncode, done.stdout, done.stderr)
         return json.loads(done.stdout)
 
     def clean_up(self) -> None:
-        """Ends what is left and removes the folder."""
+        """Ends `rsm up` and removes the folder."""
         if self.process is not None and self.process.poll() is None:
             self.interrupt(signal.SIGTERM)
             self.gone()
@@ -98,7 +98,7 @@ class Deployment:
 def on_a_terminal(
     command: Sequence[str], env: Mapping[str, str], columns: int = 80
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Starts a program as the leader of a terminal of its own; also returns the terminal's other end, to be closed."""
+    """Starts a program in its own terminal. Also returns the terminal's other end, which the caller must close."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     plain = {name: value for name, value in env.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
@@ -116,13 +116,13 @@ def on_a_terminal(
 
 
 def typed(command: Sequence[str], env: Mapping[str, str], columns: int = 80) -> str:
-    """What a program shows on a terminal of so many columns, without colours."""
+    """What a program shows on a terminal of this width, without colours."""
     process, terminal = on_a_terminal(command, env, columns)
     shown = b""
     try:
         while chunk := os.read(terminal, 65536):
             shown += chunk
-    except OSError:  # nobody has the other end open any more
+    except OSError:  # all processes have closed the other end
         pass
     finally:
         os.close(terminal)
@@ -131,7 +131,7 @@ def typed(command: Sequence[str], env: Mapping[str, str], columns: int = 80) -> 
 
 
 def clean_env() -> dict[str, str]:
-    """The environment without settings of whoever runs the tests."""
+    """The environment without the settings of the user who runs the tests."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RSM_")}
 
 

@@ -1,4 +1,4 @@
-"""`rsm sim-server` as a process of its own."""
+"""`rsm sim-server` in its own process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from tests.support.rsm_command import RSM, clean_env
 
-# A token every 10 ms, and nothing else takes time.
+# A token takes 10 ms; nothing else takes time.
 STEPS = ("step_s=0.01", "prefill_token_s=0", "decode_seq_s=0", "context_token_s=0")
 
 
 @dataclass(frozen=True, slots=True)
 class SimHttp:
-    """A running server; `url` is without the API's version."""
+    """A running server. `url` has no API version."""
 
     url: str
     process: subprocess.Popen[str]
@@ -28,7 +28,7 @@ class SimHttp:
 
 @contextmanager
 def sim_server(*engine_args: str, port: int = 0, model: str = "m") -> Iterator[SimHttp]:
-    """One server, listening. It is killed at the end, however the test ends."""
+    """One listening server. It is killed at the end."""
     command = [RSM, "sim-server", "--port", str(port), "--model", model, "--log-level", "WARNING"]
     command += [part for arg in engine_args or STEPS for part in ("--engine-arg", arg)]
     process = subprocess.Popen(command, env=clean_env(), stdout=subprocess.PIPE, text=True)

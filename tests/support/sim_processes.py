@@ -1,4 +1,4 @@
-"""Real worker processes with modelled engines, what undisturbed ones would have said, and who is left of them."""
+"""Real worker processes with simulated engines, and the expected results of undisturbed calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WAIT_S = 60
 
 
 def sim(engine_id: str = "e1", step_s: float = 0.01, max_num_seqs: int = 64, **engine_args: Any) -> EngineConfig:
-    """An engine whose calls give a token every `step_s` seconds, and nothing else takes time."""
+    """An engine whose calls produce a token every `step_s` seconds; nothing else takes time."""
     times = {"step_s": step_s, "prefill_token_s": 0, "decode_seq_s": 0, "context_token_s": 0}
     return EngineConfig(engine_id=engine_id, backend="sim", max_num_seqs=max_num_seqs, engine_args=times | engine_args)
 
@@ -38,7 +38,7 @@ def said(prompt: str, max_tokens: int) -> str:
 
 
 def assert_undisturbed(client: Client, call_id: str, prompt: str, max_tokens: int) -> None:
-    """A streamed call ended well; its log holds each token once, in chunks numbered without gap, and one end."""
+    """Asserts that a streamed call completed, and that its log holds each token once, no gaps, and one end."""
     record = client.record(call_id)
     assert record.state is RequestState.COMPLETED, record
     assert record.result is not None
@@ -79,7 +79,7 @@ class WorkerProcess:
         return self._process.wait(_WAIT_S)
 
     def kill(self) -> None:
-        """kill -9, also of one that has ended or stands still."""
+        """kill -9, also for a process that has ended or hangs."""
         self._process.kill()
         self._process.wait()
 
@@ -88,7 +88,7 @@ Start = Callable[..., WorkerProcess]
 
 
 def chunks(client: Client, handle: CallHandle) -> int:
-    """How many events its log has."""
+    """How many events the call's log has."""
     return int(client.redis.xlen(client.keys.events(handle.id)))
 
 
@@ -103,7 +103,7 @@ def all_speak(client: Client, handles: Sequence[CallHandle]) -> bool:
 
 
 def take_away(server: EmbeddedRedis, how: str) -> None:
-    """A Redis that is "gone" refuses connections; one that is "hanging" takes them and says nothing."""
+    """Makes Redis fail. "gone": it refuses connections. "hanging": it accepts them and does not answer."""
     if how == "gone":
         server.kill()
     else:
@@ -125,5 +125,5 @@ def state_of(monitor: Monitor, engine_id: str) -> str:
 
 
 def processes_of(settings: Settings, folder: Path | None = None) -> list[psutil.Process]:
-    """Routers, workers, supervisors and nodes of one namespace, and with `folder` the server that lives there."""
+    """Routers, workers, supervisors and nodes of one namespace. With `folder`, also the server in it."""
     return leaks.processes_of(settings.namespace, folder, settings.url())

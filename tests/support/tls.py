@@ -1,6 +1,6 @@
-"""TLS in front of the tests' server, whose binary has none built in.
+"""TLS in front of the tests' server, whose binary is built without it.
 
-The client's side of it, which is what is tested, is the real one.
+The tests are about the client's side, which is real.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class Certificates:
-    """A CA, and certificates of it for a server called localhost and for a client; made by openssl."""
+    """A CA with certificates for a server on localhost and for a client, made by openssl."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,7 +49,7 @@ class Certificates:
 
 
 class TlsFront:
-    """Takes TLS on 127.0.0.1 and passes the bytes on to a unix socket. Clients must show a certificate of the CA."""
+    """Accepts TLS on 127.0.0.1 and forwards to a unix socket. Clients need a certificate of the CA."""
 
     def __init__(self, socket: Path, certificates: Certificates) -> None:
         self._socket = socket
@@ -76,8 +76,8 @@ class TlsFront:
 
     async def _close(self) -> None:
         self._server.close()
-        mine = asyncio.current_task()
-        tasks = [task for task in asyncio.all_tasks() if task is not mine]
+        this_task = asyncio.current_task()
+        tasks = [task for task in asyncio.all_tasks() if task is not this_task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

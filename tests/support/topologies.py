@@ -1,6 +1,6 @@
-"""Redis as people run it, on this machine: one server, a master under Sentinel, a Cluster. For tests alone.
+"""The Redis topologies on this machine, for tests: one server, a master under Sentinel, a Cluster.
 
-All of it is one binary, the one that the embedded server uses; everything listens on 127.0.0.1.
+All of them use the binary of the embedded server. Everything listens on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tests.support.waiting import eventually
 
 SLOTS = 16384
 SENTINELS = 3
-# How long a server must be silent to count as down. Short, so that tests are; a deployment wants some seconds.
+# How long a server must be silent to count as down. Short, to keep tests short; a deployment needs some seconds.
 DOWN_AFTER_MS = 1000
 _MASTER = "primary"
 _START_S = 30.0
 
 
 class Topology(Protocol):
-    """Something with a URL that parts can be pointed at."""
+    """A running Redis with its URL."""
 
     @property
     def url(self) -> str: ...
@@ -48,7 +48,7 @@ def free_port() -> int:
 
 
 class Node:
-    """One server process, with a folder of its own that survives a kill."""
+    """One server process. Its folder survives a kill."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.port, self.bus = free_port(), free_port()
@@ -76,7 +76,7 @@ class Node:
             return False
 
     def ask(self, *command: Any) -> Any:
-        """One command over a connection of its own."""
+        """Sends one command over a new connection."""
         server: Any = redis.Redis(port=self.port, protocol=2, socket_timeout=5)
         try:
             return server.execute_command(*command)
@@ -88,14 +88,14 @@ class Node:
         return answer
 
     def kill(self) -> None:
-        """kill -9, also of what it may have forked to write a snapshot."""
+        """kill -9, also for a process that it may have forked to write a snapshot."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
     def freeze(self) -> None:
-        """It stands still, while its kernel goes on taking connections and bytes."""
+        """Makes it hang, while its kernel still accepts connections and bytes."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -109,13 +109,13 @@ class Node:
         self.kill()
 
     def refuse_replicas(self) -> None:
-        """From now on no write reaches a replica, though clients notice nothing: what an asynchronous replica lacks."""
+        """Cuts off its replicas without clients noticing: later writes are what an asynchronous replica lacks."""
         self.ask("ACL", "SETUSER", "default", "-psync", "-sync")
         self.ask("CLIENT", "KILL", "TYPE", "replica")
         eventually(lambda: self.info("replication")["connected_slaves"] == 0)
 
     def replicates(self) -> bool:
-        """Whether this replica is in step with a master."""
+        """Whether this replica is connected to its master."""
         return self.info("replication").get("master_link_status") == "up"
 
 
@@ -123,7 +123,7 @@ class Sentinel(Node):
     def _arguments(self) -> list[str]:
         config = self._folder / "sentinel.conf"
         lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder}", *self._options]
-        config.write_text("\n".join(lines) + "\n")  # it rewrites its own file
+        config.write_text("\n".join(lines) + "\n")  # Sentinel rewrites its file
         return [str(config), "--sentinel"]
 
 
@@ -195,17 +195,17 @@ class UnderSentinel(_Several):
         )
 
     def namespace(self) -> str:
-        """A new one."""
+        """A new namespace."""
         return f"t{new_id()}"
 
     def master(self, namespace: str) -> Node:
-        """The node that the Sentinels name; all namespaces live there."""
+        """The node that the Sentinels name. All namespaces are on it."""
         _, port = self._sentinels[0].ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", _MASTER)
         return next(n for n in self.nodes if n.port == int(port))
 
 
 class Cluster(_Several):
-    """Three masters, each with a third of the slots; the first has as many replicas as asked for, the others none."""
+    """Three masters with a third of the slots each. The first one has `replicas`, the others have none."""
 
     def __init__(self, replicas: int = 0) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Cluster(_Several):
         return next(name for name in iter(lambda: f"t{new_id()}", "") if self.master(name) is self.nodes[0])
 
     def master(self, namespace: str) -> Node:
-        """The node that serves a namespace's slot, by the first node that answers."""
+        """The node that serves a namespace's slot, according to the first node that answers."""
         finder = place_of(self.url, namespace).finder
         assert finder is not None
         for node in self.nodes:

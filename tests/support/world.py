@@ -1,4 +1,4 @@
-"""A namespace in which a test takes one step at a time, script by script, and looks at every key."""
+"""A namespace in which a test runs one script at a time and can read every key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG_AGO = 1
 
 
 class Fields(dict[str, str]):
-    """A hash or an entry. Fields that are empty or zero need not be stored."""
+    """A hash or an entry. A missing field reads as empty."""
 
     def __missing__(self, name: str) -> str:
         return ""
@@ -30,7 +30,7 @@ class Fields(dict[str, str]):
 
 
 class World:
-    """One namespace: a router and producers that act one step at a time, and eyes on every key."""
+    """One namespace: the steps of producers and of a router, and readers for every key."""
 
     def __init__(self, db: Any, settings: Settings) -> None:
         self.db = db
@@ -51,7 +51,7 @@ class World:
         return self.run(self.transitions.submit([self.prepare(call_id, prompt, **options)]))[0]
 
     def push(self, call_id: str, body: str = '{"prompt":"hi"}', **fields: Any) -> str:
-        """A bare XADD; returns its entry."""
+        """A bare XADD. Returns the entry's id."""
         return codec.text(self.db.xadd(self.keys.calls, {"id": call_id, "json": body, **fields}))
 
     def raw_call(self, entry: str, call_id: str, body: str = '{"prompt":"hi"}', **fields: Any) -> RawCall:
@@ -74,7 +74,7 @@ class World:
         return self.run(self.transitions.assign([self.placement(call_id, engine, **changes)]))[0]
 
     def queue(self, call_id: str, engine: str = "e1", **options: Any) -> None:
-        """Submitted and assigned."""
+        """Submits and assigns a call."""
         assert self.submit(call_id, **options).code == "new"
         assert self.assign(call_id, engine).code == "assigned"
 
@@ -82,7 +82,7 @@ class World:
         return FakeWorker(self.settings, engine, model, server=self.db).up()
 
     def start(self, call_id: str, worker: FakeWorker, **options: Any) -> Any:
-        """Submitted, assigned and claimed."""
+        """Submits, assigns and claims a call."""
         self.queue(call_id, worker.engine, **options)
         return worker.take()
 
@@ -96,38 +96,41 @@ class World:
         return tree.ended
 
     def charge(self, session: str, service: int, waited_ms: int = 0, ran_ms: int = 0, call_id: str = "none") -> int:
-        """As if a call of the session had ended; returns its program's service. call_id: with a record, one that was
-        assigned; else a sequential one."""
+        """Charges a session as if one of its calls had ended. Returns its program's service.
+
+        Args:
+            call_id: if it has a record, the call counts as assigned, else as sequential.
+        """
         return self.run(self.transitions.session("charge", session, call_id, service, waited_ms, ran_ms))
 
     def read(self, router: str) -> None:
-        """A router takes all new entries in hand."""
+        """Lets a router read all new entries."""
         self.db.xreadgroup(ROUTER_GROUP, router, {self.keys.calls: ">"})
 
     def with_settings(self, **changes: Any) -> Transitions:
         return Transitions(self.keys, self.settings.model_copy(update=changes))
 
     def expired(self) -> Transitions:
-        """As if the result TTL of all finished calls had passed."""
+        """Transitions for which the result TTL of all finished calls has passed."""
         return self.with_settings(result_ttl_s=0)
 
     def lapse(self, engine: str = "e1") -> None:
-        """The lease of an engine ends."""
+        """Ends the lease of an engine."""
         self.db.zadd(self.keys.engines, {engine: LONG_AGO})
 
     def forget(self, call_id: str) -> None:
-        """A record expires, with its log."""
+        """Lets a record expire, with its log."""
         self.db.delete(self.keys.call(call_id), self.keys.events(call_id))
 
     def die(self, worker: FakeWorker) -> FakeWorker:
-        """The worker's process dies, and comes back; its calls are assigned to it again."""
+        """Lets a worker die and restart. Its calls are assigned to it again."""
         self.run(self.transitions.reap(worker.engine, worker.incarnation))
-        heir = self.worker(worker.engine)
+        restarted = self.worker(worker.engine)
         for _, fields in self.stream():
             self.assign(fields["id"], worker.engine)
-        return heir
+        return restarted
 
-    # -- eyes
+    # -- state
 
     def record(self, call_id: str) -> Fields:
         return texts(self.db.hgetall(self.keys.call(call_id)))
@@ -169,7 +172,7 @@ class World:
         return [codec.text(m) for m in self.db.zrange(self.keys.queue(engine), 0, -1)]
 
     def starving(self, engine: str = "e1") -> dict[str, int]:
-        """Calls that will starve, and when."""
+        """Calls that will starve, and the time of it."""
         return {codec.text(m): int(t) for m, t in self.db.zrange(self.keys.starving(engine), 0, -1, withscores=True)}
 
     def running(self, engine: str = "e1") -> list[str]:
@@ -179,8 +182,8 @@ class World:
         return codec.number(self.db.hget(self.keys.stats, name))
 
     def leaks(self) -> list[str]:
-        mine = (k for k in self.db.scan_iter() if k.decode().startswith(self.keys.prefix))
-        names = (k.decode().removeprefix(self.keys.prefix) for k in mine if self.db.ttl(k) == -1)
+        own = (k for k in self.db.scan_iter() if k.decode().startswith(self.keys.prefix))
+        names = (k.decode().removeprefix(self.keys.prefix) for k in own if self.db.ttl(k) == -1)
         return [n for n in names if not LASTING.fullmatch(n) and not self._open(n)]
 
     def _open(self, name: str) -> bool:

@@ -1,1 +1,1 @@
-"""The Lua of the scripts, linted and run without Redis."""
+"""Lints and runs the scripts' Lua without Redis."""

@@ -1,6 +1,6 @@
-"""luacheck over every script as Redis gets it, with its modules; what it finds is shown where it was written.
+"""Runs luacheck on every script as Redis gets it, with its modules. Findings name the source file and its line.
 
-A script need not use all of a module, so an unused local of a module counts only if no script uses it.
+A script need not use all of a module. So an unused local of a module is reported only if no script uses it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Parts = list[tuple[str, str]]
 
 
 class Finding(NamedTuple):
-    """`part`: the module or the transition, `line`: of its file."""
+    """`part`: the module or the transition; `line`: the line in its file."""
 
     part: str
     line: int
@@ -51,7 +51,7 @@ def is_required() -> bool:
 
 
 def lint(scripts: Mapping[str, Parts]) -> list[Finding]:
-    """What luacheck finds in scripts, by name, that are made of these parts."""
+    """What luacheck finds in scripts. `scripts`: the parts of each script, by name."""
     with tempfile.TemporaryDirectory() as folder:
         for name, made_of in scripts.items():
             (Path(folder) / f"{name}.lua").write_text("\n".join(text for _, text in made_of), encoding="utf-8")
@@ -59,10 +59,10 @@ def lint(scripts: Mapping[str, Parts]) -> list[Finding]:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode > 2:  # 1 and 2: it found something
         raise RuntimeError(f"luacheck failed: {done.stdout}{done.stderr}")
-    return sorted(_that_matter(scripts, done.stdout.splitlines()))
+    return sorted(_relevant(scripts, done.stdout.splitlines()))
 
 
-def _that_matter(scripts: Mapping[str, Parts], lines: Iterable[str]) -> list[Finding]:
+def _relevant(scripts: Mapping[str, Parts], lines: Iterable[str]) -> list[Finding]:
     seen = Counter(_finding(line, scripts) for line in lines if line.strip())
     uses = Counter(name for made_of in scripts.values() for name, _ in made_of)
     return [f for f, times in seen.items() if not f.code.startswith(_UNUSED) or times == uses[f.part]]
@@ -71,21 +71,21 @@ def _that_matter(scripts: Mapping[str, Parts], lines: Iterable[str]) -> list[Fin
 def _finding(shown: str, scripts: Mapping[str, Parts]) -> Finding:
     found = _FOUND.search(shown)
     if found is None:
-        raise RuntimeError(f"luacheck said something unknown: {shown}")
+        raise RuntimeError(f"luacheck printed an unknown line: {shown}")
     part, line = _origin(scripts[found["script"]], int(found["line"]))
-    # Other lines that it names are those of the whole script.
+    # Other line numbers in the text are those of the whole script.
     text = re.sub(r" on line \d+", "", found["text"])
     return Finding(part, line, int(found["column"]), found["code"], text)
 
 
 def _origin(made_of: Parts, line: int) -> tuple[str, int]:
-    """The part that a line of a script is from, and its line in that part's file."""
+    """The part that a line of a script belongs to, and its line in that part's file."""
     for name, text in made_of:
         size = text.count("\n") + 1
         if line <= size:
-            return name, line + (name == made_of[-1][0])  # a transition's first line is no part of the script
+            return name, line + (name == made_of[-1][0])  # the script lacks the first line of its transition
         line -= size
-    raise ValueError(f"there is no line {line} behind the end")
+    raise ValueError(f"line {line} is beyond the end")
 
 
 def _path(part: str) -> str:
@@ -102,7 +102,7 @@ def main() -> int:
         print(finding)
     left = sorted((locals_left(s.text), s.name) for s in all_scripts())
     fewest = ", ".join(f"{name} {n}" for n, name in left[:5])
-    print(f"{len(left)} Lua scripts, {len(found)} findings; locals left, the fewest: {fewest}")
+    print(f"{len(left)} Lua scripts, {len(found)} findings; fewest spare locals: {fewest}")
     return 1 if found else 0
 
 

@@ -1,4 +1,4 @@
-"""A Lua of this process, of the version that Redis has."""
+"""A Lua interpreter in this process, of the version that Redis has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lupa.lua51 import LuaRuntime, LuaSyntaxError
 
 from rsm.broker.protocol.scripts import source
 
-LOCALS = 200  # that a function may have at once
+LOCALS = 200  # Lua's limit for one function
 PREFIX = "{test}:"
 ARGS = (3_600_000, 3_600_000, "0 0 0 0 0 0")
 
@@ -21,7 +21,7 @@ def _lua() -> Any:
 
 
 def locals_left(text: str) -> int:
-    """How many more locals the main function of a script could have. Raises ValueError: it does not compile."""
+    """How many more locals the main function of a script may have. Raises ValueError if it does not compile."""
     left = -1
     for step in (128, 64, 32, 16, 8, 4, 2, 1):
         if left + step <= LOCALS and _compiles(text, left + step):
@@ -43,10 +43,10 @@ def _compiles(text: str, more: int) -> bool:
 def run_modules(
     *names: str, exports: Sequence[str], call: Callable[..., Any] | None = None, args: Sequence[Any] = ARGS
 ) -> Any:
-    """Runs modules, in order, and gives some of their locals as attributes.
+    """Runs modules in order. Returns an object with some of their locals as attributes.
 
     Args:
-        call: stands for Redis; its lists are tables then, with False for what is not there. `TIME` is 0 without it.
+        call: a stand-in for Redis. Its lists become Lua tables, with False for missing values. Without it, `TIME` is 0.
         args: ARGV, as lib.lua reads it.
     """
     lua = LuaRuntime()

@@ -1,4 +1,4 @@
-"""`rsm node` in a process of its own, and the engines that it starts."""
+"""`rsm node` in its own process, and the engines that it starts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.support.waiting import eventually
 
 NAME = "host"
 START_S = 40
-# How long a process may take to do something on a machine that has much else to do.
+# How long a process may take to do something on a busy machine.
 _BUSY_S = 60.0
 
 
 class Node:
-    """The node's process, which can be started again."""
+    """A node's process, which can be restarted."""
 
     def __init__(self, settings: Settings, log: Path, name: str = NAME) -> None:
         self._settings = settings
@@ -40,7 +40,7 @@ class Node:
         return self
 
     def restart(self, number: int) -> int:
-        """Ends it with a signal; returns its exit status when a new one serves."""
+        """Ends the process with a signal, starts a new one and waits for it. Returns the old one's exit status."""
         starts = self.log().count("Listening on")
         self.process.send_signal(number)
         status = self.process.wait(30)
@@ -49,12 +49,12 @@ class Node:
         return status
 
     def job_process(self) -> psutil.Process:
-        """The process of the job that it runs."""
+        """The process of the job that the node runs."""
         (found,) = psutil.Process(self.process.pid).children()
         return found
 
     def end(self) -> None:
-        """kill -9, also of one that was stopped."""
+        """kill -9, also for a stopped process."""
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()

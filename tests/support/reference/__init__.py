@@ -1,1 +1,1 @@
-"""What docs/protocol.md promises, as plain Python."""
+"""A reference model of docs/protocol.md in plain Python."""

@@ -1,6 +1,6 @@
-"""What docs/protocol.md promises, as plain Python: no Redis, no clock, no retries.
+"""A reference model of docs/protocol.md in plain Python: no Redis, no clock, no retries.
 
-Each method is the script of that name. Names that Redis gives out (entry ids, arrival times) are told to the model.
+Each public method models the script of that name. Values that Redis chooses (entry ids, arrival times) are arguments.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Model:
         self.max_attempts, self.max_deaths, self.max_open = s.max_attempts, s.max_deaths, s.max_open_calls
         self.bounds = s.level_bounds
         self.calls: dict[str, Call] = {}
-        self.notes: dict[str, str] = {}  # cancels that came before their call's record
+        self.notes: dict[str, str] = {}  # cancellations that arrived before the call's record
         self.stream: list[Entry] = []
         self.parked: dict[str, int] = {}  # id, and arrival when it was parked
         self.engines: dict[str, Engine] = {}
         self.sessions = {s: Session() for s in sessions}
-        self.solved: set[str] = set()  # deaths of engines of which the culprit was found
+        self.solved: set[str] = set()  # deaths of engines whose cause is known
         self.left: list[str] = []  # generations of calls that ended before an engine had them
         self.stats: Counter[str] = Counter()
-        self.told: list[tuple[str, str, str]] = []  # ends that the inbox heard of: id, generation, state
+        self.told: list[tuple[str, str, str]] = []  # ends in the inbox: id, generation, state
         self.forgotten: set[tuple[str, str]] = set()  # ids and generations of records that have expired
 
     # -- what the scripts have in common
@@ -40,7 +40,7 @@ class Model:
         return {c.id for c in self.calls.values() if c.state == "RUNNING" and c.engine == e}
 
     def work(self, e: str) -> Counter[str]:
-        """What waits for an engine, by rank: calls, and tokens to compute."""
+        """The calls that wait for an engine, and their tokens to compute, by rank."""
         counts: Counter[str] = Counter()
         for c in (self.calls[i] for i in self.queue(e)):
             counts[str(c.rank)] += 1
@@ -55,11 +55,11 @@ class Model:
             self.parked.pop(c.id, None)
             self.left.append(c.gen)
         c.state, c.error_code, c.timed = state, code, False
-        self.tell(c.id, c.gen, state)
+        self.report(c.id, c.gen, state)
         self.stats[state.lower()] += 1
         self.sessions[c.session].counts[state.lower()] += 1
 
-    def tell(self, call_id: str, gen: str, state: str) -> None:
+    def report(self, call_id: str, gen: str, state: str) -> None:
         self.told.append((call_id, gen, state))
 
     def end_flagged(self, c: Call) -> None:
@@ -73,8 +73,13 @@ class Model:
         c.waited, c.paid, c.promoted, c.starves, c.reuse = 0, 0, False, False, 0
         self.stream.append(Entry(c.id, c.gen))
 
-    def lose(self, c: Call, fault: str, home: str) -> None:
-        """The attempt is over without a result. fault: "death" of the engine, "error", "" = given back in order."""
+    def lose(self, c: Call, fault: str, engine: str) -> None:
+        """Ends the attempt without a result.
+
+        Args:
+            fault: "death" of the engine, "error", or "" if the call was returned in order.
+            engine: the engine on which the call waits again. By default, it goes to the router.
+        """
         if c.cancel:
             self.end_flagged(c)
             return
@@ -85,7 +90,7 @@ class Model:
             c.begins = len(c.log)
         c.attempt += 1
         self.stats["requeued"] += 1
-        if home:
+        if engine:
             c.state = "PENDING"
         else:
             self.to_router(c)
@@ -99,21 +104,21 @@ class Model:
         guilty = len(c.deaths) >= self.max_deaths and engine.alone == c.id
         if guilty:
             self.solved |= set(c.deaths)
-            self.bury(c, "attempts_exhausted")
+            self.dead_letter(c, "attempts_exhausted")
         return guilty
 
     def fails_for_good(self, c: Call) -> bool:
         c.failures += 1
         if c.failures >= self.max_attempts:
-            self.bury(c, "engine_error")
+            self.dead_letter(c, "engine_error")
         return not c.open
 
-    def bury(self, c: Call, code: str) -> None:
+    def dead_letter(self, c: Call, code: str) -> None:
         self.stats["dead_letters"] += 1
         self.end(c, "FAILED", code)
 
     def suspect(self, c: Call) -> bool:
-        """Its next death would be its last, so it runs alone."""
+        """Whether one more death fails the call, so that it must run alone."""
         return bool(c.deaths) and len(set(c.deaths) - self.solved) >= self.max_deaths - 1
 
     def give_back(self, e: str, limit: int) -> int:
@@ -123,7 +128,7 @@ class Model:
         return len(ids)
 
     def stop(self, c: Call, flag: str) -> bool:
-        """Ends a waiting call, flags a running one; whether anything changed."""
+        """Ends a waiting call, flags a running one. Returns whether anything changed."""
         if not c.open or c.cancel:
             return False
         c.cancel, waiting = flag, c.state == "PENDING"
@@ -136,7 +141,7 @@ class Model:
         self.stream = [e for e in self.stream if e.name != entry]
 
     def fenced(self, e: str, fence: Fence) -> Call | None:
-        """The call, if the fence names its latest attempt and that is this engine's."""
+        """The call, if the fence names its latest attempt and that is on this engine."""
         c = self.calls.get(fence.call_id)
         return c if c and (c.gen, c.attempt, c.engine) == (fence.gen, fence.attempt, e) else None
 
@@ -151,7 +156,7 @@ class Model:
         return self.sessions[self.lineage(session)[-1]]
 
     def adopt(self, session: str, parent: str) -> bool:
-        """Whether the one may be, and is from now on, the other's child."""
+        """Makes one session the other's child. Returns whether that is allowed."""
         child = self.sessions[session]
         if child.parent or session in self.lineage(parent):
             return child.parent == parent
@@ -161,7 +166,7 @@ class Model:
         return True
 
     def create(self, new: Call, parent: str = "", always: bool = False) -> tuple[str, str]:
-        """always: it is not asked whether there is room."""
+        """Creates a record. `always`: even above the limit of open calls."""
         old = self.calls.get(new.id)
         refused = old and old.error_code == "overloaded" and old.digest == new.digest
         if old and not refused:
@@ -227,7 +232,7 @@ class Model:
             self.end(new, "FAILED", "overloaded" if code == "overloaded" else "invalid_request")
         if code == "conflict":
             self.stats["dead_letters"] += 1
-            self.tell(new.id, entry, "FAILED")
+            self.report(new.id, entry, "FAILED")
         return code
 
     def reject(self, entry: str, gen: str, refused: Call) -> str:
@@ -240,7 +245,7 @@ class Model:
             return "stale"
         if code != "new" and c.gen != gen:
             self.stats["dead_letters"] += 1
-            self.tell(refused.id, entry, "FAILED")
+            self.report(refused.id, entry, "FAILED")
             return "buried"
         self.end(c, "FAILED", "invalid_request")
         return "failed"
@@ -291,7 +296,7 @@ class Model:
         return e
 
     def reap(self, limit: int, claims: dict[str, list[str]], only: str = "", incarnation: str = "") -> Any:
-        """claims: the running calls of each engine, in the order of their claims."""
+        """Handles dead engines. `claims`: the running calls of each engine, in the order of their claims."""
         candidates = [e for _, e in sorted((x.beat, e) for e, x in self.engines.items() if x.listed and x.beat < NEVER)]
         if only:
             candidates = [only] if only in self.engines and self.engines[only].incarnation == incarnation else []
@@ -345,8 +350,8 @@ class Model:
 
     def register(self, e: str, incarnation: str, claims: list[str]) -> bool:
         old = self.engines.get(e)
-        held = old and old.listed and old.beat == NEVER and old.state not in ("STOPPED", "DEAD")
-        if old and held and old.incarnation != incarnation:
+        alive = old and old.listed and old.beat == NEVER and old.state not in ("STOPPED", "DEAD")
+        if old and alive and old.incarnation != incarnation:
             return False
         if old and old.incarnation != incarnation:
             for i in claims:
@@ -375,7 +380,7 @@ class Model:
         return [self.calls[i] for i in x.claimed if i in self.running(e)]
 
     def promote(self, c: Call) -> None:
-        """To the first level, for it has waited too long."""
+        """Moves a call that has waited too long to the first level."""
         c.level, c.starves, c.promoted = 0, False, True
         self.stats["promoted"] += 1
 
@@ -441,22 +446,22 @@ class Model:
         self.lose(c, fault, "")
         return "released"
 
-    def reconcile(self, e: str, incarnation: str, held: list[Fence]) -> tuple[list[Fence], set[str]] | None:
+    def reconcile(self, e: str, incarnation: str, claimed: list[Fence]) -> tuple[list[Fence], set[str]] | None:
         if e not in self.engines or self.engines[e].incarnation != incarnation:
             return None
         here = self.running(e)
-        known = {f.call_id for f in held if f.call_id in here and self.fenced(e, f)}
-        return [f for f in held if not (f.call_id in here and self.fenced(e, f))], here - known
+        known = {f.call_id for f in claimed if f.call_id in here and self.fenced(e, f)}
+        return [f for f in claimed if not (f.call_id in here and self.fenced(e, f))], here - known
 
     def retire(self) -> None:
-        """Retention under pressure: every finished call's record goes, and what it left on the stream."""
+        """Retention under pressure: removes every finished call's record, and its entry on the stream."""
         for entry in self.left:
             self.take(entry)
         self.left.clear()
         for c in [c for c in self.calls.values() if not c.open]:
             self.forget(c.id)
 
-    # -- what Redis must show
+    # -- the expected state of Redis
 
     def view(self) -> dict[str, Any]:
         return {
@@ -485,7 +490,7 @@ class Model:
         }
 
     def usage(self) -> tuple[int, int, Counter[str]]:
-        """Unfinished calls, and the bytes of their bodies, in all and by session."""
+        """Unfinished calls and the bytes of their bodies, in total and by session."""
         still_open = [c for c in self.calls.values() if c.open]
         by_session: Counter[str] = Counter()
         for c in still_open:

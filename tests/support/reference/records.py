@@ -1,4 +1,4 @@
-"""What the reference model knows of a call, an entry, a session and an engine."""
+"""Calls, entries, sessions and engines of the reference model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 NEVER = float("inf")
 ENDED = ("COMPLETED", "CANCELLED", "FAILED")
-LONG_AGO = 10**9  # a lease that ended before then ended longer ago than an engine stays listed
+LONG_AGO = 10**9  # engines whose lease ended before this time are no longer listed
 LIFE = ["STARTING", "READY", "DRAINING", "STOPPED"]
 
 
 @dataclass
 class Call:
-    """A record. `timed`: listed under `deadlines`; `due`: its deadline has passed; `size`: bytes of its body."""
+    """A record. `timed`: listed in `deadlines`; `due`: its deadline has passed; `size`: bytes of its body."""
 
     id: str
     gen: str
@@ -36,7 +36,7 @@ class Call:
     level: int = 0
     reuse: int = 0
     inherited: int = 0
-    waited: int = 0  # its program's ages of waiting (test_state_machine.AGE), as inherited
+    waited: int = 0  # inherited waiting time of its program, in ages (test_state_machine.AGE)
     paid: int = 0
     promoted: bool = False
     starves: bool = False
@@ -51,7 +51,7 @@ class Call:
         return self.state not in ENDED
 
     def seen(self) -> tuple[Any, ...]:
-        """What its record must show."""
+        """The expected content of its record."""
         flag = self.cancel if self.state == "RUNNING" else ""
         fence, lost = (self.gen, self.attempt), (self.failures, self.deaths)
         placed = self.level, self.promoted, self.waited, self.moves
@@ -72,7 +72,7 @@ class Call:
 
 @dataclass
 class Entry:
-    """An entry of the router stream. `gen` is empty for a push: its name is the generation."""
+    """An entry of the router stream. For a push, `gen` is empty: its name is the generation."""
 
     id: str
     gen: str
@@ -81,7 +81,7 @@ class Entry:
 
 @dataclass
 class Session:
-    """`service`, `waited` and `paid` are those of its program if it is a root; the last two in ages."""
+    """A session. In a root, `service`, `waited` and `paid` are those of the program; the last two are in ages."""
 
     counts: Counter[str] = field(default_factory=Counter)
     parent: str = ""
@@ -94,13 +94,13 @@ class Session:
 
     @property
     def worn(self) -> bool:
-        """Its program has waited so long that whatever is behind the first level starves at once."""
+        """Whether its program has waited so long that calls after the first level starve at once."""
         return self.waited > self.paid
 
 
 @dataclass
 class Engine:
-    """`beat`: when its lease ended, NEVER while it holds; `listed`: it stands among `engines`."""
+    """An engine. `beat`: when its lease ended, or NEVER; `listed`: whether `engines` has it."""
 
     incarnation: str
     state: str = "STARTING"
@@ -108,7 +108,7 @@ class Engine:
     listed: bool = True
     claim_no: int = 0
     claimed: list[str] = field(default_factory=list)
-    alone: str = ""  # the suspect for which it empties itself, or which runs on it alone
+    alone: str = ""  # the suspect that it makes room for, or that runs on it alone
     served: int = 0
 
 

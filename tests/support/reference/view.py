@@ -1,4 +1,4 @@
-"""All that a namespace of a test shows, in the shape of the reference model."""
+"""The state of a test's namespace, in the form of the reference model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.keys import Keys
 
-AGE = 10**12  # ms: longer than anything waits in a test
+AGE = 10**12  # ms; longer than any real wait in a test
 ENDS = ("completed", "cancelled", "failed")
 Names = tuple[str, ...]
 
 
 @dataclass
 class Seen:
-    """All that a namespace holds, as text."""
+    """The content of a namespace, as text."""
 
     records: dict[str, dict[str, str]]
     logs: dict[str, list[dict[str, str]]]
@@ -40,7 +40,7 @@ class Seen:
     dead: int
 
     def view(self) -> dict[str, Any]:
-        """What Redis shows, in the shape of Model.view."""
+        """The state of Redis, in the form of `Model.view`."""
         records = {i: r for i, r in self.records.items() if "state" in r}
         engines = {e: r for e, r in self.engines.items() if r}
         assert codec.number(self.stats.get("dead_letters")) == self.dead
@@ -75,7 +75,7 @@ class Seen:
 
 
 def look(db: Any, k: Keys, calls: Names, engines: Names, sessions: Names) -> Seen:
-    """One round trip."""
+    """Reads everything in one round trip."""
     pipe = db.pipeline(transaction=False)
     plan: list[tuple[Callable[..., Any], Callable[[str], str], Names]] = [
         (pipe.hgetall, k.call, calls),
@@ -103,7 +103,7 @@ def look(db: Any, k: Keys, calls: Names, engines: Names, sessions: Names) -> See
 
 
 def plain(reply: Any) -> Any:
-    """Bytes to text; of stream entries, the fields."""
+    """Turns bytes into text, and stream entries into their fields."""
     if isinstance(reply, dict):
         return texts(reply)
     if isinstance(reply, int):
@@ -116,7 +116,7 @@ def texts(fields: Any) -> dict[str, str]:
 
 
 def record(r: dict[str, str]) -> tuple[Any, ...]:
-    """As Call.seen gives it."""
+    """A record in the form of `Call.seen`."""
     flag = r.get("cancel", "") if r["state"] == "RUNNING" else ""
     attempt, failures, level = numbers(r, "attempt", "failures", "level")
     lost = (failures, tuple(r.get("deaths", "").split()))
@@ -130,7 +130,7 @@ def numbers(fields: dict[str, str], *names: str) -> list[int]:
 
 
 def ages(fields: dict[str, str], *names: str) -> list[int]:
-    """Times of waiting, in ages."""
+    """Waiting times, in ages."""
     return [n // AGE for n in numbers(fields, *names)]
 
 

@@ -1,1 +1,1 @@
-"""vLLM, whole and in parts, for tests."""
+"""Test support for vLLM: whole engines and single classes."""

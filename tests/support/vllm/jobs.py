@@ -1,4 +1,4 @@
-"""Jobs for a real vLLM, and what readers make of the chunks that come back."""
+"""Jobs for a real vLLM, and what readers get from their chunks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CITY = {
     "additionalProperties": False,
 }
 
-# A worker's process in short: brings an engine up, says which process it is, and sits there.
+# A minimal worker process: starts an engine, prints the pid of its core, and waits.
 HOST = """
 import asyncio, json, sys
 import psutil
@@ -72,7 +72,7 @@ def completion(**more: Any) -> Job:
     return job("completions", **{"prompt": PROMPT, **GREEDY, **more})
 
 
-# Requests that will never run, and what is said of them.
+# Requests that never run, and their error messages.
 BAD_GENERATE: list[tuple[dict[str, Any], str]] = [
     ({"nope": 1}, "generate knows no parameter nope."),
     ({"n": 2}, "n must be 1 for generate; submit a completions call for several choices."),
@@ -115,7 +115,7 @@ async def streamed(backend: VllmBackend, j: Job) -> tuple[Outcome, list[Chunk]]:
 
 
 def again(j: Job, chunks: list[Chunk]) -> Job:
-    """The job, to be gone on with behind these chunks, as the worker reads them back from the call's log."""
+    """The job, resumed after these chunks, as the worker reads them back from the call's log."""
     resumed = Resumed(
         text="".join(p.text for p in chunks),
         token_ids=[i for p in chunks for i in p.token_ids],
@@ -126,7 +126,7 @@ def again(j: Job, chunks: list[Chunk]) -> Job:
 
 
 def said(chunks: list[Chunk]) -> str:
-    """The text that a stream's reader has seen."""
+    """The text that the reader of a stream gets."""
     text = "".join(p.text for p in chunks)
     for chunk in chunks:
         for choice in json.loads(chunk.document or "{}").get("choices", []):
@@ -146,7 +146,7 @@ async def rejected(backend: VllmBackend, j: Job) -> str:
 
 
 async def aborted(backend: VllmBackend, j: Job) -> tuple[Outcome, list[Chunk]]:
-    """Runs a job until it has surely said something, and aborts it."""
+    """Runs a job until it must have produced text, then aborts it."""
     asyncio.get_running_loop().call_later(0.4, backend.abort, j.key)
     async with asyncio.timeout(5):
         return await streamed(backend, j)

@@ -1,7 +1,7 @@
-"""What the scheduler plug-in must do around each version's real Scheduler class; run as a process for each version.
+"""Cases for the scheduler plug-in with the real Scheduler class of each vLLM version. Run in a process per version.
 
-`python -m tests.support.vllm.scheduler_cases` prints a JSON object: the version, and for each case nothing, or what
-went wrong.
+`python -m tests.support.vllm.scheduler_cases` prints a JSON object: the version, and for each case an empty string or
+the error.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _STEP_S = 0.02
 
 
 def engine(asynchronous: bool, **more: Any) -> Engine:
-    """An engine with the plug-in, whose clock goes by steps."""
+    """An engine with the plug-in. Its clock counts steps."""
     found = mini.make_engine(make_scheduler, asynchronous=asynchronous, **more)
     vllm_scheduler.monotonic = lambda: found.steps * _STEP_S  # type: ignore[attr-defined]
     return found
 
 
 def call(name: str, prompt: int = 8, size: int = 20, *, level: int = 0, priority: int = 1, **more: Any) -> Call:
-    """A call of a program whose service is at the beginning of a level. No two have a prompt in common."""
+    """A call of a program whose service is at the start of a level. Prompts have nothing in common."""
     service = BOUNDS[level - 1] if level else 0
     dice = random.Random(name)
     ids = [dice.randrange(mini.VOCABULARY) for _ in range(prompt)]
@@ -45,7 +45,7 @@ def call(name: str, prompt: int = 8, size: int = 20, *, level: int = 0, priority
 
 
 def settled(e: Engine, calls: list[Call]) -> None:
-    """Every call ended as it should, and left nothing behind."""
+    """Asserts that every call ended correctly and left nothing behind."""
     assert not [c.name for c in calls if not c.finished]
     assert not [c.name for c in calls if not c.right], "wrong tokens"
     assert not e.left(), e.left()
@@ -55,7 +55,7 @@ def settled(e: Engine, calls: list[Call]) -> None:
 
 
 def case_random_work(asynchronous: bool) -> None:
-    """Slots, blocks and tokens of a step all too few; aborts; shared prefixes; levels that end while calls run."""
+    """Too few slots, blocks and tokens per step; aborts; shared prefixes; calls that change level while they run."""
     forced = 0
     for seed in SEEDS:
         dice = random.Random(seed)
@@ -84,15 +84,15 @@ def case_random_work(asynchronous: bool) -> None:
         e.run(calls)
         settled(e, calls)
         forced += sum(c.preempted for c in calls)
-    assert forced > 30, f"only {forced} preemptions: this proves nothing"
+    assert forced > 30, f"only {forced} preemptions: too few for this test"
 
 
 def exact_levels(e: Engine) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Checks at every step that no call has more service than its level allows: that no mark was set too late."""
+    """Functions that check at every step that no running call has more service than its level allows."""
     owed: dict[str, float] = {}
 
     def before() -> None:
-        """What each call has used; `schedule` charges first of all."""
+        """Computes the service of each call. `schedule` charges first of all."""
         owed.clear()
         for request in e.scheduler.running:
             t = e.scheduler._tracked[request.request_id]
@@ -110,7 +110,7 @@ def exact_levels(e: Engine) -> tuple[Callable[[], None], Callable[[], None]]:
 
 
 def case_a_slot(asynchronous: bool) -> None:
-    """Slots full of long programs: a short one begins at once, vLLM's own scheduler lets it wait."""
+    """Long programs occupy all slots: a short one begins at once. With vLLM's own scheduler, it waits."""
     ends = {}
     for name, make in (("plas", make_scheduler), ("stock", mini.stock)):
         e = (
@@ -134,7 +134,7 @@ def case_equals_do_not_take_turns(asynchronous: bool) -> None:
 
 
 def case_a_running_call_falls(asynchronous: bool) -> None:
-    """It came as a short one; once it has used its level up, newcomers take its place."""
+    """It starts as a short call. Once it has used up its level, newcomers displace it."""
     e = engine(asynchronous, slots=1)
     calls = [call("greedy", size=900), call("short", size=5, at=800), call("early", size=5, at=100)]
     e.run(calls)
@@ -146,7 +146,7 @@ def case_a_running_call_falls(asynchronous: bool) -> None:
 
 
 def case_blocks(asynchronous: bool) -> None:
-    """The KV cache is full of long programs, slots are free."""
+    """Long programs fill the KV cache; slots are free."""
     ends = {}
     for name, make in (("plas", make_scheduler), ("stock", mini.stock)):
         args: dict[str, Any] = {"asynchronous": asynchronous, "slots": 16, "blocks": 101}
@@ -159,8 +159,8 @@ def case_blocks(asynchronous: bool) -> None:
     assert ends["plas"] < 312 < 370 < ends["stock"], ends
 
 
-def case_nobody_leaves_in_vain(asynchronous: bool) -> None:
-    """Not even all worse calls together hold the blocks that are missing."""
+def case_no_useless_preemption(asynchronous: bool) -> None:
+    """All worse calls together do not have enough blocks."""
     e = engine(asynchronous, slots=16, blocks=101)
     calls = [call("worse", prompt=40, size=60, level=4), call("equal", prompt=200, size=60)]
     calls.append(call("large", prompt=300, size=5, at=5))
@@ -170,7 +170,7 @@ def case_nobody_leaves_in_vain(asynchronous: bool) -> None:
 
 
 def case_tokens_of_a_step(asynchronous: bool) -> None:
-    """A long prompt takes whole steps for itself."""
+    """A long prompt occupies whole steps."""
     ends = {}
     for name, make in (("plas", make_scheduler), ("stock", mini.stock)):
         args: dict[str, Any] = {"asynchronous": asynchronous, "slots": 16, "step_tokens": 16}
@@ -179,12 +179,12 @@ def case_tokens_of_a_step(asynchronous: bool) -> None:
         e.run(calls)
         settled(e, calls)
         ends[name] = calls[-1].ended_at
-        assert calls[0].ended_at < 130  # what it had computed was not computed again
+        assert calls[0].ended_at < 130  # nothing was computed twice
     assert ends["plas"] < 20 < 90 < ends["stock"], ends
 
 
 def case_a_prompt_in_chunks(asynchronous: bool) -> None:
-    """A worse call's prompt takes a chunk of each step in which a better one decodes, and whole steps after."""
+    """A worse call's prompt gets a chunk of each step while a better call decodes, and whole steps afterwards."""
     e = engine(asynchronous, step_tokens=64)
     e.scheduler.plas.rules = PlasRules(prompt_chunk=8)
     planned: list[dict[str, int]] = []
@@ -212,7 +212,7 @@ def case_a_better_prompt_in_whole_steps(asynchronous: bool) -> None:
 
 
 def case_nothing_starves(asynchronous: bool) -> None:
-    """New short programs never cease, and each is better than the long one."""
+    """New short programs keep arriving, and each has precedence over the long one."""
     ends = {}
     for beta in (0.0, 4.0):
         e = engine(asynchronous, slots=1)
@@ -226,7 +226,7 @@ def case_nothing_starves(asynchronous: bool) -> None:
 
 
 def case_an_adapter_that_does_not_fit(asynchronous: bool) -> None:
-    """A call that cannot start whoever makes way: it costs a few preemptions, not one each step."""
+    """A call that cannot start even after preemptions: it causes a few of them, not one per step."""
     e = engine(asynchronous, slots=2)
     e.scheduler.lora_config = SimpleNamespace(max_loras=1)
     calls = [call("long1", size=300, level=4), call("long2", size=300, level=4), call("other", size=5, at=10)]
@@ -244,7 +244,7 @@ def case_an_adapter_that_does_not_fit(asynchronous: bool) -> None:
 
 
 def case_a_grammar_that_is_not_ready(asynchronous: bool) -> None:
-    """Nobody makes way for a call that cannot start yet; once it can, at once."""
+    """A call whose grammar is not ready preempts nothing. Once it is ready, the call preempts at once."""
     from vllm.v1.request import RequestStatus
 
     e = engine(asynchronous, slots=1)
@@ -300,7 +300,7 @@ def case_the_cache_is_reset_under_running_calls(asynchronous: bool) -> None:
 
 
 def case_an_abort_of_a_victim(asynchronous: bool) -> None:
-    """In the very step in which it made way, and later."""
+    """In the same step in which it was preempted, and later."""
     for delay in range(4):
         e = engine(asynchronous, slots=1)
         long, short = call("long", size=100, level=4), call("short", size=30)
@@ -315,8 +315,8 @@ def case_an_abort_of_a_victim(asynchronous: bool) -> None:
         settled(e, [long, short])
 
 
-def case_a_victim_whose_last_token_is_under_way(asynchronous: bool) -> None:
-    """It ends although it has lost its place."""
+def case_a_victim_whose_last_token_is_in_flight(asynchronous: bool) -> None:
+    """It ends although it was preempted."""
     for at in range(3, 12):
         e = engine(asynchronous, slots=1)
         calls = [call("long", size=8, level=4), call("short", size=4, at=at)]
@@ -325,7 +325,7 @@ def case_a_victim_whose_last_token_is_under_way(asynchronous: bool) -> None:
 
 
 def case_another_service_unit(asynchronous: bool) -> None:
-    """Time in the batch: looked at now and then. 1000 ms are 50 steps here."""
+    """Time in the batch, which is checked periodically. Here, 1000 ms are 50 steps."""
     e = engine(asynchronous, slots=1)
     e.scheduler._unit = create_unit("time")
     calls = [call("greedy", size=300), call("short", size=5, at=20)]
@@ -334,8 +334,8 @@ def case_another_service_unit(asynchronous: bool) -> None:
     assert 50 <= calls[1].ended_at < 80, calls[1].ended_at
 
 
-def case_requests_of_anybody(asynchronous: bool) -> None:
-    """Without a program, with nonsense for one: class and level are in the priority."""
+def case_requests_without_a_valid_program(asynchronous: bool) -> None:
+    """Class and level are in the priority."""
     e = engine(asynchronous, slots=1)
     calls = [call("a", size=40), call("b", size=10), call("c", size=5, at=5)]
     calls[0].program, calls[0].priority = {}, 3 * LEVELS + 2
@@ -347,8 +347,8 @@ def case_requests_of_anybody(asynchronous: bool) -> None:
     assert calls[2].ended_at < calls[1].ended_at
 
 
-def case_no_memory_is_kept(asynchronous: bool) -> None:
-    """0.20.2 writes down every block that it hands out, for ever."""
+def case_no_memory_leak(asynchronous: bool) -> None:
+    """0.20.2 records every allocated block, and never forgets one."""
     e = engine(asynchronous, slots=4)
     e.run([call(f"c{i}", size=100) for i in range(20)])
     managers = e.scheduler.kv_cache_manager.coordinator.single_type_managers

