@@ -61,9 +61,9 @@ def test_values_that_are_out_of_bounds_or_do_not_fit_each_other(monkeypatch: pyt
         said = error_of(patched, RSM_MAX_OPEN_BYTES="5")
         assert said == "RSM_MAX_OPEN_BYTES must be 0 or at least RSM_MAX_BODY_BYTES (8388608)."
     with monkeypatch.context() as patched:
-        assert error_of(patched, RSM_LEVEL_BOUNDS="3 2").startswith("RSM_LEVEL_BOUNDS must rise from one to the next")
+        assert error_of(patched, RSM_LEVEL_BOUNDS="3 2").startswith("RSM_LEVEL_BOUNDS must be strictly increasing")
     said = error_of(monkeypatch, RSM_NAMESPACE="a b")
-    assert said.startswith("RSM_NAMESPACE must be 1 to 128 characters out of ")
+    assert said.startswith("RSM_NAMESPACE must be 1 to 128 characters from ")
     assert "a b" not in said
 
 

@@ -282,7 +282,7 @@ def test_a_part_with_a_wrong_password_says_so_and_ends(roles: Roles, tmp_path: P
     for role in ("router", "worker"):
         status, said = end_of(role, roles.settings(role, "not-it"), tmp_path)
         assert status == os.EX_CONFIG
-        assert "refuses this user or its password" in said
+        assert "rejects this user name or password" in said
         assert "not-it" not in said
 
 
@@ -290,7 +290,7 @@ def test_a_part_under_the_wrong_role_says_so_and_ends(roles: Roles, tmp_path: Pa
     for role, other in (("router", "producer"), ("worker", "pusher")):
         status, said = end_of(role, roles.settings(other), tmp_path)
         assert status == os.EX_CONFIG
-        assert "does not let this user do its part" in said
+        assert "denies this user a command" in said
         assert "rsm acl" in said
 
 

@@ -143,8 +143,8 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("JSON, not a map", {"json": "[1,2]"}, "invalid_request", "must be a map"),
     ("msgpack, not a map", {"body": b"\x01"}, "invalid_request", "must be a map"),
     ("no prompt", {"json": '{"max_tokens":5}'}, "invalid_request", '"prompt"'),
-    ("an empty prompt", {"json": '{"prompt":""}'}, "invalid_request", "not empty"),
-    ("a prompt of numbers", {"json": '{"prompt":[1]}'}, "invalid_request", "must be text"),
+    ("an empty prompt", {"json": '{"prompt":""}'}, "invalid_request", "non-empty text"),
+    ("a prompt of numbers", {"json": '{"prompt":[1]}'}, "invalid_request", "must be non-empty text"),
     ("unknown kind", {"json": HI, "kind": "images"}, "invalid_request", "kind must be one of"),
     ("a body too large", {"json": json.dumps({"prompt": "x" * LIMIT})}, "invalid_request", "RSM_MAX_BODY_BYTES"),
     (

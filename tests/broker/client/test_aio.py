@@ -270,7 +270,7 @@ async def test_another_body_under_the_same_id_is_a_conflict(
 ) -> None:
     first = await client.submit("hi", id="c1")
     for c in (client, other):
-        with pytest.raises(Conflict, match="c1 belongs to another call"):
+        with pytest.raises(Conflict, match="c1 already belongs to a different call"):
             await c.submit("bye", id="c1")
     worker.finish(await taken(worker), "hello")
     assert (await first.result(WAIT)).text == "hello"
@@ -310,7 +310,7 @@ async def test_an_unknown_id(client: AsyncClient) -> None:
         ("hi", {"priority": 128}, "priority"),
         ("hi", {"prompt_token_ids": [1]}, 'either a "prompt"'),
         ({}, {}, 'either a "prompt"'),
-        ("", {}, "not empty"),
+        ("", {}, "non-empty text"),
         ("x" * 2000, {}, "more than the limit of 1024"),
     ],
 )

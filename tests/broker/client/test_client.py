@@ -303,7 +303,7 @@ def test_an_unknown_id(client: Client) -> None:
 def test_another_body_under_the_same_id_is_a_conflict(client: Client, other: Client, worker: FakeWorker) -> None:
     first = client.submit("hi", id="c1")
     for c in (client, other):
-        with pytest.raises(Conflict, match="c1 belongs to another call"):
+        with pytest.raises(Conflict, match="c1 already belongs to a different call"):
             c.submit("bye", id="c1")
     assert client.handle("c1") is first, "the call itself is still awaited"
     worker.finish(worker.take_soon(), "hello")
@@ -354,12 +354,12 @@ def test_a_conflict_leaves_its_neighbours_alone(client: Client, other: Client, w
         ("hi", {"prompt_token_ids": [1]}, 'either a "prompt"'),
         ({}, {}, 'either a "prompt"'),
         ({"max_tokens": 5}, {}, 'either a "prompt"'),
-        ("", {}, "not empty"),
-        ([], {}, "not empty"),
-        ([1, -1], {}, "from 0 up"),
+        ("", {}, "non-empty text"),
+        ([], {}, "non-empty list"),
+        ([1, -1], {}, "that are at least 0"),
         ([1, True], {}, "whole numbers"),
         (["hi"], {}, "whole numbers"),
-        ({"prompt": 5}, {}, '"prompt" must be text'),
+        ({"prompt": 5}, {}, '"prompt" must be non-empty text'),
         ("hi", {"kind": "chat.completions"}, '"messages"'),
         ({"messages": "hi"}, {"kind": "chat.completions"}, '"messages"'),
         ({"messages": []}, {"kind": "completions"}, '"prompt"'),
@@ -591,7 +591,7 @@ def test_a_redis_that_never_answers_is_reported(tmp_path: Path) -> None:
 
 def test_a_wait_that_takes_too_long_can_be_repeated(client: Client, worker: FakeWorker) -> None:
     handle = client.submit("hi")
-    with pytest.raises(TimeoutError, match="it goes on"):
+    with pytest.raises(TimeoutError, match="It continues"):
         handle.result(0.01)
     with pytest.raises(TimeoutError):
         client.result(handle.id, 0)

@@ -82,7 +82,7 @@ def test_a_handle_of_the_parent_may_be_awaited_in_the_child(served: Settings) ->
 def test_a_lock_that_was_held_when_the_fork_came(served: Settings) -> None:
     with Client(settings=served) as client:
         say(client)
-        with client._changed, client._line_free:
+        with client._changed, client._connection_lock:
             assert in_child(lambda: bool(say(client)))
 
 

@@ -231,7 +231,7 @@ def test_build_gives_a_call_or_says_why_not(prompt: Any, kind: str, params: dict
 
 @pytest.mark.parametrize("prompt", [None, 5, b"bytes", bytearray(b"bytes"), {1, 2}, object()])
 def test_what_is_no_prompt(prompt: Any) -> None:
-    with pytest.raises(InvalidRequest, match="A prompt is text, token ids or a request body; got"):
+    with pytest.raises(InvalidRequest, match="The prompt must be text, token ids or a request body; got"):
         build(prompt, max_body_bytes=LIMIT)
 
 
