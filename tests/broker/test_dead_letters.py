@@ -188,10 +188,10 @@ def test_a_conflict_can_be_sent_again_under_an_id_of_its_own(
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"id": "no id"}, "keeps no body"),
-        ({"id": "no id", "json": '{"prompt":"' + "x" * 70_000 + '"}'}, "keeps no body"),
+        ({"id": "no id"}, "has no body"),
+        ({"id": "no id", "json": '{"prompt":"' + "x" * 70_000 + '"}'}, "has no body"),
         ({"id": "no id", "json": "{"}, "not valid JSON"),
-        ({"id": "no id", "kind": "dance", "json": '{"prompt":"p"}'}, "has no kind"),
+        ({"id": "no id", "kind": "dance", "json": '{"prompt":"p"}'}, "has an unknown kind"),
     ],
     ids=["bodiless", "large", "broken", "kind"],
 )

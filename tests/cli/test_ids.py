@@ -34,7 +34,9 @@ def test_a_part_names_an_open_call_and_a_finished_one(client: Client, lookup: Lo
     gone.cancel()
     for call, parts in ((gone, ("batch-7-first", "first-of-all", "…first-of-all")), (here, ("batch-7-s", "-7-second"))):
         assert {lookup.call(part) for part in (*parts, call.id)} == {call.id}
-    with pytest.raises(InvalidRequest, match="batch-7- may be any of the calls batch-7-first-of-all, batch-7-second; "):
+    with pytest.raises(
+        InvalidRequest, match=r"batch-7- matches several calls: batch-7-first-of-all, batch-7-second\. "
+    ):
         lookup.call("batch-7-")
     for unknown in ("batch-8-", "second", "no such id", "*", "batch-7-second:events", ""):
         assert lookup.call(unknown) == unknown
@@ -48,7 +50,7 @@ def test_a_short_form_names_one_call_whatever_else_ends_so(client: Client, looku
     assert [lookup.call(short_form(i)) for i in ids] == ids
     assert [lookup.session(short_form(i)) for i in ids] == ids
     assert [lookup.session_of_short_form(short_form(i)) for i in ids] == ids
-    with pytest.raises(InvalidRequest, match="0123456789 may be any of the calls"):
+    with pytest.raises(InvalidRequest, match="0123456789 matches several calls"):
         lookup.call(process)
     assert lookup.session_of_short_form(process) == process, "it may be the name of a new session"
     for call in calls:
@@ -57,7 +59,7 @@ def test_a_short_form_names_one_call_whatever_else_ends_so(client: Client, looku
 
 def test_many_candidates_are_counted(client: Client, lookup: Lookup) -> None:
     calls = [client.submit("x", id=f"candidate-{i}") for i in range(9)]
-    with pytest.raises(InvalidRequest, match=r"candidate-4 and 4 more; give more of it"):
+    with pytest.raises(InvalidRequest, match=r"candidate-4 and 4 more\. Give more of the id"):
         lookup.call("candidate")
     for call in calls:
         call.cancel()
@@ -106,7 +108,7 @@ def test_commands_take_what_tables_show(standing: Deployment, producer: Client) 
         program = short_form(handle.session)
         again = standing.json("submit", "x", "--session", program, "--max-tokens", "1")
         assert again["session_id"] == handle.session
-        assert "may be any of the calls" in standing.rsm("call", handle.id[:8], status=1)
+        assert "matches several calls" in standing.rsm("call", handle.id[:8], status=1)
     finally:
         producer.cancel(handle.id)
         producer.cancel(other.id)
@@ -126,7 +128,7 @@ def test_an_engine_by_a_part_of_its_name(settings: Settings, client: Client, db:
     db.zadd(client.keys.engines, engines)
     env = clean_env() | settings.environment()
     assert "There is no live engine host-1-gpu-0." in run("drain", "host-1-gpu-0", env=env).stderr
-    assert "may be any of the engines host-1-gpu-0, host-1-gpu-1" in run("drain", "host-1-gpu", env=env).stderr
+    assert "matches several engines: host-1-gpu-0, host-1-gpu-1" in run("drain", "host-1-gpu", env=env).stderr
     assert "There is no live engine host-1-gpu-1." in run("drain", "…st-1-gpu-1", env=env).stderr
 
 
