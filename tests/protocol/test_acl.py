@@ -313,7 +313,10 @@ async def test_a_client_with_a_wrong_password_hears_it_at_once(roles: Roles) -> 
     async with AsyncClient(settings=roles.settings("producer", "not-it")) as client2:
         with pytest.raises(AccessDenied, match="password"):
             await client2.submit("hi")
-    with Client(settings=roles.settings("observer")) as client, pytest.raises(AccessDenied, match="permissions of its role"):
+    with (
+        Client(settings=roles.settings("observer")) as client,
+        pytest.raises(AccessDenied, match="permissions of its role"),
+    ):
         client.submit("hi")
 
 

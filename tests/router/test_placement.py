@@ -50,7 +50,7 @@ def test_calls_wait_for_a_known_model_and_are_refused_for_an_unknown_one() -> No
     known, any_model, unknown = c.place([CallView("s", model, 1) for model in ("m", "", "none")], {}, 0.0)
     assert known == Decision(None)
     assert engines_of([any_model]) == ["b"]
-    assert unknown.refusal == "No engine serves the model 'none'. Models at hand: m, other."
+    assert unknown.refusal == "No engine serves the model 'none'. Available models: m, other."
     assert PARKED
 
 

@@ -151,7 +151,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
         "an unknown model",
         {"json": HI, "model": "gpt-9"},
         "no_engine_for_model",
-        "No engine serves .* Models at hand: m",
+        "No engine serves .* Available models: m",
     ),
     ("no model's name", {"json": HI, "model": "a b"}, "invalid_request", "model must be"),
     ("a passed deadline", {"json": HI, "deadline_ms": 1}, "deadline_exceeded", "deadline passed"),
@@ -576,7 +576,7 @@ def test_an_engine_that_starts_is_waited_for(settings: Settings, producer: Produ
         eventually(lambda: producer.db.zcard(producer.keys.parked("m")))
         producer.push(id="c2", json=HI, model="unknown")
         eventually(lambda: producer.state("c2") == "FAILED")
-        assert "Models at hand: m." in producer.record("c2").error
+        assert "Available models: m." in producer.record("c2").error
         worker.beat()
         worker.finish(worker.take_soon())
     assert producer.state("c1") == "COMPLETED"
@@ -644,7 +644,7 @@ def test_a_silence_of_redis_is_not_a_death_of_engines(quick: Settings, producer:
     maintenance = Maintenance(producer.db, producer.keys, quick, "me")
     producer.db.xgroup_create(producer.keys.calls, ROUTER_GROUP, id="0", mkstream=True)
     producer.db.zadd(producer.keys.engines, {"e1": 1})
-    maintenance.blip()
+    maintenance.note_outage()
     maintenance.tick()
     assert producer.db.hget(producer.keys.engine("e1"), "state") == b"READY"
 

@@ -50,7 +50,7 @@ def test_calls_without_headroom_wait_and_are_admitted(
         eventually(lambda: state(monitor, "c1")[1] == "e1")
         submit(client, "c2", 600, session="s")
         eventually(lambda: monitor.held() == 1)
-        assert "no engine has room for its context of 600 tokens" in monitor.call("c2").why
+        assert "no engine has KV headroom for its context of 600 tokens" in monitor.call("c2").why
         assert [(c.request_id, c.where) for c in monitor.active_calls()] == [("c1", "queue"), ("c2", "throttled")]
         stats = monitor.stats()
         assert (stats["pending"], stats["held"], stats["ever_held"], stats["unaccounted"]) == (2, 1, 1, 0)

@@ -146,7 +146,7 @@ def test_a_failure(client: Client, settings: Settings, router: None) -> None:
 
 
 def test_no_engine_serves_the_model(client: Client, worker: FakeWorker) -> None:
-    with pytest.raises(CallFailed, match=r"No engine serves the model 'gpt-9'\. Models at hand: m") as failed:
+    with pytest.raises(CallFailed, match=r"No engine serves the model 'gpt-9'\. Available models: m") as failed:
         client.submit("hi", model="gpt-9").result(WAIT)
     assert failed.value.error_code == "no_engine_for_model"
 
