@@ -185,7 +185,7 @@ def test_a_raw_push_without_room_fails(small: World) -> None:
     assert small.accept(entry, "raw", inbox="box", stream=True) == "overloaded"
     record = small.record("raw")
     assert (record["state"], record["error_code"]) == ("FAILED", "overloaded")
-    assert "open_calls" in record["error"]
+    assert "RSM_MAX_OPEN_CALLS is reached" in record["error"]
     assert "json" not in record
     (end,) = small.events("box")
     assert (end["call"], end["state"], end["error_code"]) == ("raw", "FAILED", "overloaded")

@@ -153,7 +153,7 @@ def test_those_that_are_cached_do_not_wait_behind_others(rooms: Rooms) -> None:
     rooms.bring("c2", 500)
     assert rooms.held() == ["c2"]
     assert rooms.bring("c3", 100) == "held", "there is room for it, but it came later"
-    assert "go ahead of it" in rooms.world.record("c3")["why"]
+    assert "throttled calls ahead of it" in rooms.world.record("c3")["why"]
     assert rooms.bring("c4", 700, session="s") == "assigned"
     assert rooms.account() == (1, 700, 0)
 

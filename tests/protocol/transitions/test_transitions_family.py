@@ -51,7 +51,7 @@ REFUSED = [
     ("s1", "s1", "cannot be its own parent"),
     ("s1", "s2", "s1 is an ancestor of s2"),
     ("s1", "s3", "s1 is an ancestor of s3"),
-    ("s3", "s1", "s3 has another parent than s1 already"),
+    ("s3", "s1", "s3 already has another parent than s1"),
 ]
 
 
