@@ -44,7 +44,7 @@ class Client(ClientCore):
 
     Args:
         redis_url: see docs/operations.md for its forms. Default: RSM_REDIS_URL, else the embedded server of this user.
-        namespace: Default: RSM_NAMESPACE, else "rsm".
+        namespace: the namespace of the fleet. Default: RSM_NAMESPACE, else "rsm".
         redis_timeout: for how many seconds a command is retried while Redis does not answer.
         on_overload: what `submit` does when the broker is overloaded: "raise" `Overloaded`, or "wait".
         overload_timeout: for how many seconds "wait" waits before it raises `Overloaded`. Default: until `close`.
