@@ -1,4 +1,4 @@
-"""The contract with Redis: what producers, routers and workers agree on. A producer needs this package alone.
+"""The contract with Redis that producers, routers and workers share. A producer needs only this package.
 
 Example: `Client().submit("Explain quantum computing", max_tokens=64).result().text`
 """

@@ -1,8 +1,8 @@
 """Child processes that never outlive their parent, however it dies.
 
-The kernel sends SIGTERM to the child when the thread that started it ends (prctl PR_SET_PDEATHSIG), so all children
-are started from one thread that lives as long as the process. The signal survives exec, so any program can be a child.
-Elsewhere than on Linux a child still gets the SIGTERM of an orderly stop, but not that of its parent's sudden death.
+The kernel sends SIGTERM to a child when the thread that started it ends (prctl PR_SET_PDEATHSIG). So one thread that
+lives as long as the process starts all children. The signal survives exec, so any program can be a child.
+On systems other than Linux, a child gets SIGTERM when its parent stops in order, but not when its parent is killed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if os.getppid() != parent:
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 
-_Order = tuple[list[str], dict[str, str], "int | IO[bytes] | None", "Path | None", "Future[subprocess.Popen[bytes]]"]
-_orders: SimpleQueue[_Order] = SimpleQueue()
+_Request = tuple[list[str], dict[str, str], "int | IO[bytes] | None", "Path | None", "Future[subprocess.Popen[bytes]]"]
+_requests: SimpleQueue[_Request] = SimpleQueue()
 _lock = threading.Lock()
 _starter: threading.Thread | None = None
 
@@ -41,24 +41,24 @@ def spawn(
     output: int | IO[bytes] | None = None,
     cwd: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts a program in a session of its own, so that Ctrl-C in the terminal reaches the parent alone.
+    """Starts a program in its own session, so that Ctrl-C in the terminal reaches only the parent.
 
     Args:
         command: program and arguments.
-        env: the child's whole environment; none = this process's.
-        output: where stdout and stderr go; none = this process's.
+        env: the child's whole environment. Default: this process's.
+        output: where stdout and stderr go. Default: where this process's go.
 
     Raises:
         OSError: the interpreter that starts the program could not be run.
     """
     done: Future[subprocess.Popen[bytes]] = Future()
     _ensure_starter()
-    _orders.put((list(command), dict(os.environ if env is None else env), output, cwd, done))
+    _requests.put((list(command), dict(os.environ if env is None else env), output, cwd, done))
     return done.result()
 
 
 def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
-    """Ends a child: SIGTERM, and SIGKILL to its whole session after the grace. Returns the exit status."""
+    """Stops a child with SIGTERM, and its whole session with SIGKILL after `grace_s`. Returns the exit status."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -70,7 +70,7 @@ def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """kill -9 for all that a child has started, also after its own end."""
+    """Kills everything that a child has started with SIGKILL, even if the child itself has ended."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -85,7 +85,7 @@ def _ensure_starter() -> None:
 
 def _start_children() -> None:
     while True:
-        command, env, output, cwd, done = _orders.get()
+        command, env, output, cwd, done = _requests.get()
         wrapped = [sys.executable, "-I", "-S", "-c", _WRAPPER, str(os.getpid()), *command]
         try:
             done.set_result(

@@ -1,4 +1,4 @@
-"""Errors of a configuration, in words: which variable is wrong, and what would be right. Values are not quoted."""
+"""Error messages for a wrong configuration: which variable is wrong, and what is allowed. They quote no values."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pydantic.fields import FieldInfo
 from rsm.broker.settings import PREFIX, Settings
 
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False"}
-_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 def explain(error: ValidationError, shown: Callable[[str], str] = str) -> str:
-    """One sentence for each mistake.
+    """One sentence per mistake.
 
     Args:
-        shown: how users name a field of a model that is not the settings.
+        shown: turns a field of a model other than `Settings` into the name that users know.
     """
     found = error.errors(include_url=False, include_input=False)
     if error.title == Settings.__name__:
-        return " ".join(_of_settings(e) for e in found)
+        return " ".join(_settings_message(e) for e in found)
     return " ".join(_named(e, shown(_field(e)) if _field(e) else "") for e in found)
 
 
-def _of_settings(error: Any) -> str:
+def _settings_message(error: Any) -> str:
     name = _field(error)
     field = Settings.model_fields.get(name)
-    right = _what_is_right(field) if field is not None and error["type"] != "value_error" else ""
-    said = f"{PREFIX}{name.upper()} must be {right}" if right else _named(error, name and PREFIX + name.upper())
-    return said.rstrip(".") + (_default(field) if field is not None else "") + "."
+    allowed = _allowed(field) if field is not None and error["type"] != "value_error" else ""
+    message = f"{PREFIX}{name.upper()} must be {allowed}" if allowed else _named(error, name and PREFIX + name.upper())
+    return message.rstrip(".") + (_default(field) if field is not None else "") + "."
 
 
 def _field(error: Any) -> str:
@@ -45,15 +45,15 @@ def _named(error: Any, name: str) -> str:
     return f"{name} {message}." if message.startswith("must ") else f"{name}: {message}."
 
 
-def _what_is_right(field: FieldInfo) -> str:
-    """ "" for a kind of value that has no short name."""
+def _allowed(field: FieldInfo) -> str:
+    """The allowed values in words; "" for a type that has no short name."""
     if get_origin(field.annotation) is Literal:
         *others, last = get_args(field.annotation)
         return f"{', '.join(others)} or {last}"
     kind = _KINDS.get(field.annotation, "")
-    limits = [(word, getattr(m, name, None)) for m in field.metadata for name, word in _BOUNDS.items()]
-    bounds = [f"{word} {limit}" for word, limit in limits if limit is not None]
-    return f"{kind}, {' and '.join(bounds)}" if kind and bounds else kind
+    found = [(word, getattr(m, name, None)) for m in field.metadata for name, word in _LIMITS.items()]
+    limits = [f"{word} {limit}" for word, limit in found if limit is not None]
+    return f"{kind}, {' and '.join(limits)}" if kind and limits else kind
 
 
 def _default(field: FieldInfo) -> str:

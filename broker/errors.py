@@ -1,22 +1,22 @@
 """Every error that rsm-engine raises on purpose.
 
 RsmError
-├── InvalidRequest (ValueError)     the call as given can never run; says what to change
-├── Conflict                        the id belongs to another call with another body
-├── Overloaded                      no room for the call now; says when to try again
-├── NotReplicated                   the call is pushed, but too few replicas have it
+├── InvalidRequest (ValueError)     the call can never run as given; the message says what to change
+├── Conflict                        the id already belongs to a different call
+├── Overloaded                      a limit on open calls is reached; says when to try again
+├── NotReplicated                   the call was pushed, but too few replicas confirmed it
 ├── CallEnded                       a call reached a terminal state without a result; carries the record (models.py)
 │   ├── CallCancelled
-│   └── CallFailed                  .error_code out of the closed set `ErrorCode`
-├── BadRecord                       what Redis holds of a call cannot be read
+│   └── CallFailed                  .error_code is one of the closed set `ErrorCode`
+├── BadRecord                       the data of a call in Redis cannot be read
 ├── UnknownCall (KeyError)          no record: never submitted, or expired after the result TTL
-│   └── CallLost                    it was submitted, and Redis has lost it
+│   └── CallLost                    the call was accepted, but Redis has lost its record
 ├── IllegalTransition               a state change that the life cycle does not allow
 ├── EngineIdTaken                   another live worker holds this engine id
-├── EvictingRedis                   Redis is set to delete keys when its memory is full
-├── EngineFailed                    an engine could not be started, or died
-└── BrokerUnavailable               Redis could not be reached in the time given
-    └── AccessDenied                Redis refuses this user: its password, or its rights
+├── EvictingRedis                   Redis is configured to evict keys when its memory is full
+├── EngineFailed                    an engine did not start, or died
+└── BrokerUnavailable               Redis could not be reached in time
+    └── AccessDenied                Redis rejects this user's credentials or permissions
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from typing import Any
 
 
 class RsmError(Exception):
-    """Root of all errors raised on purpose."""
+    """Base class of all errors raised on purpose."""
 
 
 class InvalidRequest(RsmError, ValueError):
-    """The call as given can never run."""
+    """The call can never run as given."""
 
 
 class Conflict(RsmError):
-    """The id is already used by another call with another body."""
+    """The id already belongs to a call with another kind, model or body."""
 
 
 class Overloaded(RsmError):
-    """There is no room for more calls now. What was refused has left no trace, so it may be submitted again as it is.
+    """A limit on open calls is reached. Refused calls leave no trace, so they can be submitted again unchanged.
 
     Attributes:
-        retry_after: seconds after which there will be room at the present rate; 0 = the call's deadline has passed.
-        bound: what is full: "open_calls", "open_bytes", "session_calls" or "session_bytes".
-        setting: the variable that sets it.
-        accepted: handles of the calls of this `submit_many` that are in, in order (`CallHandle` or `AsyncCall`).
+        retry_after: seconds to wait, estimated from the present rate; 0 = the call's deadline has passed.
+        bound: the limit that is reached: "open_calls", "open_bytes", "session_calls" or "session_bytes".
+        setting: the variable that sets this limit.
+        accepted: handles of the accepted calls of a `submit_many`, in order (`CallHandle` or `AsyncCall`).
         refused: its other calls (`Submission`), for the next `submit_many`.
     """
 
@@ -60,19 +60,20 @@ class Overloaded(RsmError):
         self.setting = f"RSM_MAX_{bound.upper()}"
         self.accepted = list(accepted)
         self.refused = list(refused)
-        advice = f"Try again in {retry_after:g} s" if retry_after else "Its deadline has passed"
-        super().__init__(f"There is no room for the call ({self.setting} is reached). {advice}.")
+        advice = f"Try again in {retry_after:g} s" if retry_after else "The call's deadline has passed"
+        super().__init__(f"The broker accepts no more calls: the limit {self.setting} is reached. {advice}.")
 
 
 class NotReplicated(RsmError):
-    """Fewer replicas than `RSM_WAIT_REPLICAS` have confirmed the push in time, so a fail-over now might lose it.
+    """Fewer replicas than `RSM_WAIT_REPLICAS` confirmed the push in time. A failover now could lose it.
 
-    The calls are pushed, and run. Submitting them again with the same ids is safe, and waits for the replicas again.
+    The calls are pushed and will run. Submitting them again with the same ids is safe, and waits for the replicas
+    again.
 
     Attributes:
         call_ids: the calls in question.
-        replicas: how many replicas have them.
-        wanted: how many were asked for.
+        replicas: how many replicas confirmed them.
+        wanted: how many were required.
     """
 
     def __init__(self, call_ids: Sequence[str], replicas: int, wanted: int) -> None:
@@ -81,8 +82,8 @@ class NotReplicated(RsmError):
         self.wanted = wanted
         shown = self.call_ids[0] if len(self.call_ids) == 1 else f"{self.call_ids[0]} and {len(self.call_ids) - 1} more"
         super().__init__(
-            f"Call {shown}: pushed, but {replicas} of {wanted} replicas have it (RSM_WAIT_REPLICAS). "
-            "Submit again with the same id to wait for them again."
+            f"Call {shown}: pushed, but only {replicas} of {wanted} replicas confirmed it in time (RSM_WAIT_REPLICAS). "
+            "Submit again with the same id to wait again."
         )
 
 
@@ -94,17 +95,16 @@ class UnknownCall(RsmError, KeyError):
 
 
 class BadRecord(RsmError):
-    """What Redis holds of a call cannot be read: somebody else than the parts has written there."""
+    """The data of a call in Redis cannot be read: another program has written there."""
 
 
 class CallLost(UnknownCall):
-    """A call that was accepted has no record any more, though nothing was heard of its end."""
+    """An accepted call has no record any more, and this client did not receive its end."""
 
     def __init__(self, call_id: str) -> None:
         super().__init__(
-            f"Redis has no record of call {call_id} any more: it was lost by a fail-over to a replica that "
-            "lacked it, or by a restart; or it ended unheard, and has expired. "
-            "Submit it again, with the same id if you like."
+            f"Redis no longer has a record of call {call_id}. Either a failover or a restart lost it, or it expired "
+            "before this client received the call's end. Submit it again; the same id is fine."
         )
 
 
@@ -117,16 +117,16 @@ class EngineIdTaken(RsmError):
 
 
 class EvictingRedis(RsmError):
-    """Redis is set to delete keys when its memory is full: accepted calls would vanish."""
+    """Redis is configured to evict keys when its memory is full, so accepted calls could vanish."""
 
 
 class EngineFailed(RsmError):
-    """An engine could not be started, or died."""
+    """An engine did not start, or died."""
 
 
 class BrokerUnavailable(RsmError):
-    """Redis could not be reached in the time given."""
+    """Redis could not be reached in time."""
 
 
 class AccessDenied(BrokerUnavailable):
-    """Redis refuses this user: its password, or its rights; the message says which."""
+    """Redis rejects this user's credentials or permissions; the message says which."""

@@ -1,4 +1,4 @@
-"""One form of log lines for all processes: time, process, level, logger, message; or JSON, an object a line."""
+"""The log format of all processes: time, process, level, logger, message; or JSON, one object per line."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from types import TracebackType
 
 from rsm.broker.settings import Settings
 
-# Libraries that report each request of ours at INFO.
+# Libraries that log each of our requests at INFO.
 _CHATTY = ("httpx", "httpcore")
-_HELD_BACK = 1000
+_MAX_BUFFERED = 1000
 
 log = logging.getLogger("rsm")
 
 
 class _Handler(logging.Handler):
-    """Writes to whatever stderr is at the time."""
+    """Writes to the current `sys.stderr`, which may change after this handler is made."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -35,11 +35,11 @@ _handler = _Handler()
 
 
 def configure(settings: Settings, process: str = "", default: str = "INFO") -> None:
-    """Logs to stderr. May be called again, by a process that has found out what it is.
+    """Logs to stderr. May be called again, by a process that learns its name later.
 
     Args:
-        process: names this one among several that share a terminal, such as "e0" or "router".
-        default: the level where the settings name none.
+        process: the name of this process, such as "e0" or "router", for when several share a terminal.
+        default: the level if the settings do not set one.
     """
     as_json = settings.log_format == "json"
     _handler.setFormatter(JsonFormatter(process) if as_json else text_formatter(process))
@@ -55,8 +55,8 @@ def configure(settings: Settings, process: str = "", default: str = "INFO") -> N
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Keeps what is logged until the end of the block, by when `configure` knows its form."""
-    root, early = logging.getLogger(), MemoryHandler(_HELD_BACK, logging.CRITICAL + 1, flushOnClose=False)
+    """Buffers log records until the end of the block, where `configure` has set the format."""
+    root, early = logging.getLogger(), MemoryHandler(_MAX_BUFFERED, logging.CRITICAL + 1, flushOnClose=False)
     root.addHandler(early)
     try:
         yield
@@ -72,7 +72,7 @@ def _log_crash(kind: type[BaseException], error: BaseException, trace: Traceback
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     else:
-        log.critical("ended by an error that nobody expected", exc_info=(kind, error, trace))
+        log.critical("the process ends because of an unexpected error", exc_info=(kind, error, trace))
 
 
 def text_formatter(process: str) -> logging.Formatter:
@@ -88,9 +88,9 @@ class JsonFormatter(logging.Formatter):
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         row = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname,
             "process": self._process,
             "logger": record.name,

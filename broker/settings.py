@@ -1,6 +1,6 @@
-"""Settings shared by all processes, from the environment (RSM_*) or given in code.
+"""Settings shared by all processes, from the environment (RSM_*) or from code.
 
-This is the one place that reads the environment: whoever starts something makes `Settings()` and passes them on.
+Only this module reads the environment. A program creates one `Settings()` and passes it on.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from rsm.broker.protocol.ids import check_id, is_id
 log = logging.getLogger("rsm.settings")
 
 PREFIX = "RSM_"
-# Token-seconds of KV cache are more than tokens or ms of the same calls: some thousand tokens are held for a second.
+# Token-seconds of KV cache are larger numbers than tokens or ms: a call may hold thousands of tokens for a second.
 _KV_BOUNDS = (10_000, 40_000, 160_000, 640_000, 2_560_000, 10_000_000)
-# What else may stand in the environment: for one process only (workers/environment.py, the vLLM scheduler), and tests.
+# Further known variables: for one process only (workers/environment.py, the vLLM scheduler), and for tests.
 _OTHERS = {"RSM_ENGINE", "RSM_NODE", "RSM_SUPERVISOR", "RSM_BIRTH"}
 _TESTS = "RSM_TEST_"
-# Settings that were called otherwise before.
+# Settings that had another name before.
 _RENAMED = {"RSM_PROMPT_PIECE": "RSM_PROMPT_CHUNK"}
 
-# The order in which vLLM, or a simulated engine, runs the calls it has: by arrival; by class, level and arrival; or
-# like that with the programs' service counted on, and with preemption.
+# The order in which vLLM, or a simulated engine, runs its calls: by arrival; by class, level and arrival; or as the
+# second, with each program's service counted while its calls run, and with preemption.
 EngineScheduler = Literal["fcfs", "priority", "plas"]
 LogFormat = Literal["text", "json"]
 
 
 class Settings(BaseSettings):
-    """One object for client, router and worker. Times in the unit that the name says."""
+    """The settings of clients, routers and workers. The name of a duration states its unit."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    redis_url: SecretStr | None = Field(default=None, description="see docs/operations.md; none = the embedded server")
-    wait_replicas: int = Field(default=0, ge=0, description="replicas that must have a write before it is accepted")
+    redis_url: SecretStr | None = Field(default=None, description="see docs/operations.md; default: embedded server")
+    wait_replicas: int = Field(default=0, ge=0, description="replicas that must confirm a write before it is accepted")
     wait_ms: int = Field(default=1000, ge=1, le=5000, description="how long to wait for them")
     namespace: str = Field(default="rsm", description="hash tag of all keys")
-    data_dir: Path | None = Field(default=None, description="the embedded server's folder; none = in the user's state")
+    data_dir: Path | None = Field(default=None, description="the embedded server's folder; default: in XDG_STATE_HOME")
 
-    lease_ms: int = Field(default=2500, ge=300, description="a worker or router silent for so long is dead")
+    lease_ms: int = Field(default=2500, ge=300, description="a worker or router that is silent for this long is dead")
     heartbeat_ms: int = Field(default=500, ge=50, description="how often a worker renews its lease")
     tick_ms: int = Field(default=250, ge=20, description="how often a router looks for dead engines and deadlines")
-    max_attempts: int = Field(default=3, ge=1, description="attempts lost to errors before a call is a dead letter")
-    max_deaths: int = Field(default=3, ge=2, description="engine deaths under a call before it is a dead letter")
+    max_attempts: int = Field(default=3, ge=1, description="failed attempts after which a call is a dead letter")
+    max_deaths: int = Field(default=3, ge=2, description="engine deaths during a call after which it is a dead letter")
 
-    result_ttl_s: int = Field(default=3600, ge=1, description="how long a finished call's record, log and inbox live")
-    session_ttl_s: int = Field(default=3600, ge=1, description="how long an idle session's entry and affinity live")
+    result_ttl_s: int = Field(default=3600, ge=1, description="lifetime of a finished call's record, log and inbox")
+    session_ttl_s: int = Field(default=3600, ge=1, description="lifetime of an idle session's entry and affinity")
     max_body_bytes: int = Field(default=8 << 20, ge=1024, description="largest body of a call")
-    max_open_calls: int = Field(default=200_000, ge=0, description="unfinished calls in all; 0 = no limit, as below")
-    max_open_bytes: int = Field(default=1 << 30, ge=0, description="bytes of their bodies")
+    max_open_calls: int = Field(default=200_000, ge=0, description="all unfinished calls; 0 = no limit, also below")
+    max_open_bytes: int = Field(default=1 << 30, ge=0, description="bytes of the bodies of all unfinished calls")
     max_session_calls: int = Field(default=20_000, ge=0, description="unfinished calls of one session")
-    max_session_bytes: int = Field(default=256 << 20, ge=0, description="bytes of their bodies")
-    max_retained_bytes: int = Field(default=1 << 30, ge=0, description="finished calls: records, results, logs")
+    max_session_bytes: int = Field(default=256 << 20, ge=0, description="bytes of the bodies of these")
+    max_retained_bytes: int = Field(default=1 << 30, ge=0, description="bytes of finished calls: record, result, log")
     max_dead_bytes: int = Field(default=256 << 20, ge=0, description="bytes of dead letters")
     inbox_max: int = Field(default=10_000, ge=100, description="events kept in a client's inbox, approximately")
     batch: int = Field(default=256, ge=1, le=4096, description="calls per round trip in router, worker and client")
@@ -68,47 +68,47 @@ class Settings(BaseSettings):
     cache_token_threshold: int = Field(default=2048, ge=0, description="prompts up to this many tokens go anywhere")
     stealing: bool = Field(default=True, description="idle engines take waiting calls of loaded ones (policy cost)")
     service_unit: str = Field(
-        default="tokens", description="what calls cost: tokens, work, time, kv, or package.module:Class"
+        default="tokens", description="unit of service: tokens, work, time, kv, or package.module:Class"
     )
     service_rule: Literal["path", "total"] = Field(
-        default="path", description="a program's service: its longest path of calls (path), or all of them (total)"
+        default="path", description="a program's service: its longest path of calls (path), or all its calls (total)"
     )
     level_bounds: Annotated[tuple[int, ...], NoDecode] = Field(
         default=(1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000),
         max_length=15,
-        description="upper ends of the scheduling levels, in service units",
+        description="upper bounds of the scheduling levels, in service units",
     )
     starvation_beta: float = Field(
-        default=8.0, ge=0, allow_inf_nan=False, description="wait / run of a program at which it starves; 0 = never"
+        default=8.0, ge=0, allow_inf_nan=False, description="ratio wait / run at which a program starves; 0 = never"
     )
     admission: bool = Field(default=False, description="throttle programs whose contexts fit no engine's KV cache")
     admission_factor: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="contexts that an engine may have, over its KV cache"
+        default=1.0, gt=0, allow_inf_nan=False, description="contexts of an engine as a multiple of its KV cache"
     )
     admission_half_life_s: float = Field(
-        default=8.0, gt=0, allow_inf_nan=False, description="an idle program's context counts half after so long"
+        default=8.0, gt=0, allow_inf_nan=False, description="time after which an idle program's context counts half"
     )
-    engine_scheduler: EngineScheduler = Field(default="priority", description="in which order an engine runs its calls")
+    engine_scheduler: EngineScheduler = Field(default="priority", description="the order in which an engine runs calls")
     prompt_chunk: int = Field(
-        default=512, ge=0, description="prompt tokens a step of a worse program beside a better one (plas); 0 = all"
+        default=512, ge=0, description="prompt tokens per step of a worse program beside a better one (plas); 0 = all"
     )
     drain_grace_s: float = Field(default=30.0, ge=0, description="how long a draining worker lets running calls finish")
-    # Longer than one step may take (a huge prompt in one chunk, kernels compiled on first use), shorter than patience.
-    stall_s: float = Field(default=300.0, ge=0, description="an engine with calls and no progress is dead; 0 = never")
-    start_s: float = Field(default=1800.0, ge=0, description="how long an engine may take to start; 0 = for ever")
+    # Longer than any one step takes (a huge prompt in one chunk, kernels compiled on first use).
+    stall_s: float = Field(default=300.0, ge=0, description="an engine with calls but no progress is dead; 0 = never")
+    start_s: float = Field(default=1800.0, ge=0, description="how long an engine may take to start; 0 = no limit")
     openai_api_key: SecretStr | None = Field(default=None, description="for engines of backend openai; never shown")
-    log_level: str | None = Field(default=None, description="DEBUG, INFO, WARNING or ERROR; none = what suits")
-    log_format: LogFormat = Field(default="text", description="text, or json: one object a line")
+    log_level: str | None = Field(default=None, description="DEBUG, INFO, WARNING or ERROR; default: by process")
+    log_format: LogFormat = Field(default="text", description="text, or json: one object per line")
 
     @field_validator("namespace")
     @classmethod
     def _namespace_is_an_id(cls, value: str) -> str:
         if not is_id(value):
-            raise ValueError("must be 1 to 128 characters out of A-Z a-z 0-9 . _ : - and not the name of a key")
+            raise ValueError("must be 1 to 128 characters from A-Z a-z 0-9 . _ : - without a reserved end like :events")
         return value
 
     @model_validator(mode="after")
-    def _a_body_fits(self) -> Settings:
+    def _limits_allow_one_body(self) -> Settings:
         for name in ("max_open_bytes", "max_session_bytes", "max_dead_bytes"):
             if 0 < getattr(self, name) < self.max_body_bytes:
                 variable = f"{PREFIX}{name.upper()}"
@@ -117,7 +117,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _bounds_suit_the_unit(cls, data: dict[str, object]) -> dict[str, object]:
+    def _bounds_fit_unit(cls, data: dict[str, object]) -> dict[str, object]:
         return {"level_bounds": _KV_BOUNDS, **data} if data.get("service_unit") == "kv" else data
 
     @field_validator("level_bounds", mode="before")
@@ -132,9 +132,9 @@ class Settings(BaseSettings):
 
     @field_validator("level_bounds")
     @classmethod
-    def _bounds_rise(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _bounds_increase(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if list(value) != sorted(set(value)):
-            raise ValueError("must rise from one to the next")
+            raise ValueError("must be strictly increasing")
         return value
 
     @field_validator("log_level")
@@ -145,27 +145,27 @@ class Settings(BaseSettings):
         return value.upper() if value else None
 
     @model_validator(mode="after")
-    def _strangers_are_reported(self) -> Settings:
+    def _report_unknown(self) -> Settings:
         report_unknown(os.environ)
         return self
 
     @classmethod
     def with_defaults(cls, values: Mapping[str, Any]) -> Settings:
-        """Of the environment, and where it says nothing, of these values."""
+        """Settings from the environment, with these values for what it leaves out."""
         return cls(**{n: v for n, v in values.items() if f"{PREFIX}{n.upper()}" not in os.environ})
 
     def wait_command(self) -> tuple[str, int, int] | None:
-        """The WAIT that goes with a write that must not be lost; None if none is asked for."""
+        """The WAIT to send with a write that must not be lost; None if `wait_replicas` is 0."""
         return ("WAIT", self.wait_replicas, self.wait_ms) if self.wait_replicas else None
 
     def url(self) -> str:
-        """The Redis URL in clear, for the connection alone; it may hold a password, so never print it."""
+        """The Redis URL in clear text, for connections only. It may contain a password: never print it."""
         if self.redis_url is not None:
             return self.redis_url.get_secret_value()
         return f"unix://{self.socket_path()}"
 
     def socket_path(self) -> Path:
-        """Where the embedded server of this user listens when no Redis URL is set."""
+        """The socket of this user's embedded server, which is used when no Redis URL is set."""
         return self.state_dir() / "redis.sock"
 
     def state_dir(self) -> Path:
@@ -175,11 +175,11 @@ class Settings(BaseSettings):
 
     @staticmethod
     def cache_dir() -> Path:
-        """Where what can be made again is kept, such as the tiny model."""
+        """The folder for files that can be made again, such as the tiny model."""
         return _user_folder("XDG_CACHE_HOME", ".cache")
 
     def environment(self) -> dict[str, str]:
-        """The same settings as RSM_* variables, for a child process. They may hold a password: never log them."""
+        """These settings as RSM_* variables, for a child process. They may contain a password: never log them."""
         given = {name: value for name, value in self if value is not None and name != "redis_url"}
         return {"RSM_REDIS_URL": self.url()} | {f"{PREFIX}{n.upper()}": _as_text(v) for n, v in given.items()}
 
@@ -200,7 +200,7 @@ def _as_text(value: Any) -> str:
 
 
 def _user_folder(variable: str, below_home: str) -> Path:
-    """By the XDG base directory specification, 0.8: a relative path in the variable does not count."""
+    """By the XDG base directory specification, 0.8, which ignores a relative path in the variable."""
     configured = Path(os.environ.get(variable, ""))
     if configured.is_absolute():
         return configured / "rsm-engine"
@@ -208,30 +208,30 @@ def _user_folder(variable: str, below_home: str) -> Path:
         return Path.home() / below_home / "rsm-engine"
     except RuntimeError:  # no HOME, and no entry for this user: a container
         raise InvalidRequest(
-            "This user has no home folder to keep things in. Set RSM_DATA_DIR (the embedded Redis) and XDG_CACHE_HOME "
-            "(the tiny model) to folders that it may write to, or name a running Redis by RSM_REDIS_URL or --redis."
+            "This user has no home folder. Set RSM_DATA_DIR (for the embedded Redis) and XDG_CACHE_HOME (for the tiny "
+            "model) to folders that it can write to, or set RSM_REDIS_URL or --redis to a running Redis."
         ) from None
 
 
 def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that look like settings and are none, each with what to do about it."""
+    """Variables that look like settings but are not, each with advice."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | _OTHERS
-    strangers = (n for n in environment if n.startswith(PREFIX) and n not in known and not n.startswith(_TESTS))
-    return {name: _advice(name, known) for name in strangers}
+    unknown = (n for n in environment if n.startswith(PREFIX) and n not in known and not n.startswith(_TESTS))
+    return {name: _advice(name, known) for name in unknown}
 
 
 def _advice(name: str, known: set[str]) -> str:
     if name in _RENAMED:
-        return f"it is called {_RENAMED[name]} now."
+        return f"it is now called {_RENAMED[name]}."
     close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"did you mean {close[0]}?" if close else "docs/operations.md lists them."
+    return f"did you mean {close[0]}?" if close else "docs/operations.md lists all settings."
 
 
 _reported: set[str] = set()
 
 
 def report_unknown(environment: Mapping[str, str]) -> None:
-    """Warns of each such variable once in a process."""
+    """Warns once per process about each unknown variable."""
     for name, advice in unknown_variables(environment).items():
         if name not in _reported:
             _reported.add(name)

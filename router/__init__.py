@@ -1,4 +1,4 @@
-"""The router process, and what a routing policy of your own is made of: subclass `Policy`, name it in RSM_POLICY."""
+"""The router process, and the API for your own routing policy: subclass `Policy` and name it in RSM_POLICY."""
 
 from rsm.router.policies.base import Policy, least_loaded
 from rsm.router.views import CallView, Choice, EngineView, SessionView

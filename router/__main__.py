@@ -1,4 +1,4 @@
-"""The router as a program: `python -m rsm.router`, settings in RSM_*. `rsm router` is the same."""
+"""The router as a program: `python -m rsm.router`, with settings in RSM_*. `rsm router` does the same."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rsm.router.router import Router
 
 log = logging.getLogger("rsm.router")
 
-# A Redis that hangs may hold the router for longer; what it has read and not placed, another one takes over.
+# The longest orderly stop, in case Redis hangs. Another router takes over the entries that this one has not placed.
 _LEAVE_S = 5.0
 
 
 def run_router(settings: Settings) -> int:
-    """Runs one router in this process until SIGTERM or SIGINT; returns its exit status, 78 if it can never run so."""
+    """Runs one router in this process until SIGTERM or SIGINT. Returns its exit status; 78 = wrong configuration."""
     try:
         router = Router(settings)
     except InvalidRequest as e:  # its policy
@@ -31,7 +31,7 @@ def run_router(settings: Settings) -> int:
         return os.EX_CONFIG
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _stop(router))
-    log.info("%s serves %s, policy %s", router.name, settings.namespace, settings.policy)
+    log.info("%s serves namespace %s with policy %s", router.name, settings.namespace, settings.policy)
     try:
         router.run()
     except (AccessDenied, EvictingRedis) as e:
@@ -42,9 +42,9 @@ def run_router(settings: Settings) -> int:
 
 def _stop(router: Router) -> None:
     router.stop()
-    bound = threading.Timer(_LEAVE_S, os._exit, [0])
-    bound.daemon = True
-    bound.start()
+    timer = threading.Timer(_LEAVE_S, os._exit, [0])
+    timer.daemon = True
+    timer.start()
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from rsm.broker.settings import Settings
 
 
 def best_engine(session: SessionView, available: Sequence[str]) -> str | None:
-    """The engine that holds most of a session's cache, its bound engine first; None if none of them does."""
+    """The engine that a session is bound to, else the one with most of its cache; None if no engine has any of it."""
     if session.bound in available:
         return session.bound
     holding = [e for e in available if session.resident.get(e)]
@@ -26,11 +26,11 @@ def best_engine(session: SessionView, available: Sequence[str]) -> str | None:
 
 
 class KVCacheCoordinator:
-    """Reads and writes the affinity metadata, and counts hits. Any number may work on one namespace.
+    """Reads and writes the affinity metadata, and counts hits. Several can work on one namespace.
 
     Args:
-        cache_token_threshold: prompts up to this many tokens may go anywhere (Autellix, Algorithm 2).
-        server: a Redis client with the broker's options; none = a new one for `settings`.
+        cache_token_threshold: prompts up to this many tokens may go to any engine (Autellix, Algorithm 2).
+        server: a Redis client with the broker's options. Default: a new one for `settings`.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class KVCacheCoordinator:
         self._transitions = Transitions(self._keys, self._settings)
 
     def record_cache_usage(self, session_id: str, engine_id: str, prompt_tokens: int) -> None:
-        """Notes that `prompt_tokens` of the session are now cached on the engine."""
+        """Records that `prompt_tokens` of the session are now cached on the engine."""
         session, engine = check_id(session_id, "session"), check_id(engine_id, "engine")
         execute.run(self._redis, self._transitions.cached(session, engine, int(prompt_tokens)))
 
     def get_best_engine_for_session(
         self, session_id: str, available_engines: Sequence[str], prompt_tokens: int
     ) -> str | None:
-        """The engine where the session's cache is; None = any will do (a short prompt), or none of them has it."""
+        """The engine that has the session's cache; None if the prompt is short, or no engine has the cache."""
         if prompt_tokens <= self.cache_token_threshold:
             return None
         snapshot = execute.run(self._redis, self._transitions.snapshot([check_id(session_id, "session")]))
@@ -65,8 +65,8 @@ class KVCacheCoordinator:
         return engine
 
     def get_cache_stats(self) -> dict[str, Any]:
-        """Counts since the namespace began: `affinity_hits`, `affinity_misses`, `hit_rate` (of calls long enough to
-        ask), and `prompt_tokens`, `cached_tokens`, `token_hit_rate` as the engines counted them."""
+        """Totals since the namespace was created: `affinity_hits`, `affinity_misses`, `hit_rate` (of calls with long
+        prompts), and `prompt_tokens`, `cached_tokens`, `token_hit_rate` as the engines counted them."""
         names = ["affinity_hits", "affinity_misses", "prompt_tokens", "cached_tokens"]
         stats: dict[str, Any] = {
             name: codec.number(v) for name, v in zip(names, self._redis.hmget(self._keys.stats, names), strict=True)

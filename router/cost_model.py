@@ -1,14 +1,14 @@
-"""How long a call would take on each engine: the model behind policy `cost` and behind stealing. Times in seconds.
+"""Estimates how long a call would take on each engine, for policy `cost` and for work stealing. Times in seconds.
 
-    cost = until it can start + its uncached tokens / prefill speed + its answer / decode speed + the delay of others
+    cost = wait until start + uncached tokens / prefill speed + answer / decode speed + delay of other calls
 
-1. It starts when the prompts ahead of it are computed, those of running calls and of waiting calls that the queue's
-   order has before it, and, where all slots are taken, when enough calls have ended.
-2. Uncached are the tokens of its prompt that its session has not left on the engine, or that have been evicted since:
-   an engine keeps the latest of what it computed, as much as its KV cache holds.
-3. All calls of an engine share its steps: a prompt delays those that run, and those that wait behind it.
+1. A call starts when the prompts ahead of it are computed: those of running calls, and of waiting calls before it in
+   the queue. If all slots are used, enough calls must also have ended.
+2. The uncached tokens of its prompt are those that its session has not left on the engine, or that have been evicted
+   since. An engine keeps the latest tokens that it computed, as many as its KV cache can hold.
+3. All calls of an engine share its steps, so a prompt delays the running calls, and those that wait after it.
 
-Speeds are the engines' own, as they have learned them; an engine that has not yet is taken for as fast as the others.
+Each engine measures its own speed. An engine without a measurement is assumed to have the mean speed of the others.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from rsm.broker.protocol.rules import NEW_CACHE, rank_of
 from rsm.broker.protocol.snapshot import EngineView, SessionView, Speed
 from rsm.router.views import CallView
 
-# An engine that has told nothing, in a fleet that has told nothing: an 8B model on a large GPU, by order of magnitude.
+# Used while no engine has reported a speed: the order of magnitude of an 8B model on a large GPU.
 UNKNOWN = Speed(step_s=0.01, token_s=100e-6, seq_s=50e-6)
 UNKNOWN_ANSWER = 128.0
-# How many calls of a session its own mean must be of to count as much as the fleet's.
+# After this many calls, a session's own mean counts as much as the fleet's.
 _PRIOR_CALLS = 2.0
-# How much of its prompt a call is believed to share with one of its session that an engine has, but has not ended yet.
+# The fraction of its prompt that a call probably shares with an unfinished call of its session on the same engine.
 _SHARED = 0.5
-# Steps until a call has its first token, if nothing is ahead of it: half of one that is under way, and its own.
+# Steps until the first token of a call with nothing ahead of it: half of the step in progress, and its own step.
 _STEPS = 1.5
-# A cache that was left alone for so long is wanted again with an even chance.
+# A cache that was unused for this long is needed again with probability 1/2.
 _RETURN_S = 60.0
-# Of how many engines, at most, besides the chosen one, and in how many bytes a call's record tells the costs.
+# The costs in a call's record: at most this many engines besides the chosen one, and this many bytes.
 _COSTS_KEPT, _COSTS_BYTES = 8, 192
-# How long the fleet's means hold, in seconds.
+# How long the fleet's means are used before they are computed again, in seconds.
 _MEAN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What may be turned in the model.
+    """The parameters of the model.
 
     Attributes:
-        others: how much a second of delay of another call counts; 0 = each call for itself.
+        others: the weight of a second of delay of another call; 0 = other calls do not count.
+        keep: the weight of evicting tokens that the engine's cache may need again; 0 = they do not count.
     """
 
     others: float = 1.0
@@ -53,16 +54,15 @@ class Weights:
 
 
 class _Load:
-    """One engine as it was seen, boiled down to what a call costs there."""
+    """One engine's view, reduced to the numbers that determine a call's cost there."""
 
     __slots__ = (
-        "_behind",
         "_crowd_s",
-        "_each",
         "_free",
-        "_meet",
-        "_pace",
+        "_overlap",
+        "_per_call_s",
         "_step_s",
+        "_step_time",
         "_token_s",
         "_waits",
         "prompt_s",
@@ -76,24 +76,27 @@ class _Load:
         batch = min(slots, view.running + waiting)
         others = weights.others * (view.running + waiting)
         self._token_s, self._step_s = speed.token_s, speed.step_s + speed.seq_s
-        # What one call more costs the engine while all slots are taken, prompts aside: its share of the steps.
-        self._each = answer * (speed.step_s / slots + speed.seq_s)
+        # The time of one more call while all slots are used, without its prompt: its share of the steps.
+        self._per_call_s = answer * (speed.step_s / slots + speed.seq_s)
         self._free = slots - view.running
-        self._pace = speed.step_s + (batch + 1) * speed.seq_s
-        # Those that run now will be gone, on the average, when as many tokens are out as an answer has.
-        self._meet = answer if not waiting else inf
+        self._step_time = speed.step_s + (batch + 1) * speed.seq_s
+        # On average, the calls that run now will have ended after as many tokens as an answer has.
+        self._overlap = answer if not waiting else inf
         self._crowd_s = (batch + weights.others * min(view.running, slots)) * speed.seq_s
         self.prompt_s = speed.token_s * (1 + others + weights.keep * _RETURN_S / (_RETURN_S + view.cache_age_s))
         self._waits: dict[int, float] = {}
 
     def cost(self, rank: int, tokens: int, answer: float) -> float:
-        """Of a call with nothing cached here."""
+        """The cost of a call that has nothing cached here."""
         return (
-            self.wait(rank) + tokens * self.prompt_s + answer * self._step_s + min(answer, self._meet) * self._crowd_s
+            self.wait(rank)
+            + tokens * self.prompt_s
+            + answer * self._step_s
+            + min(answer, self._overlap) * self._crowd_s
         )
 
     def wait(self, rank: int) -> float:
-        """Until a call of this rank can start, if it came now."""
+        """The time until a call of this rank could start, if it arrived now."""
         found = self._waits.get(rank)
         if found is None:
             found = self._waits[rank] = self._wait(rank)
@@ -107,12 +110,12 @@ class _Load:
                 tokens += ahead.tokens
         wait = self.view.prefill_s + tokens * self._token_s
         missing = calls + 1 - self._free
-        wait += _STEPS * self._pace
-        return wait + missing * self._each if missing > 0 else wait
+        wait += _STEPS * self._step_time
+        return wait + missing * self._per_call_s if missing > 0 else wait
 
 
 class CostModel:
-    """Keeps what it made of each engine until that engine is seen anew. One in each router; not for several threads."""
+    """Caches the numbers of each engine until it has a new view. One per router; not thread-safe."""
 
     def __init__(self, weights: Weights | None = None) -> None:
         self.weights = weights or Weights()
@@ -124,12 +127,12 @@ class CostModel:
     def costs(
         self, call: CallView, engines: Sequence[EngineView], session: SessionView, now: float
     ) -> dict[str, float]:
-        """What the call would take on each engine. `now`: seconds, on any clock that only goes forward."""
-        self.look_around(engines, now)
-        return self.reckon(call, engines, session)
+        """The time that the call would take on each engine. `now`: seconds, on any monotonic clock."""
+        self.update_means(engines, now)
+        return self.estimate(call, engines, session)
 
-    def reckon(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> dict[str, float]:
-        """The same, by the means that were found when the model last looked around."""
+    def estimate(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> dict[str, float]:
+        """Like `costs`, without updating the fleet's means first."""
         loads = self._loads_of(engines)
         rank = rank_of(call.priority, session.level)
         tokens, answer = call.prompt_tokens, self.answer(session)
@@ -140,7 +143,7 @@ class CostModel:
         return costs
 
     def answer(self, session: SessionView) -> float:
-        """How many tokens the session's next answer will have: its own mean, and that of all as far as it has none."""
+        """The expected tokens of the session's next answer: its own mean, weighted with the fleet's mean."""
         n = session.completed
         return (n * session.completion_tokens + _PRIOR_CALLS * self._answer) / (n + _PRIOR_CALLS)
 
@@ -154,8 +157,8 @@ class CostModel:
             loads.append(load)
         return loads
 
-    def look_around(self, engines: Sequence[EngineView], now: float) -> None:
-        """What is not known of one engine is believed to be as it is in the mean; looks if it has not of late."""
+    def update_means(self, engines: Sequence[EngineView], now: float) -> None:
+        """Updates the fleet's means, which stand in for unknown values of an engine, unless they are recent."""
         if now < self._mean_until:
             return
         speeds = [e.speed for e in engines if e.speed]
@@ -164,7 +167,7 @@ class CostModel:
             self._speed = Speed(
                 fmean(s.step_s for s in speeds), fmean(s.token_s for s in speeds), fmean(s.seq_s for s in speeds)
             )
-            # What was made of engines that have told nothing was made of an older mean.
+            # The numbers of engines without a measured speed come from an older mean.
             self._loads = {i: load for i, load in self._loads.items() if load.view.speed}
         if answers:
             self._answer = fmean(answers)
@@ -172,7 +175,7 @@ class CostModel:
 
 
 def reusable(call: CallView, engine: EngineView, session: SessionView) -> int:
-    """Tokens of the call's prompt that its session should have left in the engine's cache."""
+    """Tokens of the call's prompt that should be in the engine's cache from earlier calls of its session."""
     left = session.resident.get(engine.id, 0)
     if not left:
         return int(_SHARED * call.prompt_tokens) if session.bound == engine.id else 0
@@ -185,15 +188,15 @@ def reusable(call: CallView, engine: EngineView, session: SessionView) -> int:
 
 
 def costs_text(costs: Mapping[str, float], chosen: str) -> str:
-    """Costs for a record, `ENGINE=MS ENGINE=MS …`: the chosen engine first, then the cheapest, within a bound."""
+    """Costs for a record, `ENGINE=MS ENGINE=MS …`: the chosen engine first, then the cheapest, up to a limit."""
     if not costs:
         return ""
     others = nsmallest(_COSTS_KEPT, (e for e in costs if e != chosen), key=costs.__getitem__)
-    kept, room = [], _COSTS_BYTES
+    kept, left = [], _COSTS_BYTES
     for e in (chosen, *others):
         word = f"{e}={costs[e] * 1000:.0f}"
-        room -= len(word) + 1
-        if room < 0:
+        left -= len(word) + 1
+        if left < 0:
             break
         kept.append(word)
     return " ".join(kept)

@@ -1,4 +1,4 @@
-"""From an entry of the router stream to a checked call, or to a refusal that says what is wrong."""
+"""Turns an entry of the router stream into a checked call, or into a rejection that says what is wrong."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Fields = Mapping[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A call to place. `gen`: empty for a first arrival. `raw`: what a bare XADD pushed, which has no record yet."""
+    """A call to place. `gen`: empty for a first arrival. `raw`: set if a bare XADD pushed it; it has no record yet."""
 
     entry: str
     call_id: str
@@ -31,7 +31,7 @@ class Arrival:
 
 
 def read_entry(entry: str, fields: Fields, max_body_bytes: int) -> Arrival | Rejection:
-    """Checks one entry. Never raises: whatever a producer pushed, the stream goes on behind it."""
+    """Checks one entry. Never raises, so that a bad entry does not block those after it."""
     try:
         if fields.get(b"ref") == b"1" or b"gen" in fields:
             return _read_reference(entry, fields)
@@ -41,7 +41,7 @@ def read_entry(entry: str, fields: Fields, max_body_bytes: int) -> Arrival | Rej
 
 
 def reject(entry: str, fields: Fields, code: ErrorCode, message: str) -> Rejection:
-    """A refusal that keeps what is usable of the entry's ids, so that its producer hears of it."""
+    """A rejection with the valid ones of the entry's ids, so that its producer is notified."""
 
     def usable(name: bytes, default: str) -> str:
         value = text(fields.get(name))
@@ -54,7 +54,7 @@ def reject(entry: str, fields: Fields, code: ErrorCode, message: str) -> Rejecti
 
 
 def _read_reference(entry: str, fields: Fields) -> Arrival:
-    """An entry whose record exists: pushed by `Client.submit`, or given back to the router."""
+    """Reads an entry with a record: pushed by `Client.submit`, or given back to the router."""
     call_id = check_id(text(fields.get(b"id")), "id")
     session = check_id(text(fields.get(b"session")) or call_id, "session")
     model = text(fields.get(b"model"))
@@ -66,7 +66,7 @@ def _read_reference(entry: str, fields: Fields) -> Arrival:
 
 
 def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
-    """A bare XADD: routing fields as plain text, the body as `json` or as `body` (msgpack)."""
+    """Reads an entry of a bare XADD: routing fields as plain text, the body as `json` or as `body` (msgpack)."""
     call_id = check_id(text(fields[b"id"]), "id") if b"id" in fields else entry
     kind = text(fields.get(b"kind")) or "generate"
     if kind not in KINDS:
@@ -96,11 +96,11 @@ def _read_raw(entry: str, fields: Fields, max_body_bytes: int) -> Arrival:
 
 
 def _deadline_ms(entry: str, fields: Fields) -> int | None:
-    """Of an absolute `deadline_ms`, or of a `timeout_ms` that began when the entry was pushed."""
+    """From an absolute `deadline_ms`, or from a `timeout_ms` since the push."""
     deadline: int | None = _whole(fields, b"deadline_ms", None)
     timeout: int | None = _whole(fields, b"timeout_ms", None)
     if deadline is not None and timeout is not None:
-        raise InvalidRequest("An entry has either timeout_ms (from its push on) or deadline_ms (epoch), not both.")
+        raise InvalidRequest("Give either timeout_ms (from the push) or deadline_ms (epoch milliseconds), not both.")
     return deadline if timeout is None else number(entry.partition("-")[0]) + max(0, timeout)
 
 

@@ -1,4 +1,4 @@
-"""What any router does on a timer, so that nothing waits for new traffic and no single router is needed."""
+"""What every router does on a timer, so that no call waits for new traffic and no router is special."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("rsm.router")
 
 
 class Maintenance:
-    """Timed duties of one router. All of them may run in every router at once."""
+    """The timed tasks of one router. All routers can run all of them at the same time."""
 
     def __init__(self, server: redis.Redis, keys: Keys, settings: Settings, name: str) -> None:
         self._redis = server
@@ -30,19 +30,19 @@ class Maintenance:
         self._transitions = Transitions(keys, settings)
         self._cursor = "0-0"
         self._connected_since = time.monotonic()
-        self.engines: list[EngineView] = []  # as the last tick saw them
+        self.engines: list[EngineView] = []  # from the last tick
 
-    def blip(self) -> None:
-        """Redis did not answer. Leases that ran out meanwhile prove nothing: their owners could not renew them."""
+    def note_outage(self) -> None:
+        """Redis did not answer, so no worker could renew its lease. Delays `_reap` by the length of a lease."""
         self._connected_since = time.monotonic()
 
     def tick(self) -> Any:
-        """Does all duties once; returns entries taken over from dead routers, to be placed."""
+        """Runs all tasks once. Returns the entries taken over from dead routers, which must be placed."""
         if time.monotonic() - self._connected_since > self._settings.lease_ms / 1000:
             self._reap()
         while execute.run(self._redis, self._transitions.expire(self._name)) == self._settings.batch:
             pass
-        # Before entries are taken over: of a call that ended on the stream long ago, it takes the entry.
+        # Before entries are taken over, because this removes the entries of calls that ended on the stream.
         while execute.run(self._redis, self._transitions.retain()).entries == RETAIN_ENTRIES:
             pass
         self._unpark()
@@ -50,17 +50,17 @@ class Maintenance:
         return self._take_over()
 
     def leave(self) -> None:
-        """Deletes this consumer if nothing is pending for it (deleting it would drop what is)."""
+        """Deletes this consumer unless entries are pending for it, which would be lost with it."""
         try:
             self._drop_consumer(self._name)
         except redis.RedisError:
-            log.debug("consumer %s stays behind", self._name)
+            log.debug("could not delete consumer %s", self._name)
 
     def _reap(self) -> None:
         while True:
             reaped = execute.run(self._redis, self._transitions.reap())
             for engine in reaped.engines:
-                log.warning("engine %s is dead (lease ended); its calls go to others", engine)
+                log.warning("engine %s is dead (its lease expired); its calls move to other engines", engine)
             if reaped.moved < self._settings.batch:
                 return
 
@@ -76,16 +76,16 @@ class Maintenance:
             pass
 
     def _take_over(self) -> list[Any]:
-        """Entries that a dead router read and did not place. Ours that are still pending come back the same way."""
-        # Half a lease: placing takes milliseconds, and an entry that two routers place is placed once (assign.lua).
+        """Takes over entries that a dead router read but did not place. Our own pending ones come back the same way."""
+        # Half a lease: placing takes milliseconds, and assign.lua places an entry once even if two routers have it.
         idle_ms = self._settings.lease_ms // 2
         cursor, entries, _ = self._redis.xautoclaim(
             self._keys.calls, ROUTER_GROUP, self._name, idle_ms, self._cursor, self._settings.batch
         )
-        # The cursor is kept: starting at 0-0 each time would let a long busy list hide what lies behind it.
+        # Continues from the cursor: if it started at 0-0 each time, a long busy list would hide the entries after it.
         self._cursor = text(cursor)
         if entries:
-            log.warning("took over %d entries of a router that is gone", len(entries))
+            log.warning("took over %d entries from a dead router", len(entries))
         if self._cursor == "0-0":
             self._drop_idle_consumers()
         return [e for e in entries if e and e[0] is not None]

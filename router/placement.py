@@ -1,6 +1,6 @@
-"""The router's choice without Redis: the fleet and the sessions as they were seen, and a batch of calls, to placements.
+"""The router's decisions, without Redis: from a view of the fleet and the sessions, decides on a batch of calls.
 
-No clock and no I/O, so a simulation drives the very same code in virtual time.
+No clock and no I/O, so the simulator runs the same code in virtual time.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from rsm.router.admission import THROTTLED, Admission, context_of, new_of, with_
 from rsm.router.policies.base import Policy, with_call
 from rsm.router.views import CallView, Choice
 
-NO_ENGINE = "No engine serves the model {model!r}. Models at hand: {models}."
-PARKED = "no engine of its model takes calls yet"
+NO_ENGINE = "No engine serves the model {model!r}. Available models: {models}."
+PARKED = "no engine of its model is ready yet"
 _NOWHERE = SessionView()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is to become of one call: an engine (`choice`), a place among the parked, or a refusal.
+    """What to do with one call: assign it to an engine, park it, throttle it, or refuse it.
 
     Attributes:
-        choice: None = no engine of its model takes calls: it is parked, or refused.
-        seen: the engine that its session was bound to when this was decided.
-        refusal: why no engine will ever run it; "" = it is not refused.
-        context: tokens of KV that it will hold; 0 = nobody asks.
-        new: what of them no other call of its session holds there.
+        choice: the engine; None = no engine of its model takes calls, so it is parked or refused.
+        seen: the engine that its session was bound to at the time of the decision.
+        refusal: why no engine can run it; "" = it is not refused.
+        context: tokens of KV that it will hold; 0 without admission.
+        new: the part of `context` that no other call of its session holds there.
     """
 
     choice: Choice | None
@@ -40,9 +40,9 @@ class Decision:
 
 
 class Chooser:
-    """Places calls by a policy, and keeps the view of the fleet up to date with what it has placed itself.
+    """Places calls with a policy, and adds its own placements to its view of the fleet.
 
-    Not for several threads. Between two snapshots of the fleet (`see`), calls that it placed count as queued.
+    Not thread-safe. Between two snapshots of the fleet (`see`), calls that it placed count as queued.
     """
 
     def __init__(self, policy: Policy, admission: Admission | None = None) -> None:
@@ -50,27 +50,27 @@ class Chooser:
         self.admission = admission
         self._fleet: dict[str, EngineView] = {}
         self._models: frozenset[str] = frozenset()
-        # By model ("" = any) and id, those that take calls; made when first asked for.
+        # The engines that take calls, by model ("" = any) and id; built on first use.
         self._ready: dict[str, dict[str, EngineView]] = {}
 
     @property
     def fleet(self) -> Mapping[str, EngineView]:
-        """The engines by id, whatever their state, with the calls that were placed since `see`."""
+        """All engines by id, in any state, including the calls that were placed since `see`."""
         return self._fleet
 
     @property
     def models(self) -> frozenset[str]:
-        """All models that the fleet serves, or will when its engines are up."""
+        """All models that the fleet serves, or will serve when its engines have started."""
         return self._models
 
     def see(self, engines: Iterable[EngineView]) -> None:
-        """The whole fleet as it is now."""
+        """Takes a new snapshot of the whole fleet."""
         self._fleet = {e.id: e for e in engines}
         self._models = frozenset(e.model for e in self._fleet.values())
         self._ready.clear()
 
     def update(self, engine: EngineView) -> None:
-        """One engine as it is now. Cheaper than `see` while neither its state nor its model changes."""
+        """Takes a new view of one engine. Cheaper than `see` if neither its state nor its model has changed."""
         old = self._fleet.get(engine.id)
         if old is None or (old.state, old.model) != (engine.state, engine.model):
             self.see([*(e for e in self._fleet.values() if e.id != engine.id), engine])
@@ -78,11 +78,11 @@ class Chooser:
             self._put(engine)
 
     def needs_session(self, call: CallView) -> bool:
-        """Whether `place` wants to know the call's session."""
+        """Whether `place` needs the call's session."""
         return self.admission is not None or self.policy.needs_session(call)
 
     def ready(self, model: str) -> Sequence[EngineView]:
-        """The engines that take calls of a model; "" = of any."""
+        """The engines that take calls of a model; "" = of any model."""
         found = self._ready.get(model)
         if found is None:
             found = {e.id: e for e in self._fleet.values() if e.state == EngineState.READY and model in ("", e.model)}
@@ -93,8 +93,8 @@ class Chooser:
         """Decides on a batch, in order.
 
         Args:
-            sessions: those of the calls for which `needs_session` is true.
-            now: seconds, on any clock that only goes forward.
+            sessions: the sessions of the calls for which `needs_session` is true.
+            now: seconds, on any monotonic clock.
         """
         self.policy.now = now
         known = dict(sessions)
@@ -110,7 +110,7 @@ class Chooser:
         choice = self._choice(call, ready, session)
         if choice.throttle:
             return Decision(choice, session.bound, context=context_of(call, ready[0], session))
-        return self._given(call, choice, session, sessions)
+        return self._assign(call, choice, session, sessions)
 
     def _choice(self, call: CallView, ready: Sequence[EngineView], session: SessionView) -> Choice:
         if self.admission is not None:
@@ -119,7 +119,7 @@ class Chooser:
             return Choice("", THROTTLED.format(tokens=call.prompt_tokens), throttle=True)
         return self.policy.choose(call, ready, session)
 
-    def _given(
+    def _assign(
         self, call: CallView, choice: Choice, session: SessionView, sessions: dict[str, SessionView]
     ) -> Decision:
         engine, seen, context, new = self._fleet[choice.engine], session.bound, 0, 0
@@ -133,7 +133,7 @@ class Chooser:
         return Decision(choice, seen, context=context, new=new)
 
     def _refusal(self, model: str) -> str:
-        """An empty fleet refuses nobody: engines may be on their way."""
+        """An empty fleet refuses no call, because engines may still start."""
         if not self._fleet or not model or model in self._models:
             return ""
         return NO_ENGINE.format(model=model, models=", ".join(sorted(self._models)))

@@ -1,11 +1,11 @@
 """The router process.
 
-1. Reads the router stream in batches, as one consumer of a group that any number of routers share.
-2. Checks each entry, makes records for bare ones, refuses bad ones with a sentence.
-3. Chooses an engine for each call by the policy, and assigns the whole batch in one script.
-4. On a timer, idle or busy: takes over the entries of dead routers, gives the calls of dead engines to others,
-   ends calls whose deadline has passed, unparks calls whose engine has come, lets calls in that waited for room, and
-   takes waiting calls to idle engines.
+1. Reads the router stream in batches, as one consumer of a group that all routers share.
+2. Checks each entry, creates records for bare ones, and rejects bad ones with an error message.
+3. Chooses an engine for each call with the policy, and assigns the whole batch with one script.
+4. On a timer, whether idle or busy: takes over the entries of dead routers, moves the calls of dead engines to other
+   engines, ends calls past their deadline, unparks calls whose engine is ready, admits throttled calls, and moves
+   waiting calls to idle engines.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from rsm.router.work_stealing.loop import WorkStealer
 log = logging.getLogger("rsm.router")
 
 Entries = Sequence[tuple[bytes, Fields]]
-# How old a snapshot of the fleet may be. Between two snapshots a router counts what it assigns itself; what other
-# routers assign and what engines finish meanwhile it learns from the next one.
+# The maximum age of a snapshot of the fleet. Between two snapshots, a router counts only its own assignments. The next
+# snapshot shows what other routers assigned and what engines finished.
 _SNAPSHOT_S = 0.02
-# What a read says that finds no group, a read that was blocking when the stream went, and a look at the consumers.
+# Errors for a missing group: of a read, of a read that was blocking when the stream was deleted, and of XINFO.
 _GROUP_IS_GONE = ("NOGROUP", "UNBLOCKED", "no such key")
-_NO_RECORD = "The entry refers to a record that does not exist. Push a body with it, as `json` or `body`."
+_NO_RECORD = "The entry refers to a record that does not exist. Push an entry with a body, as `json` or `body`."
 
 
 class Router:
@@ -61,24 +61,24 @@ class Router:
         admission = Admission(self.settings.admission_factor) if self.settings.admission else None
         self._chooser = Chooser(policy or create_policy(self.settings), admission)
         self._tick_s = self.settings.tick_ms / 1000
-        self._line = DedicatedConnection(self.settings, block_s=self._tick_s)
+        self._connection = DedicatedConnection(self.settings, block_s=self._tick_s)
         self._redis = connect(self.settings)
         self._maintenance = Maintenance(self._redis, self.keys, self.settings, self.name)
         self._stealer = WorkStealer(self._redis, self._transitions, self._chooser) if self.settings.stealing else None
         self._seen_at = -_SNAPSHOT_S
         self._stopping = False
-        self._examined = False
+        self._server_checked = False
 
     def stop(self) -> None:
-        """Makes `run` return after the batch in hand. What it has read and not placed, another router takes over."""
+        """Makes `run` return after the current batch. Another router takes over the entries that it has not placed."""
         self._stopping = True
 
     def run(self) -> None:
-        """Serves. A Redis that does not answer is waited for.
+        """Serves until `stop`. Waits while Redis does not answer.
 
         Raises:
-            AccessDenied: Redis refuses this router's user from the beginning.
-            EvictingRedis: Redis would delete calls when its memory is full.
+            AccessDenied: Redis rejects this router's user at the start.
+            EvictingRedis: Redis is configured to evict keys when its memory is full.
         """
         backoff, due = Backoff(self.name), 0.0
         ready = served = False
@@ -97,40 +97,40 @@ class Router:
                 if not served:
                     require_access(e)
                 ready = False
-                self._maintenance.blip()
+                self._maintenance.note_outage()
                 time.sleep(backoff.pause(e))
             except ResponseError as e:
                 if not any(sign in str(e) for sign in _GROUP_IS_GONE):
                     raise
-                ready = False  # Redis lost its data, or somebody deleted the stream: make the group again
+                ready = False  # Redis lost its data, or the stream was deleted: create the group again
             else:
                 backoff.recovered()
         self._maintenance.leave()
         self._redis.close()
-        self._line.close()
+        self._connection.close()
 
     def _prepare(self) -> None:
-        """Makes the group at the beginning of the stream, so that calls pushed before the first router count.
+        """Creates the group at the beginning of the stream, so that it includes calls pushed before the first router.
 
-        Examines the server the first time only: a running router is not to end by a fail-over.
+        Checks the server only the first time, so that a failover does not end a running router.
         """
-        if not self._examined:
+        if not self._server_checked:
             require_noeviction(self._redis)
-            self._examined = True
+            self._server_checked = True
         try:
             self._redis.xgroup_create(self.keys.calls, ROUTER_GROUP, id="0", mkstream=True)
         except ResponseError as e:
             if "BUSYGROUP" not in str(e):
                 raise
-        execute.load_all(self._line)
+        execute.load_all(self._connection)
 
     def _read(self) -> Entries:
         count, block = self.settings.batch, self.settings.tick_ms
         group = ("GROUP", ROUTER_GROUP, self.name, "COUNT", count, "BLOCK", block)
-        return self._line.read_stream("XREADGROUP", *group, "STREAMS", self.keys.calls, ">")
+        return self._connection.read_stream("XREADGROUP", *group, "STREAMS", self.keys.calls, ">")
 
     def place(self, entries: Entries) -> int:
-        """Places one batch; returns how many entries it had. What cannot be placed now stays ours and comes again."""
+        """Places one batch. Returns how many entries it had. An entry that cannot be placed now stays pending."""
         if not entries:
             return 0
         arrivals, rejections = self._sort(entries)
@@ -142,13 +142,13 @@ class Router:
         arrivals: list[Arrival] = []
         rejections: list[Rejection] = []
         for entry, fields in entries:
-            # An entry deleted between its reading and its claiming comes without fields.
+            # An entry that was deleted between the read and the claim has no fields.
             read = read_entry(text(entry), fields or {}, self.settings.max_body_bytes)
             (arrivals if isinstance(read, Arrival) else rejections).append(read)  # type: ignore[arg-type]
         return arrivals, rejections
 
     def _place(self, arrivals: list[Arrival], rejections: list[Rejection]) -> tuple[list[Arrival], list[Rejection]]:
-        """One round trip for a snapshot, one to act. Returns what has to be placed or refused once more."""
+        """Uses one round trip for a snapshot and one to act. Returns what must be placed or refused in a next round."""
         placements, refused = self._choose(arrivals, self._see(arrivals))
         commands: list[Command[Any]] = []
         raw = [a.raw for a in arrivals if a.raw is not None]
@@ -158,20 +158,20 @@ class Router:
             commands.append(self._transitions.reject([*rejections, *refused]))
         if placements:
             commands.append(self._transitions.assign(placements))
-        replies = execute.run_all(self._line, commands)
+        replies = execute.run_all(self._connection, commands)
         for r in (*rejections, *refused):
-            log.info("refused %s: %s", r.call_id or r.entry, r.error_code)
+            log.info("rejected call %s: %s", r.call_id or r.entry, r.error_code)
         return self._leftovers(arrivals, placements, replies[-1]) if placements else ([], [])
 
     def _see(self, arrivals: Sequence[Arrival]) -> dict[str, SessionView]:
-        """Brings the view of the fleet up to date, unless it is fresh and serves all models asked for; returns the
-        sessions that the policy wants to know."""
+        """Updates the view of the fleet, unless it is recent and has all requested models. Returns the sessions that
+        the policy needs."""
         sessions = {a.view.session for a in arrivals if self._chooser.needs_session(a.view)}
         unserved = {a.view.model for a in arrivals if a.view.model} - self._chooser.models
         stale = bool(unserved) or time.monotonic() - self._seen_at > _SNAPSHOT_S
         if not (sessions or stale):
             return {}
-        snapshot = execute.run(self._line, self._transitions.snapshot(list(sessions), fleet=stale))
+        snapshot = execute.run(self._connection, self._transitions.snapshot(list(sessions), fleet=stale))
         if stale:
             self._chooser.see(snapshot.engines)
             self._seen_at = time.monotonic()
@@ -202,7 +202,7 @@ class Router:
         for p, reply in zip(placements, placed, strict=True):
             a = by_entry[p.entry]
             if reply.code == "unplaced":
-                self._seen_at = -_SNAPSHOT_S  # the fleet is not what it seemed
+                self._seen_at = -_SNAPSHOT_S  # the view of the fleet is out of date
                 again.append(a)
             elif reply.code == "missing" and a.raw is None:
                 refused.append(reject(a.entry, {b"id": a.call_id.encode()}, ErrorCode.INVALID_REQUEST, _NO_RECORD))

@@ -1,4 +1,4 @@
-"""What a routing policy is given and gives: calls, engines and sessions as a router sees them, and a choice."""
+"""The inputs and the output of a routing policy: views of calls, engines and sessions, and a choice."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["CallView", "Choice", "EngineView", "SessionView"]
 
 @dataclass(frozen=True, slots=True)
 class CallView:
-    """What a policy knows of a call.
+    """What a policy knows about a call.
 
     Attributes:
         prompt_tokens: the producer's count or an estimate.
-        program: the root session, to which its service is charged; "" = its own session.
-        priority: the user's class, ahead of the level.
-        level: as it waits, if it was held until now; none = that of its program.
+        program: the root session, which is charged for its service; "" = its own session.
+        priority: the user's class, which precedes the level.
+        level: the level at which it was throttled. Default: that of its program.
     """
 
     session: str
@@ -31,14 +31,14 @@ class CallView:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An engine, and why: one clause for `rsm call`.
+    """An engine, and the reason for it, as one clause that `rsm call` shows.
 
     Attributes:
-        bind: ties the session to this engine for its later calls.
-        hit: whether the session's cache was found on it; None if that was not asked.
+        bind: bind the session to this engine for its later calls.
+        hit: whether the session's cache is on this engine; None if the policy did not check.
         reuse: prompt tokens that the engine should find in its cache.
-        costs: what the call would take on each engine, in seconds; empty if the policy does not reckon so.
-        throttle: no engine now; the call waits in the router (`engine` says whose room it waits for).
+        costs: the time that the call would take on each engine, in seconds; empty if the policy does not estimate it.
+        throttle: no engine now; the call waits in the router, and `engine` is empty.
     """
 
     engine: str

@@ -66,7 +66,7 @@ class Watched:
 
     def __post_init__(self) -> None:
         chooser: Any = self.router._chooser
-        line: Any = self.router._line
+        line: Any = self.router._connection
         place, exchange = chooser.place, line.exchange
 
         def timed(*args: Any) -> Any:

@@ -1,3 +1,3 @@
-"""What producers use: with threads, with asyncio, over several namespaces. `rsm.broker` exports the names."""
+"""The clients that producers use: sync, asyncio, and sharded over several namespaces. `rsm.broker` exports them."""
 
 __all__: list[str] = []

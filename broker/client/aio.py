@@ -1,7 +1,7 @@
-"""The asyncio client of a producer. The same calls, scripts and guarantees as the synchronous client, without threads.
+"""The asyncio client of a producer. It has the calls, scripts and guarantees of the synchronous client, and no threads.
 
-1. Submissions of concurrent tasks are gathered while one is on its way, and travel together.
-2. One task reads this client's inbox: chunks and ends of all its calls, by one blocking read.
+1. Submissions that concurrent tasks make during a push are batched into the next push.
+2. One task reads this client's inbox: the chunks and ends of all its calls, with one blocking read.
 3. A stream that misses a chunk (a trimmed inbox, a Redis restart) reads it from the call's durable log.
 """
 
@@ -36,9 +36,9 @@ _BLOCK_S = 2.0
 
 
 class AsyncClient(ClientCore):
-    """Pushes calls and awaits them. Belongs to one event loop; arguments as `rsm.Client`.
+    """Pushes calls and awaits them. Belongs to one event loop. Takes the same arguments as `rsm.Client`.
 
-    One that was made before a fork, and not used yet, may be used by the child.
+    A client that was created before a fork, and not used yet, can be used in the child.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class AsyncClient(ClientCore):
         overload_timeout: float | None = None,
     ) -> None:
         super().__init__(redis_url, namespace, settings, redis_timeout, on_overload, overload_timeout)
-        self._begin()
+        self._open_resources()
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _open_resources(self) -> None:
+        super()._open_resources()
         self.redis = connect_async(self.settings)
         self._open: dict[str, AsyncCall] = {}
         self._outbox: list[tuple[Submission, asyncio.Future[None]]] = []
@@ -86,7 +86,7 @@ class AsyncClient(ClientCore):
         on_overload: OnOverload | None = None,
         **params: Any,
     ) -> AsyncCall:
-        """Pushes one call; returns once Redis has it. Arguments and errors as `rsm.Client.submit`."""
+        """Pushes one call; returns when Redis has it. Arguments and errors are those of `rsm.Client.submit`."""
         call = self.prepare(
             prompt,
             id=id,
@@ -113,14 +113,14 @@ class AsyncClient(ClientCore):
     async def submit_many(
         self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None
     ) -> list[AsyncCall]:
-        """Pushes many calls in few round trips; errors as `rsm.Client.submit_many`."""
+        """Pushes many calls in few round trips. Errors are those of `rsm.Client.submit_many`."""
         patience = self._patience(on_overload)
         handles: dict[int, AsyncCall] = {}
         waiting = list(range(len(calls)))
         while waiting:
-            found = await asyncio.gather(*(self._push(calls[i]) for i in waiting), return_exceptions=True)
-            handles |= {i: made for i, made in zip(waiting, found, strict=True) if isinstance(made, AsyncCall)}
-            refusal = _worst([error for error in found if isinstance(error, BaseException)])
+            outcomes = await asyncio.gather(*(self._push(calls[i]) for i in waiting), return_exceptions=True)
+            handles |= {i: made for i, made in zip(waiting, outcomes, strict=True) if isinstance(made, AsyncCall)}
+            refusal = _worst([error for error in outcomes if isinstance(error, BaseException)])
             waiting = [i for i in waiting if i not in handles]
             if refusal is not None:
                 accepted = [handles[i] for i in sorted(handles)]
@@ -149,7 +149,7 @@ class AsyncClient(ClientCore):
             handle._pushed = True
             raise
         except Exception:
-            if not handle._pushed:  # else an earlier push of this very id is still awaited
+            if not handle._pushed:  # else the call of an earlier push with this id is still awaited
                 self._open.pop(r.id, None)
             raise
         handle._pushed = True
@@ -157,25 +157,25 @@ class AsyncClient(ClientCore):
 
     async def _push_all(self) -> None:
         while self._outbox:
-            some, self._outbox = self._outbox[: self.settings.batch], self._outbox[self.settings.batch :]
+            batch, self._outbox = self._outbox[: self.settings.batch], self._outbox[self.settings.batch :]
             try:
-                replies, acks = await self._submit([call for call, _ in some])
+                replies, acks = await self._submit([call for call, _ in batch])
             except asyncio.CancelledError:
-                self._outbox = some + self._outbox  # `close` tells all of them
+                self._outbox = batch + self._outbox  # `close` fails all of them
                 raise
             except Exception as e:
-                _refuse(some, e)
+                _fail(batch, e)
                 continue
-            for (call, pushed), reply in zip(some, replies, strict=True):
+            for (call, pushed), reply in zip(batch, replies, strict=True):
                 if not pushed.done():
                     await self._acknowledge(call, pushed, reply, acks)
 
     async def _submit(self, calls: Sequence[Submission]) -> tuple[list[Submitted], int]:
-        """The replies, and how many replicas have the calls; 0 if that is not asked."""
+        """The replies, and how many replicas have the calls; 0 if `RSM_WAIT_REPLICAS` is 0."""
         wait = self.settings.wait_command()
 
         async def push() -> tuple[list[Submitted], int]:
-            command = self.transitions.submit(calls)  # anew for each try: timeouts run on
+            command = self.transitions.submit(calls)  # built for each try, because the timeouts keep running
             if wait is None:
                 return await execute.arun(self.redis, command), 0
             return await execute.arun_replicated(self.redis, command, wait)
@@ -196,17 +196,17 @@ class AsyncClient(ClientCore):
         else:
             pushed.set_result(None)
         if reply.ended:
-            with contextlib.suppress(BrokerUnavailable):  # the reconciler will find it
+            with contextlib.suppress(BrokerUnavailable):  # the reconciler will find the end
                 self._settle(call_id, await self._hash(call_id))
 
-    # -- everything else a producer does
+    # -- results, streams, cancels
 
     async def result(self, call_id: str, timeout: float | None = None) -> CallResult:
-        """Waits for any call by its id, also one that another process pushed. Raises as `AsyncCall.result`."""
+        """Waits for any call by its id, even if another process pushed it. Errors are those of `AsyncCall.result`."""
         return await (await self.handle(call_id)).result(timeout)
 
     async def handle(self, call_id: str) -> AsyncCall:
-        """A handle on any call by its id.
+        """A handle for any call by its id.
 
         Raises:
             UnknownCall: there is no record with this id.
@@ -223,13 +223,13 @@ class AsyncClient(ClientCore):
             return call
         self._open.setdefault(call_id, call)
         self._ensure_reader()
-        # From now on this client hears of it; if it ended just before, its record is read here.
+        # From now on this client receives the call's events. If the call has just ended, its record is read here.
         if await self._run(self.transitions.listen(call_id, self._inbox)) not in ("PENDING", "RUNNING"):
             self._settle(call_id, await self._hash(call_id))
         return call
 
     async def record(self, call_id: str) -> CallRecord:
-        """The record of a call as it stands now.
+        """The current record of a call.
 
         Raises:
             UnknownCall: there is none, or it has expired.
@@ -239,7 +239,7 @@ class AsyncClient(ClientCore):
     async def stream(self, call_id: str, last_event_id: str = BEGIN) -> AsyncIterator[Delta]:
         """The chunks of any streamed call after `last_event_id`, to its end.
 
-        Reads the call's durable log; see `rsm.Client.stream`, also for the errors.
+        Reads the call's durable log. See `rsm.Client.stream` for details and errors.
         """
         self._require_stream(await self.record(call_id))
         reader = connect_async(self.settings, _BLOCK_S)
@@ -247,7 +247,7 @@ class AsyncClient(ClientCore):
             key = self.keys.events(call_id)
             at = last_event_id
             if at != BEGIN and not await self._retry(lambda: self.redis.xrange(key, at, at)):
-                yield FORGET  # the chunk that was read last is not in the log any more
+                yield FORGET  # the log no longer has the last chunk that was read
                 at = BEGIN
             async for delta in self._read_log(reader, call_id, at):
                 yield delta
@@ -266,17 +266,17 @@ class AsyncClient(ClientCore):
                 continue
             backoff.recovered()
             if not reply and ended:
-                return  # its log has expired
-            # Only a read that began after the end proves that nothing follows.
+                return  # the log has expired
+            # Only a read that started after the end proves that nothing follows.
             ended = not reply and (await self.record(call_id)).state.terminal
             for delta in log_reader.take(reply[0][1] if reply else ()):
                 yield delta
 
     async def _live(
-        self, call_id: str, heard: asyncio.Queue[Delta | End], ended: asyncio.Future[Mapping[bytes, bytes]]
+        self, call_id: str, events: asyncio.Queue[Delta | End], ended: asyncio.Future[Mapping[bytes, bytes]]
     ) -> AsyncIterator[Delta]:
-        """Chunks from the inbox; those it lacks, from the log."""
-        async for delta in live(heard, lambda last: self._log(call_id, last), ended.done):
+        """Chunks from the inbox, and from the log if the inbox lacks some."""
+        async for delta in live(events, lambda last: self._log(call_id, last), ended.done):
             yield delta
         (await self._ended(call_id, await asyncio.shield(ended))).outcome()
 
@@ -286,34 +286,34 @@ class AsyncClient(ClientCore):
         return [event for event in events if isinstance(event, Delta)]
 
     async def deadline_in(self, seconds: float) -> int:
-        """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
+        """The `deadline_ms` that is `seconds` from now on Redis's clock, the only clock that counts."""
         return epoch_ms(await self._retry(self.redis.time), seconds)
 
     async def cancel(self, call_id: str, reason: str = "") -> bool:
-        """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
+        """Cancels a call. True if the cancel took effect: the call is CANCELLED, or will be in a moment."""
         return took_effect(await self._run(self.transitions.cancel(checked(call_id), reason)))
 
     async def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
-        """Cancels all calls of a session and its descendants on all engines; returns how many. See `rsm.Client`."""
+        """Cancels all calls of a session and its descendants on all engines. Returns how many. See `rsm.Client`."""
         tree = TreeCancel(self.transitions, session, reason, descendants)
         while command := tree.command():
             tree.take(await self._run(command))
         return tree.ended
 
     async def close(self) -> None:
-        """Ends the client's tasks. Calls go on without it."""
+        """Ends the client's tasks. Its calls continue."""
         self._closed = True
         self._closing.set()
         for task in (self._reader, self._pusher):
             if task is not None:
                 await _end(task)
-        _refuse(self._outbox, BrokerUnavailable(CLOSED))
+        _fail(self._outbox, BrokerUnavailable(CLOSED))
         error = BrokerUnavailable(CLOSED_WHILE_AWAITED)
         for call in self._open.values():
             if not call._ended.done():
                 call._ended.set_exception(error)
-                call._ended.exception()  # nobody need await it
-            call._hear(End(0, None))
+                call._ended.exception()  # marks it as retrieved, in case nobody awaits it
+            call._receive(End(0, None))
         await self.redis.aclose()
 
     async def __aenter__(self) -> AsyncClient:
@@ -364,31 +364,31 @@ class AsyncClient(ClientCore):
             elif call.streamed:
                 event = read_event(call_id, fields, codec.text(fields.get(b"eid")))
                 if isinstance(event, Delta):
-                    call._hear(event)
+                    call._receive(event)
 
-    def _settle(self, call_id: str, found: Mapping[bytes, bytes]) -> None:
+    def _settle(self, call_id: str, end: Mapping[bytes, bytes]) -> None:
         call = self._open.pop(call_id, None)
         if call is None or call._ended.done():
             return
-        call._ended.set_result(found)
-        call._hear(End(codec.number(found.get(b"n") or found.get(b"events")), None))
+        call._ended.set_result(end)
+        call._receive(End(codec.number(end.get(b"n") or end.get(b"events")), None))
 
     async def _reconcile(self, reader: Any) -> None:
-        """Asks the records of all open calls: events may have been trimmed, or lost with a Redis that restarted."""
+        """Checks the records of all open calls: their events may have been trimmed, or lost in a Redis restart."""
         ids = [call.id for call in self._open.values() if call._pushed]
         if ids:
             await reader.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
         for at in range(0, len(ids), self.settings.batch):
-            some = ids[at : at + self.settings.batch]
+            batch = ids[at : at + self.settings.batch]
             pipe = reader.pipeline(transaction=False)
-            for call_id in some:
+            for call_id in batch:
                 pipe.hget(self.keys.call(call_id), "state")
-            for call_id, state in zip(some, await pipe.execute(), strict=True):
+            for call_id, state in zip(batch, await pipe.execute(), strict=True):
                 if state not in OPEN_STATES:
                     self._settle(call_id, await reader.hgetall(self.keys.call(call_id)))
 
     async def _ended(self, call_id: str, end: Mapping[bytes, bytes]) -> CallRecord:
-        return self._reported(call_id, end) or await self.record(call_id)
+        return self._record_of_end(call_id, end) or await self.record(call_id)
 
     # -- Redis
 
@@ -417,25 +417,26 @@ class AsyncClient(ClientCore):
 
 
 async def _end(task: asyncio.Task[None]) -> None:
-    """Cancels a task until it has ended: redis-py sends by wait_for, which before Python 3.12 can swallow a cancel."""
+    """Cancels a task until it has ended: redis-py uses wait_for, which before Python 3.12 can swallow a cancel."""
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=0.1)
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _refuse(calls: Sequence[tuple[Submission, asyncio.Future[None]]], error: Exception) -> None:
+def _fail(calls: Sequence[tuple[Submission, asyncio.Future[None]]], error: Exception) -> None:
     for _, pushed in calls:
         if not pushed.done():
             pushed.set_exception(error)
 
 
 def _worst(errors: Sequence[BaseException]) -> Overloaded | None:
-    """The refusal for want of room, if there is one and nothing worse. Raises what is worse."""
-    replicas = [e for e in errors if isinstance(e, NotReplicated)]
+    """The first Overloaded error. Raises any other error, the most serious one first."""
+    unreplicated = [e for e in errors if isinstance(e, NotReplicated)]
     for error in errors:
         if not isinstance(error, Overloaded | NotReplicated):
             raise error
-    if replicas:
-        raise NotReplicated([i for e in replicas for i in e.call_ids], replicas[0].replicas, replicas[0].wanted)
+    if unreplicated:
+        first = unreplicated[0]
+        raise NotReplicated([i for e in unreplicated for i in e.call_ids], first.replicas, first.wanted)
     return next((e for e in errors if isinstance(e, Overloaded)), None)

@@ -1,4 +1,4 @@
-"""What a producer does when there is no room for its calls (overload.lua): it gives up at once, or it waits."""
+"""What a client does with calls that are refused as overloaded (overload.lua): it gives up at once, or it waits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rsm.broker.errors import Overloaded
 
 OnOverload = Literal["raise", "wait"]
 
-# Producers that were refused together must not come back together.
+# Producers that were refused at the same time must not all retry at the same time.
 _JITTER = (0.8, 1.2)
 
 
 class Patience:
-    """How long one submit waits for room.
+    """How long one submit waits while the broker is overloaded.
 
     Args:
-        choice: "raise" = not at all.
-        timeout_s: seconds after which a waiting one gives up; none = never.
+        choice: "raise" = not at all; "wait" = until `timeout_s`.
+        timeout_s: seconds after which a waiting submit gives up. Default: never.
     """
 
     def __init__(self, choice: OnOverload, timeout_s: float | None) -> None:
@@ -27,10 +27,10 @@ class Patience:
         self._until = None if timeout_s is None else time.monotonic() + timeout_s
 
     def pause(self, refusal: Overloaded) -> float:
-        """Seconds until the next try; the server's advice, with jitter.
+        """Seconds until the next try: the server's advice, with jitter.
 
         Raises:
-            Overloaded: the refusal, if there is no patience left, or the call's deadline has passed.
+            Overloaded: the refusal, if no time to wait is left, or the call's deadline has passed.
         """
         left = None if self._until is None else self._until - time.monotonic()
         if not self._waits or not refusal.retry_after or (left is not None and left <= 0):

@@ -1,4 +1,4 @@
-"""What the clients share: a call's way from its options to what Redis said of it. No I/O here.
+"""What the clients share: building a call from its options, and reading Redis's replies. No I/O here.
 
 `Client` (sync.py) and `AsyncClient` (aio.py) are thin shells around it, with the same names and signatures.
 """
@@ -21,15 +21,15 @@ from rsm.broker.protocol.models import CallRecord, OnEngineLoss
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
-CLOSED = "The client is closed; the calls it pushed go on."
-CLOSED_WHILE_AWAITED = "The client was closed while the call was awaited; the call goes on."
+CLOSED = "The client is closed. The calls that it pushed continue."
+CLOSED_WHILE_AWAITED = "The client was closed while this call was awaited. The call continues."
 OPEN_STATES = (b"PENDING", b"RUNNING")
 
 _clients: weakref.WeakSet[ClientCore] = weakref.WeakSet()
 
 
 class ClientCore:
-    """Arguments as `rsm.Client`."""
+    """The base class of both clients. Takes the same arguments as `rsm.Client`."""
 
     def __init__(
         self,
@@ -48,10 +48,10 @@ class ClientCore:
         self._inbox = new_id()
         _clients.add(self)
 
-    def _begin(self) -> None:
-        """Opens what this process needs for itself: once when the client is made, and again in a process forked later.
+    def _open_resources(self) -> None:
+        """Opens the resources of one process: when the client is created, and again in a forked child.
 
-        Connections and threads stay with the process that made them, and an inbox has one reader.
+        Connections and threads belong to the process that made them, and an inbox has only one reader.
         """
         self._inbox = new_id()
 
@@ -74,7 +74,7 @@ class ClientCore:
         parent_session: str | None = None,
         **params: Any,
     ) -> Submission:
-        """A checked and encoded call for `submit_many`; takes what `submit` takes.
+        """A checked and encoded call for `submit_many`. Takes the same arguments as `submit`.
 
         Raises:
             InvalidRequest: the call can never run.
@@ -102,45 +102,45 @@ class ClientCore:
         return Patience(on_overload or self._on_overload, self._overload_timeout)
 
     def _refusal(self, call_id: str, reply: Submitted) -> RsmError | None:
-        """Why a call was not taken, room aside; None if it was, or there was no room."""
+        """The error for a refused call; None if it was accepted, or refused as overloaded."""
         if reply.code == "conflict":
-            return Conflict(f"The id {call_id} belongs to another call with another body; choose a new id.")
+            return Conflict(f"The id {call_id} already belongs to a different call. Choose a new id.")
         return InvalidRequest(reply.error) if reply.code == "invalid" else None
 
     def _too_few(self, call_ids: list[str], acks: int) -> NotReplicated | None:
-        """The error for calls that are pushed, if fewer replicas have them than was asked for."""
+        """The error for calls that were pushed but confirmed by fewer replicas than required."""
         wanted = self.settings.wait_replicas
         return NotReplicated(call_ids, acks, wanted) if call_ids and acks < wanted else None
 
     def _record(self, call_id: str, found: Mapping[bytes, bytes]) -> CallRecord:
-        """Raises UnknownCall if what was found is no record."""
+        """Reads a call's hash. Raises UnknownCall if it is not a record."""
         if b"state" not in found:
             raise UnknownCall(f"There is no call {call_id}; records expire after {self.settings.result_ttl_s} s.")
         return CallRecord.from_hash(call_id, found)
 
-    def _reported(self, call_id: str, end: Mapping[bytes, bytes]) -> CallRecord | None:
-        """The record as an end that was reported has it; None if its record must be asked.
+    def _record_of_end(self, call_id: str, end: Mapping[bytes, bytes]) -> CallRecord | None:
+        """The record that the event of an end contains; None if it must be read from Redis.
 
         Raises:
             CallLost: there is no record.
         """
-        if not end:  # the reconciler found none
+        if not end:  # the reconciler found no record
             raise CallLost(call_id)
         return end_record(call_id, end)
 
     def _require_stream(self, record: CallRecord) -> None:
-        """Raises UnknownCall if the call keeps no chunks."""
+        """Raises UnknownCall if the call has no chunks."""
         if not record.stream:
-            raise UnknownCall(f"Call {record.request_id} was submitted without stream=True, so it keeps no chunks.")
+            raise UnknownCall(f"Call {record.request_id} was submitted without stream=True, so it has no chunks.")
 
 
 def took_effect(cancel: str) -> bool:
-    """Whether what the cancel script answered means that the call is, or will at once be, CANCELLED."""
+    """Whether the reply of the cancel script means that the call is, or will in a moment be, CANCELLED."""
     return cancel in ("cancelled", "cancelling", "noted")
 
 
 def epoch_ms(time_reply: tuple[int, int], seconds: float) -> int:
-    """The moment so many seconds after what TIME answered."""
+    """The time `seconds` after a reply of TIME, in epoch milliseconds."""
     now, micros = time_reply
     return int(now * 1000 + micros // 1000 + seconds * 1000)
 
@@ -149,9 +149,9 @@ def checked(call_id: str) -> str:
     return check_id(call_id, "id")
 
 
-def _begin_anew() -> None:
+def _reopen_clients() -> None:
     for client in list(_clients):
-        client._begin()
+        client._open_resources()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_reopen_clients)

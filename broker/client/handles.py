@@ -1,4 +1,4 @@
-"""What `submit` gives: a call to wait for, to read, to cancel."""
+"""The handles that `submit` returns: a call to wait for, to stream, to cancel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ End_ = Mapping[bytes, bytes]
 
 
 class _Client(Protocol):
-    """What a handle needs of its client."""
+    """What a handle needs from its client."""
 
     def record(self, call_id: str) -> CallRecord: ...
     def stream(self, call_id: str, last_event_id: str = ...) -> Iterator[Delta]: ...
@@ -28,13 +28,13 @@ class _Client(Protocol):
 
 
 class _AsyncClient(Protocol):
-    """The same of an asynchronous one."""
+    """What an asynchronous handle needs from its client."""
 
     def record(self, call_id: str) -> Awaitable[CallRecord]: ...
     def stream(self, call_id: str, last_event_id: str = ...) -> AsyncIterator[Delta]: ...
     def cancel(self, call_id: str, reason: str = ...) -> Awaitable[bool]: ...
     def _live(
-        self, call_id: str, heard: asyncio.Queue[Delta | End], ended: asyncio.Future[End_]
+        self, call_id: str, events: asyncio.Queue[Delta | End], ended: asyncio.Future[End_]
     ) -> AsyncIterator[Delta]: ...
     def _ended(self, call_id: str, end: End_) -> Awaitable[CallRecord]: ...
 
@@ -65,19 +65,19 @@ class CallHandle:
         Raises:
             CallCancelled, CallFailed: it ended without a result.
             CallLost: Redis has lost it.
-            TimeoutError: it has not ended; it goes on, and may be waited for again.
+            TimeoutError: it has not ended. It continues, and can be waited for again.
         """
         return self.wait(timeout).outcome()
 
     def wait(self, timeout: float | None = None) -> CallRecord:
-        """Like `result`, but gives the record however the call ended."""
+        """Like `result`, but returns the record, however the call ended."""
         self._client._await(self, timeout)
         if self._record is None:
             self._record = self._client._ended(self.id, self._end or {})
         return self._record
 
     def add_done_callback(self, callback: Callable[[CallHandle], None]) -> None:
-        """Calls `callback` once the call has ended, from the client's thread; at once if it has. It must not block."""
+        """Calls `callback` from the client's thread when the call ends; at once if it has ended. It must not block."""
         if self._client._when_done(self, callback):
             callback(self)
 
@@ -90,15 +90,15 @@ class CallHandle:
         return self._client.cancel(self.id, reason)
 
     def record(self) -> CallRecord:
-        """The record as it stands now."""
+        """The current record."""
         return self._client.record(self.id)
 
 
 class AsyncCall:
-    """A submitted call. Awaiting it gives the result."""
+    """A submitted call. Awaiting it returns the result."""
 
     def __init__(self, client: _AsyncClient, call_id: str, session: str, stream: bool, live: bool = True) -> None:
-        """`live`: whether this client hears of the call from its first chunk on."""
+        """`live`: whether this client receives the call's events from the first chunk on."""
         self._client = client
         self.id = call_id
         self.session = session
@@ -106,8 +106,8 @@ class AsyncCall:
         self._ended: asyncio.Future[End_] = asyncio.get_running_loop().create_future()
         self._pushed = False
         self._record: CallRecord | None = None
-        # Chunks as they come: for whoever iterates first, and then for that one alone.
-        self._heard: asyncio.Queue[Delta | End] | None = asyncio.Queue() if stream and live else None
+        # Live chunks, for the first iteration only.
+        self._events: asyncio.Queue[Delta | End] | None = asyncio.Queue() if stream and live else None
         self._streaming = False
 
     def __repr__(self) -> str:
@@ -126,12 +126,12 @@ class AsyncCall:
         Raises:
             CallCancelled, CallFailed: it ended without a result.
             CallLost: Redis has lost it.
-            TimeoutError: it has not ended; it goes on, and may be awaited again.
+            TimeoutError: it has not ended. It continues, and can be awaited again.
         """
         return (await self.wait(timeout)).outcome()
 
     async def wait(self, timeout: float | None = None) -> CallRecord:
-        """Like `result`, but gives the record however the call ended."""
+        """Like `result`, but returns the record, however the call ended."""
         if self._record is None:
             async with asyncio.timeout(timeout):  # not wait_for: before Python 3.12 it can swallow a cancel
                 end = await asyncio.shield(self._ended)
@@ -139,38 +139,38 @@ class AsyncCall:
         return self._record
 
     def add_done_callback(self, callback: Callable[[AsyncCall], None]) -> None:
-        """Calls `callback` from the event loop once the call has ended; soon if it has. It must not block."""
+        """Calls `callback` from the event loop when the call ends; soon if it has ended. It must not block."""
         self._ended.add_done_callback(lambda _: call_back(callback, self))
 
     def stream(self, last_event_id: str = "0-0") -> AsyncIterator[Delta]:
         """The chunks of the call after `last_event_id`, to its end; see `AsyncClient.stream`.
 
-        From the beginning they come live, for one iteration; others read the durable log.
+        The first iteration from the beginning gets live chunks. Other iterations read the durable log.
         """
         if not self.streamed:
-            raise UnknownCall(f"Call {self.id} was submitted without stream=True, so it keeps no chunks.")
-        if self._heard is None or self._streaming or last_event_id != "0-0":
+            raise UnknownCall(f"Call {self.id} was submitted without stream=True, so it has no chunks.")
+        if self._events is None or self._streaming or last_event_id != "0-0":
             return self._client.stream(self.id, last_event_id)
         self._streaming = True
-        return self._client._live(self.id, self._heard, self._ended)
+        return self._client._live(self.id, self._events, self._ended)
 
-    def _hear(self, event: Delta | End) -> None:
-        """For the client: something came of this call."""
-        if self._heard is not None:
-            self._heard.put_nowait(event)
+    def _receive(self, event: Delta | End) -> None:
+        """Takes an event of this call from the client."""
+        if self._events is not None:
+            self._events.put_nowait(event)
 
     async def cancel(self, reason: str = "") -> bool:
         """See `AsyncClient.cancel`."""
         return await self._client.cancel(self.id, reason)
 
     async def record(self) -> CallRecord:
-        """The record as it stands now."""
+        """The current record."""
         return await self._client.record(self.id)
 
 
 def call_back(callback: Callable[[Any], None], handle: CallHandle | AsyncCall) -> None:
-    """Runs a user's callback. What it raises is logged: other calls' ends must be read on."""
+    """Runs a user's callback. Logs its errors, because the ends of other calls must still be delivered."""
     try:
         callback(handle)
     except Exception:
-        log.exception("a callback of call %s raised", handle.id)
+        log.exception("a done callback of call %s raised an error", handle.id)

@@ -1,4 +1,4 @@
-"""The thread of a client that reads its inbox: one blocking read for the events of all its calls."""
+"""The thread that reads a client's inbox: one blocking read for the events of all its calls."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rsm.broker.settings import Settings
 _BLOCK_S = 2.0
 # Entries per read.
 READ_MANY = 1000
-# After so many entries the inbox is trimmed up to the last one read: nobody else reads it.
+# After this many entries the inbox is trimmed up to the last one read, as it has no other reader.
 TRIM_MANY = 128
-# How often the records of open calls are asked for events that were missed.
+# How often the records of open calls are checked for missed events.
 RECONCILE_S = 5.0
 
 Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
@@ -29,10 +29,10 @@ class Inbox(threading.Thread):
     """Reads one inbox until `closed` is set.
 
     Args:
-        key: the inbox's name in Redis.
-        deliver: takes what has come, in order. From this thread.
-        reconcile: looks for events that were missed, on a timer and after each blip. From this thread; it may raise
-            what a Redis that is away makes it raise.
+        key: the inbox's key in Redis.
+        deliver: called from this thread with new entries, in order.
+        reconcile: called from this thread to look for missed events, on a timer and after each outage of Redis. It may
+            raise the errors of an unreachable Redis.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class Inbox(threading.Thread):
         self._reconcile = reconcile
 
     def run(self) -> None:
-        line, last, backoff = DedicatedConnection(self._settings, _BLOCK_S), "0-0", Backoff("inbox")
+        connection, last, backoff = DedicatedConnection(self._settings, _BLOCK_S), "0-0", Backoff("inbox")
         block = ("BLOCK", int(_BLOCK_S * 1000), "COUNT", READ_MANY)
         reconciled, read = time.monotonic(), 0
         while not self._closed.is_set():
             try:
                 if read >= TRIM_MANY:
-                    line.execute_command("XTRIM", self._key, "MINID", last)
+                    connection.execute_command("XTRIM", self._key, "MINID", last)
                     read = 0
-                entries = line.read_stream("XREAD", *block, "STREAMS", self._key, last)
+                entries = connection.read_stream("XREAD", *block, "STREAMS", self._key, last)
                 if backoff.recovered() or time.monotonic() - reconciled > RECONCILE_S:
                     reconciled = time.monotonic()
                     self._reconcile()
@@ -69,10 +69,10 @@ class Inbox(threading.Thread):
             if entries:
                 last, read = codec.text(entries[-1][0]), read + len(entries)
                 self._deliver(entries)
-        line.close()
+        connection.close()
 
     def wake(self, server: redis.Redis) -> None:
-        """Once `closed` is set: an entry that says nothing ends the blocking read, and so the thread."""
+        """Ends the thread once `closed` is set: an empty entry ends its blocking read."""
         if self is threading.current_thread():
             return
         with contextlib.suppress(redis.RedisError):

@@ -1,4 +1,4 @@
-"""From what a caller says to what travels: one checked, encoded call."""
+"""Builds a checked, encoded call from a caller's arguments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rsm.broker.protocol.models import CallRequest
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
-# Characters a token of prose has on average; good enough to weigh a prompt before its engine counts it.
+# The average for prose; good enough to weigh a prompt before its engine counts it.
 _CHARACTERS_PER_TOKEN = 4
-# Levels of lists and maps in a body. Schemas of tools have a dozen.
+# Levels of nested lists and maps in a body. Schemas of tools have a dozen.
 _DEEPEST = 100
 # The longest timeout, in seconds: a year.
 _LONGEST_S = 366 * 24 * 3600
@@ -44,15 +44,15 @@ def build(
     parent_session: str | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> Submission:
-    """A call, checked and encoded.
+    """Checks and encodes a call.
 
     Args:
-        prompt: text or token ids for `generate`; for OpenAI kinds the request body.
-        timeout: the deadline as seconds from now.
+        prompt: text or token ids for `generate`; the request body for OpenAI kinds.
+        timeout: the deadline in seconds from now.
         params: further fields of the body, such as `max_tokens`.
 
     Raises:
-        InvalidRequest: with one sentence for each thing that is wrong.
+        InvalidRequest: something is wrong; the message has one sentence for each mistake.
     """
     body = _body(prompt, params or {})
     check_body(kind, body)
@@ -91,18 +91,18 @@ def _until(timeout: float | None, deadline_ms: int | None) -> float | None:
 
 
 def check_request(**fields: Any) -> CallRequest:
-    """The routing fields, checked.
+    """Checks the routing fields.
 
     Raises:
-        InvalidRequest: with one sentence for each field that is wrong.
+        InvalidRequest: something is wrong; the message has one sentence for each wrong field.
     """
     try:
         return CallRequest(**fields)
     except ValidationError as e:
-        raise InvalidRequest(" ".join(_sentence(error) for error in e.errors(include_url=False))) from None
+        raise InvalidRequest(" ".join(_message(error) for error in e.errors(include_url=False))) from None
 
 
-def _sentence(error: Any) -> str:
+def _message(error: Any) -> str:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, InvalidRequest):
         return str(cause)
@@ -116,20 +116,20 @@ def _body(prompt: Prompt, params: Mapping[str, Any]) -> dict[str, Any]:
         return {"prompt": prompt, **params}
     if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview)):
         return {"prompt_token_ids": list(prompt), **params}
-    raise InvalidRequest(f"A prompt is text, token ids or a request body; got {type(prompt).__name__}.")
+    raise InvalidRequest(f"The prompt must be text, token ids or a request body; got {type(prompt).__name__}.")
 
 
 def check_size(size: int, limit: int) -> None:
-    """Raises InvalidRequest for a body over the limit, both in bytes."""
+    """Raises InvalidRequest if a body is larger than the limit, both in bytes."""
     if size > limit:
         raise InvalidRequest(f"The body has {size} bytes, more than the limit of {limit} (RSM_MAX_BODY_BYTES).")
 
 
 def check_body(kind: str, body: Mapping[str, Any]) -> None:
-    """Checks that the body has what its kind needs; everything else is the engine's to judge.
+    """Checks that the body has what its kind needs. The engine checks everything else.
 
     Raises:
-        InvalidRequest: it has not. The message never quotes the body.
+        InvalidRequest: something is missing or wrong. The message never quotes the body.
     """
     _check_values(body)
     if kind == "generate":
@@ -143,16 +143,16 @@ def check_body(kind: str, body: Mapping[str, Any]) -> None:
 
 
 def _check_values(body: Mapping[str, Any]) -> None:
-    """No number that is none, and no depth that would end somebody's stack: both have brought engines down."""
+    """Rejects non-finite numbers and very deep nesting, because both have crashed engines."""
     level: list[Any] = list(body.values())
     for _ in range(_DEEPEST):
         if any(isinstance(v, float) and not math.isfinite(v) for v in level):
-            raise InvalidRequest("The body holds a number that is infinite, or none (NaN); use finite ones.")
+            raise InvalidRequest("The body contains NaN or an infinite number. Use finite numbers.")
         maps = [v.values() for v in level if isinstance(v, dict)]
         level = [item for inner in (*maps, *(v for v in level if isinstance(v, list | tuple))) for item in inner]
         if not level:
             return
-    raise InvalidRequest(f"The body is nested more than {_DEEPEST} levels deep.")
+    raise InvalidRequest(f"The body is nested more than {_DEEPEST} levels deep. Use fewer levels.")
 
 
 def _check_generate(body: Mapping[str, Any]) -> None:
@@ -160,13 +160,13 @@ def _check_generate(body: Mapping[str, Any]) -> None:
     if (text is None) == (ids is None):
         raise InvalidRequest('generate needs either a "prompt" (text) or "prompt_token_ids".')
     if text is not None and not (isinstance(text, str) and text):
-        raise InvalidRequest('"prompt" must be text and not empty.')
+        raise InvalidRequest('"prompt" must be non-empty text.')
     if ids is not None and not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
-        raise InvalidRequest('"prompt_token_ids" must be a list of whole numbers from 0 up, and not empty.')
+        raise InvalidRequest('"prompt_token_ids" must be a non-empty list of whole numbers that are at least 0.')
 
 
 def estimate_tokens(body: Mapping[str, Any], size: int) -> int:
-    """Tokens of the prompt before any tokenizer has seen it; corrected by the engine's count at the end."""
+    """Estimates the tokens of the prompt. The engine's count replaces the estimate when the call ends."""
     ids = body.get("prompt_token_ids")
     if isinstance(ids, list):
         return len(ids)

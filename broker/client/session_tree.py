@@ -1,4 +1,4 @@
-"""Sessions with descendants: the cancel of a whole tree, session by session, for clients of either kind."""
+"""Cancels a session and its descendants, session by session, for both kinds of clients."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from rsm.broker.protocol.transitions import Transitions
 
 
 class TreeCancel:
-    """Cancels the calls of a session, and of its descendants: send each `command` until there is none, and tell what
-    came back. A session begins before its children, so none escapes that is pushed meanwhile by a bare XADD.
+    """Cancels the calls of a session and of its descendants. Send each `command` until there is none, and pass each
+    reply to `take`.
+
+    A session is cancelled before its children, so a call that a bare XADD pushes meanwhile cannot escape.
     """
 
     def __init__(self, transitions: Transitions, session: str, reason: str, descendants: bool) -> None:

@@ -1,10 +1,10 @@
-"""Several namespaces as one: each session has its own, chosen by rendezvous hashing.
+"""Several namespaces as one: rendezvous hashing assigns each session to a namespace.
 
-A namespace has one master, on a Redis Cluster too, and so the throughput of one core. Sessions are independent of each
-other, so they may be spread over several namespaces, each with routers and workers of its own; on a Cluster these lie
-on different masters. Sessions move only to a namespace that is added, or from one that is taken away: about one in N.
+A namespace has one master, on a Redis Cluster too, and so has the throughput of one core. Sessions are independent of
+each other, so they can be spread over several namespaces, each with its own routers and workers. On a Cluster, the
+namespaces are on different masters. If one of N namespaces is added or removed, only about one in N sessions moves.
 
-A call's id does not say where it is: what is asked by id alone looks for its record in each namespace, and remembers.
+A call's id does not say which namespace it is in. A request by id searches each namespace and remembers the answer.
 
 Source: Thaler, Ravishankar: Using name-based mappings to increase hit rates, IEEE/ACM Transactions on Networking 6(1),
 1998 ("highest random weight").
@@ -36,15 +36,15 @@ _REMEMBERED = 10_000
 
 
 def namespace_of(session: str, namespaces: Sequence[str]) -> str:
-    """The namespace of a session: the one with the highest weight for it, the same in every process and language.
+    """The namespace of a session: the one with the highest weight. It is the same in every process and language.
 
     The weight is the first 8 bytes of BLAKE2b over "NAMESPACE\\0SESSION", as a big-endian number.
 
     Raises:
-        InvalidRequest: there is no namespace.
+        InvalidRequest: `namespaces` is empty.
     """
     if not namespaces:
-        raise InvalidRequest("At least one namespace is needed.")
+        raise InvalidRequest("Give at least one namespace.")
     return max(namespaces, key=lambda namespace: (_weight(namespace, session), namespace))
 
 
@@ -53,29 +53,29 @@ def _weight(namespace: str, session: str) -> bytes:
 
 
 class _Shards:
-    """Which namespace a session, or a call, belongs to."""
+    """Maps sessions and calls to namespaces."""
 
     def __init__(self, namespaces: Sequence[str]) -> None:
         if isinstance(namespaces, str) or not namespaces or len(set(namespaces)) < len(namespaces):
-            raise InvalidRequest("Give a list of different namespaces.")
+            raise InvalidRequest("Give a non-empty list of different namespaces.")
         self.namespaces = tuple(check_id(namespace, "namespace") for namespace in namespaces)
-        self._homes: OrderedDict[str, str] = OrderedDict()
+        self._known: OrderedDict[str, str] = OrderedDict()
 
     def of_session(self, session: str) -> str:
         return namespace_of(session, self.namespaces)
 
     def of_submission(self, call: Submission) -> str:
-        """A sub-agent's calls go where its parent's go."""
+        """A sub-agent's calls go to its parent's namespace."""
         return self.of_session(call.request.parent_session or call.request.session)
 
     def remember(self, call_id: str, namespace: str) -> None:
-        self._homes[call_id] = namespace
-        if len(self._homes) > _REMEMBERED:
-            self._homes.popitem(last=False)
+        self._known[call_id] = namespace
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
 
-    def to_ask(self, call_id: str) -> list[str]:
-        """The namespaces that may have a call, the likeliest first: a call without a session is its own."""
-        first = self._homes.get(call_id) or self.of_session(call_id)
+    def candidates(self, call_id: str) -> list[str]:
+        """The namespaces that may have a call, the likeliest first. The session of a call without one is its id."""
+        first = self._known.get(call_id) or self.of_session(call_id)
         return [first, *(n for n in self.namespaces if n != first)]
 
 
@@ -84,11 +84,11 @@ def _unknown(call_id: str) -> UnknownCall:
 
 
 class ShardedClient:
-    """A `Client` for each namespace; a session's calls go by the one that is its own.
+    """Distributes sessions over several namespaces, with one `Client` for each.
 
     Args:
         namespaces: the same in all producers, in any order.
-        options: as for `Client`, but for the namespace.
+        options: the arguments of `Client` other than the namespace.
     """
 
     def __init__(self, namespaces: Sequence[str], redis_url: str | None = None, **options: Any) -> None:
@@ -102,21 +102,22 @@ class ShardedClient:
 
     @like(Client.submit)
     def submit(self, prompt: Prompt, *, on_overload: OnOverload | None = None, **options: Any) -> CallHandle:
-        """As `Client.submit`. A call without a session is a session of its own, named by its id.
+        """Like `Client.submit`. A call without a session is its own session, named by its id.
 
-        A sub-agent's calls go where its parent's go, so each names it; a sub-agent's own sub-agents name that one, too.
+        A sub-agent's calls go to its parent's namespace, so each of them must name `parent_session`. Its own sub-agents
+        must name the same parent.
         """
         return self.submit_many([self.prepare(prompt, **options)], on_overload=on_overload)[0]
 
     @like(Client.prepare)
     def prepare(self, prompt: Prompt, **options: Any) -> Submission:
-        """As `Client.prepare`."""
+        """Like `Client.prepare`."""
         options["id"] = call_id = options.get("id") or new_id()
         session = options.get("parent_session") or options.get("session") or call_id
         return self.client(session).prepare(prompt, **options)
 
     def submit_many(self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None) -> list[CallHandle]:
-        """As `Client.submit_many`, namespace by namespace."""
+        """Like `Client.submit_many`, namespace by namespace."""
         handles: dict[int, CallHandle] = {}
         groups = _groups(self._shards, calls)
         for namespace, indices in groups.items():
@@ -133,7 +134,7 @@ class ShardedClient:
 
     def _client_of(self, call_id: str) -> Client:
         """Raises UnknownCall if no namespace has a record of the call."""
-        for namespace in self._shards.to_ask(check_id(call_id, "id")):
+        for namespace in self._shards.candidates(check_id(call_id, "id")):
             try:
                 self._clients[namespace].record(call_id)
             except UnknownCall:
@@ -143,39 +144,39 @@ class ShardedClient:
         raise _unknown(call_id)
 
     def result(self, call_id: str, timeout: float | None = None) -> CallResult:
-        """As `Client.result`."""
+        """Like `Client.result`."""
         return self._client_of(call_id).result(call_id, timeout)
 
     def handle(self, call_id: str) -> CallHandle:
-        """As `Client.handle`."""
+        """Like `Client.handle`."""
         return self._client_of(call_id).handle(call_id)
 
     def record(self, call_id: str) -> CallRecord:
-        """As `Client.record`."""
+        """Like `Client.record`."""
         return self._client_of(call_id).record(call_id)
 
     def stream(self, call_id: str, last_event_id: str = BEGIN) -> Iterator[Delta]:
-        """As `Client.stream`."""
+        """Like `Client.stream`."""
         return self._client_of(call_id).stream(call_id, last_event_id)
 
     def deadline_in(self, seconds: float) -> int:
-        """As `Client.deadline_in`, by the clock of the first namespace's Redis."""
+        """Like `Client.deadline_in`, on the clock of the first namespace's Redis."""
         return self._clients[self.namespaces[0]].deadline_in(seconds)
 
     def cancel(self, call_id: str, reason: str = "") -> bool:
-        """As `Client.cancel`. A call that no namespace knows yet is noted in that of its id."""
+        """Like `Client.cancel`. The cancel of a call that is still unknown is noted in the namespace of its id."""
         try:
             client = self._client_of(call_id)
         except UnknownCall:
-            client = self._clients[self._shards.to_ask(call_id)[0]]
+            client = self._clients[self._shards.candidates(call_id)[0]]
         return client.cancel(call_id, reason)
 
     def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
-        """As `Client.cancel_session`; of a sub-agent alone: `client(its parent).cancel_session`."""
+        """Like `Client.cancel_session`. To cancel only a sub-agent, use `client(its parent).cancel_session`."""
         return self.client(session).cancel_session(session, reason, descendants=descendants)
 
     def close(self) -> None:
-        """As `Client.close`."""
+        """Like `Client.close`."""
         for client in self._clients.values():
             client.close()
 
@@ -187,7 +188,7 @@ class ShardedClient:
 
 
 class AsyncShardedClient:
-    """The same for asyncio, with an `AsyncClient` for each namespace."""
+    """Like `ShardedClient`, for asyncio, with one `AsyncClient` for each namespace."""
 
     def __init__(self, namespaces: Sequence[str], redis_url: str | None = None, **options: Any) -> None:
         self._shards = _Shards(namespaces)
@@ -200,12 +201,12 @@ class AsyncShardedClient:
 
     @like(AsyncClient.submit)
     async def submit(self, prompt: Prompt, *, on_overload: OnOverload | None = None, **options: Any) -> AsyncCall:
-        """As `AsyncClient.submit`, and as `ShardedClient.submit` of its sessions."""
+        """Like `AsyncClient.submit`; treats sessions like `ShardedClient.submit`."""
         return (await self.submit_many([self.prepare(prompt, **options)], on_overload=on_overload))[0]
 
     @like(AsyncClient.prepare)
     def prepare(self, prompt: Prompt, **options: Any) -> Submission:
-        """As `AsyncClient.prepare`."""
+        """Like `AsyncClient.prepare`."""
         options["id"] = call_id = options.get("id") or new_id()
         session = options.get("parent_session") or options.get("session") or call_id
         return self.client(session).prepare(prompt, **options)
@@ -213,7 +214,7 @@ class AsyncShardedClient:
     async def submit_many(
         self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None
     ) -> list[AsyncCall]:
-        """As `AsyncClient.submit_many`, namespace by namespace."""
+        """Like `AsyncClient.submit_many`, namespace by namespace."""
         handles: dict[int, AsyncCall] = {}
         for namespace, indices in _groups(self._shards, calls).items():
             try:
@@ -229,7 +230,7 @@ class AsyncShardedClient:
 
     async def _client_of(self, call_id: str) -> AsyncClient:
         """Raises UnknownCall if no namespace has a record of the call."""
-        for namespace in self._shards.to_ask(check_id(call_id, "id")):
+        for namespace in self._shards.candidates(check_id(call_id, "id")):
             try:
                 await self._clients[namespace].record(call_id)
             except UnknownCall:
@@ -239,40 +240,40 @@ class AsyncShardedClient:
         raise _unknown(call_id)
 
     async def result(self, call_id: str, timeout: float | None = None) -> CallResult:
-        """As `AsyncClient.result`."""
+        """Like `AsyncClient.result`."""
         return await (await self._client_of(call_id)).result(call_id, timeout)
 
     async def handle(self, call_id: str) -> AsyncCall:
-        """As `AsyncClient.handle`."""
+        """Like `AsyncClient.handle`."""
         return await (await self._client_of(call_id)).handle(call_id)
 
     async def record(self, call_id: str) -> CallRecord:
-        """As `AsyncClient.record`."""
+        """Like `AsyncClient.record`."""
         return await (await self._client_of(call_id)).record(call_id)
 
     async def stream(self, call_id: str, last_event_id: str = BEGIN) -> AsyncIterator[Delta]:
-        """As `AsyncClient.stream`."""
+        """Like `AsyncClient.stream`."""
         async for delta in (await self._client_of(call_id)).stream(call_id, last_event_id):
             yield delta
 
     async def deadline_in(self, seconds: float) -> int:
-        """As `AsyncClient.deadline_in`, by the clock of the first namespace's Redis."""
+        """Like `AsyncClient.deadline_in`, on the clock of the first namespace's Redis."""
         return await self._clients[self.namespaces[0]].deadline_in(seconds)
 
     async def cancel(self, call_id: str, reason: str = "") -> bool:
-        """As `AsyncClient.cancel`. A call that no namespace knows yet is noted in that of its id."""
+        """Like `AsyncClient.cancel`. The cancel of a call that is still unknown is noted in the namespace of its id."""
         try:
             client = await self._client_of(call_id)
         except UnknownCall:
-            client = self._clients[self._shards.to_ask(call_id)[0]]
+            client = self._clients[self._shards.candidates(call_id)[0]]
         return await client.cancel(call_id, reason)
 
     async def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
-        """As `AsyncClient.cancel_session`; of a sub-agent alone: `client(its parent).cancel_session`."""
+        """Like `AsyncClient.cancel_session`. To cancel only a sub-agent, use `client(its parent).cancel_session`."""
         return await self.client(session).cancel_session(session, reason, descendants=descendants)
 
     async def close(self) -> None:
-        """As `AsyncClient.close`."""
+        """Like `AsyncClient.close`."""
         await asyncio.gather(*(client.close() for client in self._clients.values()))
 
     async def __aenter__(self) -> AsyncShardedClient:
@@ -285,7 +286,7 @@ class AsyncShardedClient:
 
 
 def _groups(shards: _Shards, calls: Sequence[Submission]) -> dict[str, list[int]]:
-    """The places of the calls in the list, by namespace."""
+    """The positions of the calls in the list, by namespace."""
     groups: dict[str, list[int]] = {}
     for i, call in enumerate(calls):
         groups.setdefault(shards.of_submission(call), []).append(i)

@@ -1,4 +1,4 @@
-"""One signature for methods that only pass their arguments on."""
+"""Copies a signature to methods that only pass their arguments on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def like(model: Callable[Concatenate[Any, P], Any]) -> Callable[[Callable[..., R]], Callable[Concatenate[Any, P], R]]:
-    """Gives a method the parameters of another one, for people, `help` and type checkers; its result stays its own."""
+    """Gives a method the parameters of `model`, for `help` and type checkers. Its return type stays."""
 
     def give(method: Callable[..., R]) -> Callable[Concatenate[Any, P], R]:
         parameters = list(inspect.signature(model).parameters.values())

@@ -1,8 +1,8 @@
-"""A stream as its reader sees it: chunks in order, each once; and what if Redis has lost some that were read.
+"""The reader's side of a stream: delivers each chunk once, in order, even if Redis has lost chunks that were read.
 
-Chunks are numbered without a gap, across attempts. A number that was read before and comes again as another entry of
-the log says that a fail-over, or a restart, has lost chunks behind it: they are said anew, perhaps in other words. Then
-the reader is told to forget what it has (`Delta.restart`), and gets all of it from the log.
+Chunks are numbered without gaps, across attempts. If a number comes again as another entry of the log, a failover or a
+restart has lost that chunk and those after it. They are generated again, perhaps with another text. Then the reader
+gets a `Delta.restart`, which means that it must forget what it has, and the whole stream follows from the log.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.events import End, read_event
 from rsm.broker.protocol.models import Delta
 
-# How long a stream waits for its next chunk before it looks into the log by itself.
+# How long a stream waits for its next chunk before it checks the log.
 _PATIENCE_S = 5.0
 BEGIN = "0-0"
-# Not an entry of the log: what follows is read from the log's begin.
+# Not an entry of the log: the chunks that follow are read from the log's beginning.
 FORGET = Delta(n=-1, event_id=BEGIN, restart=True)
 
 
 class LogReader:
-    """Where a reader of a call's log stands. `last`: the entry behind which to read; `over`: its end was read."""
+    """The position of a reader in a call's log. `last`: read the entries after this one. `over`: the end was read."""
 
     def __init__(self, call_id: str, last: str) -> None:
         self.last = last
@@ -31,7 +31,7 @@ class LogReader:
         self._expected = 0
 
     def take(self, entries: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> Iterator[Delta]:
-        """The chunks in what was read behind `last`. If a chunk comes again, the reader starts over."""
+        """The chunks among the entries after `last`. If a chunk comes again, the reader starts over."""
         for entry, fields in entries:
             self.last = text(entry)
             event = read_event(self._call_id, fields, self.last)
@@ -52,18 +52,18 @@ async def live(
     log: Callable[[str], Awaitable[list[Delta]]],
     done: Callable[[], bool],
 ) -> AsyncIterator[Delta]:
-    """The chunks of one call from its first to its end.
+    """The chunks of one call, from the first to the end.
 
     Args:
-        events: chunks and the end as they come, some perhaps twice, some perhaps not at all.
-        log: reads the chunks behind an entry of the durable log.
-        done: whether the call has ended, for an end that was not among the events.
+        events: live chunks and the end. Some may come twice, some may be missing.
+        log: reads the chunks after an entry of the durable log.
+        done: whether the call has ended, in case the end is missing from the events.
     """
-    seen: list[str] = []  # by number, the log's entries
+    seen: list[str] = []  # the entries of the chunks delivered so far, by number
     while True:
         event = await _next(events)
         if event is None or isinstance(event, End) or event.n >= len(seen) or seen[event.n] != event.event_id:
-            for delta in await _behind(seen, event, log):
+            for delta in await _new_chunks(seen, event, log):
                 if delta is FORGET:
                     seen.clear()
                 else:
@@ -81,10 +81,10 @@ async def _next(events: asyncio.Queue[Delta | End]) -> Delta | End | None:
         return None
 
 
-async def _behind(
+async def _new_chunks(
     seen: list[str], event: Delta | End | None, log: Callable[[str], Awaitable[list[Delta]]]
 ) -> list[Delta]:
-    """What is to be told of what stands behind the chunks seen."""
+    """The chunks to deliver after those seen."""
     if isinstance(event, Delta) and event.n == len(seen):
         return [event]
     if isinstance(event, End) and event.n <= len(seen):

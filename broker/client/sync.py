@@ -1,8 +1,8 @@
 """The synchronous client of a producer.
 
-1. `submit` pushes a call in one script: body into the record, routing fields onto the router stream.
-2. One thread reads this client's inbox: a single blocking read for the ends of all its calls.
-3. A call whose end was missed (a trimmed inbox, a Redis restart) is found again in its record, on a timer.
+1. `submit` pushes a call with one script: the body into the record, the routing fields onto the router stream.
+2. One thread reads this client's inbox: one blocking read for the ends of all its calls.
+3. A timer checks the records of open calls, in case an end was missed (a trimmed inbox, a Redis restart).
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from rsm.broker.protocol.models import CallRecord, CallResult, Delta, OnEngineLo
 from rsm.broker.protocol.scripts import Command, T
 from rsm.broker.settings import Settings
 
-# Calls per push. Small, so that router and worker are at work on the first while the next are on their way.
+# Calls per push. Small, so that router and worker process the first calls while the next ones are pushed.
 PUSH_MANY = 32
 _BLOCK_S = 2.0
 
 
 class Client(ClientCore):
-    """Pushes calls and waits for them. Threads may share one; a process should have one.
+    """Pushes calls and waits for them. Threads may share a client; one per process is enough.
 
-    A client that was made before a fork may be used on both sides: the child opens connections of its own.
+    A client that was created before a fork works in both processes: the child opens its own connections.
 
     Args:
-        redis_url: see docs/operations.md for its forms; none = RSM_REDIS_URL, else the embedded server of this user.
-        namespace: none = RSM_NAMESPACE, else "rsm".
-        redis_timeout: how many seconds a command may keep trying while Redis does not answer.
-        on_overload: what `submit` does when there is no room for more calls: "raise" `Overloaded`, or "wait" for it.
-        overload_timeout: how many seconds it waits for room before it raises after all; none = until `close`.
+        redis_url: see docs/operations.md for its forms. Default: RSM_REDIS_URL, else the embedded server of this user.
+        namespace: the namespace of the fleet. Default: RSM_NAMESPACE, else "rsm".
+        redis_timeout: for how many seconds a command is retried while Redis does not answer.
+        on_overload: what `submit` does when the broker is overloaded: "raise" `Overloaded`, or "wait".
+        overload_timeout: for how many seconds "wait" waits before it raises `Overloaded`. Default: until `close`.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class Client(ClientCore):
     ) -> None:
         super().__init__(redis_url, namespace, settings, redis_timeout, on_overload, overload_timeout)
         self._closed = threading.Event()
-        self._begin()
+        self._open_resources()
 
-    def _begin(self) -> None:
-        super()._begin()
+    def _open_resources(self) -> None:
+        super()._open_resources()
         self.redis = connect(self.settings)
-        self._line, self._line_free = DedicatedConnection(self.settings), threading.Lock()
+        self._connection, self._connection_lock = DedicatedConnection(self.settings), threading.Lock()
         self._open: dict[str, CallHandle] = {}
         self._changed = threading.Condition()
         self._reader: Inbox | None = None
@@ -94,29 +94,29 @@ class Client(ClientCore):
         on_overload: OnOverload | None = None,
         **params: Any,
     ) -> CallHandle:
-        """Pushes one call; returns at once.
+        """Pushes one call, and returns without waiting for its result.
 
         Args:
-            prompt: text or token ids; for OpenAI kinds (`kind="chat.completions"`, …) the request body.
-            session: the program this call belongs to; none = a program of its own.
-            id: chosen by you, it makes a repeated push safe; none = a new one.
-            priority: lower is earlier, from -128 to 127.
-            timeout: seconds from now; not finished by then, the call fails with `deadline_exceeded`.
-            deadline_ms: the same as epoch milliseconds on Redis's clock.
-            stream: whether chunks are kept as they come.
-            on_engine_loss: what happens if its engine process dies: "continue" = another engine resumes after the
-                chunks already delivered; "restart" = it starts over, and a stream says so (`Delta.restart`); "fail" =
-                it fails at once with `engine_lost`.
-            parent_session: the session that this one works for, as its sub-agent: what it costs is its program's, and
-                it is cancelled with it. Named with the first call of a session, or with all of them.
-            on_overload: "raise" or "wait" if there is no room; none = the client's choice.
+            prompt: text or token ids; the request body for OpenAI kinds (`kind="chat.completions"`, …).
+            session: the session that this call belongs to. Default: a session of its own.
+            id: an id of your choice makes it safe to repeat the push. Default: a new id.
+            priority: from -128 to 127; lower runs earlier.
+            timeout: seconds from now after which an unfinished call fails with `deadline_exceeded`.
+            deadline_ms: the same deadline as epoch milliseconds on Redis's clock.
+            stream: whether chunks are published and kept.
+            on_engine_loss: what happens if the call's engine process dies. "continue": another engine resumes after
+                the chunks already delivered. "restart": the call starts over, and its stream says so (`Delta.restart`).
+                "fail": the call fails at once with `engine_lost`.
+            parent_session: the session that this session works for as a sub-agent. The parent's program is charged for
+                its calls, and a cancel of the parent includes it. Name it with a session's first call, or with all.
+            on_overload: "raise" or "wait" when the broker is overloaded. Default: the client's choice.
             params: fields of the body, such as `max_tokens` and other sampling parameters.
 
         Raises:
             InvalidRequest: the call can never run.
-            Conflict: another call with another body has this id.
-            Overloaded: there is no room for more calls now, and it was not to wait, or not for so long.
-            NotReplicated: the call is pushed, but fewer replicas have it than `RSM_WAIT_REPLICAS` says.
+            Conflict: the id already belongs to a different call.
+            Overloaded: a limit on open calls is reached, and the call was not to wait, or waited too long.
+            NotReplicated: the call is pushed, but fewer replicas than `RSM_WAIT_REPLICAS` confirmed it.
             BrokerUnavailable: Redis did not answer in time. The call may have been pushed: repeat it with its id.
         """
         call = self.prepare(
@@ -140,18 +140,18 @@ class Client(ClientCore):
     def submit_many(self, calls: Sequence[Submission], *, on_overload: OnOverload | None = None) -> list[CallHandle]:
         """Pushes many calls in few round trips.
 
-        Raises what `submit` raises. Calls before a conflict stay pushed. After an overload, the error has the handles
-        of the calls that are in (`accepted`) and those to submit again (`refused`).
+        Raises the errors of `submit`. Calls before a conflict stay pushed. An Overloaded error has the handles of the
+        accepted calls (`accepted`) and the calls to submit again (`refused`).
         """
         self._ensure_reader()
         patience = self._patience(on_overload)
         handles: dict[int, CallHandle] = {}
         waiting = list(range(len(calls)))
         while waiting:
-            some, rest = waiting[:PUSH_MANY], waiting[PUSH_MANY:]
-            pushed, refusal = self._push([calls[i] for i in some])
-            handles |= {i: h for i, h in zip(some, pushed, strict=True) if h._pushed}
-            waiting = [i for i in some if i not in handles] + rest
+            batch, rest = waiting[:PUSH_MANY], waiting[PUSH_MANY:]
+            pushed, refusal = self._push([calls[i] for i in batch])
+            handles |= {i: h for i, h in zip(batch, pushed, strict=True) if h._pushed}
+            waiting = [i for i in batch if i not in handles] + rest
             if refusal is not None:
                 accepted = [handles[i] for i in sorted(handles)]
                 error = Overloaded(refusal.bound, refusal.retry_ms / 1000, accepted, [calls[i] for i in waiting])
@@ -159,8 +159,8 @@ class Client(ClientCore):
         return [handles[i] for i in range(len(calls))]
 
     def _push(self, calls: Sequence[Submission]) -> tuple[list[CallHandle], Submitted | None]:
-        """The handles, and the first refusal for want of room, if any."""
-        with self._changed:  # listening begins before the push, so no event can slip through
+        """The handles, and the first reply that refuses a call as overloaded, if any."""
+        with self._changed:  # before the push, so that no event is missed
             handles = [self._open.setdefault(h.id, h) for h in (self._new_handle(c) for c in calls)]
         try:
             replies, acks = self._submit(calls)
@@ -181,14 +181,14 @@ class Client(ClientCore):
         return handles, next((r for r in replies if r.code == "overloaded"), None)
 
     def _submit(self, calls: Sequence[Submission]) -> tuple[list[Submitted], int]:
-        """The replies, and how many replicas have the calls; as many as are asked for, if none are."""
+        """The replies, and how many replicas have the calls; 0 if `RSM_WAIT_REPLICAS` is 0."""
         wait = self.settings.wait_command()
 
         def push(server: execute.Server) -> tuple[list[Submitted], int]:
-            command = self.transitions.submit(calls)  # anew for each try: timeouts run on
+            command = self.transitions.submit(calls)  # built for each try, because the timeouts keep running
             return (execute.run(server, command), 0) if wait is None else execute.run_replicated(server, command, wait)
 
-        result: tuple[list[Submitted], int] = self._retry(lambda: self._over_line(push))
+        result: tuple[list[Submitted], int] = self._retry(lambda: self._send(push))
         return result
 
     def _new_handle(self, call: Submission) -> CallHandle:
@@ -197,17 +197,17 @@ class Client(ClientCore):
     def _forget(self, handles: Sequence[CallHandle]) -> None:
         with self._changed:
             for handle in handles:
-                if not handle._pushed:  # else an earlier push of this very id is still awaited
+                if not handle._pushed:  # else the call of an earlier push with this id is still awaited
                     self._open.pop(handle.id, None)
 
-    # -- everything else a producer does
+    # -- results, streams, cancels
 
     def result(self, call_id: str, timeout: float | None = None) -> CallResult:
-        """Waits for any call by its id, also one that another process pushed. Raises as `CallHandle.result`."""
+        """Waits for any call by its id, even if another process pushed it. Errors are those of `CallHandle.result`."""
         return self.handle(call_id).result(timeout)
 
     def handle(self, call_id: str) -> CallHandle:
-        """A handle on any call by its id.
+        """A handle for any call by its id.
 
         Raises:
             UnknownCall: there is no record with this id.
@@ -225,7 +225,7 @@ class Client(ClientCore):
         return handle
 
     def _follow(self, handle: CallHandle) -> None:
-        """From now on this client hears of the call; if it ended just before, its record is read here."""
+        """Receives the call's events from now on. If the call has just ended, reads its record."""
         with self._changed:
             self._open.setdefault(handle.id, handle)
         self._ensure_reader()
@@ -233,7 +233,7 @@ class Client(ClientCore):
             self._settle({handle.id: self._hash(handle.id)})
 
     def record(self, call_id: str) -> CallRecord:
-        """The record of a call as it stands now.
+        """The current record of a call.
 
         Raises:
             UnknownCall: there is none, or it has expired.
@@ -243,20 +243,20 @@ class Client(ClientCore):
     def stream(self, call_id: str, last_event_id: str = BEGIN) -> Iterator[Delta]:
         """The chunks of a streamed call after `last_event_id`, to its end.
 
-        Reads the call's durable log, so any process may call it again with the `event_id` of the last chunk it has
-        seen: nothing is lost and nothing repeated. Survives Redis restarts; where Redis has lost chunks that were
-        read, a `Delta.restart` says so, and the whole stream follows from the beginning.
+        Reads the call's durable log, so any process can resume the stream with the `event_id` of the last chunk that it
+        has seen. No chunk is lost or repeated. Survives Redis restarts: if Redis has lost chunks that were read, a
+        `Delta.restart` says so, and the whole stream follows from the beginning.
 
         Raises:
-            CallCancelled, CallFailed: the call ended so, after its last chunk.
-            UnknownCall: there is no record with this id.
+            CallCancelled, CallFailed: the call ended this way, after its last chunk.
+            UnknownCall: there is no record with this id, or the call was submitted without stream=True.
         """
         self._require_stream(self.record(call_id))
         reader = connect(self.settings, _BLOCK_S)
         try:
             key, at = self.keys.events(call_id), last_event_id
             if at != BEGIN and not self._retry(lambda: self.redis.xrange(key, at, at)):
-                yield FORGET  # the chunk that was read last is not in the log any more
+                yield FORGET  # the log no longer has the last chunk that was read
                 at = BEGIN
             yield from self._read_log(reader, call_id, at)
         finally:
@@ -274,26 +274,26 @@ class Client(ClientCore):
                 continue
             backoff.recovered()
             if not reply and ended:
-                return  # its log has expired
-            # Only a read that began after the end proves that nothing follows.
+                return  # the log has expired
+            # Only a read that started after the end proves that nothing follows.
             ended = not reply and self.record(call_id).state.terminal
             yield from log_reader.take(reply[0][1] if reply else ())
 
     def deadline_in(self, seconds: float) -> int:
-        """The `deadline_ms` that is so many seconds away on Redis's clock, the only one that counts."""
+        """The `deadline_ms` that is `seconds` from now on Redis's clock, the only clock that counts."""
         return epoch_ms(self._retry(self.redis.time), seconds)
 
     def cancel(self, call_id: str, reason: str = "") -> bool:
-        """Cancels a call. True if that took effect: it is, or will at once be, CANCELLED."""
+        """Cancels a call. True if the cancel took effect: the call is CANCELLED, or will be in a moment."""
         return took_effect(self._run(self.transitions.cancel(checked(call_id), reason)))
 
     def cancel_session(self, session: str, reason: str = "", *, descendants: bool = True) -> int:
-        """Cancels all calls of a session and of its descendants on all engines; returns how many it ended.
+        """Cancels all calls of a session and of its descendants on all engines. Returns how many it ended.
 
-        Calls that were pushed by a bare XADD and that no router has read yet end on arrival and are not counted.
+        Calls from a bare XADD that no router has read yet are cancelled when a router reads them, and are not counted.
 
         Args:
-            descendants: whether those of its sub-agents (`parent_session`) end, too.
+            descendants: whether to cancel the calls of its sub-agents (`parent_session`), too.
         """
         tree = TreeCancel(self.transitions, session, reason, descendants)
         while command := tree.command():
@@ -301,13 +301,13 @@ class Client(ClientCore):
         return tree.ended
 
     def close(self) -> None:
-        """Ends the inbox thread. Calls go on without this client."""
+        """Ends the inbox thread. The client's calls continue."""
         self._closed.set()
         with self._changed:
             self._changed.notify_all()
         if self._reader is not None:
             self._reader.wake(self.redis)
-        self._line.close()
+        self._connection.close()
         self.redis.close()
 
     def __enter__(self) -> Client:
@@ -329,23 +329,23 @@ class Client(ClientCore):
         self._settle({codec.text(f[b"call"]): f for _, f in entries if is_end(f)})
 
     def _reconcile(self) -> None:
-        """Asks the records of all open calls: events may have been trimmed, or lost with a Redis that restarted."""
+        """Checks the records of all open calls: their events may have been trimmed, or lost in a Redis restart."""
         with self._changed:
             ids = [h.id for h in self._open.values() if h._pushed]
         if ids:
             self.redis.pexpire(self.keys.inbox(self._inbox), self.settings.result_ttl_s * 1000)
         for at in range(0, len(ids), self.settings.batch):
-            some = ids[at : at + self.settings.batch]
-            server: Any = self.redis  # without patience of its own: the reader's loop has it
+            batch = ids[at : at + self.settings.batch]
+            server: Any = self.redis  # without retries: the reader's loop has them
             pipe = server.pipeline(transaction=False)
-            for call_id in some:
+            for call_id in batch:
                 pipe.hget(self.keys.call(call_id), "state")
-            for call_id, state in zip(some, pipe.execute(), strict=True):
+            for call_id, state in zip(batch, pipe.execute(), strict=True):
                 if state not in OPEN_STATES:
                     self._settle({call_id: server.hgetall(self.keys.call(call_id))})
 
     def _settle(self, ends: Mapping[str, Mapping[bytes, bytes]]) -> None:
-        """Notes ends, wakes waiters, and calls back outside the lock."""
+        """Records ends and wakes waiters, then runs callbacks outside the lock."""
         with self._changed:
             settled = [(h, end) for call_id, end in ends.items() if (h := self._open.pop(call_id, None))]
             for handle, end in settled:
@@ -356,10 +356,10 @@ class Client(ClientCore):
                 call_back(callback, handle)
 
     def _ended(self, call_id: str, end: Mapping[bytes, bytes]) -> CallRecord:
-        return self._reported(call_id, end) or self.record(call_id)
+        return self._record_of_end(call_id, end) or self.record(call_id)
 
     def _when_done(self, handle: CallHandle, callback: Callable[[CallHandle], None]) -> bool:
-        """Keeps a callback for later; True if the call has ended, and it is the caller's to run it."""
+        """Stores a callback for later. True if the call has ended, so that the caller must run it."""
         with self._changed:
             if not handle.done:
                 handle._callbacks.append(callback)
@@ -367,12 +367,12 @@ class Client(ClientCore):
 
     def _await(self, handle: CallHandle, timeout: float | None) -> None:
         with self._changed:
-            unheard = not handle.done and handle.id not in self._open
-        if unheard and not self._closed.is_set():
-            self._follow(handle)  # it was pushed by the process that this one was forked from
+            unfollowed = not handle.done and handle.id not in self._open
+        if unfollowed and not self._closed.is_set():
+            self._follow(handle)  # the parent of this forked process pushed it
         with self._changed:
             if not self._changed.wait_for(lambda: handle.done or self._closed.is_set(), timeout):
-                raise TimeoutError(f"Call {handle.id} has not ended after {timeout} s; it goes on.")
+                raise TimeoutError(f"Call {handle.id} has not ended after {timeout} s. It continues; wait again.")
         if not handle.done:
             raise BrokerUnavailable(CLOSED_WHILE_AWAITED)
 
@@ -383,17 +383,17 @@ class Client(ClientCore):
         return found
 
     def _run(self, command: Command[T]) -> T:
-        result: T = self._retry(lambda: self._over_line(lambda server: execute.run(server, command)))
+        result: T = self._retry(lambda: self._send(lambda server: execute.run(server, command)))
         return result
 
-    def _over_line(self, action: Callable[[execute.Server], T]) -> T:
-        """Over the client's own connection if no other thread is using it, else over the pool."""
-        if not self._line_free.acquire(blocking=False):
+    def _send(self, action: Callable[[execute.Server], T]) -> T:
+        """Uses the client's dedicated connection if no other thread is using it, else the pool."""
+        if not self._connection_lock.acquire(blocking=False):
             return action(self.redis)
         try:
-            return action(self._line)
+            return action(self._connection)
         finally:
-            self._line_free.release()
+            self._connection_lock.release()
 
     def _retry(self, action: Any) -> Any:
         try:

@@ -1,3 +1,3 @@
-"""Connections to Redis: how the master is found, what passes for a blip, and how scripts are sent."""
+"""Connections to Redis: finding the master, retrying, and sending scripts."""
 
 __all__: list[str] = []

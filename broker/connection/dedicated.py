@@ -1,7 +1,7 @@
-"""A line to Redis of one's own: one connection for one thread, without a pool.
+"""A dedicated connection to Redis: one connection for one thread, without a pool.
 
-redis-py's client spends half of a command's time on its pool and its retries (`bench/` counts it). A thread that does
-nothing but talk to Redis needs neither: it has its connection, and its own way to wait for a server that is away.
+redis-py's client spends half of a command's time in its pool and its retries (`bench/` measures it). A thread that only
+talks to Redis needs neither: it has its own connection, and its own loop that waits for an unreachable server.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class DedicatedConnection:
-    """Connects when it is first used, and again after every failure. Not for several threads at once.
+    """Connects on first use, and again after every failure. Not thread-safe.
 
     Args:
-        block_s: the longest that a command on it may block, in seconds.
+        block_s: the longest time that a command may block, in seconds.
     """
 
     def __init__(self, settings: Settings, block_s: float | None = None) -> None:
@@ -33,8 +33,8 @@ class DedicatedConnection:
         """One command's reply.
 
         Raises:
-            redis.ResponseError: the server refused it.
-            redis.ConnectionError or its kin: see `rsm.broker.connection.factory.BLIPS`.
+            redis.ResponseError: the server rejected it.
+            redis.ConnectionError and the other errors in `rsm.broker.connection.retry.BLIPS`: retry later.
         """
         (reply,) = self.exchange([command])
         if isinstance(reply, Exception):
@@ -42,13 +42,13 @@ class DedicatedConnection:
         return reply
 
     def exchange(self, commands: Sequence[Sequence[Arg]]) -> list[Any]:
-        """The replies to several commands in one round trip; a refusal is among them as an exception."""
+        """The replies to several commands in one round trip. A rejected command's reply is an exception."""
         connection = self._connection
         try:
             connection.send_packed_command(connection.pack_commands(commands))
             return [self._reply() for _ in commands]
         except BaseException:
-            connection.disconnect()  # unread replies must not be taken for those of the next command
+            connection.disconnect()  # unread replies must not be read as those of the next command
             raise
 
     def _reply(self) -> Any:
@@ -60,7 +60,7 @@ class DedicatedConnection:
             return e
 
     def read_stream(self, *command: Arg) -> list[Entry]:
-        """The entries that XREAD or XREADGROUP gives of one stream; none if it waited in vain."""
+        """The entries that XREAD or XREADGROUP returns from one stream; empty if it timed out."""
         reply = self.execute_command(*command)
         return entries(reply[0][1]) if reply else []
 
@@ -69,5 +69,5 @@ class DedicatedConnection:
 
 
 def entries(rows: Sequence[Any]) -> list[Entry]:
-    """Stream entries as the server sends them (RESP2), with their fields as maps."""
+    """Converts stream entries from the server's format (RESP2), with their fields as maps."""
     return [(entry, dict(zip(fields[::2], fields[1::2], strict=True)) if fields else {}) for entry, fields in rows]

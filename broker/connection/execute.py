@@ -1,4 +1,4 @@
-"""How commands are sent: by EVALSHA, and by EVAL where the server lost its scripts; with threads and with asyncio."""
+"""Sends scripts with EVALSHA, and with EVAL if the server does not know the script; sync and asyncio."""
 
 from __future__ import annotations
 
@@ -36,37 +36,37 @@ def _exchange(server: Server, commands: Sequence[Sequence[Arg]]) -> list[Any]:
 
 
 def run_replicated(server: Server, command: Command[T], wait: Sequence[Arg]) -> tuple[T, int]:
-    """Runs one command and `wait`, a WAIT, in one round trip; also tells how many replicas have the write."""
+    """Runs one command and `wait`, a WAIT, in one round trip; also returns how many replicas have the write."""
     reply, acks = _exchange(server, [("EVALSHA", command.script.sha, 1, *command.args), wait])
     if isinstance(reply, NoScriptError):
         reply, acks = _exchange(server, [("EVAL", command.script.text, 1, *command.args), wait])
-    return command.parse(_unrefused(reply)), _unrefused(acks)
+    return command.parse(_checked(reply)), _checked(acks)
 
 
-def _unrefused(reply: Any) -> Any:
+def _checked(reply: Any) -> Any:
     if isinstance(reply, Exception):
         raise reply
     return reply
 
 
 def run_after(server: DedicatedConnection, wait: Sequence[Arg], command: Command[T]) -> T:
-    """A blocking command and then a script, in one round trip: the server runs the script the moment the wait ends."""
+    """Runs a blocking command, then a script, in one round trip. The script runs as soon as the wait ends."""
     waited, reply = server.exchange([wait, ("EVALSHA", command.script.sha, 1, *command.args)])
-    _unrefused(waited)
+    _checked(waited)
     if isinstance(reply, NoScriptError):
         return run(server, command)
-    return command.parse(_unrefused(reply))
+    return command.parse(_checked(reply))
 
 
 def load_all(server: Server) -> None:
-    """Makes every script known to the server."""
+    """Loads every script into the server."""
     send: Any = server.execute_command
     for script in all_scripts():
         send("SCRIPT LOAD", script.text)
 
 
 async def arun_replicated(server: redis.asyncio.Redis, command: Command[T], wait: Sequence[Arg]) -> tuple[T, int]:
-    """Runs one command and `wait`, a WAIT, in one round trip; also tells how many replicas have the write."""
+    """Runs one command and `wait`, a WAIT, in one round trip; also returns how many replicas have the write."""
 
     async def exchange(*run: Arg) -> list[Any]:
         pipe: Any = server.pipeline(transaction=False)
@@ -78,7 +78,7 @@ async def arun_replicated(server: redis.asyncio.Redis, command: Command[T], wait
     reply, acks = await exchange("EVALSHA", command.script.sha, 1, *command.args)
     if isinstance(reply, NoScriptError):
         reply, acks = await exchange("EVAL", command.script.text, 1, *command.args)
-    return command.parse(_unrefused(reply)), _unrefused(acks)
+    return command.parse(_checked(reply)), _checked(acks)
 
 
 async def arun(server: redis.asyncio.Redis, command: Command[T]) -> T:
@@ -92,13 +92,13 @@ async def arun(server: redis.asyncio.Redis, command: Command[T]) -> T:
 
 
 def run_all(server: Server, commands: Sequence[Command[Any]], wait: Sequence[Arg] | None = None) -> list[Any]:
-    """Runs commands in order, in one round trip, and behind them `wait`, a WAIT, if there is one.
+    """Runs commands in order in one round trip, followed by `wait`, a WAIT, if given.
 
-    A server that lost its scripts (a restart) gets all of them again before the refused commands are repeated, so
-    that none of a batch is skipped while its neighbours run.
+    If the server has lost its scripts (in a restart), loads all of them before it repeats the failed commands, so that
+    no command of a batch is skipped while the others run.
 
     Raises:
-        redis.RedisError: the first error of any command; those before and after it have run.
+        redis.RedisError: the first error of any command; the other commands have run.
     """
     sent: list[Sequence[Arg]] = [("EVALSHA", c.script.sha, 1, *c.args) for c in commands]
     replies = _exchange(server, sent if wait is None else [*sent, wait])
@@ -108,5 +108,5 @@ def run_all(server: Server, commands: Sequence[Command[Any]], wait: Sequence[Arg
             load_all(server)
             results.append(run(server, command))
         else:
-            results.append(command.parse(_unrefused(reply)))
+            results.append(command.parse(_checked(reply)))
     return results

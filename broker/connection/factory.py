@@ -1,8 +1,8 @@
-"""Connections to Redis, without the client defaults that bite a queue.
+"""Connections to Redis, without the client defaults that harm a queue.
 
-redis-py retries every command by default, and so pushes twice when a reply is lost; its socket timeout of 5 s cuts
-blocking reads short; and from 8.0 on it speaks RESP3. Here retries are ours (every command we send may be repeated),
-a blocking read gets a client of its own, and the protocol is pinned.
+By default, redis-py retries every command, so it pushes twice when a reply is lost. Its socket timeout of 5 s cuts
+blocking reads short. From version 8.0 on it speaks RESP3. Here the callers retry (every command that they send can be
+repeated), a blocking read gets its own client, and the protocol version is pinned.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ COMMAND_TIMEOUT_S = 10.0
 
 
 def connect(settings: Settings, block_s: float | None = None) -> redis.Redis:
-    """A client for ordinary commands, or, with `block_s`, one for reads that block up to so many seconds.
+    """A client for ordinary commands or, with `block_s`, for reads that block for up to this many seconds.
 
     Raises:
         InvalidRequest: the Redis URL has none of the known forms.
@@ -43,7 +43,7 @@ def connect(settings: Settings, block_s: float | None = None) -> redis.Redis:
 
 
 class _View(redis.Redis):
-    """Says where it looked and what to start, instead of redis-py's own errors, when Redis is away."""
+    """Raises errors that name the server and say what to do, in place of redis-py's, when Redis is unreachable."""
 
     settings: Settings
 
@@ -67,15 +67,17 @@ class _ViewPipeline(Pipeline):
 
 
 def connect_view(settings: Settings) -> redis.Redis:
-    """A client for people's questions: where Redis is away, or refuses, it raises BrokerUnavailable at once."""
+    """A client for interactive use: raises BrokerUnavailable at once if Redis is unreachable or rejects the user."""
     view: Any = _View.from_pool(connect(settings).connection_pool)
     view.settings = settings
     return cast(redis.Redis, view)
 
 
 def connect_patiently(settings: Settings) -> redis.Redis:
-    """A client for a library that blocks as it likes and gives up at the first error: it tries again by itself, for
-    about 20 seconds, so a command whose reply was lost may run twice."""
+    """A client for a library that sets its own blocking times and gives up at the first error.
+
+    It retries for about 20 seconds, so a command whose reply was lost may run twice.
+    """
     from redis.backoff import ExponentialBackoff
     from redis.connection import ConnectionPool
     from redis.retry import Retry
@@ -85,7 +87,7 @@ def connect_patiently(settings: Settings) -> redis.Redis:
 
 
 def connect_async(settings: Settings, block_s: float | None = None) -> redis.asyncio.Redis:
-    """The same for asyncio."""
+    """Like `connect`, for asyncio."""
     from redis.asyncio.connection import ConnectionPool
     from redis.asyncio.retry import Retry
 
@@ -109,8 +111,8 @@ def _options(settings: Settings, block_s: float | None, links: Mapping[tuple[str
 
 
 def _keepalive() -> dict[int, int]:
-    """TCP options by which a peer that vanished without a word (its host lost power, a firewall forgot the line) is
-    noticed in about six seconds, also by a read that waits; not every system has all of them."""
+    """TCP options that detect a vanished peer (host power loss, firewall timeout) in about six seconds, even during a
+    blocking read. Some systems lack some of them."""
     wanted = {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 6_000}
     return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
 

@@ -1,9 +1,9 @@
-"""redis-py connections that find their master, and to which a refusal that passes is a lost connection.
+"""redis-py connections that find their master, and that treat a temporary refusal as a lost connection.
 
-A server that is full, demoted, starting, or no longer the owner of a slot answers, but cannot serve. redis-py makes
-ordinary errors of such answers, a different class for each and for some none. Here, at the lowest place where a reply
-is read, each becomes a `Refused`, which is a ConnectionError: so it looks the same from a command, a pipeline, asyncio
-and a `DedicatedConnection`; the connection is dropped, and the next one goes wherever the master is then.
+A server that is full, demoted, starting, or no longer the owner of a slot answers, but cannot serve. redis-py turns
+such answers into ordinary errors, with a different class for each, and for some with none. Here, where the reply is
+read, each becomes a `Refused`, which is a ConnectionError. So it looks the same from a command, a pipeline, asyncio and
+a `DedicatedConnection`. The connection is dropped, and the next one goes to the current master.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from rsm.broker.connection.topology import Address, Finder
 
 _REFUSALS = (
     errors.ReadOnlyError,  # demoted to a replica
-    errors.AskError,  # and MovedError: the slot is elsewhere
-    errors.TryAgainError,  # the slot is on its way
-    errors.ClusterDownError,  # and MasterDownError: nobody serves the slot, or the replica is cut off
+    errors.AskError,  # and MovedError: another node has the slot
+    errors.TryAgainError,  # the slot is being migrated
+    errors.ClusterDownError,  # and MasterDownError: no node serves the slot, or the replica is cut off
 )
-# Those that redis-py has no class for. _DEMOTED is what a read that was blocking hears when its master is demoted.
+# Errors that redis-py has no class for. _DEMOTED is the reply to a blocking read when its master is demoted.
 _CODES = {
     "MISCONF": "its disk is full or broken",
     "NOREPLICAS": "too few replicas are connected (min-replicas-to-write)",
-    "BUSY": "a script runs for too long",
+    "BUSY": "a script has been running for too long",
 }
-_IN_SCRIPT = "ACL failure in script"  # how Valkey says NOPERM of a script's command
+_IN_SCRIPT = "ACL failure in script"  # Valkey's form of NOPERM for a command inside a script
 _DEMOTED = "UNBLOCKED force unblock"
 
 
 class Refused(errors.ConnectionError):
-    """Redis answers but cannot serve now; the same command may be taken later, or by another node."""
+    """Redis answers but cannot serve now. The same command may succeed later, or on another node."""
 
 
 class Denied(Refused):
-    """Redis does not let this user do that; it may once its rights are set right."""
+    """Redis denies this user the command. It may succeed once the user's permissions are fixed."""
 
 
 def refusal(error: errors.ResponseError) -> Refused | None:
-    """The passing refusal that an error stands for, None if it is an error of ours."""
-    said = str(error)
-    code = said.partition(" ")[0]
-    if isinstance(error, errors.NoPermissionError) or _IN_SCRIPT in said:
-        return Denied(said)
+    """The temporary refusal behind an error; None if the command itself is wrong."""
+    message = str(error)
+    code = message.partition(" ")[0]
+    if isinstance(error, errors.NoPermissionError) or _IN_SCRIPT in message:
+        return Denied(message)
     if isinstance(error, _REFUSALS):
-        return Refused(f"{type(error).__name__.removesuffix('Error')}: {said}")
+        return Refused(f"{type(error).__name__.removesuffix('Error')}: {message}")
     if code in _CODES:
         return Refused(f"{code}: {_CODES[code]}")
-    return Refused(said) if said.startswith(_DEMOTED) else None
+    return Refused(message) if message.startswith(_DEMOTED) else None
 
 
 class _Link(sync.AbstractConnection):
@@ -78,7 +78,7 @@ class _AsyncLink(aio.AbstractConnection):
 
 
 class _Seeking(_Link, sync.Connection):
-    """Connects to wherever the finder's seeds say the master is, each time anew."""
+    """Asks the finder's seeds for the master each time it connects."""
 
     _seed: type[sync.Connection] = sync.Connection
 
@@ -97,16 +97,16 @@ class _Seeking(_Link, sync.Connection):
         _require_master(self.read_response())
 
     def _find(self) -> Address:
-        complaints = []
+        failures = []
         for seed in self._finder.seeds():
             try:
                 found = self._finder.read(self._ask(seed), seed)
             except errors.RedisError as e:
-                complaints.append(e)
+                failures.append(e)
             else:
                 if found:
                     return found
-        raise _lost(self._finder, complaints)
+        raise _no_master(self._finder, failures)
 
     def _ask(self, seed: Address) -> Any:
         link: Any = self._seed(host=seed[0], port=seed[1], **self._finder.options)
@@ -118,7 +118,7 @@ class _Seeking(_Link, sync.Connection):
 
 
 class _AsyncSeeking(_AsyncLink, aio.Connection):
-    """The same for asyncio."""
+    """Like `_Seeking`, for asyncio."""
 
     _seed: type[aio.Connection] = aio.Connection
 
@@ -137,16 +137,16 @@ class _AsyncSeeking(_AsyncLink, aio.Connection):
         _require_master(await self.read_response())
 
     async def _find(self) -> Address:
-        complaints = []
+        failures = []
         for seed in self._finder.seeds():
             try:
                 found = self._finder.read(await self._ask(seed), seed)
             except errors.RedisError as e:
-                complaints.append(e)
+                failures.append(e)
             else:
                 if found:
                     return found
-        raise _lost(self._finder, complaints)
+        raise _no_master(self._finder, failures)
 
     async def _ask(self, seed: Address) -> Any:
         link: Any = self._seed(host=seed[0], port=seed[1], **self._finder.options)
@@ -158,19 +158,19 @@ class _AsyncSeeking(_AsyncLink, aio.Connection):
 
 
 def _require_master(hello: Any) -> None:
-    """What was named a moment ago may be demoted, or not be promoted yet. HELLO, as ROLE is for administrators."""
+    """Raises Refused if the node was demoted meanwhile, or is not promoted yet. Uses HELLO, as ROLE is for admins."""
     role = dict(zip(hello[::2], hello[1::2], strict=True))[b"role"].decode()
     if role != "master":
-        raise Refused(f"The node that was named as the master says that it is a {role}.")
+        raise Refused(f"The node that was found as the master has the role {role}.")
 
 
-def _lost(finder: Finder, complaints: list[errors.RedisError]) -> errors.RedisError:
-    """A wrong password must look like one, not like a master that may yet come."""
-    for complaint in complaints:
-        if isinstance(complaint, (errors.AuthenticationError, errors.NoPermissionError)):
-            return complaint
-    said = "; ".join(str(e) for e in complaints) or "all answer that they know none"
-    return Refused(f"No master found by {finder.question[0]} ({said})")
+def _no_master(finder: Finder, failures: list[errors.RedisError]) -> errors.RedisError:
+    """The error to raise. A wrong password must look like one, not like a master that may still appear."""
+    for failure in failures:
+        if isinstance(failure, (errors.AuthenticationError, errors.NoPermissionError)):
+            return failure
+    reasons = "; ".join(str(e) for e in failures) or "no node knows one"
+    return Refused(f"No master found with {finder.question[0]} ({reasons})")
 
 
 class Link(_Link, sync.Connection):
@@ -186,11 +186,11 @@ class UnixLink(_Link, sync.UnixDomainSocketConnection):
 
 
 class SeekingLink(_Seeking):
-    """Over TCP, to the master of the moment."""
+    """Over TCP, to the current master."""
 
 
 class SeekingTlsLink(_Seeking, sync.SSLConnection):
-    """Over TLS, to the master of the moment."""
+    """Over TLS, to the current master."""
 
     _seed = sync.SSLConnection
 
@@ -208,16 +208,16 @@ class AsyncUnixLink(_AsyncLink, aio.UnixDomainSocketConnection):
 
 
 class AsyncSeekingLink(_AsyncSeeking):
-    """Over TCP, to the master of the moment, for asyncio."""
+    """Over TCP, to the current master, for asyncio."""
 
 
 class AsyncSeekingTlsLink(_AsyncSeeking, aio.SSLConnection):
-    """Over TLS, to the master of the moment, for asyncio."""
+    """Over TLS, to the current master, for asyncio."""
 
     _seed = aio.SSLConnection
 
 
-# By the URL's scheme, and whether the master has to be found first.
+# By the URL's scheme, and whether the master must be found first.
 LINKS = {
     ("redis", False): Link,
     ("rediss", False): TlsLink,

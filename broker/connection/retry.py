@@ -1,4 +1,4 @@
-"""Trying again: what passes for a blip, how long to pause, and when to give up."""
+"""Retries: which errors are temporary, how long to pause, and when to give up."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rsm.broker.settings import Settings
 T = TypeVar("T")
 log = logging.getLogger("rsm.redis")
 
-# What a restart, a fail-over, a cut line or a full server looks like from here; anything else is an error of ours.
-# Refusals that pass, such as MISCONF, MOVED or NOREPLICAS, are made ConnectionErrors by `failover.py`.
+# The errors of a brief outage: a restart, a failover, a lost connection, a full server. All others are not retried.
+# `failover.py` turns temporary refusals, such as MISCONF, MOVED or NOREPLICAS, into ConnectionErrors.
 BLIPS = (
     errors.ConnectionError,
     errors.TimeoutError,
@@ -29,53 +29,53 @@ BLIPS = (
 )
 
 
-# A user that is refused. Among the blips, for passwords and rights are changed while parts run.
+# Errors for a rejected user. They are retried too, because passwords and permissions change while processes run.
 _DENIED = (errors.AuthenticationError, errors.AuthorizationError, Denied)
 
 
 def reason(error: Exception) -> str:
-    """Why Redis does not serve, in words fit for a log: a refusal's text quotes no data of ours."""
+    """Why Redis does not serve, as text that is safe to log: a refusal's text quotes none of our data."""
     return str(error) if isinstance(error, Refused) else type(error).__name__
 
 
 class Backoff:
-    """Pauses between tries: 20 ms, doubling, at most one second. Logs the first failure of a row and the recovery."""
+    """Pauses between tries: 40 ms, doubled each time, at most 1 s. Logs the first failure and the recovery."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._tries = 0
 
     def pause(self, error: Exception) -> float:
-        """The seconds to wait before the next try."""
+        """Seconds to wait before the next try."""
         self._tries += 1
         if self._tries == 1:
-            log.warning("%s: Redis is not reachable (%s); trying again until it is", self._what, reason(error))
+            log.warning("%s: Redis is not reachable (%s); retrying until it is", self._what, reason(error))
         return float(min(1.0, 0.02 * 2 ** min(self._tries, 6)))
 
     def recovered(self) -> bool:
-        """Notes a success; True if it ended a row of failures."""
+        """Records a success; True if it ended a series of failures."""
         if not self._tries:
             return False
-        log.warning("%s: Redis is back after %d tries", self._what, self._tries)
+        log.warning("%s: Redis is reachable again after %d failed tries", self._what, self._tries)
         self._tries = 0
         return True
 
 
 def no_answer(settings: Settings, within_s: float, error: Exception) -> BrokerUnavailable:
-    """The error for whoever has no more patience after so many seconds; 0 = at once."""
-    tried = f"did not answer for {within_s:g} s" if within_s else "does not answer"
+    """The error for a caller that gives up after `within_s` seconds; 0 = at once."""
+    outage = f"did not answer for {within_s:g} s" if within_s else "does not answer"
     return BrokerUnavailable(
-        f"Redis at {shown_url(settings.url())} {tried} ({reason(error)}). "
-        "Start everything with `rsm up`, or name a running server by RSM_REDIS_URL or --redis."
+        f"Redis at {shown_url(settings.url())} {outage} ({reason(error)}). "
+        "Start everything with `rsm up`, or set RSM_REDIS_URL or --redis to a running server."
     )
 
 
 @contextmanager
 def explained(settings: Settings) -> Iterator[None]:
-    """Turns a Redis that is away, or that refuses this user, into one sentence.
+    """Turns the errors of an unreachable Redis, or of a rejected user, into a clear error message.
 
     Raises:
-        BrokerUnavailable, AccessDenied: what says where it was looked for, and what to do.
+        BrokerUnavailable, AccessDenied: the message says which server was tried, and what to do.
     """
     try:
         yield
@@ -85,20 +85,21 @@ def explained(settings: Settings) -> Iterator[None]:
 
 
 def require_access(error: Exception) -> None:
-    """For whoever should not try again for ever with a password that is wrong.
+    """Stops a caller from retrying forever with a wrong password.
 
     Raises:
-        AccessDenied: the error is Redis's refusal of this user.
+        AccessDenied: Redis rejected this user.
     """
-    # redis-py's asyncio client wraps what goes wrong while it connects.
+    # redis-py's asyncio client wraps the errors of connecting.
     error = error.__cause__ if isinstance(error.__cause__, _DENIED) else error
     if isinstance(error, Denied):
         raise AccessDenied(
-            f"Redis does not let this user do its part: {error}. Give it the rights of its role; `rsm acl` prints them."
+            f"Redis denies this user a command: {error}. Give the user the permissions of its role; "
+            "`rsm acl` prints them."
         ) from None
     if isinstance(error, _DENIED):
         raise AccessDenied(
-            "Redis refuses this user or its password (in RSM_REDIS_URL, or --redis); `rsm acl` makes users."
+            "Redis rejects this user name or password. Check RSM_REDIS_URL or --redis; `rsm acl` creates users."
         ) from None
 
 
@@ -110,11 +111,11 @@ def persist(
     *,
     denial_is_final: bool = False,
 ) -> T | None:
-    """Repeats `action` until Redis answers, for a blip is not a death. None if `stopped()` came true meanwhile.
+    """Repeats `action` until Redis answers. Returns None if `stopped()` becomes true first.
 
     Raises:
-        AccessDenied: `denial_is_final`, and Redis refuses this user.
-        redis.ConnectionError or its kin: `timeout_s` seconds have passed.
+        AccessDenied: `denial_is_final` is set, and Redis rejects this user.
+        redis.ConnectionError and the other errors in `BLIPS`: `timeout_s` seconds have passed.
     """
     backoff = Backoff(what)
     until = None if timeout_s is None else time.monotonic() + timeout_s

@@ -1,8 +1,8 @@
-"""Where Redis is: what a URL says of it, and how to find the master that serves a namespace now.
+"""Where Redis is: parses its URL, and finds the master that serves a namespace.
 
-A namespace lives in one slot (`keys.py`), so it has one master at a time, also on a Redis Cluster, and no
-cluster client is needed: it is enough to ask some node for the owner of the slot, or a Sentinel for the master, each
-time a connection is made. The questions and the reading of their answers are here; `failover.py` sends them.
+A namespace lives in one slot (`keys.py`), so it has one master at a time, on a Redis Cluster too. Therefore no cluster
+client is needed: each new connection asks a Sentinel for the master, or any node for the owner of the slot. This module
+defines the questions and reads the answers; `failover.py` sends them.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ Address = tuple[str, int]
 _WRONG = (
     "The Redis URL must be redis://[user:password@]host[:port][/db], rediss://… (TLS), unix:///path, "
     "redis+sentinel://[user:password@]host:port,host:port/MASTER[/db] or redis+cluster://[user:password@]host:port,… "
-    "(rediss+… for TLS); escape what a password holds of :/?#[]@ by %XX."
+    "(rediss+… for TLS). In a password, write each of the characters :/?#[]@ as %XX."
 )
 _PORTS = {"sentinel": 26379, "cluster": 6379}
 _SENTINEL_LOGIN = {"sentinel_username": "username", "sentinel_password": "password"}
-# How long one Sentinel or one node may take to answer where the master is, in seconds; then the next one is asked.
+# How long one Sentinel or node may take to answer, in seconds, before the next one is asked.
 _ASK_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Place:
-    """What a URL says.
+    """A parsed URL.
 
     Attributes:
-        scheme: `redis`, `rediss` or `unix`: how to connect.
-        kind: `""` where the URL names the server, `sentinel` or `cluster`.
+        scheme: how to connect: `redis`, `rediss` or `unix`.
+        kind: `sentinel`, `cluster`, or `""` if the URL names the server itself.
         options: keyword arguments of a redis-py connection.
-        finder: finds the master; None where the URL names it.
+        finder: finds the master; None if the URL names it.
     """
 
     scheme: str
@@ -50,12 +50,12 @@ class Place:
 
 
 class Finder:
-    """Asks several seeds in turn where the master is. Threads may share one.
+    """Describes how to ask several seeds in turn for the master. Threads may share one.
 
     Args:
         seeds: Sentinels, or nodes of the cluster.
-        question: the command to send to one of them.
-        read: makes the master's address of the answer (and of the address that gave it), None if it says none.
+        question: the command to send to a seed.
+        read: returns the master's address from a seed's answer and that seed's address; None if the seed knows none.
         options: keyword arguments of a redis-py connection to a seed.
     """
 
@@ -72,7 +72,7 @@ class Finder:
         self._seeds = list(seeds)
 
     def seeds(self) -> list[Address]:
-        """All seeds, each time beginning with another: one that is cut off from the others tells old news."""
+        """All seeds, in rotating order, because a seed that is cut off from the others may answer with stale data."""
         self._seeds = [*self._seeds[1:], self._seeds[0]]
         return self._seeds
 
@@ -81,10 +81,10 @@ class Finder:
 
 
 def place_of(url: str, namespace: str) -> Place:
-    """What a Redis URL says.
+    """Parses a Redis URL.
 
     Raises:
-        InvalidRequest: it has none of the forms; the message gives them.
+        InvalidRequest: it has none of the known forms; the message lists them.
     """
     try:
         base, _, kind = url.partition("://")[0].partition("+")
@@ -98,11 +98,11 @@ def place_of(url: str, namespace: str) -> Place:
 
 
 class _Parts:
-    """A URL with several hosts, taken apart.
+    """The parts of a URL with several hosts.
 
     Attributes:
-        options: of a connection to a data node, without its address.
-        seed: of a connection to a seed, without address and login.
+        options: options of a connection to a data node, without its address.
+        seed: options of a connection to a seed, without its address and login.
     """
 
     def __init__(self, url: str, kind: str) -> None:
@@ -169,11 +169,11 @@ def _named_master(reply: Any, _: Address) -> Address | None:
 
 
 def _owner(reply: Any, asked: Address, slot: int) -> Address | None:
-    """Of CLUSTER SLOTS, whose rows are [first slot, last slot, [host, port, …] of the master, replicas …]."""
+    """From CLUSTER SLOTS. Its rows are [first slot, last slot, [host, port, …] of the master, replicas …]."""
     for first, last, (host, port, *_), *_ in reply:
         if first <= slot <= last:
             name = _text(host or b"")
-            # A node that does not know its own name means the one it was asked by; "?" is a node it cannot name.
+            # An empty name means the address that was asked; "?" means that the node does not know the name.
             return None if name == "?" else (name or asked[0], int(port))
     return None
 

@@ -1,3 +1,3 @@
-"""The contract with Redis: keys, ids, records, messages, and every state change as a Lua script."""
+"""The contract with Redis: keys, ids, records, messages, and a Lua script for every state change."""
 
 __all__: list[str] = []

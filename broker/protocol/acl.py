@@ -1,8 +1,8 @@
-"""A Redis user for each process, as lines of an ACL file: each may do just what that process needs.
+"""Redis users for the processes, as lines of an ACL file. Each has only the permissions that its process needs.
 
-Redis checks a script's commands with the rights of the user that runs it. So a right is a command together with the
-keys that it may touch. An ACL cannot protect users of one namespace from each other: a producer that may write call
-records may write any of them, and whoever may read a record may read all its fields, including the body.
+Redis checks the commands of a script with the permissions of the user that runs it. So a permission is a command with
+the keys that it may touch. An ACL cannot protect the users of one namespace from each other: a producer that may write
+call records may write all of them, and a user that may read a record may read all its fields, including the body.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Grant:
     channels: str = ""
 
     def rules(self, prefix: str) -> list[str]:
-        """As Redis reads them. A key that is both read and written needs one rule."""
+        """In Redis's syntax. A key that is both read and written needs one rule."""
         read, write = self.read.split(), self.write.split()
         both = [f"~{_key(prefix, key)}" for key in read if key in write]
         return [
@@ -40,7 +40,7 @@ class Grant:
 
 
 def _key(prefix: str, key: str) -> str:
-    """`.` is the bare prefix, which every script gets as its key; `rq:` is RQ's own key space."""
+    """`.` is the bare prefix, the key argument of every script; `rq:` is RQ's own key space."""
     if key.startswith("rq:"):
         return key
     return prefix if key == "." else prefix + key
@@ -48,7 +48,7 @@ def _key(prefix: str, key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One kind of user. `grants[0]` are its root permissions; each of the others is a selector."""
+    """One kind of user. `grants[0]` are its root permissions; each other grant is a selector."""
 
     name: str
     grants: Sequence[Grant]
@@ -65,14 +65,15 @@ def user_name(keys: Keys, role: str) -> str:
 
 
 def password_hash(password: str) -> str:
-    """As an ACL file takes it: SHA-256, in hex. It has no salt, so passwords must be long and random."""
+    """SHA-256 in hex, as an ACL file needs it. It has no salt, so passwords must be long and random."""
     return hashlib.sha256(password.encode()).hexdigest()
 
 
 def acl_file(namespace: str, hashes: Mapping[str, str]) -> str:
-    """A whole ACL file. `hashes`: of the passwords, by role and "default". A user without one is locked.
+    """A whole ACL file. `hashes`: password hashes by role, and for "default". A user without one is locked.
 
-    Redis replaces all its users by those of the file, so its own `default` user, who may do everything, is in it, too.
+    Redis replaces all its users with those of the file, so the file also defines the `default` user, which may do
+    everything.
     """
     keys = Keys(namespace)
     lines = [f"user default on #{hashes.get('default', LOCKED)} ~* &* +@all"]
@@ -81,9 +82,10 @@ def acl_file(namespace: str, hashes: Mapping[str, str]) -> str:
 
 _CONNECT = "hello ping time select client|setinfo client|setname"
 _SCRIPTS = "eval evalsha script|load"
-_CLUSTER = "cluster|slots wait"  # where the master is, and whether its replicas have it
+_CLUSTER = "cluster|slots wait"  # to find the master, and to wait for its replicas
 
-# What create_call, stop_call and end_call do, whoever runs them. They write no streams except logs and inboxes.
+# The commands of create_call, stop_call and end_call, for all users that run them. These write no streams except logs
+# and inboxes.
 _CALL_COMMANDS = (
     "hget hmget hset hsetnx hexists hdel hincrby hgetall del persist pexpire strlen hstrlen xread xrange xlen xadd "
     "sadd srem scard smembers sscan zadd zrem zrange zremrangebyscore lpush ltrim lrange"
@@ -93,10 +95,10 @@ _CALL_WRITES = f"{_CALL_KEYS} deadlines finished parked:* held:* starving:*"
 
 _PRODUCER = (
     Grant(f"{_CONNECT} {_CLUSTER} {_SCRIPTS} {_CALL_COMMANDS}", f"{_CALL_KEYS} finished", _CALL_WRITES),
-    Grant("xtrim", write="inbox:*"),  # removes what it has read
+    Grant("xtrim", write="inbox:*"),  # to remove the entries that it has read
     Grant("xadd", write="calls"),
     Grant("xrevrange xlen", read="calls"),
-    # To take a waiting call out of its queue, and to send a cancel to the worker of a running one.
+    # To take a waiting call out of its queue, and to send a cancel to the worker of a running call.
     Grant("hincrby hexists", read="engine:*", write="engine:*"),
     Grant("llen lpush pexpire", read="engine:*:bell", write="engine:*:bell"),
     Grant("hdel", write="engine:*:work"),
@@ -112,7 +114,7 @@ _VIEWS = (
         read="*",
     ),
 )
-# RQ's queues in Redis have no namespace: whoever may write them may command the nodes of all namespaces.
+# RQ's queues in Redis have no namespace: a user that may write them can command the nodes of all namespaces.
 _RQ = Grant(
     "get set setex del unlink exists expire persist ttl hget hgetall hmget hset hsetnx hdel hexists hlen hincrby "
     "hincrbyfloat lpush rpush lpop lrem llen lrange lmove blmove brpop blpop rpoplpush brpoplpush lpos sadd srem "
@@ -123,9 +125,9 @@ _RQ = Grant(
     "rq:*",
     "rq:pubsub:*",
 )
-# The eviction policy is checked before anything is served (`rsm.broker.connection.eviction`).
+# To check the eviction policy at the start (`rsm.broker.connection.eviction`).
 _SERVER = "info"
-# What it takes to fill, empty and give back engines' queues.
+# To fill and empty engines' queues, and to give calls back to the router.
 _FLEET_COMMANDS = "llen zcard zscore zrangebyscore xrevrange xack xdel unlink blpop"
 _ROUTER = (
     Grant(
@@ -148,7 +150,7 @@ _WORKER = (
 ROLES: dict[str, Role] = {
     role.name: role
     for role in (
-        # A program in another language that only pushes by XADD and reads the outcome of its calls.
+        # A program in another language that only pushes with XADD and reads the outcome of its calls.
         Role(
             "pusher",
             (
@@ -159,10 +161,10 @@ ROLES: dict[str, Role] = {
         Role("producer", _PRODUCER),
         Role("router", _ROUTER),
         Role("worker", _WORKER),
-        # `rsm node`: a worker, for it starts workers with its own rights, and RQ.
+        # `rsm node`: the permissions of a worker, because it starts workers with its own user, and RQ.
         Role("node", (*_WORKER, *_VIEWS, _RQ)),
         Role("observer", _VIEWS),
-        # A person: all views, cancels, drains, replays of dead letters, engines on nodes.
+        # A person: views, cancels, drains, replays of dead letters, engines on nodes.
         Role(
             "operator",
             (
@@ -171,7 +173,7 @@ ROLES: dict[str, Role] = {
                 *_VIEWS,
                 Grant("xdel xadd", write="dead"),
                 _RQ,
-                Grant("set del", write="order:*"),  # to say that it waits for its order to a node
+                Grant("set del", write="order:*"),  # to mark that a command waits for its order to a node
             ),
         ),
     )

@@ -1,4 +1,4 @@
-"""Bodies and results as bytes: msgpack, or JSON if the producer pushed JSON. Nothing is pickled."""
+"""Encodes bodies and results: msgpack, or JSON if the producer pushed JSON. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import msgpack
 
 from rsm.broker.errors import InvalidRequest
 
-# A record keeps its body under the name of its format, so the result can be written in the same one: whoever pushes
-# JSON with redis-cli reads JSON with redis-cli.
+# A record stores its body in a field named after its format, so that the result can have the same format: a producer
+# that pushes JSON with redis-cli reads JSON with redis-cli.
 Format = Literal["json", "body"]
-# The first bytes of a timestamp, which is msgpack's own extension type: of 4, 8 or 12 bytes.
+# The first bytes of a timestamp of 4, 8 or 12 bytes, msgpack's own extension type.
 _TIMESTAMPS = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
 
 
 def encode(value: dict[str, Any], fmt: Format = "body") -> bytes:
-    """A body or result as bytes.
+    """Encodes a body or a result.
 
     Raises:
-        InvalidRequest: it holds something that the format cannot express.
+        InvalidRequest: it contains something that the format cannot express.
     """
     try:
         if fmt == "json":
@@ -52,7 +52,7 @@ def decode(data: bytes, fmt: Format = "body") -> dict[str, Any]:
 
 def _loads(data: bytes) -> Any:
     value = json.loads(data)
-    if b"\\u" in data:  # an escaped lone surrogate is valid in JSON only: nothing that handles it later could write it
+    if b"\\u" in data:  # JSON allows an escaped lone surrogate, but no later encoder could write it
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -60,7 +60,7 @@ def _loads(data: bytes) -> Any:
 def _unpack(data: bytes) -> Any:
     # Inner maps may have any keys: logit_bias has token ids.
     value = msgpack.unpackb(data, ext_hook=_no_extensions, strict_map_key=False, timestamp=3)
-    if any(head in data for head in _TIMESTAMPS):  # these bypass the hook and become datetimes, which cannot be packed
+    if any(head in data for head in _TIMESTAMPS):  # they bypass the hook and become datetimes, which cannot be packed
         msgpack.packb(value)
     return value
 
@@ -70,7 +70,7 @@ def _no_extensions(code: int, data: bytes) -> Any:
 
 
 def digest(kind: str, model: str, data: bytes) -> str:
-    """Distinguishes a repeated push of a call from another call with the same id."""
+    """A hash that tells a repeated push of a call from a different call with the same id."""
     hashed = hashlib.blake2b(f"{kind}|{model}|".encode(), digest_size=16)
     hashed.update(data)
     return hashed.hexdigest()
@@ -98,5 +98,5 @@ def real(raw: bytes | str | None, default: float = 0.0) -> float:
 
 
 def pairs(reply: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """The pairs of a flat list of Redis."""
+    """The pairs of a flat list from Redis."""
     return list(zip(reply[::2], reply[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""Reads entries of inboxes and call logs: chunks of output, and ends."""
+"""Reads the entries of inboxes and call logs: chunks of output, and ends."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ Fields = Mapping[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The end of a call. `n`: how many events its log holds. `record` is None if the event left the result out."""
+    """The end of a call. `n`: the number of events in its log. `record`: None if the event leaves the result out."""
 
     n: int
     record: CallRecord | None
 
 
 def read_event(call_id: str, fields: Fields, event_id: str) -> Delta | End | None:
-    """One entry of an inbox or a log; None if it cannot be read, so that a reader skips it."""
+    """Reads one entry of an inbox or a log. None if it cannot be read, so that a reader skips it."""
     try:
         return _end(call_id, fields) if b"state" in fields else _delta(fields, event_id)
     except (LookupError, ValueError):
-        log.warning("call %s: an event that cannot be read is skipped", call_id)
+        log.warning("call %s: skipped an event that cannot be read", call_id)
         return None
 
 
 def is_end(fields: Fields) -> bool:
-    """Whether an entry of an inbox says that its call has ended."""
+    """Whether an entry of an inbox is the end of its call."""
     return fields.get(b"state") in ENDS and b"call" in fields
 
 
 def end_record(call_id: str, fields: Fields) -> CallRecord | None:
-    """The record that the event of an end holds; None if the event leaves the result out, or cannot be read."""
+    """The record in the event of an end; None if the event leaves the result out, or cannot be read."""
     if b"submitted_ms" not in fields or fields.get(b"big"):
         return None
     try:
@@ -49,7 +49,7 @@ def end_record(call_id: str, fields: Fields) -> CallRecord | None:
 
 def _end(call_id: str, fields: Fields) -> End:
     if fields[b"state"] not in ENDS:
-        raise ValueError("no state of an end")
+        raise ValueError("not a terminal state")
     return End(number(fields.get(b"n")), end_record(call_id, fields))
 
 

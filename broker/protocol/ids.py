@@ -1,4 +1,4 @@
-"""Ids: what is valid, and how new ones are made."""
+"""Ids: which are valid, and how new ones are made."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from collections.abc import Iterable
 
 from rsm.broker.errors import InvalidRequest
 
-# Ids become parts of Redis keys, so they must not hold characters that could lead out of their key space: braces, white
-# space, glob characters.
+# Ids become parts of Redis keys, so they must not contain characters that could lead out of their key space: braces,
+# white space, glob characters.
 ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# The ends of key names that belong to a call, a session or an engine (keys.py). A call "c:events" would share its key
-# with the log of call "c".
+# Suffixes of keys that belong to a call, a session or an engine (keys.py). A call "c:events" would share its key with
+# the log of call "c".
 RESERVED_ENDS = (
     ":events", ":calls", ":recent", ":children", ":queue", ":work", ":starving", ":running", ":bell", ":control",
     ":residents",
 )  # fmt: skip
 MODEL_PATTERN = re.compile(r"[A-Za-z0-9._:/@+=-]{1,256}")
 
-# What `new_id` makes: milliseconds, a number in its process, the process.
+# The format of `new_id`: milliseconds, a counter of the process, the process.
 _MADE_PATTERN = re.compile(r"[0-9a-f]{12}-([0-9a-f]{6})-([0-9a-f]{10})")
 _SHORT_PATTERN = re.compile(r"(0|[1-9a-f][0-9a-f]{0,5})-[0-9a-f]{10}")
-# How much of an id names it. Less would let a slip of the finger cancel somebody's call.
+# The shortest part that identifies an id. With less, a typing error could cancel another call.
 SHORTEST_PART = 8
 
 _process = os.urandom(5).hex()
@@ -45,7 +45,7 @@ def new_id() -> str:
 
 
 def short_form(value: str) -> str:
-    """The end of an id made by `new_id` that no other id has: its number without leading zeros, and its process.
+    """The unique end of an id from `new_id`: its counter without leading zeros, and its process.
 
     The front is nearly the same for all calls of an hour. Ids that users chose are returned whole.
     """
@@ -58,7 +58,7 @@ def is_short_form(value: str) -> bool:
 
 
 def named_by(part: str, ids: Iterable[str]) -> list[str]:
-    """Those of the ids that `part` may mean: the id itself, else its short form, else all that begin or end so."""
+    """The ids that `part` may mean: an equal id, else an equal short form, else all that start or end with it."""
     known = list(dict.fromkeys(ids))
     for matches in (lambda i: i == part, lambda i: short_form(i) == part):
         found = [i for i in known if matches(i)]
@@ -68,13 +68,13 @@ def named_by(part: str, ids: Iterable[str]) -> list[str]:
 
 
 def check_id(value: str, what: str) -> str:
-    """Returns `value` if it may be an id.
+    """Returns `value` if it is a valid id.
 
     Raises:
-        InvalidRequest: it may not; `what` names the field in the message.
+        InvalidRequest: it is not valid; the message calls it `what`.
     """
     if not ID_PATTERN.fullmatch(value):
-        raise InvalidRequest(f"{what} must be 1 to 128 characters out of A-Z a-z 0-9 . _ : - ; got {shorten(value)!r}.")
+        raise InvalidRequest(f"{what} must be 1 to 128 characters from A-Z a-z 0-9 . _ : - ; got {shorten(value)!r}.")
     if value.endswith(RESERVED_ENDS):
         raise InvalidRequest(f"{what} must not end in {', '.join(RESERVED_ENDS)}; got {shorten(value)!r}.")
     return value
@@ -86,10 +86,10 @@ def is_id(value: str) -> bool:
 
 
 def check_model(value: str) -> str:
-    """Returns `value` if it may be a model's name.
+    """Returns `value` if it is a valid model name.
 
     Raises:
-        InvalidRequest: it may not.
+        InvalidRequest: it is not.
     """
     if not MODEL_PATTERN.fullmatch(value):
         raise InvalidRequest(f"model must be 1 to 256 characters of a model name or path; got {shorten(value)!r}.")

@@ -1,4 +1,4 @@
-"""The names of all keys of one namespace. Only this file and the scripts (lib.lua) build key names."""
+"""The names of all keys of a namespace. Only this file and the scripts (lib.lua) build key names."""
 
 from __future__ import annotations
 
@@ -131,5 +131,5 @@ class Keys:
 
 
 def literal(prefix: str) -> str:
-    """The beginning of a key as a glob that matches nothing else."""
+    """Escapes the beginning of a key, so that it matches only itself in a glob."""
     return "".join(f"\\{c}" if c in "[]*?\\" else c for c in prefix)

@@ -1,4 +1,4 @@
-"""The arguments and replies of the scripts as records; broker/protocol/transitions.py has the commands."""
+"""The arguments and replies of the scripts, as records. broker/protocol/transitions.py has the commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rsm.broker.protocol.models import CallRequest, OnEngineLoss, RequestState
 class Submission(NamedTuple):
     """A checked call with its encoded body: msgpack ("body") or JSON. Its result will have the same format.
 
-    `until`: when its timeout ends, on this process's monotonic clock, in seconds; None = it has none.
+    `until`: when its timeout ends, in seconds on this process's monotonic clock; None = no timeout.
     """
 
     request: CallRequest
@@ -24,7 +24,7 @@ class Submission(NamedTuple):
     until: float | None = None
 
     def fields(self) -> list[str | int]:
-        """Its routing fields now."""
+        """Its routing fields, with the remaining timeout."""
         return self.request.fields(None if self.until is None else max(0, round((self.until - monotonic()) * 1000)))
 
     def __repr__(self) -> str:  # prompts and outputs never appear in a repr
@@ -35,7 +35,7 @@ class Submitted(NamedTuple):
     code: str  # "new" | "duplicate" | "conflict" | "overloaded" | "invalid"
     state: RequestState | None  # None if overloaded or invalid: there is no record
     bound: str = ""  # which limit was reached (overload.lua)
-    retry_ms: int = 0  # when to try again; 0 = never, its deadline will have passed
+    retry_ms: int = 0  # when to try again; 0 = never, because its deadline has passed
     error: str = ""  # why it is invalid
 
     @property
@@ -52,7 +52,7 @@ class SessionCancel(NamedTuple):
 
 
 class RawCall(NamedTuple):
-    """A call that was pushed by a bare XADD, checked. Its body stays in Redis, in the entry's field `body_field`."""
+    """A checked call that a bare XADD pushed. Its body stays in Redis, in the entry's field `body_field`."""
 
     entry: str
     request: CallRequest
@@ -76,9 +76,9 @@ class Placement(NamedTuple):
     Attributes:
         reuse: tokens of its prompt that the engine should find in its cache.
         costs: how long the call would take on each engine, as text for its record (`costs_text`).
-        throttle: no engine has KV headroom for it.
+        throttle: True if no engine has KV headroom for it.
         context: tokens of KV that it will hold; 0 without admission.
-        new: those of them that no other call of its session holds on that engine.
+        new: the part of `context` that no other call of its session holds on that engine.
     """
 
     entry: str
@@ -103,7 +103,7 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Names one attempt of one call. Publishing or finishing under an old fence changes nothing."""
+    """Identifies one attempt of one call. Publishing or finishing with an old fence changes nothing."""
 
     call_id: str
     gen: str
@@ -119,13 +119,12 @@ class Claimed:
 
     Attributes:
         events: how many events earlier attempts have published; those before number `begins` are void.
-        left_ms: the time until its deadline when it was claimed, on Redis's clock; None = it has none.
-        program: the session that is charged for it, its own or an ancestor.
-        inherited: what the program had been charged when the call was assigned, in service units.
-        waited_ms: how long the program has waited since a promotion last paid for it (programs.lua), including this
-            call's waiting until now.
-        ran_ms: how long it has run since then.
-        reuse: tokens of its prompt that its session should have left in this engine's cache, by the router's estimate.
+        left_ms: the time from the claim to its deadline, on Redis's clock; None = no deadline.
+        program: the session that is charged for it: its own session or an ancestor.
+        inherited: the program's service when the call was assigned, in service units.
+        waited_ms: the program's wait that no promotion has paid for yet (programs.lua), including this call's wait.
+        ran_ms: the program's run time that no promotion has paid for yet.
+        reuse: tokens of its prompt that should be in this engine's cache, as the router estimated.
     """
 
     fence: Fence
@@ -175,14 +174,14 @@ class Finish(NamedTuple):
     completion_tokens: int
     cached_tokens: int
     resident_tokens: int
-    events: int | None = None  # how many were published of the call, earlier attempts included
+    events: int | None = None  # how many were published for the call, including earlier attempts
     service: int = 0  # what the call cost, in the deployment's service unit
 
     def __repr__(self) -> str:
         return f"Finish({self.fence}, {self.state}, {self.error_code!r})"
 
 
-# Why an attempt was lost: its engine's process died, the engine failed on the call, or "": it was given back in order.
+# Why an attempt ended: its engine's process died, the engine failed on the call, or "": the worker gave the call back.
 Fault = Literal["death", "error", ""]
 
 
@@ -192,7 +191,7 @@ class Release(NamedTuple):
     error_code: str
     error: str
 
-    def __repr__(self) -> str:  # its error may be what a remote server said, and quote the prompt
+    def __repr__(self) -> str:  # the error may come from a remote server, and quote the prompt
         return f"Release({self.fence}, {self.fault!r}, {self.error_code!r})"
 
 
@@ -205,10 +204,10 @@ class Registered(NamedTuple):
 
 
 class Differences(NamedTuple):
-    """How a worker's calls differ from what Redis knows of them."""
+    """The differences between a worker's calls and Redis's records of them."""
 
-    lost: list[Fence]  # the worker has them, but by Redis they do not run on it
-    unknown: list[Fence]  # the reverse
+    lost: list[Fence]  # the worker has them, but according to Redis they do not run on it
+    unknown: list[Fence]  # according to Redis they run on the worker, but it does not have them
 
 
 class Reaped(NamedTuple):

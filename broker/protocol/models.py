@@ -1,4 +1,4 @@
-"""Messages and records: what producers push, what Redis keeps, and what callers get back."""
+"""What producers push, what Redis keeps, and what callers get back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rsm.broker.protocol.ids import check_id, check_model
 
 Kind = Literal["generate", "chat.completions", "completions", "embeddings"]
 KINDS: tuple[str, ...] = get_args(Kind)
-# What becomes of a call whose engine process is lost under it: see `Client.submit`.
+# What happens to a running call when its engine process dies: see `Client.submit`.
 OnEngineLoss = Literal["continue", "restart", "fail"]
 MAX_PROMPT_TOKENS = 100_000_000
 
@@ -58,7 +58,7 @@ class EngineState(StrEnum):
 
 
 class CallRequest(BaseModel):
-    """Routing fields of a call, checked. The body stays bytes: it can be megabytes and travels once."""
+    """The checked routing fields of a call. The body stays separate, as bytes: it can be megabytes and is sent once."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -71,7 +71,7 @@ class CallRequest(BaseModel):
     deadline_ms: int | None = Field(default=None, ge=0, le=1 << 52)
     stream: bool = False
     inbox: str = ""
-    # Goes into a header as it is.
+    # Goes into a header unchanged.
     traceparent: str = Field(default="", max_length=256, pattern=r"^[!-~]*$")
     on_engine_loss: OnEngineLoss = "continue"
     parent_session: str = ""
@@ -91,7 +91,7 @@ class CallRequest(BaseModel):
         """The routing fields in the order of submit.lua and accept.lua.
 
         Args:
-            remaining_ms: the deadline as a time from now; None = `deadline_ms`.
+            remaining_ms: the deadline as a time from now. Default: use `deadline_ms`.
         """
         deadline: str | int = "" if self.deadline_ms is None else self.deadline_ms
         return [
@@ -112,10 +112,10 @@ class CallRequest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """The result of a call. Times in seconds on Redis's clock; token counts are the engine's own.
+    """The result of a call. Times are in seconds on Redis's clock. Token counts are the engine's own.
 
-    `text` and `token_ids` are those of the first choice. For OpenAI kinds, `response` is the whole response body.
-    `latency` is from submit to finish, `waiting_time` from submit to the claim, `ttft` from submit to the first token.
+    `text` and `token_ids` are from the first choice. For OpenAI kinds, `response` is the whole response body.
+    `latency` is the time from submit to finish, `waiting_time` from submit to claim, `ttft` from submit to first token.
     """
 
     request_id: str
@@ -136,16 +136,16 @@ class CallResult:
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
-    """A call as Redis keeps it, without its body.
+    """A call's record in Redis, without its body.
 
     Attributes:
-        failures: how many attempts were lost to errors.
-        deaths: how many engine processes died while it ran. Deaths that another call was known to have caused when the
-            last one happened do not count.
-        costs: the router's estimate of the time that it would take on each engine, in seconds, the chosen engine first.
-            In a large fleet only the cheapest are listed. Empty if the policy estimates no costs.
-        reuse: tokens of its prompt that it should find in the cache there.
-        stolen_from: the engines from whose queues it was moved to idle ones, in order.
+        failures: how many attempts failed with an error.
+        deaths: how many engine processes died while it ran. A death does not count if, at the time of the last one, it
+            was known that another call had caused it.
+        costs: the router's estimate of how long the call would take on each engine, in seconds, the chosen engine
+            first. In a large fleet only the cheapest engines are listed. Empty if the policy estimates no costs.
+        reuse: tokens of its prompt that should be in the cache of the chosen engine.
+        stolen_from: the engines from whose queues it was moved to idle engines, in order.
     """
 
     request_id: str
@@ -180,7 +180,7 @@ class CallRecord:
         """Reads the hash `{ns}:call:ID`.
 
         Raises:
-            BadRecord: it is not as the scripts write it. The message never quotes it.
+            BadRecord: it is not as the scripts write it. The message never quotes the hash.
         """
         try:
             return cls._from_hash(call_id, h)
@@ -189,7 +189,7 @@ class CallRecord:
 
     @classmethod
     def _from_hash(cls, call_id: str, h: Mapping[bytes, bytes]) -> CallRecord:
-        """Every result goes through here, so it reads each field once and copies nothing."""
+        """Runs for every result, so it reads each field once and copies nothing."""
         get = h.get
 
         def words(name: bytes) -> str:
@@ -199,7 +199,7 @@ class CallRecord:
         def whole(name: bytes) -> int:
             return int(get(name) or 0)
 
-        def moment(name: bytes) -> int | None:
+        def time_ms(name: bytes) -> int | None:
             value = get(name)
             return int(value) if value else None
 
@@ -218,10 +218,10 @@ class CallRecord:
             stream=get(b"stream") == b"1",
             prompt_tokens=whole(b"prompt_tokens"),
             submitted_ms=whole(b"submitted_ms"),
-            assigned_ms=moment(b"assigned_ms"),
-            started_ms=moment(b"started_ms"),
-            finished_ms=moment(b"finished_ms"),
-            deadline_ms=moment(b"deadline_ms"),
+            assigned_ms=time_ms(b"assigned_ms"),
+            started_ms=time_ms(b"started_ms"),
+            finished_ms=time_ms(b"finished_ms"),
+            deadline_ms=time_ms(b"deadline_ms"),
             error_code=words(b"error_code"),
             error=words(b"error"),
             why=words(b"why"),
@@ -236,14 +236,14 @@ class CallRecord:
         """The result of a finished call.
 
         Raises:
-            CallCancelled, CallFailed: it ended without one.
+            CallCancelled, CallFailed: it ended without a result.
         """
         if self.state is RequestState.COMPLETED and self.result is not None:
             return self.result
         raise self.ending()
 
     def ending(self) -> CallEnded:
-        """The error that says how the call ended."""
+        """The error for a call that ended without a result."""
         return CallCancelled(self) if self.state is RequestState.CANCELLED else CallFailed(self)
 
 
@@ -251,8 +251,8 @@ class CallEnded(RsmError):
     """A call reached a terminal state without a result.
 
     Attributes:
-        record: the call's record at its end.
-        partial_text: what the engine had produced by then, "" if nothing.
+        record: the call's final record.
+        partial_text: the text that the engine had produced until then; "" if none.
     """
 
     def __init__(self, record: CallRecord) -> None:
@@ -266,7 +266,7 @@ class CallCancelled(CallEnded):
 
 
 class CallFailed(CallEnded):
-    """The call failed. `error_code` says why, the message what to do about it."""
+    """The call failed. `error_code` says why; the message says what to do about it."""
 
     @property
     def error_code(self) -> str:
@@ -280,12 +280,12 @@ def _costs(words: str) -> dict[str, float]:
 
 
 _STATES = {state.value.encode(): state for state in RequestState}
-# The states that mark an event as an end.
+# An event with one of these states is the end of its call.
 ENDS = frozenset(raw for raw, state in _STATES.items() if state.terminal)
 
 
 def result_format(data: bytes) -> codec.Format:
-    """A result is JSON if the body was. A msgpack map never begins with a brace."""
+    """The format of a result. A msgpack map never starts with a brace."""
     return "json" if data[:1] == b"{" else "body"
 
 
@@ -317,23 +317,24 @@ def _result(call_id: str, h: Mapping[bytes, bytes]) -> CallResult | None:
 
 
 def _check_result(r: Mapping[str, Any]) -> None:
-    said, why, ids, response = (r.get(name) for name in ("text", "finish_reason", "token_ids", "response"))
-    texts = isinstance(said, str | None) and isinstance(why, str | None)
+    text, reason, ids, response = (r.get(name) for name in ("text", "finish_reason", "token_ids", "response"))
+    texts = isinstance(text, str | None) and isinstance(reason, str | None)
     if not (texts and isinstance(ids, list | None) and isinstance(response, dict | None)):
-        raise TypeError("a field of the result is of another type")
+        raise TypeError("a field of the result has the wrong type")
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """A chunk of a streamed call.
 
-    OpenAI kinds carry `chunks`, the JSON documents of the response stream; `generate` carries `text` and `token_ids`.
+    OpenAI kinds have `chunks`, the JSON documents of the response stream; `generate` has `text` and `token_ids`.
 
     Attributes:
-        n: numbers the chunks of a call from 0, across attempts.
-        event_id: the entry's id in the call's log. Give it to `stream(last_event_id=…)` to resume after this chunk.
-        restart: forget the chunks so far: the text starts again after this one. Happens with `on_engine_loss="restart"`
-            only, or if Redis has lost chunks that were read, in a failover to a replica that lacked them (then n = -1).
+        n: the number of the chunk in its call, from 0, across attempts.
+        event_id: the entry's id in the call's log. Pass it to `stream(last_event_id=…)` to resume after this chunk.
+        restart: True = discard all chunks so far; the text starts again after this one. Happens only with
+            `on_engine_loss="restart"`, or if Redis has lost chunks that were read, in a failover to a replica that
+            lacked them (then n = -1).
     """
 
     n: int

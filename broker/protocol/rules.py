@@ -1,6 +1,6 @@
-"""Python copies of rules of the scripts (programs.lua, residents.lua), for processes that run no Lua.
+"""Python copies of some rules of the scripts (programs.lua, residents.lua), for code that runs no Lua.
 
-Tests compare each of them with its original: tests/protocol/test_rules.py; NEW_CACHE in test_transitions_routing.py.
+Tests compare each copy with its original: tests/protocol/test_rules.py; NEW_CACHE in test_transitions_routing.py.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from rsm.broker.protocol.codec import number, real, text
 
 LAST_TIER = 15
-# A program counts as having run for at least this long. Otherwise every program would starve as soon as it begins.
+# A program counts as having run for at least this long. Otherwise every new program would starve at once.
 RUN_FLOOR_MS = 1000
 # How many ancestors a session may have.
 MOST_DEEP = 32
-# What a program has used, as fields of the entry of its root.
+# A program's totals, as fields of its root's entry.
 TOTALS = ("service", "waited_ms", "ran_ms", "paid_waited_ms", "paid_ran_ms")
-# An engine's count of computed tokens jumps by so many when its process, and its cache, begin anew (register.lua).
+# An engine's count of computed tokens jumps by this much when its process restarts with an empty cache (register.lua).
 NEW_CACHE = 1 << 40
 
 
@@ -27,12 +27,12 @@ def rank_of(priority: int, level: int) -> int:
 
 
 def level_of(service: float, bounds: Sequence[float]) -> int:
-    """The bin of an amount of service: 0 is the best, the number of bounds the last (programs.lua, level_of)."""
+    """The level for an amount of service: 0 is the best, the number of bounds the last (programs.lua, level_of)."""
     return bisect_right(bounds, service)
 
 
 def unpaid(total: int, paid: int) -> int:
-    """What is left of a program's waiting, or running, since a promotion last paid for it (programs.lua, unpaid)."""
+    """A program's waiting, or running, that no promotion has paid for yet (programs.lua, unpaid)."""
     return max(0, total - paid)
 
 
@@ -42,7 +42,7 @@ def tier_of(priority: int, level: int) -> int:
 
 
 def spoken_for(residents: Mapping[bytes, bytes], now_ms: int) -> int:
-    """Tokens of an engine's KV cache that sessions have, by the engine's account in Redis (residence.lua)."""
+    """Tokens of an engine's KV cache that sessions use, from the engine's account in Redis (residence.lua)."""
     active, thinking = (sum(real(n) for n in text(residents.get(name)).split()) for name in (b"active", b"thinking"))
     half_ms, idle_ms = max(1.0, real(residents.get(b"half"))), max(0, now_ms - number(residents.get(b"at")))
     return round(min(active + thinking * 2 ** (-idle_ms / half_ms), 1 << 53))

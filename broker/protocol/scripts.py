@@ -1,7 +1,7 @@
-"""Lua scripts as typed commands: one file per transition, loaded once, run by EVALSHA.
+"""Lua scripts as typed commands: one file per transition, loaded once, run with EVALSHA.
 
-A `Command` is a script with its arguments and a parser of its reply. It does no I/O, so the synchronous and the
-asynchronous client run the same commands.
+A `Command` is a script with its arguments and a parser for its reply. It does no I/O, so the synchronous and the
+asynchronous client can run the same commands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INCLUDE = re.compile(r"^--- @include (.+)\n")
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A script with all that it includes."""
+    """A script with its included modules."""
 
     name: str
     text: str = field(repr=False)
@@ -34,13 +34,13 @@ class Script:
 
 @cache
 def script(name: str) -> Script:
-    """The script in lua/transitions/NAME.lua, preceded by the modules that its first line names."""
+    """The script lua/transitions/NAME.lua, preceded by the modules that its first line names."""
     text = "\n".join(part for _, part in parts(name))
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 def parts(name: str) -> list[tuple[str, str]]:
-    """The parts of a script in order, as names and texts: the modules that it includes, then its own text."""
+    """The names and texts that make up a script, in order: the included modules, then its own text."""
     text = source(name)
     head = _INCLUDE.match(text)
     if not head:
@@ -56,7 +56,7 @@ def source(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[T]):
-    """One script call: arguments ready to send, and how to read the reply."""
+    """One script call: its arguments, and a parser for the reply."""
 
     script: Script
     args: Sequence[Arg] = field(repr=False)
@@ -64,5 +64,5 @@ class Command(Generic[T]):
 
 
 def all_scripts() -> list[Script]:
-    """Every transition."""
+    """All transitions."""
     return [script(entry.name.removesuffix(".lua")) for entry in _TRANSITIONS.iterdir()]

@@ -1,4 +1,4 @@
-"""The reply of snapshot.lua: the fleet and the sessions, as a router sees them."""
+"""Reads the reply of snapshot.lua: the fleet and the sessions, as a router sees them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rsm.broker.protocol.rules import LAST_TIER
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What a step of an engine takes, in seconds. The engine's worker measures it.
+    """How long a step of an engine takes, in seconds. The engine's worker measures it.
 
     Attributes:
-        step_s: of every step.
-        token_s: more for each prompt token that it computes.
-        seq_s: more for each call that gets a token in it.
+        step_s: the time of every step.
+        token_s: extra time for each prompt token that the step computes.
+        seq_s: extra time for each call that gets a token in the step.
     """
 
     step_s: float
@@ -26,26 +26,26 @@ class Speed:
     seq_s: float
 
     def __str__(self) -> str:
-        """As it is written into an engine's hash; `of` reads it."""
+        """The format of the field in an engine's hash; `of` reads it."""
         return f"{self.step_s:.6g} {self.token_s:.6g} {self.seq_s:.6g}"
 
     @classmethod
     def of(cls, value: str) -> Speed | None:
-        """None if the value is empty or makes no sense: another process has written it."""
+        """Reads that format. None if the value is empty or invalid, because another process writes it."""
         try:
             step_s, token_s, seq_s = map(float, value.split())
         except ValueError:
             return None
-        sound = all(0 <= x < inf for x in (step_s, token_s, seq_s))
-        return cls(step_s, token_s, seq_s) if sound else None
+        valid = all(0 <= x < inf for x in (step_s, token_s, seq_s))
+        return cls(step_s, token_s, seq_s) if valid else None
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens that it computes per second; 0 = prompts cost nothing."""
+        """Prompt tokens computed per second; 0 = prompts cost nothing."""
         return 1 / self.token_s if self.token_s > 0 else 0.0
 
     def decode_tps(self, batch: float) -> float:
-        """Output tokens per second of all calls together, while `batch` of them decode."""
+        """Output tokens per second of all calls together, while `batch` calls decode."""
         step = self.step_s + batch * self.seq_s
         return batch / step if step > 0 else 0.0
 
@@ -59,19 +59,19 @@ class Ahead(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """An engine as the router sees it. Token counts are of prompts; `heartbeat_ms` is on Redis's clock.
+    """An engine as the router sees it. Token counts are of prompts. `heartbeat_ms` is on Redis's clock.
 
     Attributes:
-        kv_tokens: capacity of its KV cache, 0 = unknown. `kv_usage` is the share of it that running calls hold.
-        speed: as measured; None = not yet.
-        prefill_s: how long it will be computing the prompts of the calls that it has started, in seconds.
-        ahead: what waits in its queue, by rank (`rank_of`).
-        computed: tokens whose KV it has computed in its life, prompts and outputs. Shows how much of its cache has been
-            replaced since.
-        cache_age_s: how long ago the oldest tokens that its cache can hold were computed; inf = the cache is not full.
-        completion_tokens: the mean length of recent answers; 0 = not known.
-        spoken_for: tokens of its KV cache that sessions have, or will soon ask for again, by tier (residents.lua).
-        reuse_found: share of the tokens expected in its cache that were there.
+        kv_tokens: capacity of its KV cache; 0 = unknown. `kv_usage` is the fraction of it that running calls use.
+        speed: its measured speed; None = not measured yet.
+        prefill_s: remaining time to compute the prompts of the calls that it has started, in seconds.
+        ahead: the waiting calls in its queue, by rank (`rank_of`).
+        computed: tokens whose KV it has computed so far, prompts and outputs. Its growth shows how much of the cache
+            has been replaced.
+        cache_age_s: the age of the oldest tokens that its cache can contain; inf = the cache is not full.
+        completion_tokens: the mean length of recent answers; 0 = unknown.
+        spoken_for: tokens of its KV cache that sessions use, or will soon use again, by tier (residents.lua).
+        reuse_found: the fraction of the tokens expected in its cache that were there.
     """
 
     id: str
@@ -102,28 +102,28 @@ class EngineView:
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens that it computes per second; 0 = not measured."""
+        """Prompt tokens computed per second; 0 = not measured."""
         return self.speed.prefill_tps if self.speed else 0.0
 
     @property
     def decode_tps(self) -> float:
-        """Output tokens per second while all slots are taken; 0 = not measured."""
+        """Output tokens per second while all slots are used; 0 = not measured."""
         return self.speed.decode_tps(self.max_num_seqs) if self.speed else 0.0
 
 
 class CacheUse(NamedTuple):
-    """When a session's cache on an engine was last used: `idle_s` seconds ago. `computed` is what the engine had
-    computed in its life by then (`EngineView.computed`); None = unknown."""
+    """The last use of a session's cache on an engine, `idle_s` seconds ago. `computed`: the engine's count at that time
+    (`EngineView.computed`); None = unknown."""
 
     idle_s: float
     computed: int | None = None
 
 
 class Share(NamedTuple):
-    """What a session has of an engine's KV cache, in tokens, decayed since its last call there ended.
+    """A session's share of an engine's KV cache, in tokens, decayed since its last call there ended.
 
-    `cached`: the cache still holds its context, as far as is known. `active`: it has unfinished calls there.
-    `tier`: the tier in which it is counted.
+    `cached`: the cache probably still holds its context. `active`: it has unfinished calls there. `tier`: the tier that
+    it is counted in.
     """
 
     tokens: float = 0.0
@@ -137,14 +137,18 @@ NOT_THERE = Share()
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """Where a session's KV cache should be: engine id → resident tokens. `bound`: the engine that it is bound to.
+    """A session as the router sees it.
 
     Attributes:
+        bound: the engine that it is bound to.
+        resident: engine id → tokens of its KV cache that should be there.
         used: engine id → the last use of that cache.
-        program: the root of its tree, "" = not asked for. `service`: what the program has had, in service units.
-        level: the level of a call that came now.
-        completion_tokens: the mean length of its answers, over `completed` calls.
-        shares: engine id → what it has of that engine's KV cache, where it has any.
+        program: the root of its tree; "" = not read.
+        service: the service of its program, in service units.
+        level: the level that a call would get now.
+        completed: how many of its calls have completed.
+        completion_tokens: the mean length of their answers.
+        shares: engine id → its share of that engine's KV cache, if it has one.
     """
 
     bound: str = ""
@@ -164,7 +168,7 @@ def resident_tokens(affinity: Iterable[tuple[bytes, bytes]]) -> dict[str, int]:
 
 
 def cache_uses(affinity: Iterable[tuple[bytes, bytes]], now_ms: int) -> dict[str, CacheUse]:
-    """Last uses from the same fields, which are `TOKENS:LAST_USE_MS:COMPUTED` where a worker has written them."""
+    """Last uses, from the same fields. If a worker wrote them, they are `TOKENS:LAST_USE_MS:COMPUTED`."""
     uses = {}
     for e, value in affinity:
         _, last_ms, computed = (*text(value).split(":"), "", "")[:3]
@@ -178,8 +182,8 @@ class FleetSnapshot(NamedTuple):
 
 
 class SnapshotReader:
-    """Reads snapshots. An engine that has not changed since the last one keeps its view, the same object, so what was
-    derived from it (cost_model.py) stays valid. Snapshots are 20 ms apart, so most engines of a large fleet have not
+    """Reads snapshots. If an engine has not changed since the last one, its view stays the same object, so values
+    derived from it (cost_model.py) stay valid. Snapshots are 20 ms apart, so most engines of a large fleet have not
     changed."""
 
     def __init__(self) -> None:
@@ -191,7 +195,7 @@ class SnapshotReader:
         return FleetSnapshot(self._engines(rows), dict(zip(sessions, views, strict=True)))
 
     def _engines(self, rows: Sequence[Sequence[bytes]]) -> list[EngineView]:
-        if not rows:  # they may not have been asked for
+        if not rows:  # the snapshot may be of sessions only
             return []
         self._known = {row[0]: self._view(row) for row in rows}
         return [view for _, view in self._known.values()]
@@ -202,7 +206,7 @@ class SnapshotReader:
 
 
 def engine_view(row: Sequence[bytes]) -> EngineView:
-    """From a row of snapshot.lua. Fields that other processes write may be missing, or junk."""
+    """Reads a row of snapshot.lua. Fields that other processes write may be missing or invalid."""
     return EngineView(
         id=text(row[0]),
         heartbeat_ms=number(row[1]),

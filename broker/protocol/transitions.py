@@ -1,4 +1,4 @@
-"""Every state change of a call, an engine or a session, as a typed command. lua/transitions/NAME.lua defines it."""
+"""A typed command for every state change of a call, an engine or a session. lua/transitions/NAME.lua defines each."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ __all__ = [
     "Transitions",
 ]
 
-# How many index entries, of up to 64 calls each, one run of `retain` may remove: some milliseconds of Redis's time.
+# How many index entries, of up to 64 calls each, one run of `retain` may remove: a few milliseconds of Redis's time.
 RETAIN_ENTRIES = 16
 
 
 class Transitions:
-    """Commands of one namespace. Building one does no I/O; `rsm.broker.connection.execute` sends it."""
+    """The commands of one namespace. Building one does no I/O; `rsm.broker.connection.execute` sends it."""
 
     def __init__(self, keys: Keys, settings: Settings) -> None:
         self._settings = settings
@@ -76,7 +76,7 @@ class Transitions:
         self._reader = SnapshotReader()
         self._level_bounds = " ".join(map(str, settings.level_bounds))
         half_ms = settings.admission_half_life_s * 1000
-        # The half-life and the factor, as admit_throttled.lua takes them.
+        # The half-life and the factor, as admit_throttled.lua expects them.
         self._admission: tuple[Arg, Arg] = (half_ms if settings.admission else "", settings.admission_factor)
 
     def _args(self, *args: Arg) -> list[Arg]:
@@ -91,7 +91,7 @@ class Transitions:
         return Command(script("submit"), args, _submitted)
 
     def listen(self, call_id: str, inbox: str) -> Command[str]:
-        """Sends a call's events to this inbox from now on. Gives the call's state, "" = no record."""
+        """Sends a call's events to this inbox from now on. Returns the call's state; "" = no record."""
         return Command(script("listen"), self._args(call_id, inbox), text)
 
     def cancel(self, call_id: str, reason: str) -> Command[str]:
@@ -108,7 +108,7 @@ class Transitions:
     # -- router
 
     def accept(self, calls: Sequence[RawCall]) -> Command[list[str]]:
-        """Creates the records of raw calls; gives a code each (accept.lua)."""
+        """Creates the records of raw calls. Returns a code for each (accept.lua)."""
         args = self._args()
         for c in calls:
             args += [c.entry, *c.request.fields(), c.digest, c.body_field]
@@ -121,7 +121,7 @@ class Transitions:
         return Command(script("reject"), args, _texts)
 
     def snapshot(self, sessions: Sequence[str] = (), fleet: bool = True) -> Command[FleetSnapshot]:
-        """These sessions, and with `fleet` all engines."""
+        """Reads these sessions and, with `fleet`, all engines."""
         half, _ = self._admission
         args = self._args(self._level_bounds, self._settings.starvation_beta, "1" if fleet else "", half, *sessions)
         return Command(script("snapshot"), args, lambda r: self._reader.read(r, sessions))
@@ -152,38 +152,38 @@ class Transitions:
         return Command(script("unpark"), self._args(model, self._settings.batch), int)
 
     def waiting(self, idle: Sequence[str], loaded: Sequence[str], most: int) -> Command[Waiting]:
-        """The first calls in the queues of loaded engines, `most` of each."""
+        """Reads the first calls in the queues of loaded engines, at most `most` from each."""
         args = self._args(self._settings.max_deaths, most, len(idle), *idle, *loaded)
         return Command(script("waiting"), args, read_waiting)
 
     def steal(self, calls: Sequence[WaitingCall]) -> Command[list[bool]]:
-        """True where the call was taken from its engine and is on the router stream again."""
+        """Returns True for each call that was taken from its engine and is on the router stream again."""
         args = self._args(self._settings.max_deaths)
         for c in calls:
             args += [c.id, c.gen, c.engine, c.moves]
         return Command(script("steal"), args, lambda r: [bool(n) for n in r])
 
     def admit_throttled(self) -> Command[int]:
-        """Puts throttled calls back on the stream for which there is KV headroom now, or which need none any more.
+        """Puts throttled calls back on the stream if there is KV headroom for them now, or if they need none any more.
 
-        Gives how many.
+        Returns how many.
         """
         return Command(script("admit_throttled"), self._args(*self._admission, self._settings.batch), int)
 
     def drain(self, engine: str, op: str = "drain", incarnation: str = "") -> Command[int]:
-        """`incarnation`: drains the engine only if this one still owns it; "" = in any case."""
+        """`incarnation`: drain the engine only if this incarnation still owns it; "" = in any case."""
         return Command(script("drain"), self._args(engine, op, self._settings.batch, incarnation), int)
 
     def leave(self, router: str) -> Command[bool]:
-        """True if the router's consumer was deleted, False if entries are pending for it."""
+        """Returns True if the router's consumer was deleted, False if entries are pending for it."""
         return Command(script("leave"), self._args(router), bool)
 
     def cached(self, session: str, engine: str, tokens: int) -> Command[bool]:
-        """`tokens` of the session are cached on the engine now."""
+        """Records that `tokens` of the session are now cached on the engine."""
         return Command(script("affinity"), self._args("cached", session, engine, tokens), bool)
 
     def affinity_asked(self, hit: bool) -> Command[bool]:
-        """Counts whether an engine was found that has the cache of a long prompt's session."""
+        """Counts whether an engine had the cached session of a long prompt."""
         return Command(script("affinity"), self._args("asked", int(hit)), bool)
 
     # -- workers
@@ -191,13 +191,13 @@ class Transitions:
     def register(
         self, engine: str, incarnation: str, fields: Mapping[str, Arg], survived: str = ""
     ) -> Command[Registered]:
-        """`survived`: the incarnation that this same process was before its lease ended."""
+        """`survived`: the previous incarnation of this same process, whose lease has expired."""
         s = self._settings
         args = self._args(engine, incarnation, s.lease_ms, s.max_deaths, survived, *_flat(fields))
         return Command(script("register"), args, _registered)
 
     def heartbeat(self, engine: str, incarnation: str, state: str, load: Mapping[str, Arg]) -> Command[bool]:
-        """True while the lease is held."""
+        """Returns True while the worker has its lease."""
         args = self._args(engine, incarnation, state, *_flat(load))
         return Command(script("heartbeat"), args, lambda r: text(r) == "ok")
 
@@ -210,18 +210,18 @@ class Transitions:
         ahead: int = 0,
         threshold: tuple[int, int] = (0, 0),
     ) -> Command[list[Claimed] | None]:
-        """The calls claimed, None if the lease was lost.
+        """Returns the claimed calls; None if the lease was lost.
 
         Args:
             most: how many calls the engine can start.
-            ahead: up to so many are claimed, even beyond `most`, if they are better than `threshold`.
+            ahead: up to this many are claimed, even beyond `most`, if they are better than `threshold`.
             threshold: the preemption threshold, a class and a level.
         """
         args = self._args(engine, incarnation, claim_no, most, self._settings.max_deaths, ahead, *threshold)
         return Command(script("claim"), args, _claimed)
 
     def wake(self, engine: str) -> Command[int]:
-        """Wakes the claimer that waits on the engine's wake-up list."""
+        """Wakes the claimer that blocks on the engine's wake-up list."""
         return Command(script("wake"), self._args(engine), int)
 
     def publish(self, engine: str, events: Sequence[Event]) -> Command[list[str]]:
@@ -259,7 +259,7 @@ class Transitions:
         return Command(script("release"), args, _texts)
 
     def reconcile(self, engine: str, incarnation: str, fences: Sequence[Fence]) -> Command[Differences | None]:
-        """Compares the worker's calls with Redis. None if the lease was lost."""
+        """Compares the worker's calls with Redis's records. Returns None if the lease was lost."""
         args = self._args(engine, incarnation)
         for f in fences:
             args += [f.call_id, f.gen, f.attempt]
@@ -270,16 +270,16 @@ class Transitions:
     def transition(
         self, call_id: str, state: RequestState, session: str = "", engine: str = "", reason: str = ""
     ) -> Command[tuple[bool, str]]:
-        """Gives whether it was legal, and the state before; "" = there was no such call."""
+        """Returns whether the transition was legal, and the state before; "" = there was no such call."""
         args = self._args(call_id, state.value, session, engine, reason)
         return Command(script("transition"), args, lambda r: (text(r[0]) == "ok", text(r[1])))
 
     def discard(self, entry: str) -> Command[bool]:
-        """Removes a dead letter. False if it was gone."""
+        """Deletes a dead letter. Returns False if it did not exist."""
         return Command(script("discard"), self._args(entry), bool)
 
     def session(self, op: str, session: str, *args: Arg) -> Command[int]:
-        """The script may refuse: `execute.run` then raises InvalidRequest."""
+        """Runs an operation on a session. If the script refuses it, `execute.run` raises InvalidRequest."""
         rule = (self._settings.service_rule,) if op == "charge" else ()
         return Command(script("session"), self._args(op, session, *args, *rule), _number_or_refusal)
 
@@ -300,7 +300,7 @@ def _flat(fields: Mapping[str, Arg]) -> list[Arg]:
 
 
 def _limits(s: Settings) -> str:
-    """As lib.lua reads them."""
+    """In the format of lib.lua."""
     limits = (
         s.inbox_max,
         s.max_dead_bytes,

@@ -1,4 +1,4 @@
-"""Calls that wait in engines' queues, for a router that may move them to other engines (waiting.lua)."""
+"""Calls that wait in engines' queues, and that a router may move to other engines (waiting.lua)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rsm.broker.protocol.codec import number, text
 
 
 class WaitingCall(NamedTuple):
-    """`reuse`: tokens of its prompt that it should find in its engine's cache, estimated when it was assigned.
-    `moves`: how often it was taken from an engine before."""
+    """A waiting call. `reuse`: tokens of its prompt that should be in its engine's cache, estimated when it was
+    assigned. `moves`: how often it was stolen before."""
 
     id: str
     gen: str
@@ -25,14 +25,14 @@ class WaitingCall(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """`reserved`: idle engines that are reserved for a suspect of poison. `calls`: of each queue in its order."""
+    """`reserved`: idle engines that are reserved for a suspect of poison. `calls`: in the order of each queue."""
 
     reserved: frozenset[str]
     calls: list[WaitingCall]
 
 
 def read_waiting(reply: Sequence[Any]) -> Waiting:
-    """From the script's reply."""
+    """Reads the script's reply."""
     reserved, rows = reply
     return Waiting(frozenset(map(text, reserved)), [_call(row) for row in rows])
 

@@ -1,3 +1,3 @@
-"""What people and dashboards see of a namespace. Reads, and the replay of dead letters."""
+"""Views of a namespace for people and dashboards, and the replay of dead letters."""
 
 __all__: list[str] = []

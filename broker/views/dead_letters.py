@@ -1,7 +1,7 @@
-"""Dead letters: calls that used up their attempts, and entries of which no record could be made; for people to judge.
+"""Dead letters: calls that used up their attempts, and entries that could not become calls, for people to look at.
 
-A letter keeps the call's body, so it can be sent again even after its record has expired. Bodies are prompts: nothing
-here shows one, only its size.
+A letter keeps the call's body, so the call can be replayed even after its record has expired. Bodies contain prompts,
+so this module shows only their sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
 _ENTRY = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
-# Letters come with their bodies, of up to megabytes each, so few are read at once.
+# Letters include bodies of up to megabytes, so only a few are read at once.
 _PAGE = 20
 _MAX_ID = 128
 _ALL = 1_000_000
@@ -35,7 +35,7 @@ _ALL = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One entry of the stream of dead letters. `died_ms` is epoch milliseconds on Redis's clock."""
+    """One entry of the dead-letter stream. `died_ms`: epoch milliseconds on Redis's clock."""
 
     entry: str
     request_id: str
@@ -59,11 +59,11 @@ class DeadLetter:
 
     @property
     def replayable(self) -> bool:
-        """Whether its body was kept; that of a refused entry is not if it is large."""
+        """Whether its body was kept. The large body of a refused entry is not kept."""
         return self.body_bytes > 0
 
     def summary(self) -> dict[str, Any]:
-        """What may be shown: everything but the body."""
+        """Everything except the body, for display."""
         return {
             "entry": self.entry,
             "request_id": self.request_id,
@@ -84,7 +84,8 @@ class DeadLetter:
 
 
 class Replayed(NamedTuple):
-    """What became of all letters: `sent` again; `failures`, a sentence each; `bodiless` ones stay."""
+    """The outcome of `replay_all`. `sent`: how many calls were pushed. `failures`: error messages. `bodiless`: how
+    many letters have no body, and stay."""
 
     sent: int
     failures: list[str]
@@ -95,7 +96,7 @@ class DeadLetters:
     """The dead letters of one namespace.
 
     Args:
-        server: a client with the broker's options; none = a new one for `settings`.
+        server: a client with the broker's options. Default: a new one for `settings`.
     """
 
     def __init__(self, settings: Settings | None = None, server: redis.Redis | None = None) -> None:
@@ -117,59 +118,63 @@ class DeadLetters:
         return found
 
     def show(self, ref: str) -> DeadLetter:
-        """One letter, by the id of its entry, or the newest one of a call.
+        """One letter, by the id of its entry; or the newest letter of a call, by the call's id.
 
         Raises:
             UnknownCall: there is none.
         """
         letter = self._entry(ref) if _ENTRY.fullmatch(ref) else None
-        # A bare XADD without an id makes a call whose id looks like an entry's.
+        # A bare XADD without an id creates a call whose id looks like that of an entry.
         letter = letter or next((each for each in self._newest_first() if each.request_id == ref), None)
         if letter is None:
-            raise UnknownCall(f"There is no dead letter {ref}; `rsm dead ls` shows them.")
+            raise UnknownCall(f"There is no dead letter {ref}; `rsm dead ls` lists them.")
         return letter
 
     def replay(self, ref: str) -> str:
-        """Sends a dead call again and removes its letter; returns the id under which it runs now.
+        """Pushes a dead call again and deletes its letter. Returns the id of the new call.
 
-        That is its own id if its record is gone, else `ID.replay-ENTRY`. The letter goes only after the push, and the
-        id depends on the letter alone, so a replay that was interrupted may be repeated: the call is not run twice.
+        The id is the old one if the old record is gone, else `ID.replay-ENTRY`. The letter is deleted only after the
+        push, and the id depends only on the letter. So an interrupted replay can be repeated without running the call
+        twice.
 
         Raises:
             UnknownCall: there is no such letter.
             InvalidRequest: its body was not kept.
-            Overloaded: there is no room for it now; the letter stays.
+            Overloaded: a limit on open calls is reached; the letter stays.
         """
         entry = self.show(ref).entry
         letter = self._entry(entry, with_body=True)
         if letter is None:
-            raise UnknownCall(f"Dead letter {entry} is gone; somebody else was faster.")
+            raise UnknownCall(f"Dead letter {entry} is gone; another command has replayed or deleted it.")
         if not letter.replayable:
-            raise InvalidRequest(f"Dead letter {entry} keeps no body ({letter.error_code}): send the call anew.")
+            raise InvalidRequest(f"Dead letter {entry} has no body ({letter.error_code}). Submit the call again.")
         call_id = next(i for i in self._candidates(letter) if self._push(i, letter))
         execute.run(self._redis, self._transitions.discard(entry))
         return call_id
 
     def replay_all(self) -> Replayed:
-        """Sends all calls again whose letters keep a body, oldest first, as they came."""
-        found = self.ls(_ALL)
-        kept = [letter for letter in reversed(found) if letter.replayable]
+        """Replays all letters that have a body, oldest first."""
+        letters = self.ls(_ALL)
+        replayable = [letter for letter in reversed(letters) if letter.replayable]
         failures = []
-        for letter in kept:
+        for letter in replayable:
             try:
                 self.replay(letter.entry)
             except RsmError as e:
                 failures.append(str(e))
-        return Replayed(len(kept) - len(failures), failures, len(found) - len(kept))
+        return Replayed(len(replayable) - len(failures), failures, len(letters) - len(replayable))
 
     def _candidates(self, letter: DeadLetter) -> Iterator[str]:
         gen = text(self._redis.hget(self.keys.call(letter.request_id), "gen"))
-        # No record, or not the one of when the letter was written: an earlier try of this replay may have made it.
+        # There is no record, or a newer one than the letter's, which an earlier try of this replay may have created.
         if letter.request_id and (not gen or letter.gen not in (None, gen)):
             yield letter.request_id
         tail = f".replay-{letter.entry}"
         yield (letter.request_id[: _MAX_ID - len(tail)] + tail).lstrip(".")
-        raise InvalidRequest(f"The ids of dead letter {letter.entry} belong to other calls by now.")
+        raise InvalidRequest(
+            f"The ids for a replay of dead letter {letter.entry} now belong to other calls. "
+            "Submit the call again with a new id."
+        )
 
     def _push(self, call_id: str, letter: DeadLetter) -> bool:
         """False if the id belongs to another call."""
@@ -184,19 +189,21 @@ class DeadLetters:
         return reply.code != "conflict"
 
     def _request(self, call_id: str, letter: DeadLetter) -> CallRequest:
-        """The call as it was, but for its deadline, which has passed or soon will.
+        """The call as it was, but without its deadline, which has passed or soon will.
 
         Raises:
-            InvalidRequest: it was refused, and would be again.
+            InvalidRequest: it was refused, and would be refused again.
         """
         kind = letter.kind or "generate"
         if kind not in KINDS:
-            raise InvalidRequest(f"Dead letter {letter.entry} has no kind that there is: send the call anew.")
+            raise InvalidRequest(
+                f"Dead letter {letter.entry} has an unknown kind. Submit the call again as one of {', '.join(KINDS)}."
+            )
         body = codec.decode(letter.body, letter.body_field)
         check_body(kind, body)
         return check_request(
             id=check_id(call_id, "id"),
-            # A call without a session was its own, and is again.
+            # The session of a call without one is the call's own id.
             session=letter.session_id if letter.session_id not in ("", letter.request_id) else call_id,
             kind=kind,
             model=letter.model,

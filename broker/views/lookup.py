@@ -1,7 +1,7 @@
-"""Ids by a part of them, and ids to choose from: for people, who read short ids and type as little as they can.
+"""Finds ids by a part of them, and lists ids to choose from, because people read short ids and type little.
 
-Reads only. A part is looked for among all records that Redis holds, open calls and finished ones alike, so that it
-never names another call today than the one it was read from.
+Reads only. It looks for a part among all records in Redis, of open and finished calls. So a part never silently matches
+another call than the one that the user saw.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CUT = "…"
 
 
 class Lookup:
-    """Looks into one namespace. `server`: a client with the broker's options."""
+    """Finds ids in one namespace. `server`: a client with the broker's options."""
 
     def __init__(self, keys: Keys, server: Any) -> None:
         self._keys = keys
@@ -32,23 +32,23 @@ class Lookup:
     # -- by a part
 
     def call(self, part: str) -> str:
-        """The id of the call that `part` names; `part` itself if there is no such call.
+        """The id of the call that `part` matches; `part` itself if there is no such call.
 
         Raises:
-            InvalidRequest: it may be any of several.
+            InvalidRequest: it matches several.
         """
-        return self._whole(part, "call", self._keys.call, "state")
+        return self._complete(part, "call", self._keys.call, "state")
 
     def session(self, part: str) -> str:
-        """The same of a session."""
-        return self._whole(part, "session", self._keys.session, "arrivals")
+        """Like `call`, for sessions."""
+        return self._complete(part, "session", self._keys.session, "arrivals")
 
     def session_of_short_form(self, part: str) -> str:
-        """The same where `part` may also be the name of a new session: nothing less than a short form counts."""
+        """Like `session`, if `part` may also be the name of a new session: completes only short forms."""
         return self.session(part) if is_short_form(part) else part
 
-    def _whole(self, part: str, what: str, key: Callable[[str], str], field: str) -> str:
-        """`field`: one that every record of this kind has."""
+    def _complete(self, part: str, what: str, key: Callable[[str], str], field: str) -> str:
+        """`field`: a field that every record of this kind has."""
         cut = part.strip(_CUT)
         if not is_id(cut):
             return part
@@ -57,7 +57,7 @@ class Lookup:
         try:
             return one_of(cut, self._ids_with(cut, key("")), what)
         except (AccessDenied, redis.RedisError):
-            return cut  # a user who may not look around can still name what it knows
+            return cut  # a user without permission to scan can still give a whole id
 
     def _ids_with(self, part: str, prefix: str) -> list[str]:
         keys = self._redis.scan_iter(match=f"{literal(prefix)}*{literal(part)}*", count=_SCAN, _type="hash")
@@ -66,7 +66,7 @@ class Lookup:
     # -- to choose from
 
     def open_calls(self, most: int) -> Iterator[str]:
-        """Ids of calls that run or wait, at most so many of one queue."""
+        """Ids of running and waiting calls, at most `most` from each queue."""
         engines = list(self.engines())
         for key in chain(map(self._keys.running, engines), map(self._keys.queue, engines), self._unassigned()):
             yield from map(text, self._redis.zrange(key, 0, most - 1))
@@ -76,7 +76,7 @@ class Lookup:
         yield from map(text, self._redis.scan_iter(match=literal(self._keys.parked("")) + "*", count=_SCAN))
 
     def finished_calls(self, most: int) -> Iterator[str]:
-        """Ids of the calls that ended last, the latest first."""
+        """Ids of the latest finished calls, the latest first."""
         for _, fields in self._redis.xrevrange(self._keys.finished, count=most):
             yield from reversed(text(fields.get(b"ids")).split())
 
@@ -91,15 +91,15 @@ class Lookup:
 
 
 def one_of(part: str, ids: list[str], what: str) -> str:
-    """The one id that `part` names; `part` itself if none does.
+    """The one id that `part` matches; `part` itself if it matches none.
 
     Raises:
-        InvalidRequest: it may be any of several; the message lists them.
+        InvalidRequest: it matches several; the message lists them.
     """
     found = named_by(part, ids)
     if len(found) > 1:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise InvalidRequest(
-            f"{part} may be any of the {what}s {', '.join(sorted(found)[:_SHOWN])}{more}; give more of it."
+            f"{part} matches several {what}s: {', '.join(sorted(found)[:_SHOWN])}{more}. Give more of the id."
         )
     return found[0] if found else part

@@ -1,4 +1,4 @@
-"""What is going on: the fleet, waiting and running calls, programs, totals. Reads only; for people and dashboards."""
+"""The state of a namespace, for people and dashboards: fleet, calls, programs, totals. Reads only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SCAN = 1000
 
 @dataclass(frozen=True, slots=True)
 class ActiveCall:
-    """A call that waits for an engine or runs on one. `where`: "queue", "running", "parked" or "throttled"."""
+    """A waiting or running call. `where`: "queue", "running", "parked" or "throttled"."""
 
     request_id: str
     where: str
@@ -34,10 +34,10 @@ class ActiveCall:
 
 
 class Monitor:
-    """Looks into one namespace.
+    """Reads the state of one namespace.
 
     Args:
-        server: a client with the broker's options; none = a new one for `settings`.
+        server: a client with the broker's options. Default: a new one for `settings`.
     """
 
     def __init__(self, settings: Settings | None = None, server: redis.Redis | None = None) -> None:
@@ -48,22 +48,22 @@ class Monitor:
         self._programs = Programs(self._redis, self.keys, self.settings)
 
     def now_ms(self) -> int:
-        """Redis's clock."""
+        """The time on Redis's clock."""
         seconds, micros = self._redis.time()
         return int(seconds * 1000 + micros // 1000)
 
     def engine_ids(self) -> list[str]:
-        """All engines that live, or were here within the session TTL."""
+        """All engines that are alive, or were within the session TTL."""
         return sorted(text(e) for e in self._redis.zrange(self.keys.engines, 0, -1))
 
     def engine(self, engine_id: str) -> dict[str, Any]:
         """One engine: state, model, node, slots, `running` and `queued` calls, tokens, KV usage (0 to 1).
 
-        `prefill_tps`, `decode_tps`: tokens per second that it computes of prompts, and says with all slots taken, as
-        learned from its work; 0 = not yet. `completion_tokens`: how long answers were of late, in the mean.
-        `spoken_for`: tokens of its KV cache that programs have or are about to ask for again, under admission.
-        `error`: why its process ended last, until it is READY again.
-        `alone`: the call for which it empties itself, or that runs on it alone, suspected of killing engines.
+        `prefill_tps`, `decode_tps`: measured prompt tokens per second, and output tokens per second with all slots
+        used; 0 = not measured yet. `completion_tokens`: the mean length of recent answers.
+        `spoken_for`: with admission, tokens of its KV cache that programs use or will soon use again.
+        `error`: why its process last ended, until it is READY again.
+        `alone`: a call suspected of killing engines, which runs alone, or for which the engine is emptied.
 
         Raises:
             UnknownCall: no such engine.
@@ -77,7 +77,7 @@ class Monitor:
         found, queued, running, beat, residents, now = pipe.execute()
         if not found:
             raise UnknownCall(
-                f"There is no engine {engine_id}. Engines at hand: {', '.join(self.engine_ids()) or 'none'}."
+                f"There is no engine {engine_id}. Known engines: {', '.join(self.engine_ids()) or 'none'}."
             )
         h = {text(k): text(v) for k, v in found.items()}
         speed = Speed.of(h.get("speed", ""))
@@ -110,7 +110,7 @@ class Monitor:
         }
 
     def service_unit(self) -> str:
-        """The unit in which the engines charge, as they say; more than one is a mistake. As set here, if none says."""
+        """The service unit that the engines report, else the one of these settings. More than one is a mistake."""
         units = {e["service_unit"] for e in self.engines()} - {""}
         return ", ".join(sorted(units)) or self.settings.service_unit
 
@@ -118,14 +118,14 @@ class Monitor:
         return [self.engine(e) for e in self.engine_ids()]
 
     def call(self, call_id: str) -> CallRecord:
-        """Raises UnknownCall if there is no record."""
+        """One call. Raises UnknownCall if there is no record."""
         found = self._redis.hgetall(self.keys.call(check_id(call_id, "id")))
         if b"state" not in found:
             raise UnknownCall(f"There is no call {call_id}.")
         return CallRecord.from_hash(call_id, found)
 
     def active_calls(self, limit: int = 1000) -> list[ActiveCall]:
-        """Calls that run, then those that wait; engine by engine, in the order of their queues; at most `limit`."""
+        """Running calls, then waiting ones, by engine and in the order of the queues; at most `limit`."""
         found: list[ActiveCall] = []
         for where, engine, key in self._places():
             for raw in self._redis.zrange(key, 0, limit - len(found) - 1) if len(found) < limit else ():
@@ -136,14 +136,14 @@ class Monitor:
         return found
 
     def _readable(self, call_id: str) -> CallRecord | None:
-        """A record, None if it has gone meanwhile; one that cannot be read must not hide the others."""
+        """A record; None if it is gone or cannot be read, so that it does not hide the others."""
         try:
             return CallRecord.from_hash(call_id, self._redis.hgetall(self.keys.call(call_id)))
         except BadRecord:
             return None
 
     def running_calls(self) -> list[CallRecord]:
-        """Calls that run now, longest first: on engines, and those that their makers run themselves."""
+        """Running calls, the longest first, including calls that programs run themselves, without an engine."""
         found = []
         for key in self._redis.scan_iter(match=literal(self.keys.session("")) + "*:calls", count=_SCAN, _type="set"):
             ids = [text(raw) for raw in self._redis.smembers(key)]
@@ -163,19 +163,19 @@ class Monitor:
         yield from (("throttled", "", key) for key in self._held_keys())
 
     def sessions(self) -> list[dict[str, Any]]:
-        """The process table: every session whose entry has not expired, by program, most attained service first."""
+        """The process table: every session whose entry has not expired, by program, most service first."""
         prefix = self.keys.session("")
         keys = self._redis.scan_iter(match=literal(prefix) + "*", count=_SCAN, _type="hash")
         rows = self._programs.view({text(key).removeprefix(prefix) for key in keys}, self.now_ms())
         return sorted(rows, key=lambda r: (-r["service"], r["program"], r["parent"] != "", r["session_id"]))
 
     def session(self, session_id: str) -> dict[str, Any]:
-        """One session, and the program that it is of.
+        """One session, with the figures of its program.
 
-        Of its program, its root's: `service` (in the deployment's unit), `level`, `waited_ms` and `ran_ms` (along the
-        longest path of calls), `wait_ratio` (what is compared with RSM_STARVATION_BETA). Its own: `parent`, calls by
-        state, `threads` (unfinished calls), `engines` on which they run, bytes of their bodies, the `engine` it is
-        bound to, resident tokens by engine.
+        From its program: `service` (in the deployment's unit), `level`, `waited_ms` and `ran_ms` (along the longest
+        path of calls), `wait_ratio` (compared with RSM_STARVATION_BETA). Its own: `parent`, calls by state, `threads`
+        (unfinished calls), the `engines` on which they run, the bytes of their bodies, the engine that it is bound to
+        (`engine_id`), resident tokens by engine.
 
         Raises:
             UnknownCall: no such session.
@@ -186,24 +186,24 @@ class Monitor:
         return rows[0]
 
     def session_calls(self, session_id: str) -> list[str]:
-        """Ids of a session's calls: the unfinished ones, then the latest finished ones."""
+        """Ids of a session's unfinished calls, then of its latest finished ones."""
         active = [text(c) for c in self._redis.smembers(self.keys.session_calls(check_id(session_id, "session")))]
         recent = [text(c) for c in self._redis.lrange(self.keys.session_recent(session_id), 0, -1)]
         return [*sorted(active), *recent]
 
     def backlog(self) -> int:
-        """Calls that no router has placed yet."""
+        """The number of calls that no router has placed yet."""
         return int(self._redis.xlen(self.keys.calls))
 
     def held(self) -> int:
-        """Calls that wait until an engine has room for their contexts."""
+        """The number of throttled calls."""
         return sum(int(self._redis.zcard(key)) for key in self._held_keys())
 
     def usage(self) -> dict[str, dict[str, int]]:
-        """What calls take up beside its bound: {name: {"used", "bound"}}; a bound of 0 is none.
+        """Usage and limits: {name: {"used", "bound"}}; bound 0 = no limit.
 
-        `open_calls` and `open_bytes` (bodies) are of unfinished calls, `retained_bytes` of finished ones (records,
-        results, logs), `dead_bytes` of dead letters, from the oldest on, those replayed since included.
+        `open_calls` and `open_bytes` (bodies) count unfinished calls, `retained_bytes` finished ones (records, results,
+        logs). `dead_bytes` counts dead letters since the oldest one, including those replayed meanwhile.
         """
         s = self.settings
         h = {text(k): text(v) for k, v in self._redis.hgetall(self.keys.usage).items()}
@@ -217,7 +217,7 @@ class Monitor:
         }
 
     def stats(self) -> dict[str, Any]:
-        """Totals since the namespace began, what waits and runs now, and `usage`. Mean times in seconds."""
+        """Totals since the namespace was created, the waiting and running calls, and `usage`. Mean times in seconds."""
         h = {text(k): number(v) for k, v in self._redis.hgetall(self.keys.stats).items()}
         engines = self.engines()
         held = self.held()

@@ -1,6 +1,6 @@
-"""The process table as people and dashboards read it (Autellix, section 4.2.1): programs, and the sessions they are of.
+"""The process table for people and dashboards (Autellix, section 4.2.1): programs and their sessions.
 
-Reads only. Service, waiting and running stand in the entry of a program's root, and are shown with each session of it.
+Reads only. The entry of a program's root has its service, wait and run time. They are shown with each of its sessions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rsm.broker.protocol.rules import MOST_DEEP, RUN_FLOOR_MS, TOTALS, level_of,
 from rsm.broker.protocol.snapshot import resident_tokens
 from rsm.broker.settings import Settings
 
-# Unfinished calls of a session that are looked at, of more an arbitrary choice.
+# How many unfinished calls of a session are read; if there are more, an arbitrary selection.
 MOST_THREADS = 256
 _MANY = 500
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 class Programs:
-    """Views of one namespace's sessions. `server`: a client with the broker's options."""
+    """Reads the sessions of one namespace. `server`: a client with the broker's options."""
 
     def __init__(self, server: Any, keys: Keys, settings: Settings) -> None:
         self._redis = server
@@ -30,19 +30,19 @@ class Programs:
         self._bounds = settings.level_bounds
 
     def view(self, sessions: Iterable[str], now_ms: int) -> list[Row]:
-        """One row for each of these sessions that has an entry, in their order."""
+        """One row for each of these sessions that has an entry, in the given order."""
         rows: list[Row] = []
         entries: dict[str, dict[str, str]] = {}
-        for some in _chunks(list(sessions)):
-            found = self._read(some)
+        for batch in _batches(list(sessions)):
+            found = self._read(batch)
             entries |= {s: f[0] for s, f in found.items()}
             self._read_ancestors(entries)
             threads = self._threads({s: f[4] for s, f in found.items()}, now_ms)
-            rows += [self._row(s, found[s], entries, threads[s]) for s in some if s in found]
+            rows += [self._row(s, found[s], entries, threads[s]) for s in batch if s in found]
         return rows
 
     def _read(self, sessions: Sequence[str]) -> dict[str, Any]:
-        """Per session with an entry: its fields, number of open calls, affinity, open bytes, ids of open calls."""
+        """For each session with an entry: its fields, number of open calls, affinity, open bytes, ids of open calls."""
         k, pipe = self._keys, self._redis.pipeline(transaction=False)
         for s in sessions:
             pipe.hgetall(k.session(s)).scard(k.session_calls(s)).hgetall(k.affinity(s))
@@ -52,7 +52,7 @@ class Programs:
         return {s: [_texts(f[0]), *f[1:]] for s, f in found.items() if f[0]}
 
     def _read_ancestors(self, entries: dict[str, dict[str, str]]) -> None:
-        """Completes the entries by those of their ancestors."""
+        """Adds the entries of all ancestors."""
         for _ in range(MOST_DEEP):
             missing = {h.get("parent", "") for h in entries.values()} - entries.keys() - {""}
             if not missing:
@@ -117,7 +117,7 @@ def _thread(call: str, fields: Sequence[bytes | None], now_ms: int) -> Row:
 
 
 def root_of(session: str, entries: Mapping[str, Mapping[str, str]]) -> str:
-    """The session that is charged for another one: its farthest ancestor (family.lua, program_of)."""
+    """The root of a session's program, which is charged for it: its farthest ancestor (family.lua, program_of)."""
     for _ in range(MOST_DEEP):
         parent = entries[session].get("parent", "")
         if parent not in entries:
@@ -130,5 +130,5 @@ def _texts(h: Mapping[bytes, bytes]) -> dict[str, str]:
     return {text(k): text(v) for k, v in h.items()}
 
 
-def _chunks(items: Sequence[str]) -> Iterator[Sequence[str]]:
+def _batches(items: Sequence[str]) -> Iterator[Sequence[str]]:
     return (items[i : i + _MANY] for i in range(0, len(items), _MANY))

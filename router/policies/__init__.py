@@ -1,4 +1,4 @@
-"""Routing policies, by name or dotted path. Changing the policy is one setting (RSM_POLICY)."""
+"""Routing policies, by name or dotted path. RSM_POLICY selects one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def create_policy(settings: Settings) -> Policy:
-    """The policy that `settings.policy` names: one of ours, or `package.module:Class` of anybody's.
+    """The policy that `settings.policy` names: a built-in one, or your own as `package.module:Class`.
 
     Raises:
         InvalidRequest: there is no such policy; the message lists the names.
@@ -37,7 +37,7 @@ def create_policy(settings: Settings) -> Policy:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as e:  # the last two: no module path at all
+    except (ImportError, AttributeError, ValueError, TypeError) as e:  # the last two: not a module path
         raise InvalidRequest(
             f"There is no routing policy {name!r} ({e}). Use one of {', '.join(POLICIES)}, or package.module:Class "
             "(RSM_POLICY)."

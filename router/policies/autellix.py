@@ -1,4 +1,4 @@
-"""The paper's rule: short calls go where there is least to do, long ones where their program's cache is."""
+"""The paper's rule: short calls go to the least loaded engine, long ones to the engine with their program's cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rsm.router.views import CallView, Choice
 
 
 class Autellix(Policy):
-    """Autellix, Algorithm 2: up to `cache_token_threshold` prompt tokens → least loaded; longer → the session's
-    engine, bound at its first long call.
+    """Autellix, Algorithm 2: prompts up to `cache_token_threshold` tokens → the least loaded engine; longer ones → the
+    session's engine, which is bound at its first long call.
 
-    Mended where the paper is silent: load is counted in tokens, and a session whose engine is gone binds anew.
+    Where the paper says nothing, load is counted in tokens, and a session whose engine is gone is bound again.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -29,8 +29,8 @@ class Autellix(Policy):
         if not self.needs_session(call):
             engine = least_loaded(engines)
             return Choice(engine.id, f"short prompt ({call.prompt_tokens} ≤ {self._threshold} tokens): least loaded")
-        home = best_engine(session, [e.id for e in engines])
-        if home is not None:
-            return Choice(home, f"the session's cache is here ({session.resident.get(home, 0)} tokens)", True, True)
+        cached = best_engine(session, [e.id for e in engines])
+        if cached is not None:
+            return Choice(cached, f"has the session's cache ({session.resident.get(cached, 0)} tokens)", True, True)
         engine = least_loaded(engines)
-        return Choice(engine.id, "first long call of its session: least loaded, bound from now on", True, False)
+        return Choice(engine.id, "first long call of its session: least loaded, now bound to it", True, False)

@@ -13,10 +13,10 @@ from rsm.router.views import CallView, Choice
 
 
 class Policy(ABC):
-    """Chooses engines. One object lives in each router; state that routers must share belongs in Redis.
+    """Chooses engines. Each router has one object; state that routers must share belongs in Redis.
 
-    `needs_session(call)` says whether `choose` will look at the session's affinity, so that a router can spare
-    itself the read. `now`: the time of the batch in hand in seconds, on whatever clock drives this policy.
+    Attributes:
+        now: the time of the current batch in seconds, on the clock that drives this policy.
     """
 
     now: float = 0.0
@@ -25,32 +25,34 @@ class Policy(ABC):
         self.settings = settings
 
     def needs_session(self, call: CallView) -> bool:
+        """Whether `choose` uses the session's affinity. If not, the router does not read it."""
         return False
 
     def cost_model(self) -> CostModel | None:
-        """By what it reckons calls' costs, if it does: then idle engines take waiting calls where that pays."""
+        """The policy's cost model, if it has one. With one, idle engines take waiting calls if that saves time."""
         return None
 
     @abstractmethod
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
-        """The engine for a call.
+        """Chooses the engine for a call.
 
         Args:
-            engines: those that take calls of its model, at least one; loads include the calls of this batch so far.
-            session: where its program's cache is; empty unless `needs_session`.
+            engines: the engines that take calls of its model, at least one. Their loads include the calls of this batch
+                so far.
+            session: where the session's cache is; empty unless `needs_session`.
         """
 
 
 def least_loaded(engines: Sequence[EngineView]) -> EngineView:
-    """The engine with the fewest prompt tokens waiting or running; ties go to the one that has served least.
+    """The engine with the fewest waiting and running prompt tokens. Ties go to the engine that has served fewest calls.
 
-    Tokens are counted at dispatch, not calls at first byte: a call is load from the moment it is assigned.
+    A call's tokens count as load from the moment it is assigned.
     """
     return min(engines, key=lambda e: (e.load_tokens, e.running + e.queued, e.served, e.id))
 
 
 def with_call(engine: EngineView, prompt_tokens: int, *, reuse: int = 0, rank: int | None = None) -> EngineView:
-    """The engine as it is once a call has been given to it. `rank`: its place in the queue, if that is reckoned."""
+    """The engine after a call has been assigned to it. `rank`: the call's rank, to count it in `ahead`."""
     ahead = engine.ahead
     if rank is not None:
         calls, tokens = ahead.get(rank, (0, 0))

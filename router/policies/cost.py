@@ -1,4 +1,4 @@
-"""The engine on which the call takes least: affinity is a discount, not a pin."""
+"""The engine with the lowest expected time. Affinity lowers the cost of an engine, but does not decide alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rsm.router.cost_model import CostModel, reusable
 from rsm.router.policies.base import Policy
 from rsm.router.views import CallView, Choice
 
-# Costs that differ by less than so many seconds, or such a share, are equal: then the engine that has most of the
-# prompt cached computes least, and of those the one that has served least is next.
+# Costs that differ by less than this many seconds, or this fraction, count as equal. Then the engine with most of the
+# prompt cached is chosen, and among these the one that has served fewest calls.
 _SAME_S, _SAME = 0.001, 0.02
 
 
 class Cost(Policy):
-    """Expected time on each engine: see `router/cost_model.py`."""
+    """The lowest expected time, from `router/cost_model.py`."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -30,17 +30,16 @@ class Cost(Policy):
 
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
         costs = self.model.costs(call, engines, session, self.now)
-        least = min(costs.values())
-        bound = least * (1 + _SAME) + _SAME_S
-        equal = {e.id: reusable(call, e, session) for e in engines if costs[e.id] <= bound}
+        limit = min(costs.values()) * (1 + _SAME) + _SAME_S
+        equal = {e.id: reusable(call, e, session) for e in engines if costs[e.id] <= limit}
         engine = min((e for e in engines if e.id in equal), key=lambda e: (-equal[e.id], e.served, e.id))
         reuse = equal[engine.id]
-        held = bool(session.resident) or bool(session.bound)
+        has_cache = bool(session.resident) or bool(session.bound)
         return Choice(
             engine.id,
-            f"least time: {costs[engine.id]:.3g} s, {reuse} of {call.prompt_tokens} tokens cached",
+            f"lowest expected time: {costs[engine.id]:.3g} s, {reuse} of {call.prompt_tokens} tokens cached",
             bind=True,
-            hit=reuse > 0 if held else None,
+            hit=reuse > 0 if has_cache else None,
             reuse=reuse,
             costs=costs,
         )

@@ -1,4 +1,4 @@
-"""Baseline: fewest prompt tokens waiting or running."""
+"""Baseline: the engine with the fewest waiting and running prompt tokens."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from rsm.router.views import CallView, Choice
 
 
 class RoundRobin(Policy):
-    """Each router turns on its own; with several routers the engines still get equal shares in the mean."""
+    """Each router rotates on its own. With several routers, the engines still get equal shares on average."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -19,4 +19,4 @@ class RoundRobin(Policy):
 
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
         self._turn += 1
-        return Choice(sorted(e.id for e in engines)[self._turn % len(engines)], "its turn")
+        return Choice(sorted(e.id for e in engines)[self._turn % len(engines)], "next in turn")

@@ -1,4 +1,4 @@
-"""Baseline: hard affinity. A session always goes to the same engine while that engine takes calls."""
+"""Baseline: strict affinity. A session always goes to the same engine while that engine takes calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rsm.router.views import CallView, Choice
 
 
 class SessionHash(Policy):
-    """Rendezvous hashing (Thaler and Ravishankar, 1998): an engine that leaves moves its own sessions alone."""
+    """Rendezvous hashing (Thaler and Ravishankar, 1998): if an engine leaves, only its own sessions move."""
 
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
         return Choice(max((e.id for e in engines), key=lambda e: _weight(call.session, e)), "hash of the session")

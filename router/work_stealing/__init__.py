@@ -1,3 +1,3 @@
-"""Idle engines take waiting calls of loaded ones: the decision, and the loop that carries it out."""
+"""Work stealing: idle engines take waiting calls of loaded ones. The decision, and the loop that applies it."""
 
 __all__: list[str] = []

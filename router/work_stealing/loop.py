@@ -1,4 +1,4 @@
-"""Work stealing on a router's timer: reads what waits where, and takes what pays (stealing.py)."""
+"""Work stealing on a router's timer: reads the waiting calls, and takes those that decision.py selects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("rsm.router")
 
 
 class WorkStealer:
-    """Any number of routers may have one at work: of two that take the same call, one does (steal.lua)."""
+    """Steals calls for one router. Several can run at once: if two take a call, only one succeeds (steal.lua)."""
 
     def __init__(self, server: redis.Redis, transitions: Transitions, chooser: Chooser) -> None:
         self._redis = server
@@ -29,8 +29,7 @@ class WorkStealer:
         self._model = chooser.policy.cost_model()
 
     def round(self, engines: Sequence[EngineView]) -> int:
-        """Takes calls once; returns how many. Asks Redis for nothing unless one engine idles while calls wait for
-        another."""
+        """Takes calls once. Returns how many. Reads Redis only if one engine is idle while calls wait for another."""
         idle, loaded = idle_and_loaded(engines)
         if self._model is None or not idle:
             return 0
@@ -38,7 +37,7 @@ class WorkStealer:
         idle = [e for e in idle if e.id not in waiting.reserved]
         if not (idle and waiting.calls):
             return 0
-        self._model.look_around([e for e in engines if e.state == EngineState.READY], time.monotonic())
+        self._model.update_means([e for e in engines if e.state == EngineState.READY], time.monotonic())
         stealing = Stealing(self._model, self._chooser.admission)
         return self._take(stealing.moves(idle, loaded, waiting.calls, self._sessions(waiting.calls)))
 
@@ -55,5 +54,5 @@ class WorkStealer:
             return 0
         taken = execute.run(self._redis, self._transitions.steal(calls)).count(True)
         if taken:
-            log.info("took %d waiting calls from loaded engines", taken)
+            log.info("stole %d waiting calls from loaded engines", taken)
         return taken

@@ -1,4 +1,4 @@
-"""Errors of a configuration name the variable and what would be right, and quote no value."""
+"""Errors of a configuration name the variable and the allowed values, and quote no value."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, variable: str, sentenc
 
 
 def test_every_setting_that_can_be_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but texts and paths refuse a word."""
+    """All settings except texts and paths reject a word."""
     free = {"redis_url", "data_dir", "namespace", "policy", "service_unit", "openai_api_key"}
     for name in Settings.model_fields.keys() - free:
         with monkeypatch.context() as patched:
@@ -61,9 +61,9 @@ def test_values_that_are_out_of_bounds_or_do_not_fit_each_other(monkeypatch: pyt
         said = error_of(patched, RSM_MAX_OPEN_BYTES="5")
         assert said == "RSM_MAX_OPEN_BYTES must be 0 or at least RSM_MAX_BODY_BYTES (8388608)."
     with monkeypatch.context() as patched:
-        assert error_of(patched, RSM_LEVEL_BOUNDS="3 2").startswith("RSM_LEVEL_BOUNDS must rise from one to the next")
+        assert error_of(patched, RSM_LEVEL_BOUNDS="3 2").startswith("RSM_LEVEL_BOUNDS must be strictly increasing")
     said = error_of(monkeypatch, RSM_NAMESPACE="a b")
-    assert said.startswith("RSM_NAMESPACE must be 1 to 128 characters out of ")
+    assert said.startswith("RSM_NAMESPACE must be 1 to 128 characters from ")
     assert "a b" not in said
 
 
@@ -94,8 +94,8 @@ def test_the_command_says_so_in_one_line() -> None:
     assert done.stderr == 'backend "openai" needs base_url, such as http://host:8000/v1.\n'
 
 
-def test_a_routing_policy_that_is_none(tmp_path: Path) -> None:
-    """Nothing is started that could not work; a router that is alone says so once, and is not started again."""
+def test_an_unknown_routing_policy(tmp_path: Path) -> None:
+    """`rsm up` starts nothing. A router alone logs one error, and is not started again."""
     env = clean_env() | {"RSM_POLICY": "nonsense", "RSM_DATA_DIR": str(tmp_path)}
     sentence = "There is no routing policy 'nonsense' (No module named 'nonsense'). Use one of autellix, "
     done = run("up", "--backend", "sim", env=env)

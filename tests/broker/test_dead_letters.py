@@ -1,4 +1,4 @@
-"""Dead letters: seen, shown without their bodies, and sent again."""
+"""Dead letters: listed, shown without their bodies, and replayed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def letters(settings: Settings, db: redis.Redis) -> DeadLetters:
 
 @pytest.fixture
 def worker(settings: Settings) -> Iterator[FakeWorker]:
-    """On an engine whose every call dies at its first fault."""
+    """A worker on which each call becomes a dead letter at its first fault."""
     made = FakeWorker(settings.model_copy(update={"max_attempts": 1}), "e1").up()
     with routing(patient(settings)):
         yield made
@@ -30,14 +30,14 @@ def worker(settings: Settings) -> Iterator[FakeWorker]:
 
 
 def kill(worker: FakeWorker) -> str:
-    """Lets the next call die; returns its id."""
+    """Makes the next call a dead letter; returns its id."""
     call = worker.take_soon()
     worker.release(call, fault=True)
     return call.fence.call_id
 
 
 def serve(worker: FakeWorker, client: Client, call_id: str) -> str:
-    """Completes a call that has been sent again; returns the body's text."""
+    """Completes a replayed call; returns the body's text."""
     call = worker.take_soon()
     assert call.fence.call_id == call_id
     worker.finish(call)
@@ -144,8 +144,8 @@ def test_the_id_of_another_call_is_left_alone(worker: FakeWorker, client: Client
 def test_all_that_a_replay_needs_is_in_the_letter(
     worker: FakeWorker, client: Client, letters: DeadLetters, db: redis.Redis, keys: Keys
 ) -> None:
-    """But for the deadline, which would have passed."""
-    wishes: dict[str, Any] = {"session": "s", "priority": -3, "stream": True, "prompt_tokens": 77}
+    """Except the deadline, which would have passed."""
+    options: dict[str, Any] = {"session": "s", "priority": -3, "stream": True, "prompt_tokens": 77}
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     client.submit(
         "p",
@@ -154,14 +154,14 @@ def test_all_that_a_replay_needs_is_in_the_letter(
         traceparent=trace,
         on_engine_loss="restart",
         deadline_ms=client.deadline_in(3600),
-        **wishes,
+        **options,
     )
     kill(worker)
     db.delete(keys.call("c"))
     assert letters.replay("c") == "c"
     record = client.record("c")
-    told = {"session": record.session_id, "priority": record.priority, "stream": record.stream}
-    assert told | {"prompt_tokens": record.prompt_tokens} == wishes
+    seen = {"session": record.session_id, "priority": record.priority, "stream": record.stream}
+    assert seen | {"prompt_tokens": record.prompt_tokens} == options
     assert (record.model, record.deadline_ms) == ("m", None)
     call = worker.take_soon()
     assert (call.traceparent, call.on_engine_loss) == (trace, "restart")
@@ -188,10 +188,10 @@ def test_a_conflict_can_be_sent_again_under_an_id_of_its_own(
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"id": "no id"}, "keeps no body"),
-        ({"id": "no id", "json": '{"prompt":"' + "x" * 70_000 + '"}'}, "keeps no body"),
+        ({"id": "no id"}, "has no body"),
+        ({"id": "no id", "json": '{"prompt":"' + "x" * 70_000 + '"}'}, "has no body"),
         ({"id": "no id", "json": "{"}, "not valid JSON"),
-        ({"id": "no id", "kind": "dance", "json": '{"prompt":"p"}'}, "has no kind"),
+        ({"id": "no id", "kind": "dance", "json": '{"prompt":"p"}'}, "has an unknown kind"),
     ],
     ids=["bodiless", "large", "broken", "kind"],
 )

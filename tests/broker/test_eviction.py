@@ -1,4 +1,4 @@
-"""A Redis that would delete calls when it is full: every part refuses it, on a real server with such a policy."""
+"""A Redis that evicts keys when it is full: every process rejects it, on a real server with such a policy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIM = EngineConfig(engine_id="e1", backend="sim")
 
 @pytest.fixture(scope="module")
 def evicting() -> Iterator[Settings]:
-    """The settings of a server of its own that evicts; `maxmemory` is not set."""
+    """The settings of a dedicated server that evicts; `maxmemory` is not set."""
     with EmbeddedRedis() as server:
         settings = Settings().with_redis(server.url)
         with connect(settings) as db:
@@ -56,7 +56,7 @@ def run(evicting: Settings, *command: str, **env: str) -> subprocess.CompletedPr
     ],
     ids=lambda command: " ".join(command[1:4]),
 )
-def test_a_part_ends_with_the_status_of_a_wrong_configuration(evicting: Settings, command: list[str]) -> None:
+def test_a_process_ends_with_the_status_of_a_wrong_configuration(evicting: Settings, command: list[str]) -> None:
     done = run(evicting, *command, **{CONFIG_VARIABLE: SIM.model_dump_json()})
     assert done.returncode == os.EX_CONFIG == 78, done.stderr
     assert "allkeys-lru" in done.stderr
@@ -100,19 +100,19 @@ def user(db: Any, *rules: str) -> None:
 
 @pytest.fixture
 def narrow(db: redis.Redis, server: EmbeddedRedis) -> Iterator[redis.Redis]:
-    """A client of a user whose rights a test takes away."""
+    """A client of a user whose permissions a test takes away."""
     user(db)
     with connect(Settings().with_redis(f"{server.url}?username=narrow&password=any")) as client:
         yield client
     db.acl_deluser("narrow")
 
 
-def test_it_needs_no_right_to_config(db: redis.Redis, narrow: redis.Redis) -> None:
+def test_it_needs_no_permission_for_config(db: redis.Redis, narrow: redis.Redis) -> None:
     user(db, "-config")
     assert eviction_policy(narrow) == "noeviction"
 
 
-def test_config_will_do_where_info_is_forbidden(db: redis.Redis, narrow: redis.Redis) -> None:
+def test_it_uses_config_if_info_is_forbidden(db: redis.Redis, narrow: redis.Redis) -> None:
     user(db, "-info")
     assert eviction_policy(narrow) == "noeviction"
 

@@ -1,4 +1,4 @@
-"""A Redis that answers but cannot serve is waited for, however the command travels."""
+"""A Redis that answers but cannot serve: commands are retried, whichever way they are sent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rsm.broker.protocol.ids import new_id
 from rsm.router.router import Router
 from tests.support.waiting import eventually
 
-_parse: Any = redis.connection.DefaultParser.parse_error  # what redis-py makes of an error reply
+_parse: Any = redis.connection.DefaultParser.parse_error  # how redis-py parses an error reply
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ _parse: Any = redis.connection.DefaultParser.parse_error  # what redis-py makes 
         "UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)",
     ],
 )
-def test_a_refusal_that_passes_is_a_blip(said: str) -> None:
+def test_a_temporary_refusal_is_retried(said: str) -> None:
     assert isinstance(refusal(_parse(said)), BLIPS)
 
 
@@ -59,7 +59,7 @@ def test_a_refusal_that_passes_is_a_blip(said: str) -> None:
         "CROSSSLOT Keys in request don't hash to the same slot",
     ],
 )
-def test_an_error_of_ours_is_none(said: str) -> None:
+def test_other_errors_are_not_retried(said: str) -> None:
     assert refusal(_parse(said)) is None
 
 
@@ -70,7 +70,7 @@ def test_an_error_of_ours_is_none(said: str) -> None:
         "ERR ACL failure in script: User u has no permissions to run the 'hset' command script: on @user_script:1.",
     ],
 )
-def test_a_user_that_may_not_is_denied_and_may_be_let_in_later(said: str) -> None:
+def test_a_denied_user_is_retried(said: str) -> None:
     denied = refusal(_parse(said))
     assert isinstance(denied, Denied)
     assert isinstance(denied, BLIPS)
@@ -90,7 +90,7 @@ def own_settings(own_server: EmbeddedRedis) -> Settings:
 
 
 class Misconf:
-    """A server whose disk fails: its snapshot cannot be renamed to its place, and so it refuses every write."""
+    """A server whose disk fails: it cannot rename its snapshot to its final name, so it refuses every write."""
 
     def __init__(self, server: EmbeddedRedis) -> None:
         self._obstacle: Path = server.folder / "dump.rdb"
@@ -125,7 +125,7 @@ def _piped(client: Any, command: tuple[Any, ...]) -> Any:
 
 
 @pytest.mark.parametrize("command", [_WRITE, _SCRIPT], ids=["command", "script"])
-async def test_however_it_travels_a_refused_write_is_a_lost_connection(
+async def test_a_refused_write_is_a_lost_connection_on_every_path(
     own_server: EmbeddedRedis, own_settings: Settings, command: tuple[Any, ...]
 ) -> None:
     line = DedicatedConnection(own_settings)
@@ -139,7 +139,7 @@ async def test_however_it_travels_a_refused_write_is_a_lost_connection(
             _piped(client, command).execute(raise_on_error=False)
         with pytest.raises(Refused):
             line.exchange([("ECHO", "1"), command, ("ECHO", "2")])
-        assert line.execute_command("ECHO", "3") == b"3", "no reply of the refused batch is left over"
+        assert line.execute_command("ECHO", "3") == b"3", "no reply of the refused batch is left"
         aio: Any = connect_async(own_settings)
         async with aio:
             with pytest.raises(Refused):
@@ -167,7 +167,7 @@ async def test_calls_wait_while_redis_cannot_write(own_server: EmbeddedRedis, ow
                 assert not second.done()
                 assert serving.is_alive(), "a full disk must not end the router"
             ids = [placed.id, (await first).id, (await second).id]
-        eventually(lambda: db.xlen(client.keys.calls) == 0, what="the router goes on")
+        eventually(lambda: db.xlen(client.keys.calls) == 0, what="the router continues")
         assert {client.record(i).state for i in ids} == {"PENDING"}
         router.stop()
         serving.join(10)

@@ -1,4 +1,4 @@
-"""Every part over TLS, with certificates on both sides; a wrong CA, a wrong name and no certificate are refused."""
+"""Every process over TLS, with certificates on both sides. A wrong CA, a wrong name and no certificate are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Redis URL says, and how the master of a namespace is found."""
+"""How a Redis URL is parsed, and how the master of a namespace is found."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_sentinels_url() -> None:
     assert finder is not None
     assert finder.question == ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main")
     assert set(finder.seeds()) == {("a", 1), ("b", 26379), ("::1", 3)}
-    assert (finder.options["username"], finder.options["password"]) == ("su", "sp"), "Sentinel has users of its own"
+    assert (finder.options["username"], finder.options["password"]) == ("su", "sp"), "Sentinel has its own users"
     assert "db" not in finder.options
 
 
@@ -51,7 +51,7 @@ def test_a_clusters_url() -> None:
     assert finder.options["ssl_ca_certs"] == "/ca"
 
 
-def test_no_seed_is_asked_first_for_ever() -> None:
+def test_seeds_take_turns_in_being_asked_first() -> None:
     finder = place_of("redis+cluster://a,b,c", "rsm").finder
     assert finder is not None
     assert {finder.seeds()[0][0] for _ in range(3)} == {"a", "b", "c"}
@@ -73,7 +73,7 @@ def test_no_seed_is_asked_first_for_ever() -> None:
         "redis+moon://:hidden@h",
     ],
 )
-async def test_a_bad_url_is_told_without_its_password(url: str) -> None:
+async def test_the_error_for_a_bad_url_hides_its_password(url: str) -> None:
     settings = Settings().with_redis(url)
     for use in (connect, connect_async, DedicatedConnection):
         with pytest.raises(InvalidRequest, match=r"redis\+cluster://") as e:
@@ -91,8 +91,8 @@ _ROWS = [[0, 99, _NODE, [b"10.0.0.9", 7, b"id", []]], [100, 16383, [b"10.0.0.2",
         (_ROWS, ("10.0.0.2", 8)),
         ([[0, 16383, [b"", 7, b"id"]]], ("asked", 7)),  # the node does not know its own name
         ([[0, 16383, [None, 7, b"id"]]], ("asked", 7)),
-        ([[0, 16383, [b"?", 7, b"id"]]], None),  # a node whose name is not known
-        (_ROWS[:1], None),  # nobody serves the slot
+        ([[0, 16383, [b"?", 7, b"id"]]], None),  # a node with an unknown name
+        (_ROWS[:1], None),  # no node serves the slot
         ([], None),
     ],
 )
@@ -143,8 +143,8 @@ async def test_one_seed_that_answers_is_enough(sentinel: UnderSentinel, cluster:
     await _survives_the_loss_of_seeds(cluster.url, dead)
 
 
-async def test_nobody_who_knows_is_a_blip(sentinel: UnderSentinel, cluster: Cluster) -> None:
-    """A Sentinel that does not know the master yet, a node without cluster, a host that DNS does not know yet."""
+async def test_an_unknown_master_is_retried(sentinel: UnderSentinel, cluster: Cluster) -> None:
+    """A Sentinel that does not know the master yet, a node without cluster mode, a host that is not in DNS yet."""
     lone = sentinel.master("").port
     urls = [
         sentinel.url.replace("/primary", "/other"),
@@ -170,7 +170,7 @@ async def test_nobody_who_knows_is_a_blip(sentinel: UnderSentinel, cluster: Clus
             await client.record("c")
 
 
-async def test_a_password_that_is_wrong_is_told_as_such(cluster: Cluster) -> None:
+async def test_a_wrong_password_is_reported_as_such(cluster: Cluster) -> None:
     settings = Settings().with_redis(cluster.url.replace("://", "://nobody:wrong@"))
     with connect(settings) as server, pytest.raises(AuthenticationError):
         server.time()
@@ -188,13 +188,13 @@ def test_a_plain_url_of_a_cluster_says_what_is_wrong(cluster: Cluster) -> None:
         c.record("c")
 
 
-def test_a_node_that_is_named_master_and_is_none_is_not_used(sentinel: UnderSentinel) -> None:
+def test_a_node_that_is_wrongly_named_master_is_not_used(sentinel: UnderSentinel) -> None:
     settings = Settings().with_redis(sentinel.url)
     replica = next(n for n in sentinel.nodes if n.info("server").get("redis_mode") != "sentinel" and n.replicates())
     with connect(settings) as server:
         link: Any = server.connection_pool.make_connection()
         link._find = lambda: ("127.0.0.1", replica.port)
-        with pytest.raises(Refused, match=r"it is a (replica|slave)"):
+        with pytest.raises(Refused, match=r"has the role (replica|slave)"):
             link.connect()
         assert not link.is_connected
 
@@ -219,7 +219,7 @@ def test_a_slot_that_moves_is_followed(cluster: Cluster) -> None:
     line.close()
 
 
-def test_a_peer_that_vanishes_without_a_word_is_noticed_soon(cluster: Cluster) -> None:
+def test_a_peer_that_vanishes_silently_is_detected_soon(cluster: Cluster) -> None:
     with connect(Settings().with_redis(cluster.url), block_s=600) as server:
         server.time()
         sock = server.connection_pool.get_connection()._sock

@@ -1,4 +1,4 @@
-"""A Redis that is not there: one sentence, from every view, that says where it was looked for and what to start."""
+"""A Redis that is not there: every view gives a clear error that names the server and says what to start."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ async def test_clients_say_the_same(tmp_path: Path) -> None:
             await other.submit("x")
 
 
-def test_a_user_without_rights_is_told_so(settings: Settings, roles: Roles) -> None:
+def test_a_user_without_permissions_gets_a_clear_error(settings: Settings, roles: Roles) -> None:
     with pytest.raises(AccessDenied, match="`rsm acl`"):
         Monitor(roles.settings("pusher")).stats()

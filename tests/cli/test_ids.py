@@ -39,7 +39,9 @@ def test_a_part_names_an_open_call_and_a_finished_one(client: Client, lookup: Lo
         (pending, ("batch-7-s", "-7-second")),
     ):
         assert {lookup.call(part) for part in (*parts, call.id)} == {call.id}
-    with pytest.raises(InvalidRequest, match="batch-7- may be any of the calls batch-7-first-of-all, batch-7-second; "):
+    with pytest.raises(
+        InvalidRequest, match=r"batch-7- matches several calls: batch-7-first-of-all, batch-7-second\. "
+    ):
         lookup.call("batch-7-")
     for unknown in ("batch-8-", "second", "no such id", "*", "batch-7-second:events", ""):
         assert lookup.call(unknown) == unknown
@@ -53,7 +55,7 @@ def test_a_short_form_names_one_call_even_if_other_ids_end_alike(client: Client,
     assert [lookup.call(short_form(i)) for i in ids] == ids
     assert [lookup.session(short_form(i)) for i in ids] == ids
     assert [lookup.session_of_short_form(short_form(i)) for i in ids] == ids
-    with pytest.raises(InvalidRequest, match="0123456789 may be any of the calls"):
+    with pytest.raises(InvalidRequest, match="0123456789 matches several calls"):
         lookup.call(process)
     assert lookup.session_of_short_form(process) == process, "it may be the name of a new session"
     for call in calls:
@@ -62,7 +64,7 @@ def test_a_short_form_names_one_call_even_if_other_ids_end_alike(client: Client,
 
 def test_many_candidates_are_counted(client: Client, lookup: Lookup) -> None:
     calls = [client.submit("x", id=f"candidate-{i}") for i in range(9)]
-    with pytest.raises(InvalidRequest, match=r"candidate-4 and 4 more; give more of it"):
+    with pytest.raises(InvalidRequest, match=r"candidate-4 and 4 more\. Give more of the id"):
         lookup.call("candidate")
     for call in calls:
         call.cancel()
@@ -111,7 +113,7 @@ def test_commands_accept_what_tables_show(standing: Deployment, producer: Client
         program = short_form(handle.session)
         again = standing.json("submit", "x", "--session", program, "--max-tokens", "1")
         assert again["session_id"] == handle.session
-        assert "may be any of the calls" in standing.rsm("call", handle.id[:8], status=1)
+        assert "matches several calls" in standing.rsm("call", handle.id[:8], status=1)
     finally:
         producer.cancel(handle.id)
         producer.cancel(other.id)
@@ -143,7 +145,7 @@ def test_an_engine_by_a_part_of_its_id(settings: Settings, client: Client, db: A
     db.zadd(client.keys.engines, engines)
     env = clean_env() | settings.environment()
     assert "There is no live engine host-1-gpu-0." in run(command, "host-1-gpu-0", env=env).stderr
-    assert "may be any of the engines host-1-gpu-0, host-1-gpu-1" in run(command, "host-1-gpu", env=env).stderr
+    assert "matches several engines: host-1-gpu-0, host-1-gpu-1" in run(command, "host-1-gpu", env=env).stderr
     assert "There is no live engine host-1-gpu-1." in run(command, "…st-1-gpu-1", env=env).stderr
 
 
@@ -154,7 +156,7 @@ def test_an_engine_on_a_node_by_a_part_of_its_id(settings: Settings, client: Cli
     env = clean_env() | settings.environment()
     with node_at(settings, tmp_path, "here"):
         stop = ("stop", "--node", "here")
-        assert "may be any of the engines" in run(*stop, "host-1-gpu", env=env).stderr
+        assert "matches several engines" in run(*stop, "host-1-gpu", env=env).stderr
         assert "There is no live engine host-1-gpu-1 to stop." in run(*stop, "…st-1-gpu-1", env=env).stderr
 
 

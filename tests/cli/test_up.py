@@ -75,7 +75,7 @@ def test_an_unknown_variable_causes_a_warning(tmp_path: Path) -> None:
     said = " ".join(run("doctor", env=env).stderr.split())
     assert "RSM_ADMISION is not a setting of rsm-engine and has no effect: did you mean RSM_ADMISSION?" in said
     assert (
-        "RSM_PROMPT_PIECE is not a setting of rsm-engine and has no effect: it is called RSM_PROMPT_CHUNK now." in said
+        "RSM_PROMPT_PIECE is not a setting of rsm-engine and has no effect: it is now called RSM_PROMPT_CHUNK." in said
     )
     assert "RSM_TEST_X" not in said
 

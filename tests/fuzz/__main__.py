@@ -1,6 +1,6 @@
-"""`make fuzz INPUTS=100000`: so many malformed inputs for the decoders together, and as many entries for a router.
+"""`make fuzz INPUTS=100000`: this many malformed inputs for all decoders together, and as many entries for a router.
 
-Writes bench/results/fuzz.md and fuzz.json; ends with status 1 if anything crashed or stalled.
+Writes bench/results/fuzz.md and fuzz.json; ends with status 1 if anything crashed or hung.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.fuzz.decoders import DECODERS
 from tests.fuzz.entries import Passage, pass_through
 from tests.fuzz.run import Tally, fuzz
 
-# What a router may grow by between the first tenth of a run and its end.
+# How much a router may grow between the first tenth of a run and its end.
 _GROWTH_MIB = 32.0
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--machine", default="unnamed", help="what the page calls this machine; never its host name")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    logging.disable(logging.WARNING)  # readers say of each entry that they skip it
+    logging.disable(logging.WARNING)  # readers log each entry that they skip
     each = -(-args.inputs // len(DECODERS))
     tallies = []
     for decoder in DECODERS:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def sound(tallies: Sequence[Tally], p: Passage) -> bool:
-    """No crash, no good call lost, nothing left behind, no router that grows with what it refuses."""
+    """No crash, no good call lost, no entry left, no router that grows with the entries that it rejects."""
     stalled = p.answered != p.good or p.left or p.pending
     return not any(t.crashes for t in tallies) and not stalled and p.rss_late_mib - p.rss_early_mib < _GROWTH_MIB
 
@@ -69,7 +69,7 @@ def page(about: Mapping[str, str], tallies: Sequence[Tally], p: Passage) -> str:
         "|---|---|---|---|---|",
         *map(row, tallies),
         "",
-        "A router process on a real Redis, a good call behind each 500 malformed entries:",
+        "A router process on a real Redis, a good call after each 500 malformed entries:",
         "",
         "| entries | good calls | answered | left on the stream | pending | FAILED records | dead letters "
         "| router RSS early / late, MiB | slowest good call, s | s |",

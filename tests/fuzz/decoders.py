@@ -1,6 +1,6 @@
-"""Every decoder that reads what others wrote, as a function of bytes, with the errors that it may raise.
+"""Every decoder of untrusted data, as a function of bytes, with the errors that it may raise.
 
-The contract: a decoder gives a value or raises a documented error; it never hangs and never raises anything else.
+The contract: a decoder returns a value or raises a documented error. It never hangs and never raises another error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rsm.workers.runtime.control import Control
 from rsm.workers.supervision import node_jobs
 
 LIMIT = 1 << 20
-# Between the parts of an input that a decoder takes several of.
+# Separates the parts of an input, for decoders that take several.
 CUT = b"\x00"
 
 
@@ -52,7 +52,7 @@ class Decoder:
 
 
 def fields_of(data: bytes) -> dict[bytes, bytes]:
-    """name, value, name, value … as a hash or a stream entry has them."""
+    """name, value, name, value … as in a hash or a stream entry."""
     parts = data.split(CUT)
     return dict(zip(parts[::2], parts[1::2], strict=False))
 
@@ -103,7 +103,7 @@ def _control(data: bytes) -> None:
 
 
 def _rows(data: bytes) -> None:
-    """What scripts reply with is made of what hashes hold."""
+    """Replies of scripts contain the contents of hashes."""
     parts = [*data.split(CUT), *[b""] * 24]
     _claimed_call(parts[:23])
     engine_view([*parts[:2], b"1", b"1", *parts[2:19]])
@@ -113,7 +113,7 @@ def _rows(data: bytes) -> None:
 
 
 def _node_job(data: bytes) -> None:
-    """The arguments of RQ's jobs, and which job it is."""
+    """The name and the arguments of an RQ job."""
     doc = json.loads(data)
     if not isinstance(doc, list) or len(doc) != 2:
         raise ValueError
@@ -159,7 +159,7 @@ def _sse(data: bytes) -> None:
 
 
 def _server(kind: str, stream: bool) -> Callable[[bytes], object]:
-    """A whole conversation with a server that may say anything."""
+    """A whole exchange with a server that may send anything."""
     bodies: dict[str, dict[str, Any]] = {
         "generate": {"prompt": "hi"},
         "chat.completions": {"messages": []},

@@ -29,7 +29,7 @@ _PATIENCE_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What came of a run. `left`: entries that no router has placed in the end. Sizes in MiB, of the router process."""
+    """The outcome of a run. `left`: entries that no router has placed. Sizes in MiB, of the router process."""
 
     entries: int
     good: int
@@ -49,9 +49,9 @@ class Passage:
 
 
 def pass_through(entries: int, seed: int = 0) -> Passage:
-    """Pushes so many malformed entries, and a good call behind each `_AT_ONCE` of them."""
+    """Pushes this many malformed entries, and a good call after each `_AT_ONCE` of them."""
     with tempfile.TemporaryDirectory(prefix="rsm-fuzz-") as name, EmbeddedRedis(Path(name) / "r") as server:
-        # Those that happen to be well-formed must not fill the bounds of good ones: nothing is kept for long.
+        # Short TTLs, so that mutants that happen to be well-formed do not use up the limits for the good calls.
         settings = Settings(result_ttl_s=60, session_ttl_s=60).with_redis(server.url)
         env = clean_env() | settings.environment()
         with (Path(name) / "router.log").open("ab") as log:
@@ -107,7 +107,7 @@ def _push_all(settings: Settings, router: psutil.Process, entries: int, seed: in
 def _push(client: Client, inputs: Any) -> None:
     pipe: Any = client.redis.pipeline(transaction=False)
     for data in inputs:
-        # A stream may hold a field twice; what is no pair is one with an empty value.
+        # A stream entry may have a field twice. A name without a value gets an empty one.
         parts = data.split(CUT)
         pipe.execute_command("XADD", client.keys.calls, "*", *parts, *([b""] if len(parts) % 2 else []))
     pipe.execute()

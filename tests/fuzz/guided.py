@@ -1,6 +1,6 @@
 """One decoder under atheris, whose mutants follow the code's branches: `python -m tests.fuzz.guided NAME -runs=100000`.
 
-Atheris comes with `pip install -r requirements/fuzz.txt`; options behind the name are libFuzzer's.
+Atheris comes with `pip install -r requirements/fuzz.txt`; options after the name are libFuzzer's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import atheris
 with atheris.instrument_imports(include=["rsm.broker", "rsm.router", "rsm.workers"]):
     from tests.fuzz.decoders import DECODERS
 
-# Git ignores it; what one run has found, the next one starts from.
+# Git ignores it. Each run starts from the findings of the last one.
 _CORPORA = Path(".hypothesis") / "fuzz"
 
 

@@ -1,11 +1,11 @@
-"""Malformed inputs out of well-formed ones, the same for the same seed of the generator."""
+"""Makes malformed inputs from well-formed ones, deterministically for a seed of the generator."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 
-# Values on which decoders are known to stumble.
+# Values that often break decoders.
 _SPECIAL = [
     b"", b"\x00", b"\xff", b"-1", b"0", b"1e999", b"nan", b"-inf", b"9" * 5000, b"1_0", "١٢".encode(), b"{", b"[[[[",
     b'"', b"\\ud800", b"null", b"true", b"[]", b"{}", b'{"a":', b"\xd6\xff\x00\x00\x00\x01", b"\xc7\x0c\xff",
@@ -17,7 +17,7 @@ _MOST = 4096
 
 
 def mutants(seeds: Sequence[bytes], rng: random.Random) -> Iterator[bytes]:
-    """Damaged copies of the seeds, for ever; now and then one that has nothing to do with them."""
+    """An endless series of damaged copies of the seeds, and sometimes of random bytes."""
     while True:
         data = rng.choice(seeds) if rng.random() < 0.95 else rng.randbytes(rng.randrange(64))
         for _ in range(rng.choice((1, 1, 1, 2, 4, 8))):

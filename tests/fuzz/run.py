@@ -1,4 +1,4 @@
-"""Runs decoders on malformed inputs and counts what comes of it."""
+"""Runs decoders on malformed inputs and counts the outcomes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from tests.fuzz.decoders import Decoder
 from tests.fuzz.mutate import mutants
 
-# What one input of a few kilobytes may cost; far more than any does, for the machine has other work too.
+# The most time for one input of a few kilobytes: far more than any needs, because the machine may be busy.
 SLOWEST_S = 2.0
 LARGEST_BYTES = 64 << 20
 
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the inputs of one decoder. `crashes`: inputs whose error is not in the contract."""
+    """The outcome for one decoder. `crashes`: inputs whose error is not in the contract."""
 
     name: str
     inputs: int = 0
@@ -28,7 +28,7 @@ class Tally:
 
 
 def fuzz(decoder: Decoder, inputs: int, seed: int = 0) -> Tally:
-    """Feeds `inputs` mutants, and the seeds themselves."""
+    """Runs the decoder on `inputs` mutants, and on the seeds themselves."""
     tally = Tally(decoder.name)
     rng = random.Random(zlib.crc32(decoder.name.encode()) + seed)
     for data in decoder.seeds:

@@ -1,4 +1,4 @@
-"""One Redis user per role: each part does its work under its own, and everything else is refused."""
+"""One Redis user per role: each process does its work with its own user, and everything else is denied."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from tests.support.world import World
 
 
 @pytest.fixture
-def parts(roles: Roles, tmp_path: Path) -> Iterator[WorkerProcess]:
-    """A router and a worker as processes under their own users; gives the worker."""
+def worker_process(roles: Roles, tmp_path: Path) -> Iterator[WorkerProcess]:
+    """A router and a worker as processes with their own users. Returns the worker."""
     env = clean_env() | roles.settings("router").environment()
     with (tmp_path / "router.log").open("ab") as log:
         router = subprocess.Popen([sys.executable, "-P", "-m", "rsm.router"], env=env, stdout=log, stderr=log)
@@ -56,8 +56,8 @@ def parts(roles: Roles, tmp_path: Path) -> Iterator[WorkerProcess]:
     router.wait()
 
 
-async def test_the_main_job_works_with_each_part_under_its_own_user(
-    roles: Roles, parts: WorkerProcess, settings: Settings, db: redis.Redis
+async def test_the_main_job_works_with_each_process_under_its_own_user(
+    roles: Roles, worker_process: WorkerProcess, settings: Settings, db: redis.Redis
 ) -> None:
     monitor = Monitor(roles.settings("observer"))
     eventually(lambda: state_of(monitor, "e1") == "READY")
@@ -68,15 +68,15 @@ async def test_the_main_job_works_with_each_part_under_its_own_user(
             assert [d.text async for d in call.stream()]
             assert (await call.result(20)).completion_tokens == 4
         assert push(roles, settings)["text"]
-        look_around(roles, monitor, client)
-        assert "Traceback" not in parts.log()
-        drain(roles, parts)
+        view(roles, monitor, client)
+        assert "Traceback" not in worker_process.log()
+        drain(roles, worker_process)
     # What `rsm doctor` cannot do for an observer, and says so.
     assert [r for r in roles.refusals() if "-observer command script|load" not in r] == []
 
 
 def produce(client: Client) -> None:
-    """What a producer does, but for its own process table."""
+    """What a producer does, except with the process table."""
     call = client.submit("hi", session="s1", stream=True, max_tokens=4)
     assert [d.text for d in call.stream()]
     assert call.result(20).completion_tokens == 4
@@ -99,7 +99,7 @@ def produce(client: Client) -> None:
 
 
 def push(roles: Roles, settings: Settings) -> dict[str, Any]:
-    """A program that knows nothing but XADD and HGETALL."""
+    """A program that uses only XADD and HGETALL."""
     keys = Keys(settings.namespace)
     with roles.client("pusher") as pusher:
         pusher.xadd(keys.calls, {"id": "raw", "json": '{"prompt":"hi","max_tokens":2}'})
@@ -109,7 +109,7 @@ def push(roles: Roles, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def look_around(roles: Roles, monitor: Monitor, client: Client) -> None:
+def view(roles: Roles, monitor: Monitor, client: Client) -> None:
     """What observers and operators see."""
     running = client.submit("x", session="s4", max_tokens=100_000)
     eventually(lambda: monitor.running_calls())
@@ -122,7 +122,7 @@ def look_around(roles: Roles, monitor: Monitor, client: Client) -> None:
     coordinator.record_cache_usage("s4", "e1", 5000)
     assert coordinator.get_best_engine_for_session("s4", ["e1"], 5000) == "e1"
     for role in ("operator", "observer"):
-        # Some checks have their say, but none may be kept from looking.
+        # Checks may find something, but none may lack the permission to look.
         said = {c.name: c.detail for c in examine(roles.settings(role))}
         blind = [name for name, detail in said.items() if "could not be checked" in detail or "refuses" in detail]
         assert blind == ([] if role == "operator" else ["scripts"]), said
@@ -138,7 +138,9 @@ def drain(roles: Roles, worker: WorkerProcess) -> None:
     assert worker.wait() == 0, worker.log()
 
 
-def test_a_dead_letter_can_be_replayed_by_an_operator(roles: Roles, settings: Settings, parts: WorkerProcess) -> None:
+def test_a_dead_letter_can_be_replayed_by_an_operator(
+    roles: Roles, settings: Settings, worker_process: WorkerProcess
+) -> None:
     monitor = Monitor(roles.settings("observer"))
     eventually(lambda: state_of(monitor, "e1") == "READY")
     keys = Keys(settings.namespace)
@@ -151,17 +153,19 @@ def test_a_dead_letter_can_be_replayed_by_an_operator(roles: Roles, settings: Se
     assert letters.replay("d1") == "d1"
     eventually(lambda: monitor.call("d1").state is RequestState.COMPLETED)
     assert letters.count() == 0
-    worker_dies(parts, monitor)
+    worker_dies(worker_process, monitor)
     assert roles.refusals() == []
 
 
 def worker_dies(worker: WorkerProcess, monitor: Monitor) -> None:
-    """A router's duty, under its own user: the calls of a dead engine."""
+    """A router moves the calls of a dead engine, with its own user."""
     worker.kill()
     eventually(lambda: state_of(monitor, "e1") == "DEAD")
 
 
-def test_admission_works_with_each_part_under_its_own_user(roles: Roles, settings: Settings, db: redis.Redis) -> None:
+def test_admission_works_with_each_process_under_its_own_user(
+    roles: Roles, settings: Settings, db: redis.Redis
+) -> None:
     world = World(db, settings.model_copy(update={"admission": True}))
     workers = [FakeWorker(settings, e, server=db, kv_tokens=100).up() for e in ("e1", "e2")]
     t = world.transitions
@@ -265,7 +269,7 @@ def test_each_forbidden_thing_is_refused(role: str, roles: Roles, settings: Sett
 
 
 def refusal(client: Any, words: list[str]) -> str:
-    """What Redis answers to a command of a user that may not give it."""
+    """Redis's reply to a command that the user may not run."""
     try:
         reply = client.execute_command(*words)
     except Denied:
@@ -275,27 +279,27 @@ def refusal(client: Any, words: list[str]) -> str:
     return f"reply {reply!r}"
 
 
-# -- what the refused do
+# -- what denied users see
 
 
-def test_a_part_with_a_wrong_password_says_so_and_ends(roles: Roles, tmp_path: Path) -> None:
+def test_a_process_with_a_wrong_password_says_so_and_ends(roles: Roles, tmp_path: Path) -> None:
     for role in ("router", "worker"):
         status, said = end_of(role, roles.settings(role, "not-it"), tmp_path)
         assert status == os.EX_CONFIG
-        assert "refuses this user or its password" in said
+        assert "rejects this user name or password" in said
         assert "not-it" not in said
 
 
-def test_a_part_under_the_wrong_role_says_so_and_ends(roles: Roles, tmp_path: Path) -> None:
+def test_a_process_under_the_wrong_role_says_so_and_ends(roles: Roles, tmp_path: Path) -> None:
     for role, other in (("router", "producer"), ("worker", "pusher")):
         status, said = end_of(role, roles.settings(other), tmp_path)
         assert status == os.EX_CONFIG
-        assert "does not let this user do its part" in said
+        assert "denies this user a command" in said
         assert "rsm acl" in said
 
 
 def end_of(part: str, settings: Settings, folder: Path) -> tuple[int, str]:
-    """The exit status of a part that ends by itself, and what it said."""
+    """The exit status of a process that ends itself, and its output."""
     if part == "worker":
         process = WorkerProcess(sim(), settings, folder / f"{part}.log")
         return process.wait(), process.log()
@@ -306,14 +310,17 @@ def end_of(part: str, settings: Settings, folder: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-async def test_a_client_with_a_wrong_password_hears_it_at_once(roles: Roles) -> None:
+async def test_a_client_with_a_wrong_password_fails_at_once(roles: Roles) -> None:
     with Client(settings=roles.settings("producer", "not-it")) as client, pytest.raises(AccessDenied) as refused:
         client.submit("hi")
     assert "not-it" not in str(refused.value)
     async with AsyncClient(settings=roles.settings("producer", "not-it")) as client2:
         with pytest.raises(AccessDenied, match="password"):
             await client2.submit("hi")
-    with Client(settings=roles.settings("observer")) as client, pytest.raises(AccessDenied, match="rights of its role"):
+    with (
+        Client(settings=roles.settings("observer")) as client,
+        pytest.raises(AccessDenied, match="permissions of its role"),
+    ):
         client.submit("hi")
 
 
@@ -341,13 +348,13 @@ def test_a_router_waits_while_its_password_is_changed(roles: Roles, settings: Se
 def test_the_file_in_deploy_is_what_the_command_prints() -> None:
     shipped = (ROOT / "deploy" / "users.acl").read_text()
     assert shipped == acl_file("rsm", {}) == run("acl").stdout
-    # Nobody can log in with it as it is shipped.
+    # All its users are locked.
     assert shipped.count(f"#{LOCKED} ") == len(shipped.splitlines()) == len(ROLES) + 1, (
-        "nobody can log in as it is shipped"
+        "all users of the shipped file are locked"
     )
 
 
-def test_a_server_takes_the_file_and_lets_in_whom_it_names(tmp_path: Path) -> None:
+def test_a_server_loads_the_file_and_accepts_its_users(tmp_path: Path) -> None:
     (tmp_path / "passwords").write_text("observer open sesame\ndefault root\n")
     text = run("acl", "--namespace", "n1", "--passwords", str(tmp_path / "passwords")).stdout
     assert "sesame" not in text
@@ -396,10 +403,10 @@ def test_a_line_that_names_no_role_is_refused() -> None:
     assert "secret" not in done.stderr
 
 
-def test_every_command_of_the_scripts_is_somebodys_right() -> None:
-    """Whoever gives a script a new command must say in broker/protocol/acl.py who may use it, and on which keys."""
-    parts = ("producer", "router", "worker")
-    granted = {c for name in parts for grant in ROLES[name].grants for c in grant.commands.split()}
+def test_every_command_of_the_scripts_is_granted_to_a_role() -> None:
+    """If a script gets a new command, broker/protocol/acl.py must grant it to its users, with the keys."""
+    roles = ("producer", "router", "worker")
+    granted = {c for name in roles for grant in ROLES[name].grants for c in grant.commands.split()}
     for entry in LUA.glob("*/*.lua"):
         used = {found.lower() for found in re.findall(r"(?:redis\.call|later)\('([A-Z]+)'", entry.read_text())}
         assert used - {"xgroup"} <= granted, f"{entry.name}: {used - granted}"

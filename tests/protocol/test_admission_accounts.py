@@ -1,4 +1,4 @@
-"""Random events under admission, in any order: the accounts say what is really there, and nobody is forgotten."""
+"""Random events with admission, in any order: the accounts are right, and no call is forgotten."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Walk:
         self.world.submit(call_id, **options)
 
     def place(self) -> None:
-        """Some calls of the stream, by a router that knows nothing of contexts but how large they are."""
+        """Places some calls of the stream, as a router that only knows the sizes of contexts."""
         for call_id in self.random.sample(self.rooms.on_stream(), min(3, len(self.rooms.on_stream()))):
             self.place_one(call_id)
 
@@ -176,7 +176,7 @@ class Walk:
         self.check_places(open_)
 
     def check_accounts(self, counted: dict[str, Fields]) -> None:
-        """As many calls and tokens are counted as there are."""
+        """The counted calls and tokens are those that exist."""
         db, keys = self.world.db, self.world.keys
         by_home = Counter((r["session"], r["engine"]) for r in counted.values())
         shares = {s: self.rooms.shares(s) for s in {f"s{n}" for n in range(1, 6)} | set(self.calls)}
@@ -189,10 +189,10 @@ class Walk:
                 assert self.rooms.account(engine)[:2] == (calls, tokens), engine
 
     def check_places(self, open_: dict[str, Fields]) -> None:
-        """Every waiting call without an engine waits in one place, where its record says."""
+        """Every waiting call without an engine is in exactly one place, the one that its record says."""
         held = [c for m in MODELS for c in self.rooms.held(m)]
         parked = [codec.text(c) for m in MODELS for c in self.world.db.zrange(self.world.keys.parked(m), 0, -1)]
-        stream = [c for c in self.rooms.on_stream() if c in open_]  # entries of ended calls go when they are read
+        stream = [c for c in self.rooms.on_stream() if c in open_]  # those of ended calls go when they are read
         found = Counter([*held, *parked, *stream])
         assert found == Counter(c for c, r in open_.items() if not r["engine"])
         models = {codec.text(m) for m in self.world.db.smembers(self.world.keys.holding)}
@@ -212,7 +212,7 @@ def test_the_accounts_are_right_and_all_calls_end(world: World, seed: int) -> No
         walk.check()
     walk.bring_to_an_end()
     walk.check()
-    assert world.stat("held") > 1, "there was something to see"
+    assert world.stat("held") > 1, "the test has throttled calls"
     assert [rooms for e in ENGINES if (rooms := walk.rooms.account(e)[:2]) != (0, 0)] == []
     for model in MODELS:
         assert not world.db.exists(world.keys.held(model), world.keys.held_starving(model))
@@ -220,7 +220,7 @@ def test_the_accounts_are_right_and_all_calls_end(world: World, seed: int) -> No
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_engine_has_more_than_fits(world: World, seed: int) -> None:
-    """Of one tier, whoever places them, in whatever order: at most what its cache holds, or one large call."""
+    """In one tier, in any order and from any router: at most what its cache can hold, or one large call."""
     rooms, chance = Rooms(world), random.Random(seed)
     workers = [rooms.engine(e) for e in ("e1", "e2")]
     for n in range(150):

@@ -41,11 +41,11 @@ KINDS: dict[str, Callable[[Keys, str], str]] = {
     "held": Keys.held,
     "held_starving": Keys.held_starving,
 }
-# Of which no script knows.
+# Keys that no script uses.
 NOT_IN_LUA = {"order"}
 FIXED = tuple(name for name, member in vars(Keys).items() if isinstance(member, property) and name != "prefix")
 
-# Made of what keys are made of, so that collisions are looked for where they could be.
+# Made of the parts of keys, to make collisions likely.
 _parts = st.sampled_from(
     [
         "a",
@@ -117,7 +117,7 @@ def test_what_could_leave_is_no_id(value: str) -> None:
 
 
 def test_lua_builds_the_same_names() -> None:
-    """Each name function of lib.lua, read as a pattern, is that of a method of Keys."""
+    """Each key function of lib.lua, read as a pattern, equals a method of Keys."""
     text = script("snapshot").text
     made = re.findall(
         r"local function (\w+)_key\(\w+\) return P \.\. '([a-z]+:)' \.\. \w+(?: \.\. '(:[a-z]+)')? end", text
@@ -128,6 +128,6 @@ def test_lua_builds_the_same_names() -> None:
     assert fixed == {getattr(Keys("n"), name).removeprefix("{n}:") for name in FIXED}
 
 
-def test_the_watchman_over_keys_knows_no_key_of_an_id() -> None:
-    """The leak check of these tests must not take a call's record for one of the keys that may stay."""
+def test_the_leak_check_ignores_no_key_of_an_id() -> None:
+    """The leak check of these tests must not mistake a call's record for a key that may stay."""
     assert not any(LASTING.fullmatch(make(Keys("n"), "x").removeprefix("{n}:")) for make in (Keys.call, Keys.events))

@@ -1,4 +1,4 @@
-"""What a call wants when its engine is lost: to go on, to begin anew, or to fail."""
+"""What a call requests for the loss of its engine: to continue, to restart, or to fail."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def test_a_call_that_asked_to_fail_fails_when_its_engine_dies(world: World) -> N
     record = world.record("c1")
     assert (record["state"], record["error_code"]) == ("FAILED", "engine_lost")
     assert "died" in record["error"]
-    assert [f["text"] for _, f in world.log("c1")[:-1]] == ["one", "two"], "what it said can still be read"
+    assert [f["text"] for _, f in world.log("c1")[:-1]] == ["one", "two"], "its output can still be read"
     assert [n["state"] for n in world.events("box")] == ["", "", "FAILED"]
     assert not world.stream()
     assert not world.dead()
 
 
 @pytest.mark.parametrize("fault", [True, False])
-def test_an_error_or_a_give_back_is_no_loss_of_the_engine(world: World, fault: bool) -> None:
+def test_an_error_or_a_release_is_no_engine_loss(world: World, fault: bool) -> None:
     worker = world.worker()
     call = world.start("c1", worker, stream=True, on_engine_loss="fail")
     worker.publish(call, "one")
@@ -34,11 +34,11 @@ def test_an_error_or_a_give_back_is_no_loss_of_the_engine(world: World, fault: b
     assert world.state("c1") == "PENDING"
     world.assign("c1")
     again = worker.take()
-    assert (again.events, again.begins, again.on_engine_loss) == (1, 0, "fail"), "it goes on behind its last chunk"
+    assert (again.events, again.begins, again.on_engine_loss) == (1, 0, "fail"), "it resumes after its last chunk"
 
 
 @pytest.mark.parametrize("how", ["death", "error", "give-back"])
-def test_a_call_that_asked_to_restart_begins_anew(world: World, how: str) -> None:
+def test_a_call_that_asked_to_restart_starts_over(world: World, how: str) -> None:
     worker = world.worker()
     call = world.start("c1", worker, stream=True, inbox="box", on_engine_loss="restart")
     worker.publish(call, "one", "two")
@@ -51,9 +51,9 @@ def test_a_call_that_asked_to_restart_begins_anew(world: World, how: str) -> Non
     assert (again.events, again.begins, again.on_engine_loss) == (3, 3, "restart")
     assert worker.publish(again, "three") == ["ok"]
     worker.finish(again)
-    told = [(f["n"], f["text"], f["restart"]) for _, f in world.log("c1")[:-1]]
-    assert told == [("0", "one", ""), ("1", "two", ""), ("2", "", "1"), ("3", "three", "")]
-    assert [(f["n"], f["text"], f["restart"]) for f in world.events("box")[:-1]] == told
+    logged = [(f["n"], f["text"], f["restart"]) for _, f in world.log("c1")[:-1]]
+    assert logged == [("0", "one", ""), ("1", "two", ""), ("2", "", "1"), ("3", "three", "")]
+    assert [(f["n"], f["text"], f["restart"]) for f in world.events("box")[:-1]] == logged
     eids = [f["eid"] for f in world.events("box")[:-1]]
     assert eids == [eid for eid, _ in world.log("c1")[:-1]]
     assert world.log("c1")[-1][1]["n"] == "4"
@@ -61,7 +61,7 @@ def test_a_call_that_asked_to_restart_begins_anew(world: World, how: str) -> Non
     assert read_event("c1", raw[2][1], "9-9") == Delta(2, "9-9", restart=True)
 
 
-def test_a_stream_that_said_nothing_new_is_not_restarted_again(world: World) -> None:
+def test_a_stream_without_new_chunks_is_not_restarted_again(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker, stream=True, on_engine_loss="restart")
     worker.publish(call, "one")
@@ -73,7 +73,7 @@ def test_a_stream_that_said_nothing_new_is_not_restarted_again(world: World) -> 
     assert len(world.log("c1")) == 2
 
 
-def test_without_chunks_there_is_nothing_to_tell(world: World) -> None:
+def test_without_chunks_there_is_no_restart_event(world: World) -> None:
     worker = world.worker()
     world.start("c1", worker, on_engine_loss="restart")
     worker = world.die(worker)

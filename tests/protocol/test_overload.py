@@ -1,4 +1,4 @@
-"""Bounds on unfinished calls: the scripts that hold them, and what producers of each kind see of them."""
+"""Limits on unfinished calls: the scripts that enforce them, and what each kind of producer sees."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ BODY = len(codec.encode({"prompt": "hi"}))
 
 @pytest.fixture
 def small(world: World) -> World:
-    """A namespace with room for three calls, two of them of one session."""
-    bound(world, max_open_calls=3, max_session_calls=2)
+    """A namespace with a limit of three calls, two per session."""
+    limit(world, max_open_calls=3, max_session_calls=2)
     return world
 
 
-def bound(world: World, **bounds: int) -> None:
-    world.settings = world.settings.model_copy(update={"max_body_bytes": 1024, **bounds})
+def limit(world: World, **limits: int) -> None:
+    world.settings = world.settings.model_copy(update={"max_body_bytes": 1024, **limits})
     world.transitions = Transitions(world.keys, world.settings)
 
 
@@ -44,15 +44,15 @@ def settings_with(**values: Any) -> Settings:
 
 
 def measured(world: World, **fields: Any) -> None:
-    """As if the routers had measured it."""
+    """Sets the values that the routers measure."""
     world.db.hset(world.keys.usage, mapping=fields)
 
 
-# -- which calls come in
+# -- which calls are accepted
 
 
 @pytest.mark.parametrize(
-    ("bounds", "name", "accepted"),
+    ("limits", "name", "accepted"),
     [
         ({"max_open_calls": 3}, "open_calls", 3),
         ({"max_open_bytes": 3 * BODY + 1}, "open_bytes", 3),
@@ -63,14 +63,14 @@ def measured(world: World, **fields: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("batched", [True, False])
-def test_each_bound_holds(
+def test_each_limit_holds(
     world: World,
-    bounds: dict[str, int],
+    limits: dict[str, int],
     name: str,
     accepted: int,
     batched: bool,
 ) -> None:
-    bound(world, **bounds)
+    limit(world, **limits)
     calls = [world.prepare(f"c{i}", session="s") for i in range(5)]
     replies = submit(world, *calls) if batched else [submit(world, call)[0] for call in calls]
     assert codes(replies) == ["new"] * accepted + ["overloaded"] * (5 - accepted)
@@ -80,7 +80,7 @@ def test_each_bound_holds(
     assert not any(world.db.exists(world.keys.call(f"c{i}")) for i in range(accepted, 5)), "a refusal leaves no trace"
 
 
-def test_an_end_makes_room(small: World) -> None:
+def test_an_end_makes_headroom(small: World) -> None:
     worker = small.worker()
     call = small.start("c0", worker, session="s")
     small.queue("c1", session="s")
@@ -91,7 +91,7 @@ def test_an_end_makes_room(small: World) -> None:
     assert small.submit("c3", session="s").code == "new"
 
 
-def test_a_full_session_is_in_nobody_elses_way(small: World) -> None:
+def test_a_full_session_does_not_block_others(small: World) -> None:
     replies = submit(small, *(small.prepare(f"c{i}", session="a") for i in range(3)), small.prepare("d0", session="b"))
     assert codes(replies) == ["new", "new", "overloaded", "new"]
     assert replies[2].bound == "session_calls"
@@ -99,7 +99,7 @@ def test_a_full_session_is_in_nobody_elses_way(small: World) -> None:
 
 
 def test_a_batch_keeps_its_order(world: World) -> None:
-    bound(world, max_open_bytes=1024)
+    limit(world, max_open_bytes=1024)
     replies = submit(world, *(world.prepare(f"c{i}", prompt="x" * size) for i, size in enumerate((500, 600, 1))))
     assert codes(replies) == ["new", "overloaded", "overloaded"], "a small call does not overtake a large one"
 
@@ -137,7 +137,7 @@ def test_the_advice_of_a_session_is_its_own(small: World) -> None:
 
 
 def test_large_calls_wait_for_more_ends(world: World) -> None:
-    bound(world, max_open_bytes=1024)
+    limit(world, max_open_bytes=1024)
     submit(world, *(world.prepare(f"c{i}", prompt="x" * 90) for i in range(10)))
     measured(world, turnaround_ms=1000)
     small, large = (submit(world, world.prepare(f"d{n}", prompt="x" * n))[0].retry_ms for n in (90, 900))
@@ -152,11 +152,11 @@ def test_the_advice_leaves_half_of_the_time(small: World) -> None:
     now = seconds * 1000 + micros // 1000
     soon, late = submit(small, *(small.prepare(f"d{t}", deadline_ms=now + t) for t in (4000, -1)))
     assert 1000 < soon.retry_ms <= 2000
-    assert late.retry_ms == 0, "never: its deadline has passed"
+    assert late.retry_ms == 0, "never, because its deadline has passed"
 
 
 def test_how_long_calls_stay_is_measured_on_the_timer(small: World) -> None:
-    def look(**before: int) -> list[float]:
+    def measure(**before: int) -> list[float]:
         if before:
             measured(small, **before)
         small.run(small.transitions.retain())
@@ -165,13 +165,13 @@ def test_how_long_calls_stay_is_measured_on_the_timer(small: World) -> None:
     seconds, micros = small.db.time()
     now = seconds * 1000 + micros // 1000
     small.db.hset(small.keys.stats, mapping={"started": 100, "waiting_ms": 7, "running_ms": 8})
-    assert look() == [0, 0], "a first look has nothing to compare with"
+    assert measure() == [0, 0], "a first measurement has nothing to compare with"
     small.db.hset(small.keys.stats, mapping={"started": 110, "waiting_ms": 1007, "running_ms": 3008})
-    assert look(measured_ms=now - 1000, refused=1000)[0] == 400, "4 s by 10 calls"
-    assert 300 < look()[1] < 400, "after one second, 1/e is left"
-    assert look() == look(), "a second router on the same timer changes nothing"
+    assert measure(measured_ms=now - 1000, refused=1000)[0] == 400, "4 s by 10 calls"
+    assert 300 < measure()[1] < 400, "after one second, 1/e is left"
+    assert measure() == measure(), "a second router on the same timer changes nothing"
     small.db.hset(small.keys.stats, mapping={"started": 111, "running_ms": 4008})
-    assert 500 < look(measured_ms=now - 1000)[0] < 650, (
+    assert 500 < measure(measured_ms=now - 1000)[0] < 650, (
         "after one of the three seconds of smoothing a new figure counts for 28 %"
     )
 
@@ -179,13 +179,13 @@ def test_how_long_calls_stay_is_measured_on_the_timer(small: World) -> None:
 # -- bare XADDs
 
 
-def test_a_raw_push_without_room_fails(small: World) -> None:
+def test_a_raw_push_over_the_limit_fails(small: World) -> None:
     submit(small, *(small.prepare(f"c{i}") for i in range(3)))
     entry = small.push("raw")
     assert small.accept(entry, "raw", inbox="box", stream=True) == "overloaded"
     record = small.record("raw")
     assert (record["state"], record["error_code"]) == ("FAILED", "overloaded")
-    assert "open_calls" in record["error"]
+    assert "RSM_MAX_OPEN_CALLS is reached" in record["error"]
     assert "json" not in record
     (end,) = small.events("box")
     assert (end["call"], end["state"], end["error_code"]) == ("raw", "FAILED", "overloaded")
@@ -202,7 +202,7 @@ def test_a_refused_raw_push_may_be_repeated_under_its_id(small: World) -> None:
     entry = small.push("raw")
     assert small.accept(entry, "raw", inbox="box", stream=True) == "new"
     assert small.state("raw") == "PENDING"
-    assert small.log("raw") == [], "the end of the refused one is not that of this one"
+    assert small.log("raw") == [], "the end of the refused call is not in this call's log"
     assert small.db.ttl(small.keys.call("raw")) == -1
     small.assign("raw")
     assert worker.finish(worker.take()) == "done"
@@ -236,7 +236,7 @@ def test_a_session_has_a_field_only_while_calls_are_open(small: World) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_open_bytes", "max_session_bytes", "max_dead_bytes"])
-def test_a_bound_has_room_for_the_largest_body(name: str) -> None:
+def test_a_limit_allows_the_largest_body(name: str) -> None:
     with pytest.raises(ValueError, match=f"RSM_{name.upper()}"):
         settings_with(**{name: 2000, "max_body_bytes": 2001})
     for enough in (0, 2001):

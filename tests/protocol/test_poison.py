@@ -14,7 +14,7 @@ from tests.support.world import LONG_AGO, World
 
 
 def suspect(world: World, *calls: str, **options: Any) -> FakeWorker:
-    """Waiting calls under which as many engines died as a call may survive in company."""
+    """Waiting calls that have seen as many engine deaths as a call may see without running alone."""
     worker = world.worker()
     for call_id in calls:
         world.queue(call_id, **options)
@@ -28,8 +28,8 @@ def claimed(worker: FakeWorker, most: int = 10) -> list[str]:
     return [c.fence.call_id for c in worker.claim(most) or ()]
 
 
-def rung(world: World, engine: str = "e1") -> bool:
-    """Whether the worker is woken; it goes back to sleep."""
+def woken(world: World, engine: str = "e1") -> bool:
+    """Whether a wake-up was sent. Takes it, as the worker does."""
     return bool(world.db.lpop(world.keys.bell(engine)))
 
 
@@ -54,7 +54,7 @@ def test_deaths_and_errors_are_counted_apart(world: World) -> None:
     assert world.record("c1")["error_code"] == "engine_error"
 
 
-def test_the_death_of_one_process_counts_once_however_often_it_is_told(world: World) -> None:
+def test_the_death_of_one_process_counts_once_however_often_it_is_reported(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker)
     worker.release(call, death=True)
@@ -64,7 +64,7 @@ def test_the_death_of_one_process_counts_once_however_often_it_is_told(world: Wo
     assert world.record("c1")["deaths"] == worker.incarnation
 
 
-def test_what_is_given_back_in_order_suspects_nobody(world: World) -> None:
+def test_a_call_that_is_given_back_in_order_is_no_suspect(world: World) -> None:
     worker = world.worker()
     world.queue("c1")
     for _ in range(5):
@@ -90,20 +90,20 @@ def test_a_suspect_runs_alone(world: World) -> None:
     worker = suspect(world, "x-suspect")
     world.queue("before", priority=-1)
     world.queue("after")
-    assert claimed(worker) == ["before"], "those ahead of it go first"
-    rung(world)
-    assert claimed(worker) == [], "then the engine empties itself for it"
+    assert claimed(worker) == ["before"], "calls ahead of it go first"
+    woken(world)
+    assert claimed(worker) == [], "then the engine is emptied for it"
     worker.finish(worker.held["before"])
-    assert rung(world), "the worker is told that the way is free"
+    assert woken(world), "the worker is woken when the engine is empty"
     assert claimed(worker) == ["x-suspect"]
     assert claimed(worker) == []
     worker.finish(worker.held["x-suspect"])
-    assert rung(world)
+    assert woken(world)
     assert claimed(worker) == ["after"]
     assert deaths(world, "x-suspect") == 2
 
 
-def test_nobody_overtakes_a_suspect_for_which_the_engine_empties_itself(world: World) -> None:
+def test_no_call_overtakes_a_suspect_for_which_the_engine_is_emptied(world: World) -> None:
     worker = suspect(world, "suspect")
     world.queue("first", priority=-1)
     assert claimed(worker) == ["first"]
@@ -132,7 +132,7 @@ def test_suspects_run_one_after_the_other(world: World) -> None:
     assert claimed(worker) == []
 
 
-def test_a_trace_of_a_call_that_moved_does_not_bar_the_way(world: World) -> None:
+def test_a_trace_of_a_call_that_moved_blocks_no_suspect(world: World) -> None:
     worker = suspect(world, "suspect")
     world.db.zadd(world.keys.running("e1"), {"long-gone": 1})
     assert claimed(worker) == ["suspect"]
@@ -146,7 +146,7 @@ def test_a_suspect_that_ends_while_it_waits_frees_the_engine(world: World, how: 
     assert claimed(worker) == ["running"]
     world.queue("next")
     assert claimed(worker) == []
-    rung(world)
+    woken(world)
     if how == "cancel":
         assert world.cancel("suspect") == "cancelled"
     elif how == "session":
@@ -157,7 +157,7 @@ def test_a_suspect_that_ends_while_it_waits_frees_the_engine(world: World, how: 
     else:
         world.db.hset(world.keys.call("suspect"), "deadline_ms", LONG_AGO)
         assert claimed(worker) == []
-    assert rung(world)
+    assert woken(world)
     assert world.state("suspect") in ("CANCELLED", "FAILED")
     assert claimed(worker) == ["next"]
 
@@ -166,11 +166,11 @@ def test_a_suspect_cancelled_while_it_runs_frees_the_engine(world: World) -> Non
     worker = suspect(world, "suspect")
     world.queue("next")
     assert claimed(worker) == ["suspect"]
-    rung(world)
+    woken(world)
     assert world.cancel("suspect") == "cancelling"
     assert claimed(worker) == []
     worker.finish(worker.held["suspect"])
-    assert rung(world)
+    assert woken(world)
     assert claimed(worker) == ["next"]
 
 
@@ -191,7 +191,7 @@ def test_a_suspect_moves_on_when_its_engine_drains(world: World) -> None:
 def test_a_suspect_given_back_waits_again_for_an_empty_engine(world: World) -> None:
     worker = suspect(world, "suspect")
     worker.release(worker.take())
-    assert rung(world)
+    assert woken(world)
     assert claimed(worker) == []
     world.queue("beside", priority=-1)
     world.assign("suspect")
@@ -236,15 +236,15 @@ def test_neighbours_of_a_convict_are_innocent(world: World) -> None:
     assert claimed(worker) == ["a-poison"]
     worker = world.die(worker)
     assert [world.state(c) for c in ("a-poison", "b-neighbour", "c-neighbour")] == ["FAILED", "PENDING", "PENDING"]
-    assert claimed(worker) == ["b-neighbour", "c-neighbour"], "side by side again"
+    assert claimed(worker) == ["b-neighbour", "c-neighbour"], "in parallel again"
     assert world.record("b-neighbour").ints("failures") == (0,)
     worker = world.die(worker)
-    assert deaths(world, "b-neighbour") == 1, "what the convict did is forgotten"
+    assert deaths(world, "b-neighbour") == 1, "the deaths that the convict caused no longer count"
     assert 0 < world.db.pttl(world.keys.solved) <= world.settings.session_ttl_s * 1000
 
 
 def test_a_process_that_lives_clears_its_calls_of_its_death(world: World) -> None:
-    """Its lease ended while it stood still, or was cut off: nobody killed it."""
+    """Its lease expired while it hung or was cut off, so no call killed it."""
     worker = world.worker()
     for call_id in ("a", "b"):
         world.queue(call_id)
@@ -252,14 +252,14 @@ def test_a_process_that_lives_clears_its_calls_of_its_death(world: World) -> Non
     worker = world.die(worker)
     assert claimed(worker) == ["a", "b"]
     world.run(world.transitions.reap(worker.engine, worker.incarnation))
-    assert deaths(world, "a") == world.settings.max_deaths - 1, "a suspect, by all that Redis can know"
+    assert deaths(world, "a") == world.settings.max_deaths - 1, "a suspect, as far as Redis can know"
 
     awake = FakeWorker(world.settings, worker.engine, server=world.db)
     assert awake.register(survived=worker.incarnation).ok
     assert awake.beat()
     world.assign("a")
     world.assign("b")
-    assert claimed(awake) == ["a", "b"], "side by side"
+    assert claimed(awake) == ["a", "b"], "in parallel"
 
     world.lapse()
     again = FakeWorker(world.settings, worker.engine, server=world.db)
@@ -275,7 +275,7 @@ def test_a_suspect_found_innocent_while_it_waits_is_no_longer_waited_for(world: 
     worker.release(worker.take())
     world.assign("a-poison", "e2")
     assert claimed(other) == ["running"]
-    assert claimed(other) == [], "e2 empties itself for the poison"
+    assert claimed(other) == [], "e2 is emptied for the poison"
     assert claimed(worker) == ["b-neighbour"], "e1 runs the neighbour alone"
     world.queue("next")
     assert claimed(worker) == []
@@ -283,7 +283,7 @@ def test_a_suspect_found_innocent_while_it_waits_is_no_longer_waited_for(world: 
     assert claimed(other) == ["a-poison"]
     world.run(world.transitions.reap("e2", other.incarnation))
     assert world.state("a-poison") == "FAILED"
-    assert claimed(worker) == ["next"], "the neighbour needs no engine of its own any more"
+    assert claimed(worker) == ["next"], "the neighbour no longer needs an engine for itself"
     world.die(worker)
     assert (world.state("b-neighbour"), deaths(world, "b-neighbour")) == ("PENDING", 1)
 
@@ -323,7 +323,7 @@ def test_a_cancelled_suspect_that_kills_is_cancelled(world: World) -> None:
 
 
 class Plague:
-    """Random events among calls of which some kill every engine that they run on."""
+    """Random events with calls, some of which kill every engine that they run on."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world = world
@@ -386,7 +386,7 @@ def test_in_any_order_suspects_run_alone_and_only_the_guilty_die(world: World, s
         plague.step()
         if not plague.left():
             break
-    assert not plague.left(), "nobody starves"
+    assert not plague.left(), "no call is left"
     assert {letter["id"] for letter in world.dead()} == plague.poison
     assert {c for c in plague.calls if world.state(c) == "FAILED"} == plague.poison
     assert all(world.record(c)["failures"] == "" for c in plague.calls)

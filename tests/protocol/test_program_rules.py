@@ -45,23 +45,23 @@ def test_of_parallel_calls_the_longest_counts_in_any_order() -> None:
 
 def test_a_call_starves_when_the_whole_program_has_waited_beta_times_as_long_as_it_ran() -> None:
     assert LUA.starves_at(5000, 0, 2000, 8) == 5000 + 16_000
-    assert LUA.starves_at(5000, 6000, 2000, 8) == 5000 + 10_000, "what it waited before counts"
+    assert LUA.starves_at(5000, 6000, 2000, 8) == 5000 + 10_000, "the earlier wait counts"
     assert LUA.starves_at(5000, 60_000, 2000, 8) == 5000, "at once"
-    assert LUA.starves_at(5000, 0, 0, 8) == 5000 + 8000, "who has not run yet counts as having run for a second"
+    assert LUA.starves_at(5000, 0, 0, 8) == 5000 + 8000, "a program that has not run counts as having run for a second"
     assert LUA.starves_at(5000, 60_000, 2000, 0) == float("inf"), "beta 0: never"
 
 
 def test_where_a_call_stands() -> None:
     bounds, never = LUA.list(BOUNDS), float("inf")
     now = 100_000
-    assert LUA.place(9, 1e9, 0, 0, now, bounds, 8) == (0, never, False), "in the first level nobody starves"
+    assert LUA.place(9, 1e9, 0, 0, now, bounds, 8) == (0, never, False), "no call starves in the first level"
     assert LUA.place(50, 0, 5_000, now, now, bounds, 8) == (2, now + 40_000, False)
     assert LUA.place(50, 40_000, 5_000, now, now, bounds, 8) == (0, never, True)
     assert LUA.place(50, 0, 5_000, now - 40_000, now, bounds, 8) == (0, never, True), "it waited in the router"
     assert LUA.place(50, 1e9, 0, 0, now, bounds, 0) == (2, never, False)
 
 
-def test_what_a_promotion_has_paid_for_counts_no_more() -> None:
+def test_what_a_promotion_has_paid_for_no_longer_counts() -> None:
     assert [LUA.unpaid(10, 0), LUA.unpaid(10, 4), LUA.unpaid(10, 12)] == [10, 6, 0]
 
 

@@ -1,4 +1,4 @@
-"""Whose contexts an engine's KV cache holds, residents.lua: the arithmetic, as the simulator runs it."""
+"""The contexts in an engine's KV cache, residents.lua: the arithmetic, as the simulator runs it."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ def test_a_context_counts_in_full_while_calls_run_and_half_as_much_after_each_ha
     assert LUA.share_of(m, 60_000 + HALF, HALF) == 512
 
 
-def test_who_returns_takes_its_decayed_share_out_again() -> None:
+def test_a_returning_session_takes_its_decayed_share_out_again() -> None:
     s, m, other = sums(), mine(), mine()
     for one in (m, other):
         LUA.arrives(s, one, 1000, 1000, 0, 0, HALF)
         LUA.leaves(s, one, 0, 0, HALF)
     LUA.arrives(s, m, 1500, 1500, 0, HALF, HALF)
-    assert seen(s, m) == (1500, 500, 1, 1500), "of the thinking ones only the other is left"
+    assert seen(s, m) == (1500, 500, 1, 1500), "only the other session is left among the thinking ones"
     assert spoken_for(s, HALF) == 2000
 
 
 def test_parallel_calls_of_a_session_count_what_is_new_in_them() -> None:
     s, m = sums(), mine()
     LUA.arrives(s, m, 1000, 300, 0, 0, HALF)
-    assert spoken_for(s, 0) == 1000, "of the first all is new"
+    assert spoken_for(s, 0) == 1000, "the whole context of the first call is new"
     LUA.arrives(s, m, 1000, 300, 0, 0, HALF)
     LUA.leaves(s, m, 50, 10, HALF)
-    assert seen(s, m) == (1350, 0, 1, 1350), "one still runs, so nothing decays"
+    assert seen(s, m) == (1350, 0, 1, 1350), "one call still runs, so nothing decays"
     LUA.leaves(s, m, 50, 20, HALF)
     assert seen(s, m) == (0, 1400, 0, 1400)
 
@@ -77,7 +77,7 @@ def test_a_session_counts_as_cached_for_two_half_lives() -> None:
     assert LUA.is_cached_here(m, 5 + 2 * HALF, HALF)
     assert not LUA.is_cached_here(m, 6 + 2 * HALF, HALF)
     assert LUA.is_cached_here(mine(calls=1, tokens=0, since=0), 10**9, HALF)
-    assert not LUA.is_cached_here(mine(), 0, HALF), "who was never there"
+    assert not LUA.is_cached_here(mine(), 0, HALF), "a session that was never there"
 
 
 AWAY = {"tokens": 0, "cached": False, "tier": 0}
@@ -90,11 +90,11 @@ def fits(
     return bool(LUA.fits(taken, call_tier, LUA.list(AWAY | share), context, capacity, calls))
 
 
-def test_a_call_finds_taken_what_its_tier_and_better_ones_have() -> None:
+def test_contexts_of_its_own_tier_and_better_ones_are_taken() -> None:
     assert [fits([600, 0, 300], tier, 400) for tier in range(4)] == [True, True, False, False]
     assert fits([600, 0, 300], 2, 100)
     assert fits([700, 0, 300], 2, 200, tokens=200, tier=2), "its own share is headroom"
-    assert not fits([700, 300], 0, 301, tokens=200, tier=1), "but only if it was counted"
+    assert not fits([700, 300], 0, 301, tokens=200, tier=1), "but only if its tier was counted"
 
 
 def test_a_cached_session_competes_with_better_tiers_only() -> None:
@@ -103,10 +103,10 @@ def test_a_cached_session_competes_with_better_tiers_only() -> None:
     assert fits([5000], 0, 900, cached=True)
 
 
-def test_what_is_larger_than_the_cache_fits_where_nothing_runs() -> None:
+def test_a_context_larger_than_the_cache_fits_where_nothing_runs() -> None:
     assert not fits([0], 0, 1500, calls=1)
     assert fits([900], 0, 1500, calls=0)
-    assert not fits([900], 0, 400, calls=0), "others wait for what will be asked for again"
+    assert not fits([900], 0, 400, calls=0), "thinking sessions will come back"
 
 
 def test_an_engine_of_unknown_size_has_headroom() -> None:
@@ -121,7 +121,7 @@ def test_classes_are_tiers() -> None:
 
 
 def test_sums_are_those_of_all_sessions_whatever_happens() -> None:
-    """Against a plain account of every session."""
+    """Compared with a simple account of every session."""
     rng, now = random.Random(5), 1e12
     s, them = sums(at=now), {n: mine() for n in range(8)}
     for _ in range(3000):
@@ -161,7 +161,7 @@ def admissible(waiting: Sequence[dict[str, Any]], *caches: tuple[str, float, flo
 def test_calls_are_admitted_in_order_each_where_most_headroom_is() -> None:
     waiting = [{"context": 500}, {"context": 601}, {"context": 200}]
     assert admissible(waiting, ("a", 400, 1000, 1), ("b", 300, 1000, 1)) == [0, 2], (
-        "the second found no headroom any more"
+        "there was no headroom left for the second"
     )
 
 
@@ -185,6 +185,6 @@ def test_only_a_few_may_overtake_one_that_fits_nowhere() -> None:
     assert admissible([*[large] * (LUA.BYPASS + 1), small], cache) == []
 
 
-def test_nobody_overtakes_one_that_starves() -> None:
+def test_no_call_overtakes_one_that_starves() -> None:
     assert admissible([{"context": 900, "starves": True}, {"context": 1}], ("a", 500, 1000, 1)) == []
     assert admissible([{"context": 400, "starves": True}, {"context": 1}], ("a", 500, 1000, 1)) == [0, 1]

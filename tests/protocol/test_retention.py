@@ -1,4 +1,4 @@
-"""What finished calls, dead letters and inboxes leave behind is bounded, by time and by bytes."""
+"""The data of finished calls, dead letters and inboxes is limited, by time and by bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rsm.broker.views.monitor import Monitor
 from tests.support.waiting import eventually
 from tests.support.world import World
 
-# What terminal.lua counts for a record.
+# The bytes that terminal.lua counts for a record.
 RECORD = 768
 
 
@@ -51,7 +51,7 @@ def test_the_index_goes_with_the_records(world: World) -> None:
     assert world.db.xlen(world.keys.finished) == 0
 
 
-def test_without_a_bound_bytes_do_not_matter(world: World) -> None:
+def test_without_a_limit_bytes_do_not_matter(world: World) -> None:
     change(world, max_retained_bytes=0)
     finish(world, "c1")
     assert world.run(world.transitions.retain()) == Retained(0, 0)
@@ -71,7 +71,7 @@ def test_the_oldest_go_first_and_no_more_than_needed(world: World) -> None:
     assert world.run(world.transitions.retain()) == Retained(0, 0)
 
 
-def test_one_run_is_bounded(world: World) -> None:
+def test_one_run_is_limited(world: World) -> None:
     finish(world, *(f"c{i}" for i in range(RETAIN_ENTRIES + 3)))
     change(world, max_retained_bytes=1)
     assert [world.run(world.transitions.retain()).entries for _ in range(3)] == [RETAIN_ENTRIES, 3, 0]
@@ -110,7 +110,7 @@ def test_a_failed_body_counts_until_it_goes(world: World) -> None:
 
 
 def test_a_record_takes_what_is_counted_for_it(settings: Settings) -> None:
-    """The constant of terminal.lua, against the server's own account of a namespace with many finished calls."""
+    """Compares the constant of terminal.lua with the server's memory usage for many finished calls."""
     with connect(settings) as db:
         measured = World(db, settings)
         calls = 500
@@ -126,7 +126,7 @@ def test_a_record_takes_what_is_counted_for_it(settings: Settings) -> None:
 
 
 def _memory(world: World) -> int:
-    """Of all keys of the namespace, each with its share of the key table."""
+    """The memory of all keys of the namespace, each with its share of the key table."""
     keys = [k for k in world.db.scan_iter(count=1000) if k.decode().startswith(world.keys.prefix)]
     return sum(world.db.memory_usage(key, samples=0) for key in keys)
 
@@ -134,8 +134,8 @@ def _memory(world: World) -> int:
 # -- dead letters
 
 
-def bury(world: World, call_id: str, size: int) -> None:
-    """A call that used up its attempts."""
+def exhaust(world: World, call_id: str, size: int) -> None:
+    """Makes a call use up its attempts."""
     change(world, max_attempts=1)
     worker = world.worker(new_id())
     worker.transitions = world.transitions
@@ -143,47 +143,47 @@ def bury(world: World, call_id: str, size: int) -> None:
     assert world.state(call_id) == "FAILED"
 
 
-def test_dead_letters_are_bounded_in_bytes(world: World) -> None:
+def test_dead_letters_are_limited_in_bytes(world: World) -> None:
     change(world, max_dead_bytes=27_000)
     for i in range(8):
-        bury(world, f"c{i}", 5000)
-    assert [letter["id"] for letter in world.dead()] == ["c4", "c5", "c6", "c7"], "the oldest went"
+        exhaust(world, f"c{i}", 5000)
+    assert [letter["id"] for letter in world.dead()] == ["c4", "c5", "c6", "c7"], "the oldest are gone"
     assert Monitor(world.settings, world.db).usage()["dead_bytes"]["used"] <= 27_000
 
 
-def test_without_a_bound_dead_letters_stay(world: World) -> None:
+def test_without_a_limit_dead_letters_stay(world: World) -> None:
     change(world, max_dead_bytes=0)
     for i in range(8):
-        bury(world, f"c{i}", 5000)
+        exhaust(world, f"c{i}", 5000)
     assert len(world.dead()) == 8
 
 
-def test_the_bound_holds_when_letters_are_replayed_or_deleted(world: World) -> None:
+def test_the_limit_holds_when_letters_are_replayed_or_deleted(world: World) -> None:
     change(world, max_dead_bytes=27_000)
     for i in range(4):
-        bury(world, f"c{i}", 5000)
+        exhaust(world, f"c{i}", 5000)
     DeadLetters(world.settings, world.db).replay("c0")
     usage = Monitor(world.settings, world.db).usage()["dead_bytes"]["used"]
-    assert 15_000 < usage < 20_000, "the one that was replayed counts no more"
+    assert 15_000 < usage < 20_000, "the replayed letter no longer counts"
     for entry, _ in world.db.xrange(world.keys.dead):
         world.db.xdel(world.keys.dead, entry)
     assert Monitor(world.settings, world.db).usage()["dead_bytes"]["used"] == 0
     for i in range(4, 12):
-        bury(world, f"c{i}", 5000)
+        exhaust(world, f"c{i}", 5000)
     assert [letter["id"] for letter in world.dead()] == ["c8", "c9", "c10", "c11"]
 
 
 # -- inboxes
 
 
-def test_an_inbox_that_nobody_reads_gets_no_more_large_results(world: World) -> None:
+def test_an_unread_inbox_gets_no_more_large_results(world: World) -> None:
     worker = world.worker()
     for i in range(600):
         world.queue(f"c{i}", inbox="box")
     for call in worker.claim(600) or ():
         worker.finish(call, "y" * 2000)
-    news = world.events("box")
-    assert len(news) == 600
-    assert [bool(n["result"]) for n in news] == [True] * 512 + [False] * 88
-    assert {n["big"] for n in news[512:]} == {"1"}
+    events = world.events("box")
+    assert len(events) == 600
+    assert [bool(e["result"]) for e in events] == [True] * 512 + [False] * 88
+    assert {e["big"] for e in events[512:]} == {"1"}
     assert world.result("c599")["text"] == "y" * 2000, "it is in the record"

@@ -1,4 +1,4 @@
-"""Rules that are stated twice: what Python says is what the scripts' Lua says, which runs here as it is."""
+"""Rules that exist twice: the Python copies agree with the scripts' Lua, which runs here unchanged."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ def test_unpaid(total: int, paid: int) -> None:
 @relaxed
 @given(st.integers(0, 10**9), st.integers(0, 10**7), st.integers(0, 10**7), st.floats(0.01, 64), st.integers(1, 3))
 def test_when_a_call_starves(since: int, waited: int, ran: int, beta: float, level: int) -> None:
-    """In the scheduler of an engine as in the queues, which count in milliseconds."""
+    """In an engine's scheduler as in the queues, which count in milliseconds."""
     plas = Plas(PlasRules(bounds=(10, 20, 30), beta=beta))
     plas.add("p", arrival=since / 1000, inherited=100.0, level=level, waited_s=waited / 1000, ran_s=ran / 1000)
     assert plas.next_promotion() == pytest.approx(LUA.starves_at(since, waited, ran, beta) / 1000)
 
 
-def test_without_beta_nobody_starves() -> None:
+def test_without_beta_no_call_starves() -> None:
     plas = Plas(PlasRules(beta=0))
     plas.add("p", arrival=0.0, inherited=1e9)
     assert plas.next_promotion() == LUA.starves_at(0, 0, 0, 0) == inf
@@ -120,7 +120,7 @@ def ancestors(n: int) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("depth", [0, 1, 31, 32, 33, 40])
 def test_the_program_of_a_session(depth: int) -> None:
-    """The ancestor that is charged when a call ends is the one that people are shown."""
+    """The ancestor that is charged when a call ends is the one that the views show."""
     entries = ancestors(depth)
 
     def call(command: str, *of: Any) -> Any:
@@ -133,7 +133,7 @@ def test_the_program_of_a_session(depth: int) -> None:
     assert sessions.root_of("s0", entries) == lua.program_of("s0").id == f"s{min(depth, rules.MOST_DEEP)}"
 
 
-# -- whose contexts a cache holds
+# -- the contexts in a cache
 
 
 @relaxed
@@ -143,7 +143,7 @@ def test_tier(priority: int, level: int) -> None:
 
 
 contexts = st.lists(tokens.map(float), min_size=TIERS, max_size=TIERS)
-# Few and small numbers, so that what is asked for is often just what there is.
+# Few and small numbers, so that a demand often equals the headroom.
 few = st.integers(0, 3)
 shares = st.builds(Share, few.map(float), st.booleans(), st.just(False), few)
 
@@ -175,9 +175,9 @@ def account(active: Sequence[float], thinking: Sequence[float], at: int = NOW) -
 def test_what_a_call_takes_up(
     others: list[float], before: list[int], prompt: int, resident: int, at: list[int], idle_ms: float
 ) -> None:
-    """The router's view of an engine to which it has given a call is the account that the script then writes.
+    """After a router has assigned a call, its view of the engine equals the account that the script writes.
 
-    `before`: tiers of calls that the session had there, which have ended. `at`: levels of two new ones.
+    `before`: tiers of the session's ended calls there. `at`: levels of two new calls.
     """
     sums, mine = account(others, [0.0] * TIERS), table({"calls": 0, "tokens": 0, "since": 0, "tier": 0})
     for tier in before:
@@ -204,7 +204,7 @@ written = st.one_of(st.integers(0, 1 << 30), st.floats(0, 1 << 30).map(lambda x:
     st.one_of(st.just(0), st.floats(1, 1e6)), st.integers(-1000, 100_000),
 )  # fmt: skip
 def test_what_of_a_cache_is_spoken_for(active: list[float], thinking: list[float], half: float, idle_ms: int) -> None:
-    """Of an engine's account as it stands in Redis."""
+    """From an engine's account in Redis."""
     now, at = NOW, NOW - idle_ms
     lists = {"active": active, "thinking": thinking}
     entry = {"at": str(at), "half": str(half)} | {name: " ".join(map(str, n)) for name, n in lists.items()}
@@ -222,7 +222,7 @@ def test_what_of_a_cache_is_spoken_for(active: list[float], thinking: list[float
     assert rules.spoken_for(fields, now) == pytest.approx(expected, abs=0.5 + expected * 1e-9)
 
 
-def test_of_an_engine_that_has_no_account_nothing_is_spoken_for() -> None:
+def test_without_an_account_nothing_is_spoken_for() -> None:
     assert rules.spoken_for({}, NOW) == 0
 
 

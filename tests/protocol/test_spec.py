@@ -18,14 +18,14 @@ MISSING = [tool for tool in ("spin", "gcc") if shutil.which(tool) is None]
 MEMORY_MB = 2000
 TIMEOUT_S = 300
 
-# Bounds of the runs; together they have every fault, and most pairs of them.
+# The limits of the runs. Together they have every fault, and most pairs of faults.
 WORLDS = {
     "deaths": ["PRODUCERS=1", "LOSSES=0", "ROUTER_CRASHES=0"],
     "replies": ["PRODUCERS=1", "LOSSES=2", "LAPSES=0", "CANCELS=0"],
     "pauses": ["PRODUCERS=1", "CRASHES=0", "ROUTER_CRASHES=0", "CANCELS=0"],
     "calls": ["PRODUCERS=2", "LOSSES=0", "LAPSES=0", "ROUTER_CRASHES=0", "CANCELS=0"],
 }
-# What is taken away, and in which of the worlds that must be noticed.
+# The safeguard that each mutant removes, and the worlds that must detect it.
 MUTANTS = {
     "NO_ATTEMPT": "deaths",
     "NO_GENERATION": "deaths",
@@ -78,7 +78,7 @@ def test_no_call_is_lost_or_ended_twice(tmp_path: Path, world: str) -> None:
 
 @pytest.mark.parametrize("world", ["replies", "pauses"])
 def test_every_run_is_finite(tmp_path: Path, world: str) -> None:
-    """Without cycles, what holds where nobody can do anything any more holds in the end of every run."""
+    """Without cycles, a property of all final states holds at the end of every run."""
     said = check(tmp_path, world, cycles=True)
     assert errors(said) == 0, said
     assert "Search not completed" not in said

@@ -1,6 +1,6 @@
 """The scripts against the reference model: producers, two routers, two engines and their zombies, in any order.
 
-RSM_TEST_MODEL_EXAMPLES=N walks N random ways (`make model`); without it the ways are the same in each run.
+RSM_TEST_MODEL_EXAMPLES=N runs N random walks (`make model`). Without it the walks are the same in each run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ EXAMPLES = int(os.environ.get("RSM_TEST_MODEL_EXAMPLES", "0"))
 CALLS, SESSIONS, ENGINES, ROUTERS = ("c1", "c2", "c3", "c4"), ("s1", "s2", "s3"), ("e1", "e2"), ("A", "B")
 TOKENS = dict(zip(CALLS, (1, 20, 300, 4000), strict=True))
 LONG_AGO, FAR_AWAY = 1, 1 << 50
-LEASE_MS = 600_000  # no lease ends but by `lapse`
+LEASE_MS = 600_000  # leases expire only by `lapse`
 BODY = '{"prompt":"hi"}'
 
 call_ids, sessions, engines, routers = map(st.sampled_from, (CALLS, SESSIONS, ENGINES, ROUTERS))
@@ -63,10 +63,10 @@ rarely = st.integers(0, 7).map(lambda n: n == 7)
 
 
 def when(what: Callable[[Protocol], object]) -> Callable[[Any], Any]:
-    """A rule that would do nothing is not tried.
+    """Skips a rule that would do nothing.
 
-    It is no `precondition`: Hypothesis goes the same way twice now and then, and takes it for an error if other rules
-    apply then. But the clock has a say in the order of calls: two of one millisecond are in that of their ids.
+    It is no `precondition`: Hypothesis sometimes repeats a walk, and reports an error if other rules apply then. But
+    the order of calls depends on the clock: two calls of one millisecond are ordered by their ids.
     """
 
     def only(step: Callable[..., None]) -> Callable[..., None]:
@@ -94,16 +94,16 @@ class Protocol(RuleBasedStateMachine):
         super().__init__()
         self.db = db
         bounds: dict[str, Any] = {"max_open_calls": len(CALLS) - 1, "max_attempts": 2, "max_deaths": 2}
-        bounds |= {"starvation_beta": AGE // 1000 - 1}  # whoever waits for an age starves, and nobody else
+        bounds |= {"starvation_beta": AGE // 1000 - 1}  # a call starves only after it has waited for an age
         bounds |= {"level_bounds": (15, 1000)}  # one call is enough for the second level
         self.config = config.model_copy(update={"namespace": f"m{new_id()}", "lease_ms": LEASE_MS, **bounds})
         self.keys = Keys(self.config.namespace)
         self.transitions = Transitions(self.keys, self.config)
         self.model = Model(SESSIONS, self.config)
-        self.hands: dict[str, list[Any]] = {r: [] for r in ROUTERS}  # what each router has read and not placed
-        self.grants: list[tuple[str, Claimed]] = []  # every claim that a worker ever got, with its engine
-        self.workers: list[tuple[str, str]] = []  # every incarnation that ever was, with its engine
-        self.seen_waiting: list[WaitingCall] = []  # what routers have ever seen in queues
+        self.hands: dict[str, list[Any]] = {r: [] for r in ROUTERS}  # what each router has read, not placed
+        self.grants: list[tuple[str, Claimed]] = []  # every claim that a worker got, with its engine
+        self.workers: list[tuple[str, str]] = []  # every incarnation, with its engine
+        self.seen_waiting: list[WaitingCall] = []  # every call that routers have seen in queues
         self.claims: Counter[str] = Counter()  # the latest claim number of an incarnation
         self.fences: dict[tuple[str, str], int] = {}
         self.lapses = 0
@@ -118,8 +118,8 @@ class Protocol(RuleBasedStateMachine):
 
     def known(self, r: CallRequest, digest: str, gen: str, size: int = 0) -> Call:
         timed, due = r.deadline_ms is not None, r.deadline_ms == LONG_AGO
-        told = (r.priority, r.prompt_tokens, r.stream, timed, due, size, r.on_engine_loss)
-        return Call(r.id, gen, r.session, digest, *told)
+        fields = (r.priority, r.prompt_tokens, r.stream, timed, due, size, r.on_engine_loss)
+        return Call(r.id, gen, r.session, digest, *fields)
 
     @rule(
         call_id=call_ids, session=sessions, prompt=st.sampled_from(("hi",) * 7 + ("other",)), stream=st.booleans(),
@@ -161,7 +161,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(call_id=call_ids)
     @when(lambda m: m.model.notes or any(not c.open for c in m.model.calls.values()))
     def forget(self, call_id: str) -> None:
-        """A finished call's record expires with its log, or the note of a cancel does."""
+        """The record and log of a finished call expire, or the note of a cancel does."""
         if call_id not in self.model.calls or not self.model.calls[call_id].open:
             self.db.delete(self.keys.call(call_id), self.keys.events(call_id))
             self.model.forget(call_id)
@@ -188,7 +188,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(call_id=call_ids, session=sessions, parent=parents, e=engines, worn=rarely, starve=st.booleans())
     def live(self, call_id: str, session: str, parent: str, e: str, worn: bool, starve: bool) -> None:
-        """A call's whole life, as a program has many one after another; it may wait for too long."""
+        """The whole life of a call, as one of a sequential program's. It may wait for too long."""
         self.forget(call_id)
         if worn:
             self.wear_out(session, True)
@@ -211,13 +211,13 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(e=engines)
     def come_back(self, e: str) -> None:
-        """Before anybody noticed that its predecessor died."""
+        """A worker comes back before any router has noticed the death of its predecessor."""
         self.lapse(e)
         self.come(e)
 
     @rule(e=engines, long_ago=st.booleans())
     def lapse(self, e: str, long_ago: bool = False) -> None:
-        """The lease of an engine ends."""
+        """The lease of an engine expires."""
         engine = self.model.engines.get(e)
         if engine and engine.listed:
             self.lapses += 1
@@ -233,7 +233,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(router=routers)
     def take_over(self, router: str) -> None:
-        """Of the other router, and of itself; the other one may go on with what it has in hand."""
+        """Takes over the entries of the other router and its own. The other router may still place the ones it has."""
         self.hands[router].clear()
         self.hand(router, self.db.xautoclaim(self.keys.calls, ROUTER_GROUP, router, 0)[1])
 
@@ -249,7 +249,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(router=routers, chosen=choices, bind=st.booleans(), seen=engines, again=rarely, reuse=reuses)
     @when(lambda m: any(m.hands.values()))
     def place(self, router: str, chosen: list[str], bind: bool, seen: str, again: bool, reuse: int) -> None:
-        """As Router._place does it: accept, reject and assign a batch. again: it may come once more (a lost reply)."""
+        """Accepts, rejects and assigns a batch like Router._place. again: the batch may be repeated (a lost reply)."""
         batch = self.hands[router][: len(chosen)]
         arrivals = [a for a in batch if isinstance(a, Arrival)]
         self.refuse([r for r in batch if isinstance(r, Rejection)])
@@ -285,18 +285,20 @@ class Protocol(RuleBasedStateMachine):
     @rule(router=routers)
     @when(lambda m: any(m.hands.values()))
     def no_engine(self, router: str) -> None:
-        """The router finds that nobody serves the model of the next call."""
+        """The router finds no engine for the model of the next call."""
         batch = self.hands[router][:1]
         self.hands[router] = self.hands[router][1:]
         for a in batch:
             if isinstance(a, Arrival):
                 self.accept([a])
-                self.refuse([Rejection(a.entry, a.call_id, a.gen, "s1", "box", "invalid_request", "Nobody serves it.")])
+                self.refuse(
+                    [Rejection(a.entry, a.call_id, a.gen, "s1", "box", "invalid_request", "No engine serves it.")]
+                )
 
     @rule()
     @any_call(lambda c: not c.open)
     def retain(self) -> None:
-        """Finished calls take up too much."""
+        """Finished calls use too many bytes."""
         none = Transitions(self.keys, self.config.model_copy(update={"max_retained_bytes": 1}))
         while self.run(none.retain()).entries:
             pass
@@ -311,7 +313,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(n=which, limit=limits, really=rarely)
     def report_death(self, n: int, limit: int, really: bool) -> None:
-        """A supervisor does so, perhaps late."""
+        """A supervisor reports a death, perhaps late."""
         worker = pick(self.workers, n)
         if worker and really:
             small = Transitions(self.keys, self.config.model_copy(update={"batch": limit}))
@@ -339,7 +341,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(e=engines, most=st.integers(1, 3), later=st.booleans())
     @any_call(lambda c: c.state == "PENDING" and c.engine)
     def look_for_work(self, e: str, most: int, later: bool) -> None:
-        """A router reads what waits for an engine; it takes of it at once, later, or never."""
+        """A router reads the calls that wait for an engine, and takes some at once, later, or never."""
         found = self.run(self.transitions.waiting([], [e], most)).calls
         suspects = {i for i in self.model.queue(e)[:most] if self.model.suspect(self.model.calls[i])}
         assert [(c.id, c.moves) for c in found] == [
@@ -351,7 +353,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(call_id=call_ids, session=sessions, e=engines, seen=engines, bind=st.booleans(), later=st.booleans())
     def come_and_be_taken(self, call_id: str, session: str, e: str, seen: str, bind: bool, later: bool) -> None:
-        """A call comes, and waits for an engine that is seen to be loaded."""
+        """A call arrives, and waits for an engine that looks loaded."""
         self.forget(call_id)
         self.submit(call_id, session, "hi", deadline=FAR_AWAY, priority=0, on_engine_loss="continue")
         self.read("A", 4)
@@ -367,7 +369,7 @@ class Protocol(RuleBasedStateMachine):
         expected = [self.model.steal(c.id, c.gen, c.engine, c.moves) for c in chosen]
         assert self.run(self.transitions.steal(chosen)) == expected
 
-    # -- workers; each may be a zombie, and may repeat itself
+    # -- workers; each may be a zombie, and may repeat a command
 
     @initialize()
     def two_engines(self) -> None:
@@ -376,7 +378,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(e=engines)
     def come(self, e: str) -> None:
-        """A worker comes, as the first one, as a second one, or back after a death."""
+        """A worker starts: the first one of an engine, a second one, or one after a death."""
         worker = (e, new_id())
         if self.register(worker):
             self.workers.append(worker)
@@ -434,14 +436,14 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(call_id=call_ids, session=sessions, e=engines, on_engine_loss=losses, stream=rarely.map(lambda n: not n))
     def start(self, call_id: str, session: str, e: str, **options: Any) -> None:
-        """The way of most calls, under a new id or one that was used before."""
+        """What most calls do, with a new id or a reused one."""
         self.forget(call_id)
         self.submit(call_id, session, "hi", deadline=FAR_AWAY, priority=0, **options)
         self.route("A", e)
         self.claim([w for w, _ in reversed(self.workers)].index(e), 10)
 
     def granted(self, n: int, elsewhere: bool) -> tuple[str, Claimed] | None:
-        """A claim, the running ones first, and who acts on it: now and then an engine that it was not given to."""
+        """A claim, the running ones first, and the engine that acts on it, which is sometimes another one."""
         running = {(c.id, c.gen, c.attempt) for c in self.model.calls.values() if c.state == "RUNNING"}
         self.grants.sort(key=lambda g: (g[1].fence.call_id, g[1].fence.gen, g[1].fence.attempt) in running)
         grant = pick(self.grants, n)
@@ -492,7 +494,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(n=which, forgotten=which)
     def reconcile(self, n: int, forgotten: int) -> None:
-        """A worker compares its calls with Redis's account; of its latest ones it may have forgotten some."""
+        """A worker compares its calls with Redis. It may have forgotten some of its latest ones."""
         worker = pick(self.workers, n)
         if worker:
             e, incarnation = worker
@@ -527,11 +529,11 @@ class Protocol(RuleBasedStateMachine):
             self.fences[c.id, c.gen] = c.attempt
             if c.state == "PENDING" and not c.engine:
                 on_stream = any(e.id == c.id and c.gen in (e.gen, e.name) for e in self.model.stream)
-                assert on_stream or c.id in self.model.parked, "a call is nowhere"
+                assert on_stream or c.id in self.model.parked, "a call is lost"
             else:
                 assert c.id not in self.model.parked, "a call that does not wait is parked"
         ends = Counter((i, gen) for i, gen, _ in self.model.told if (i, gen) not in self.model.forgotten)
-        assert all(n == 1 for n in ends.values()), "an end was told twice"
+        assert all(n == 1 for n in ends.values()), "an end was reported twice"
 
     @invariant()
     def nothing_lasts_that_should_expire(self) -> None:
@@ -551,7 +553,7 @@ class Protocol(RuleBasedStateMachine):
         return {e: [codec.text(c) for c in self.db.zrange(self.keys.running(e), 0, -1)] for e in ENGINES}
 
     def sync(self) -> None:
-        """Tells the model the names that Redis gave to entries, and the times of arrival."""
+        """Copies to the model the ids that Redis gave to entries, and the times of arrival."""
         for entry, (name, _) in zip(self.model.stream, self.entries(), strict=True):
             assert entry.name in ("", name)
             entry.name = name
@@ -569,7 +571,7 @@ class Protocol(RuleBasedStateMachine):
             self.db.delete(*self.db.keys(f"{self.keys.prefix}*"), self.keys.calls)
 
     def heal(self) -> None:
-        """All are well from now on: every call must end."""
+        """There are no more faults from now on, so every call must end."""
         for e in ENGINES:
             self.lapse(e)
         self.reap(1000)
@@ -589,7 +591,7 @@ class Protocol(RuleBasedStateMachine):
 
 @pytest.fixture(params=["server", "fakeredis"])
 def world(request: pytest.FixtureRequest, settings: Settings) -> Iterator[tuple[Any, int]]:
-    """A server, and how many ways to walk on it: fakeredis takes its time."""
+    """A server, and how many walks to run on it; fewer on fakeredis, which is slow."""
     db = connect(settings) if request.param == "server" else fakeredis.FakeRedis(server_type="valkey", version=(7, 2))
     yield db, 80 if request.param == "server" else 6
     db.close()

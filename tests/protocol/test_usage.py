@@ -1,4 +1,4 @@
-"""Random events in any order: the counters of usage say what is really there, and under pressure nothing stays."""
+"""Random events in any order: the usage counters are right, and under pressure no data stays."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Walk:
     def worker(self) -> FakeWorker:
         return self.random.choice(list(self.workers.values()))
 
-    def held(self) -> tuple[FakeWorker, Claimed] | None:
-        held = [(w, c) for w in self.workers.values() for c in w.held.values()]
-        return self.random.choice(held) if held else None
+    def any_running(self) -> tuple[FakeWorker, Claimed] | None:
+        found = [(w, c) for w in self.workers.values() for c in w.held.values()]
+        return self.random.choice(found) if found else None
 
     def _new(self) -> tuple[str, dict[str, Any]]:
         call_id = f"c{len(self.weights)}"
@@ -70,16 +70,16 @@ class Walk:
             worker.held.clear()
 
     def publish(self) -> None:
-        held = self.held()
-        if held and held[1].stream:
-            held[0].publish(held[1], "a", first=self.world.record(held[1].fence.call_id).ints("events")[0])
+        found = self.any_running()
+        if found and found[1].stream:
+            found[0].publish(found[1], "a", first=self.world.record(found[1].fence.call_id).ints("events")[0])
 
     def finish(self) -> None:
-        held = self.held()
-        if held:
+        found = self.any_running()
+        if found:
             state = self.random.choice([RequestState.COMPLETED, RequestState.COMPLETED, RequestState.FAILED])
-            held[0].finish(held[1], state=state, resident_tokens=self.random.choice([0, 50]))
-            self.stale.append(held[1])
+            found[0].finish(found[1], state=state, resident_tokens=self.random.choice([0, 50]))
+            self.stale.append(found[1])
 
     def finish_late(self) -> None:
         if self.stale:
@@ -88,10 +88,10 @@ class Walk:
             assert self.worker().publish(late, "late", first=99) == ["stale"]
 
     def release(self) -> None:
-        held = self.held()
-        if held:
-            held[0].release(held[1], fault=self.random.random() < 0.5, death=self.random.random() < 0.3)
-            self.stale.append(held[1])
+        found = self.any_running()
+        if found:
+            found[0].release(found[1], fault=self.random.random() < 0.5, death=self.random.random() < 0.3)
+            self.stale.append(found[1])
 
     def cancel(self) -> None:
         if self.weights:
@@ -140,7 +140,7 @@ class Walk:
     # -- what must be true
 
     def check(self) -> None:
-        """The counters say what is really there."""
+        """The counters equal what exists."""
         records = {c: self.world.record(c) for c in self.weights}
         open_ = {c for c, r in records.items() if r["state"] in ("PENDING", "RUNNING")}
         sizes = {c: self._size(c, "body") + self._size(c, "json") for c in records}

@@ -1,4 +1,4 @@
-"""What a call would take on each engine, and the policy that goes by it."""
+"""How long a call would take on each engine, and the policy that uses it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cost(view: EngineView, session: SessionView = NOBODY, c: CallView | None = N
     return CostModel(w).costs(c or call(), [view], session, 0.0)[view.id]
 
 
-def held(tokens: int, computed: int = 0, where: str = "a") -> SessionView:
+def with_cache(tokens: int, computed: int = 0, where: str = "a") -> SessionView:
     return SessionView(resident={where: tokens}, used={where: CacheUse(1.0, computed)})
 
 
@@ -41,16 +41,16 @@ def test_a_faster_engine_costs_less() -> None:
 
 
 def test_cached_tokens_are_a_discount() -> None:
-    assert cost(engine()) - cost(engine(), held(600)) == pytest.approx(600 * SPEED.token_s)
+    assert cost(engine()) - cost(engine(), with_cache(600)) == pytest.approx(600 * SPEED.token_s)
 
 
-def test_what_an_engine_computed_since_has_pushed_the_cache_out() -> None:
+def test_tokens_that_an_engine_computed_since_have_evicted_the_cache() -> None:
     views = [engine(computed=n) for n in (0, 99_700, 100_001)]
-    assert [reusable(call(), v, held(600)) for v in views] == [600, 300, 0]
-    assert reusable(call(), engine(kv_tokens=0, computed=10**9), held(600)) == 600, "of a size that is not known"
-    assert reusable(call(), engine(kv_tokens=0, computed=1 << 40), held(600)) == 0, "its process began anew"
-    assert reusable(call(), engine(reuse_found=0.5), held(600)) == 300, "half of it was there, of late"
-    assert reusable(call(500), engine(), held(600)) == 499, "one token is always computed"
+    assert [reusable(call(), v, with_cache(600)) for v in views] == [600, 300, 0]
+    assert reusable(call(), engine(kv_tokens=0, computed=10**9), with_cache(600)) == 600, "the cache size is unknown"
+    assert reusable(call(), engine(kv_tokens=0, computed=1 << 40), with_cache(600)) == 0, "its process has restarted"
+    assert reusable(call(), engine(reuse_found=0.5), with_cache(600)) == 300, "recently, half of it was there"
+    assert reusable(call(500), engine(), with_cache(600)) == 499, "one token is always computed"
 
 
 def test_only_what_is_ahead_in_the_queue_is_waited_for() -> None:
@@ -59,7 +59,7 @@ def test_only_what_is_ahead_in_the_queue_is_waited_for() -> None:
     assert cost(view, SessionView(level=3)) - urgent > 5
     assert cost(view, SessionView(level=4)) - urgent > 5
     first = cost(view, SessionView(level=4), call(priority=-1))
-    assert first == pytest.approx(urgent), "a class goes ahead of the level"
+    assert first == pytest.approx(urgent), "the class precedes the level"
 
 
 def test_full_slots_are_waited_for_and_free_ones_are_not() -> None:
@@ -73,21 +73,21 @@ def test_the_delay_of_others_counts() -> None:
     assert social - alone >= 3 * 1000 * SPEED.token_s
 
 
-def test_a_cache_that_is_wanted_costs_who_pushes_it_out() -> None:
+def test_a_call_that_evicts_a_needed_cache_costs_more() -> None:
     w = Weights(others=0, keep=1)
     ages = [cost(engine(cache_age_s=age), w=w) for age in (0.0, 60.0, 1e9, float("inf"))]
     assert ages[0] > ages[1] > ages[2] == pytest.approx(ages[3])
     assert ages[0] - ages[3] == pytest.approx(1000 * SPEED.token_s)
 
 
-def test_an_engine_that_has_told_nothing_is_taken_for_the_mean_of_the_others() -> None:
+def test_an_unmeasured_engine_counts_as_the_mean_of_the_others() -> None:
     views = [engine("a"), replace(engine("b"), speed=None)]
     costs = CostModel(ALONE).costs(call(), views, NOBODY, 0.0)
     assert costs["a"] == pytest.approx(costs["b"])
 
 
-def test_an_engine_that_goes_on_telling_nothing_is_taken_for_what_the_others_are_now() -> None:
-    """Also if it is seen no more: a fleet in virtual time looks again only at engines that have changed."""
+def test_an_engine_that_stays_unmeasured_counts_as_the_current_mean() -> None:
+    """Even without a new view of it: a fleet in virtual time updates only engines that have changed."""
     model, silent = CostModel(ALONE), replace(engine("b"), speed=None)
     first = model.costs(call(), [replace(engine("a"), speed=None), silent], NOBODY, 0.0)["b"]
     later = model.costs(call(), [engine("a", speed=Speed(0.001, 1e-5, 1e-6)), silent], NOBODY, 10.0)
@@ -111,7 +111,7 @@ def choose(engines: list[EngineView], session: SessionView = NOBODY, tokens: int
 
 
 def test_a_session_stays_where_its_cache_is_and_leaves_a_hot_engine() -> None:
-    session = held(20_000)
+    session = with_cache(20_000)
     assert choose([engine("a"), engine("b")], session, 20_500).engine == "a"
     hot = engine("a", running=4, prefill_s=9.0)
     left = choose([hot, engine("b")], session, 20_500)
@@ -120,20 +120,20 @@ def test_a_session_stays_where_its_cache_is_and_leaves_a_hot_engine() -> None:
 
 
 def test_a_session_leaves_an_engine_that_takes_no_calls() -> None:
-    assert choose([engine("b")], held(20_000), 20_500).engine == "b", "drained and dead ones are not offered"
+    assert choose([engine("b")], with_cache(20_000), 20_500).engine == "b", "drained and dead ones are not offered"
 
 
 def test_of_equal_engines_the_one_that_has_the_prompt_is_chosen_whatever_it_has_served() -> None:
-    """Some tokens more or less are no time, but they are work."""
+    """A few tokens take almost no time, but they are work."""
     views = [engine("a", served=9), engine("b", served=0)]
-    assert choose(views, held(100)).engine == "a"
+    assert choose(views, with_cache(100)).engine == "a"
 
 
 def test_equal_engines_take_turns() -> None:
     assert choose([engine("a", served=3), engine("b", served=2)]).engine == "b"
 
 
-def test_costs_are_told_within_a_bound() -> None:
+def test_costs_are_recorded_within_a_limit() -> None:
     text = costs_text({f"e{i}": i / 10 for i in range(64)}, "e7")
     assert text.split()[:3] == ["e7=700", "e0=0", "e1=100"]
     assert len(text.split()) == 9

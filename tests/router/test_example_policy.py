@@ -1,4 +1,4 @@
-"""A policy in a package of another: named in one setting, it chooses in a real router's process."""
+"""A policy from another package: selected by one setting, it runs in a real router process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_package_holds_what_the_setting_names() -> None:
 
 @pytest.mark.parametrize("calls", [1, 24])
 def test_a_real_router_runs_it(settings: Settings, tmp_path: Path, calls: int) -> None:
-    """One session alone stays where its hash says; with many calls at once it spills beyond the bound."""
+    """A single session stays where its hash says. With many calls at once, it spills to other engines at the bound."""
     named = settings.model_copy(update={"policy": POLICY})
     path = os.pathsep.join([str(EXAMPLE), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = clean_env() | named.environment() | {"PYTHONPATH": path}

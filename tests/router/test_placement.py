@@ -1,4 +1,4 @@
-"""The router's choice without Redis."""
+"""The router's decisions, without Redis."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def test_a_batch_counts_what_it_placed_itself() -> None:
     assert Counter(placed) == {"a": 10, "b": 10, "c": 10}
     assert {e.queued for e in c.fleet.values()} == {10}
     again = engines_of(c.place([CallView("s", "", 500), *[CallView("s", "m", 10)] * 2], {}, 0.0))
-    assert Counter(again) == {"a": 1, "b": 1, "c": 1}, "also in the next batch, and whatever model was asked for"
+    assert Counter(again) == {"a": 1, "b": 1, "c": 1}, "also in the next batch, for any model"
     c.see([engine("a", queued_tokens=1), engine("b")])
-    assert engines_of(c.place([CallView("s", "m", 10)], {}, 0.0)) == ["b"], "until the fleet is seen anew"
+    assert engines_of(c.place([CallView("s", "m", 10)], {}, 0.0)) == ["b"], "until the next snapshot of the fleet"
 
 
 def test_calls_wait_for_a_known_model_and_are_refused_for_an_unknown_one() -> None:
     c = chooser()
-    assert c.place([CallView("s", "m", 1)], {}, 0.0) == [Decision(None)], "an empty fleet may be on its way"
+    assert c.place([CallView("s", "m", 1)], {}, 0.0) == [Decision(None)], "engines may still start"
     c.see([engine("a", state="DRAINING"), engine("b", model="other")])
     known, any_model, unknown = c.place([CallView("s", model, 1) for model in ("m", "", "none")], {}, 0.0)
     assert known == Decision(None)
     assert engines_of([any_model]) == ["b"]
-    assert unknown.refusal == "No engine serves the model 'none'. Models at hand: m, other."
+    assert unknown.refusal == "No engine serves the model 'none'. Available models: m, other."
     assert PARKED
 
 
-def test_one_engine_may_be_seen_anew() -> None:
+def test_one_engine_can_be_updated() -> None:
     c = chooser("least_loaded", engine("a"), engine("b"))
     c.place([CallView("s", "m", 1)], {}, 0.0)
     c.update(engine("a", queued_tokens=99))
@@ -74,11 +74,11 @@ def test_a_binding_holds_for_the_rest_of_the_batch() -> None:
     assert first.choice
     assert second.choice
     assert (second.choice.engine, second.choice.hit, second.seen) == (first.choice.engine, True, first.choice.engine)
-    assert (first.seen, sessions) == ("", {"s": SessionView()}), "what was given is not written to"
+    assert (first.seen, sessions) == ("", {"s": SessionView()}), "the argument is not changed"
 
 
 class Reckoner(Policy):
-    """Says what it would cost, and notes the time."""
+    """Returns costs, and records the time."""
 
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
         costs = {e.id: float(sum(a.tokens for a in e.ahead.values())) for e in engines}
@@ -86,7 +86,7 @@ class Reckoner(Policy):
         return Choice(best, f"at {self.now:g}", reuse=300, costs=costs, throttle=call.prompt_tokens > 5000)
 
 
-def test_work_is_counted_by_rank_for_policies_that_reckon() -> None:
+def test_work_is_counted_by_rank_for_policies_with_costs() -> None:
     c = Chooser(Reckoner(DEFAULTS))
     c.see([engine("a", ahead={7: Ahead(1, 100)}), engine("b", ahead={7: Ahead(1, 101)})])
     first, second = c.place([CallView("s", "m", 1000, priority=-1)] * 2, {"s": SessionView(level=2)}, 7.5)
@@ -96,12 +96,12 @@ def test_work_is_counted_by_rank_for_policies_that_reckon() -> None:
     assert c.fleet["a"].ahead == {7: Ahead(1, 100), rank_of(-1, 2): Ahead(1, 700)}
 
 
-def test_a_held_call_is_nobodys_load() -> None:
+def test_a_throttled_call_is_no_load() -> None:
     c = Chooser(Reckoner(DEFAULTS))
     c.see([engine("a")])
-    (held,) = c.place([CallView("s", "m", 5001)], {}, 0.0)
-    assert held.choice
-    assert held.choice.throttle
+    (throttled,) = c.place([CallView("s", "m", 5001)], {}, 0.0)
+    assert throttled.choice
+    assert throttled.choice.throttle
     assert c.fleet["a"].queued == 0
 
 

@@ -64,8 +64,8 @@ def test_least_loaded_is_fewest_tokens_then_fewest_calls_then_least_served(
     assert LeastLoaded(DEFAULTS).choose(call(), engines, NOWHERE).engine == chosen
 
 
-def test_a_call_is_load_from_the_moment_it_is_given() -> None:
-    """A batch is spread although no engine has reported anything meanwhile."""
+def test_a_call_is_load_from_the_moment_it_is_assigned() -> None:
+    """A batch is spread although no engine has reported its load meanwhile."""
     fleet = {e: engine(e) for e in "abc"}
     for i in range(30):
         chosen = least_loaded(list(fleet.values())).id
@@ -130,12 +130,12 @@ def test_autellix_binds_a_session_at_its_first_long_call() -> None:
     assert (choice.engine, choice.bind, choice.hit) == ("b", True, False)
 
 
-def test_autellix_binds_anew_when_the_engine_is_gone() -> None:
+def test_autellix_binds_again_when_the_engine_is_gone() -> None:
     policy = Autellix(DEFAULTS)
     fleet = [engine("a", 5), engine("b", 4), engine("c", 3)]
     gone = SessionView("x", {"x": 9000, "a": 100, "b": 50})
     choice = policy.choose(call(2049), fleet, gone)
-    assert (choice.engine, choice.bind, choice.hit) == ("a", True, True), "most of the cache that is left"
+    assert (choice.engine, choice.bind, choice.hit) == ("a", True, True), "the most cache of the remaining engines"
     choice = policy.choose(call(2049), fleet, SessionView("x", {"x": 9000}))
     assert (choice.engine, choice.bind, choice.hit) == ("c", True, False)
 
@@ -160,7 +160,7 @@ def test_every_policy_says_why(name: str) -> None:
 
 
 class LastEngine(Policy):
-    """A user's own."""
+    """A user's policy."""
 
     def choose(self, call: CallView, engines: Sequence[EngineView], session: SessionView) -> Choice:
         return Choice(engines[-1].id, "it is the last")
@@ -172,7 +172,7 @@ class Unfinished(Policy):
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of a user's."""
+    """A user's module."""
     module = ModuleType("users_own_policies")
     vars(module).update(LastEngine=LastEngine, Unfinished=Unfinished, function=least_loaded)
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -223,7 +223,7 @@ def test_no_such_policy(name: str) -> None:
 
 
 @pytest.mark.parametrize("attribute", ["function", "Unfinished", "__name__"])
-def test_what_is_no_policy(plugin: str, attribute: str) -> None:
+def test_a_class_that_is_no_policy(plugin: str, attribute: str) -> None:
     with pytest.raises(InvalidRequest, match=r"is not a subclass of rsm\.router\.Policy"):
         create_policy(named(f"{plugin}:{attribute}"))
 
@@ -279,14 +279,14 @@ def test_a_bound_session_moves_when_its_engine_drains(settings: Settings, db: re
             eventually(lambda: client.record(call_id).engine_id)
             return client.record(call_id).engine_id
 
-        home = engine_of("c1")
-        other = "e1" if home == "e0" else "e0"
-        assert engine_of("c2") == home, "although the other one is idle"
-        execute.run(db, transitions.drain(home))
+        first = engine_of("c1")
+        other = "e1" if first == "e0" else "e0"
+        assert engine_of("c2") == first, "although the other one is idle"
+        execute.run(db, transitions.drain(first))
         assert engine_of("c3") == other
         eventually(lambda: {client.record(c).engine_id for c in ("c1", "c2")} == {other})
-        workers[home].up()
-        assert engine_of("c4") == other, "bound anew"
+        workers[first].up()
+        assert engine_of("c4") == other, "bound again"
         stats = KVCacheCoordinator(settings=settings, server=db).get_cache_stats()
         assert (stats["affinity_hits"], stats["affinity_misses"]) == (4, 2)
     for w in workers.values():
@@ -320,7 +320,7 @@ def test_a_session_goes_where_its_cache_was_recorded(coordinator: KVCacheCoordin
     assert best("s1", ["e1"], 5000) == "e1"
     assert best("s1", ["e3"], 5000) is None
     assert best("s1", [], 5000) is None
-    assert best("s2", ["e1", "e2"], 5000) is None, "another session has no part in it"
+    assert best("s2", ["e1", "e2"], 5000) is None, "another session has no cache there"
     coordinator.record_cache_usage("s1", "e1", 9000)
     assert best("s1", ["e1", "e2"], 5000) == "e1"
 

@@ -1,4 +1,4 @@
-"""Programs, from their producer to the views of them: any number of routers and workers, sub-agents, the table."""
+"""Programs, from their producer to the views: any number of routers and workers, sub-agents, the process table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUTERS, WORKERS, PROGRAMS = 3, 3, 12
 
 
 def charge_as_told(worker: FakeWorker, call: Claimed) -> None:
-    """The id of a call ends in what it costs."""
+    """Charges the service that the call's id ends with."""
     worker.finish(call, service=int(call.fence.call_id.rpartition(".")[2]))
 
 
@@ -41,14 +41,14 @@ def fleet(settings: Settings) -> Iterator[Settings]:
 
 @dataclass(frozen=True)
 class Plan:
-    """A program: stages one after another, of parallel calls, each by the program or by a sub-agent of it."""
+    """A program: sequential stages of parallel calls. The program itself or a sub-agent makes each call."""
 
     name: str
     stages: tuple[tuple[tuple[int, str], ...], ...]
 
     @property
     def service(self) -> int:
-        """Along the longest path, when every stage begins after the one before."""
+        """The service of the longest path, as each stage begins after the one before."""
         return sum(max(cost for cost, _ in stage) for stage in self.stages)
 
     def run(self, client: Client) -> None:
@@ -82,7 +82,7 @@ def test_with_any_number_of_routers_and_workers_service_is_that_of_one(fleet: Se
     rows = {row["session_id"]: row for row in monitor.sessions()}
     assert {p.name: rows[p.name]["service"] for p in plans} == {p.name: p.service for p in plans}
     served = {e["engine_id"]: e["served"] for e in monitor.engines()}
-    assert min(served.values()) > 0, "all of them had a part in it"
+    assert min(served.values()) > 0, "all of them served calls"
     for row in rows.values():
         assert row["program"] == row["session_id"].partition(".")[0]
         assert row["service"] == rows[row["program"]]["service"]
@@ -133,8 +133,8 @@ def test_a_sub_agents_calls_go_to_the_shard_of_its_parent(settings: Settings) ->
     with ShardedClient(names, settings.url()) as shards:
         for i in range(9):
             shards.submit("hi", session=f"sub{i}", parent_session="main")
-        home = shards.client("main").settings
-        assert Monitor(home).session("sub8")["program"] == "main"
+        settings_of_parent = shards.client("main").settings
+        assert Monitor(settings_of_parent).session("sub8")["program"] == "main"
         assert shards.cancel_session("main") == 9
 
 
@@ -174,9 +174,9 @@ def test_a_row_of_the_table(world: World) -> None:
 def test_the_ratio_is_what_is_compared_with_beta(world: World) -> None:
     world.charge("s", 1, waited_ms=4_000)
     monitor = Monitor(world.settings, world.db)
-    assert monitor.session("s")["wait_ratio"] == 4.0, "who has run for no time counts as having run for a second"
+    assert monitor.session("s")["wait_ratio"] == 4.0, "a program that has not run counts as having run for a second"
     world.db.hset(Keys(world.settings.namespace).session("s"), mapping={"paid_waited_ms": 3_000})
-    assert monitor.session("s")["wait_ratio"] == 1.0, "a promotion has paid for the rest"
+    assert monitor.session("s")["wait_ratio"] == 1.0, "a promotion has paid for the other wait"
 
 
 def test_the_unit_is_that_of_the_engines(world: World) -> None:

@@ -1,4 +1,4 @@
-"""The router: what it refuses, what it shares with other routers, and what it outlives."""
+"""The router: what it rejects, what it shares with other routers, and which faults it survives."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ LIMIT = 4096
 
 @pytest.fixture
 def quick(settings: Settings) -> Settings:
-    """A short lease, for tests that wait for one to end; not so short that a busy machine ends it."""
+    """A short lease, for tests that wait until it expires; long enough that it does not expire on a busy machine."""
     return settings.model_copy(update={"lease_ms": 1500, "tick_ms": 20, "batch": 16})
 
 
 class Producer:
-    """Pushes by bare XADD and reads records, as any language can."""
+    """Pushes with bare XADD and reads records, as a program in any language can."""
 
     def __init__(self, db: Any, keys: Keys) -> None:
         self.db = db
@@ -119,9 +119,9 @@ def test_a_bare_push_can_have_an_inbox(settings: Settings, producer: Producer) -
         producer.push(id="bad", json="{", inbox="box")
         producer.await_end(["c1"])
         eventually(lambda: producer.db.xlen(producer.keys.inbox("box")) == 4)
-    news = [f for _, f in producer.db.xrange(producer.keys.inbox("box"))]
-    assert [n[b"text"] for n in news if b"text" in n] == [b"one", b"two"]
-    assert {n[b"call"]: n[b"state"] for n in news if b"state" in n} == {b"c1": b"COMPLETED", b"bad": b"FAILED"}
+    events = [f for _, f in producer.db.xrange(producer.keys.inbox("box"))]
+    assert [e[b"text"] for e in events if b"text" in e] == [b"one", b"two"]
+    assert {e[b"call"]: e[b"state"] for e in events if b"state" in e} == {b"c1": b"COMPLETED", b"bad": b"FAILED"}
 
 
 def test_a_client_can_await_a_bare_push(settings: Settings, client: Client, producer: Producer) -> None:
@@ -143,15 +143,15 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("JSON, not a map", {"json": "[1,2]"}, "invalid_request", "must be a map"),
     ("msgpack, not a map", {"body": b"\x01"}, "invalid_request", "must be a map"),
     ("no prompt", {"json": '{"max_tokens":5}'}, "invalid_request", '"prompt"'),
-    ("an empty prompt", {"json": '{"prompt":""}'}, "invalid_request", "not empty"),
-    ("a prompt of numbers", {"json": '{"prompt":[1]}'}, "invalid_request", "must be text"),
+    ("an empty prompt", {"json": '{"prompt":""}'}, "invalid_request", "non-empty text"),
+    ("a prompt of numbers", {"json": '{"prompt":[1]}'}, "invalid_request", "must be non-empty text"),
     ("unknown kind", {"json": HI, "kind": "images"}, "invalid_request", "kind must be one of"),
     ("a body too large", {"json": json.dumps({"prompt": "x" * LIMIT})}, "invalid_request", "RSM_MAX_BODY_BYTES"),
     (
         "an unknown model",
         {"json": HI, "model": "gpt-9"},
         "no_engine_for_model",
-        "No engine serves .* Models at hand: m",
+        "No engine serves .* Available models: m",
     ),
     ("no model's name", {"json": HI, "model": "a b"}, "invalid_request", "model must be"),
     ("a passed deadline", {"json": HI, "deadline_ms": 1}, "deadline_exceeded", "deadline passed"),
@@ -174,7 +174,7 @@ UNUSABLE: list[str | bytes] = ["", "a b", "{x}", "a*", "a\nb", b"\xff", "é", "x
 
 @contextmanager
 def one_round(settings: Settings) -> Iterator[Callable[[], int]]:
-    """A router without a thread: each call of the function places what is on the stream."""
+    """A router without a thread: each call of the function places the entries of the stream."""
     router = Router(settings.model_copy(update={"max_body_bytes": LIMIT, "tick_ms": 20}))
     router._prepare()
     yield lambda: router.place(router._read())
@@ -212,7 +212,7 @@ def test_a_bad_entry_gets_a_failed_record(
     assert re.search(says, record.error)
     assert_a_sentence(record.error)
     assert not producer.dead()
-    assert producer.record("good").engine_id == "e1", "the stream goes on"
+    assert producer.record("good").engine_id == "e1", "the stream continues"
     assert producer.backlog() == 0
 
 
@@ -285,7 +285,7 @@ def test_a_bad_push_under_a_good_calls_id_leaves_it_alone(
 def test_a_forged_reference_cannot_stop_the_router(
     place: Callable[[], int], ready: FakeWorker, producer: Producer, client: Client
 ) -> None:
-    """Tokens that overflow a counter would break the script, and with it every router that reads the entry."""
+    """Tokens that overflow a counter would break the script, and so every router that reads the entry."""
     client.submit("hi", id="c1")
     gen = producer.db.hget(producer.keys.call("c1"), "gen")
     producer.db.xdel(producer.keys.calls, gen)
@@ -298,7 +298,7 @@ def test_a_forged_reference_cannot_stop_the_router(
 def test_an_engine_that_has_just_come_is_known(
     place: Callable[[], int], ready: FakeWorker, settings: Settings, producer: Producer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The router's view of the fleet may be a moment old; a refusal is for ever."""
+    """The router's view of the fleet may be out of date, but a rejection is final."""
     monkeypatch.setattr(router_module, "_SNAPSHOT_S", 60.0)
     producer.push(id="c1", json=HI)
     place()
@@ -325,7 +325,7 @@ def test_an_engine_that_has_just_gone_gets_no_calls(
 
 
 def test_a_storm_of_bad_entries(settings: Settings, producer: Producer) -> None:
-    """All of them at once, in the batches of a router that runs, with good ones between."""
+    """All of them at once, through a running router, with good entries between them."""
     small = settings.model_copy(update={"max_body_bytes": LIMIT})
     good = []
     for i, (_, fields, _, _) in enumerate(BAD):
@@ -345,7 +345,7 @@ def test_a_storm_of_bad_entries(settings: Settings, producer: Producer) -> None:
 
 
 class Counting(LeastLoaded):
-    """Says which calls this router placed."""
+    """Records which calls this router placed."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -393,7 +393,7 @@ def test_a_router_that_leaves_takes_its_consumer_along(settings: Settings, produ
 def _consumers(producer: Producer) -> list[str]:
     try:
         return [codec.text(c["name"]) for c in producer.db.xinfo_consumers(producer.keys.calls, ROUTER_GROUP)]
-    except redis.ResponseError:  # the group is not there yet
+    except redis.ResponseError:  # the group does not exist yet
         return []
 
 
@@ -401,7 +401,7 @@ def _consumers(producer: Producer) -> list[str]:
 
 
 def test_the_entries_of_a_dead_router_are_taken_over(quick: Settings, producer: Producer, client: Client) -> None:
-    """It had read them, and admitted one of them, and was gone."""
+    """It read the entries, accepted one of them, and died."""
     ids = [f"c{i}" for i in range(40)]
     producer.push_many(ids[:20])
     client.submit_many([client.prepare("hi", id=i) for i in ids[20:]])
@@ -421,7 +421,7 @@ def test_the_entries_of_a_dead_router_are_taken_over(quick: Settings, producer: 
     assert codec.number(producer.db.hget(producer.keys.stats, "submitted")) == len(ids) + 1
 
 
-def test_idle_consumers_are_buried_and_busy_ones_are_not(settings: Settings, producer: Producer) -> None:
+def test_idle_consumers_are_deleted_and_busy_ones_are_not(settings: Settings, producer: Producer) -> None:
     producer.db.xgroup_create(producer.keys.calls, ROUTER_GROUP, id="0", mkstream=True)
     producer.db.xgroup_createconsumer(producer.keys.calls, ROUTER_GROUP, "idle")
     producer.push(id="c1", json=HI)
@@ -429,11 +429,11 @@ def test_idle_consumers_are_buried_and_busy_ones_are_not(settings: Settings, pro
     hasty = settings.model_copy(update={"lease_ms": 1})
     maintenance = Maintenance(producer.db, producer.keys, hasty, "me")
 
-    def buried() -> bool:
+    def deleted() -> bool:
         maintenance._drop_idle_consumers()
         return _consumers(producer) == ["busy"]
 
-    eventually(buried)
+    eventually(deleted)
     assert producer.db.xpending(producer.keys.calls, ROUTER_GROUP)["pending"] == 1
 
 
@@ -482,7 +482,7 @@ def test_a_router_killed_under_load_loses_nothing(quick: Settings, producer: Pro
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_router_process_ends_when_told(quick: Settings, producer: Producer, number: signal.Signals) -> None:
+def test_a_router_process_ends_on_a_signal(quick: Settings, producer: Producer, number: signal.Signals) -> None:
     with router_process(quick) as process:
         producer.push_many(["c1"])
         eventually(lambda: _consumers(producer))
@@ -499,10 +499,10 @@ def test_a_dead_engines_calls_go_to_another(quick: Settings, producer: Producer)
             eventually(lambda: producer.states(ids[:10]) == {"RUNNING": 10})
             producer.push_many(ids[10:])
             eventually(lambda: producer.states(ids) == {"RUNNING": 20})
-            held = dict(doomed.held)
+            calls = dict(doomed.held)
         with FakeWorker(quick, "e2").serving(echo):
             producer.await_end(ids)
-    assert set(held) == set(ids)
+    assert set(calls) == set(ids)
     assert {producer.record(c).engine_id for c in ids} == {"e2"}
     assert min(producer.record(c).attempt for c in ids) == 2
     assert producer.db.hget(producer.keys.engine("e1"), "state") == b"DEAD"
@@ -538,7 +538,7 @@ def test_a_drained_engines_queue_goes_to_another(settings: Settings, producer: P
 
 
 def test_calls_wait_for_the_first_engine(settings: Settings, producer: Producer) -> None:
-    """Pushed before the first router, and placed before the first engine."""
+    """Pushed before the first router starts, and placed before the first engine starts."""
     ids = [f"c{i}" for i in range(10)]
     producer.push_many(ids[:5])
     producer.push_many(ids[5:], model="m")
@@ -549,7 +549,7 @@ def test_calls_wait_for_the_first_engine(settings: Settings, producer: Producer)
         assert producer.record("c0").why
         with FakeWorker(settings, model="other").serving(echo):
             producer.await_end(ids[:5])
-            assert producer.states(ids[5:]) == {"PENDING": 5}, "nobody serves their model yet"
+            assert producer.states(ids[5:]) == {"PENDING": 5}, "no engine serves their model yet"
             with FakeWorker(settings, "e2", model="m").serving(echo):
                 producer.await_end(ids[5:])
     assert {producer.record(c).engine_id for c in ids[5:]} == {"e2"}
@@ -576,7 +576,7 @@ def test_an_engine_that_starts_is_waited_for(settings: Settings, producer: Produ
         eventually(lambda: producer.db.zcard(producer.keys.parked("m")))
         producer.push(id="c2", json=HI, model="unknown")
         eventually(lambda: producer.state("c2") == "FAILED")
-        assert "Models at hand: m." in producer.record("c2").error
+        assert "Available models: m." in producer.record("c2").error
         worker.beat()
         worker.finish(worker.take_soon())
     assert producer.state("c1") == "COMPLETED"
@@ -591,7 +591,7 @@ def test_a_parked_calls_deadline_holds(settings: Settings, producer: Producer, c
     assert not producer.db.exists(producer.keys.parked(""))
 
 
-# -- what befalls Redis
+# -- faults of Redis
 
 
 @pytest.mark.parametrize(
@@ -620,7 +620,7 @@ def test_the_router_outlives_a_dead_redis() -> None:
     server = redis.Redis.from_url(own.url)
     producer = Producer(server, Keys(settings.namespace))
     ids = [f"c{i}" for i in range(50)]
-    server.config_set("appendfsync", "always")  # else the last moment before a kill may be lost
+    server.config_set("appendfsync", "always")  # otherwise a kill may lose the last writes
     try:
         with routing(settings):
             producer.push_many(ids)
@@ -638,13 +638,13 @@ def test_the_router_outlives_a_dead_redis() -> None:
         shutil.rmtree(folder)
 
 
-def test_a_silence_of_redis_is_not_a_death_of_engines(quick: Settings, producer: Producer) -> None:
-    """Leases that ran out while nobody could renew them prove nothing."""
+def test_an_outage_of_redis_is_not_a_death_of_engines(quick: Settings, producer: Producer) -> None:
+    """Leases that expired while no worker could renew them prove nothing."""
     worker = FakeWorker(quick).up()
     maintenance = Maintenance(producer.db, producer.keys, quick, "me")
     producer.db.xgroup_create(producer.keys.calls, ROUTER_GROUP, id="0", mkstream=True)
     producer.db.zadd(producer.keys.engines, {"e1": 1})
-    maintenance.blip()
+    maintenance.note_outage()
     maintenance.tick()
     assert producer.db.hget(producer.keys.engine("e1"), "state") == b"READY"
 

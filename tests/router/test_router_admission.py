@@ -1,4 +1,4 @@
-"""Admission in the real router: calls without room are held, shown, and let in; with modelled engines it pays."""
+"""Admission in the real router: calls without headroom are throttled, shown and admitted; it helps modelled engines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.waiting import eventually
 
 @pytest.fixture
 def admitting(settings: Settings) -> Settings:
-    """Programs that think fade at once: tests that want them to stay say so."""
+    """The contexts of thinking programs decay at once, unless a test sets another half-life."""
     return patient(settings).model_copy(update={"admission": True, "admission_half_life_s": 0.001, "tick_ms": 20})
 
 
@@ -50,7 +50,7 @@ def test_calls_without_headroom_wait_and_are_admitted(
         eventually(lambda: state(monitor, "c1")[1] == "e1")
         submit(client, "c2", 600, session="s")
         eventually(lambda: monitor.held() == 1)
-        assert "no engine has room for its context of 600 tokens" in monitor.call("c2").why
+        assert "no engine has KV headroom for its context of 600 tokens" in monitor.call("c2").why
         assert [(c.request_id, c.where) for c in monitor.active_calls()] == [("c1", "queue"), ("c2", "throttled")]
         stats = monitor.stats()
         assert (stats["pending"], stats["held"], stats["ever_held"], stats["unaccounted"]) == (2, 1, 1, 0)
@@ -79,7 +79,7 @@ def test_returning_calls_go_first(admitting: Settings, worker: FakeWorker, clien
 def test_one_that_starves_gets_the_engine_for_itself(
     admitting: Settings, worker: FakeWorker, client: Client, monitor: Monitor, db: redis.Redis
 ) -> None:
-    """A program of a late level is promoted while it is held, and the router that places it knows."""
+    """A program of a late level is promoted while it is throttled, and the router places it with its new level."""
     admitting = admitting.model_copy(update={"starvation_beta": 1.0})
     with routing(admitting):
         submit(client, "first", 50, session="old")
@@ -99,7 +99,7 @@ def test_one_that_starves_gets_the_engine_for_itself(
     assert monitor.call("new").state is RequestState.COMPLETED
 
 
-def test_a_router_without_admission_lets_all_go(
+def test_a_router_without_admission_admits_all(
     admitting: Settings, worker: FakeWorker, client: Client, monitor: Monitor
 ) -> None:
     with routing(admitting):
@@ -112,7 +112,7 @@ def test_a_router_without_admission_lets_all_go(
         worker.finish(call)
 
 
-def test_held_calls_of_an_engine_that_dies_wait_for_the_next(
+def test_throttled_calls_of_an_engine_that_dies_wait_for_the_next(
     settings: Settings, client: Client, monitor: Monitor
 ) -> None:
     quick = settings.model_copy(update={"admission": True, "tick_ms": 20})
@@ -129,7 +129,7 @@ def test_held_calls_of_an_engine_that_dies_wait_for_the_next(
 
 
 def test_two_routers_and_many_programs(admitting: Settings, client: Client, monitor: Monitor) -> None:
-    """Two engines, two routers, forty programs of three calls: the caches are never overcommitted by new programs."""
+    """Two engines, two routers, forty programs of three calls: new programs never overcommit the caches."""
     seen: list[int] = []
 
     def answer(worker: FakeWorker, call: object) -> None:
@@ -161,7 +161,7 @@ def program(client: Client, n: int) -> None:
 
 
 def agent(name: int, context: int, calls: int) -> ProgramSpec:
-    """A context that grows a little with each call, and a tool's time between them."""
+    """A program whose context grows a little with each call, with a tool's time between calls."""
     prompt: tuple[Segment, ...] = (Segment(name * 100, context),)
     made = []
     for n in range(calls):
@@ -172,7 +172,7 @@ def agent(name: int, context: int, calls: int) -> ProgramSpec:
 
 
 def hit_rate(tmp_path: Path, **settings: object) -> tuple[float, int]:
-    """Share of prompt tokens found in the cache, and how many calls were held."""
+    """The fraction of prompt tokens found in the cache, and how many calls were throttled."""
     times = {"step_s": 0.004, "prefill_token_s": 2e-5, "decode_seq_s": 0.0, "context_token_s": 0.0}
     engine = EngineConfig(engine_id="e0", backend="sim", max_num_seqs=8, engine_args={**times, "kv_tokens": 2048})
     with up(Stack([engine], {"policy": "least_loaded", **settings}), tmp_path / "log") as found:
@@ -186,6 +186,6 @@ def hit_rate(tmp_path: Path, **settings: object) -> tuple[float, int]:
 def test_programs_that_would_evict_each_other_take_turns(tmp_path: Path) -> None:
     """Ten programs of 500 tokens in a cache of 2048, as in tests/simulation/test_kv_admission.py, through Redis."""
     thrashing, none = hit_rate(tmp_path)
-    orderly, held = hit_rate(tmp_path, admission=True, admission_half_life_s=0.5)
-    assert (none, held > 0) == (0, True)
+    orderly, throttled = hit_rate(tmp_path, admission=True, admission_half_life_s=0.5)
+    assert (none, throttled > 0) == (0, True)
     assert orderly > thrashing + 0.2, (thrashing, orderly)

@@ -1,4 +1,4 @@
-"""Which waiting calls should move to an idle engine: the decision alone, then a router and engines that do it."""
+"""Which waiting calls should move to an idle engine: the decision alone, then with a router and engines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def moved(
     return [c.id for c in Stealing(CostModel(), admission).moves(idle, full, waiting, sessions or {})]
 
 
-def held(tokens: int, where: str = "a") -> SessionView:
+def with_cache(tokens: int, where: str = "a") -> SessionView:
     return SessionView(bound=where, resident={where: tokens}, used={where: CacheUse(1.0, 0)})
 
 
@@ -67,7 +67,7 @@ def test_an_idle_engine_takes_as_many_calls_as_it_has_slots() -> None:
     assert both == [f"a{i}" for i in range(6)]
 
 
-def test_where_none_idles_or_none_waits_nothing_moves() -> None:
+def test_without_idle_engines_or_waiting_calls_nothing_moves() -> None:
     assert moved([loaded(), engine("b", running=4)], queue()) == []
     assert moved([loaded(), engine("b", queued=1)], queue()) == [], "its slots are spoken for"
     assert moved([loaded(), replace(engine("b"), state="DRAINING")], queue()) == []
@@ -75,41 +75,41 @@ def test_where_none_idles_or_none_waits_nothing_moves() -> None:
 
 
 def test_a_call_that_need_not_wait_long_stays() -> None:
-    """With a fourth of an answer's time to wait, a move would save less than it may be wrong by."""
+    """If it waits only a quarter of an answer's time, a move would save less than the error of the estimate."""
     fast = Speed(1e-4, 1e-6, 1e-7)
     assert moved([loaded(queued=2, speed=fast), engine("b", speed=fast)], queue(2)) == []
 
 
-def test_the_cache_where_it_waits_holds_a_call() -> None:
-    """60,000 tokens take an idle engine 6 s, twice that with what they push out of its cache."""
+def test_the_cache_where_it_waits_keeps_a_call() -> None:
+    """60,000 tokens take an idle engine 6 s, and 12 s with the tokens that they evict from its cache."""
     waiting = queue(4, prompt_tokens=60_000, reuse=59_900)
     engines = [loaded(queued=4), engine("b")]
-    cached = {c.session: held(59_900) for c in waiting}
+    cached = {c.session: with_cache(59_900) for c in waiting}
     assert moved(engines, waiting, cached) == []
-    assert moved(engines, queue(4, prompt_tokens=60_000))[:2] == ["a0", "a1"], "without it they go"
+    assert moved(engines, queue(4, prompt_tokens=60_000))[:2] == ["a0", "a1"], "without the cache they move"
     on_both = {s: replace(v, resident={"a": 59_900, "b": 59_900}) for s, v in cached.items()}
-    assert moved(engines, waiting, on_both), "it is there, too"
+    assert moved(engines, waiting, on_both), "the cache is there, too"
 
 
-def test_what_was_believed_of_its_cache_when_it_was_assigned_counts() -> None:
-    """A session that has ended no call there yet is believed to share with its others that run there."""
+def test_the_reuse_that_was_expected_at_its_assignment_counts() -> None:
+    """If a session has ended no call there yet, its calls are assumed to share a prefix with those that run."""
     waiting = queue(1, prompt_tokens=60_000)
     full = loaded(queued=1, running=4)
     assert moved([full, engine("b")], waiting) == ["a0"]
     assert moved([full, engine("b")], [waiting[0]._replace(reuse=59_900)]) == []
 
 
-def test_of_a_long_queue_the_calls_go_for_which_it_pays() -> None:
+def test_of_a_long_queue_the_calls_move_that_save_time() -> None:
     waiting = queue(40)
-    cached = {c.session: held(900_000) for c in waiting[:2]}
+    cached = {c.session: with_cache(900_000) for c in waiting[:2]}
     waiting[:2] = [c._replace(prompt_tokens=900_100) for c in waiting[:2]]
     assert moved([loaded(queued=40), engine("b", running=2)], waiting, cached) == ["a2", "a3"]
 
 
-def test_how_long_a_call_still_waits_is_told_by_its_place() -> None:
-    """All would have to compute 6 s anew: the first ones start sooner where they are."""
+def test_how_long_a_call_still_waits_follows_from_its_place() -> None:
+    """All would have to compute 6 s again, so the first ones start sooner where they are."""
     waiting = queue(40, prompt_tokens=60_000, reuse=59_900)
-    cached = {c.session: held(59_900) for c in waiting}
+    cached = {c.session: with_cache(59_900) for c in waiting}
     full = loaded(queued=40, prefill_s=0.0, running=4)
     found = moved([full, engine("b", max_num_seqs=1)], waiting, cached)
     assert len(found) == 1
@@ -130,10 +130,10 @@ def test_a_call_goes_only_where_its_model_is() -> None:
     full = loaded(queued=20)
     assert moved([full, other], queue(20, model="m")) == []
     assert moved([full, other], queue(20, model="n")) == ["a0", "a1", "a2", "a3"]
-    assert moved([full, other], queue(20)) == ["a0", "a1", "a2", "a3"], "any will do"
+    assert moved([full, other], queue(20)) == ["a0", "a1", "a2", "a3"], "they may go to any engine"
 
 
-def test_the_idle_engines_cache_must_have_room() -> None:
+def test_the_idle_engines_cache_must_have_headroom() -> None:
     assert moved([loaded(), engine("b", kv_tokens=10_000, kv_usage=0.95)], queue()) == []
     assert moved([loaded(), engine("b", kv_tokens=10_000, kv_usage=0.85)], queue()) == ["a0"]
 
@@ -146,7 +146,7 @@ def test_a_call_moves_a_few_times_at_most() -> None:
 def test_an_engine_that_comes_up_is_not_waited_for() -> None:
     waiting = queue(2, prompt_tokens=60_000)
     starting = loaded(queued=2, running=0, max_num_seqs=4)
-    cached = {c.session: held(59_900) for c in waiting}
+    cached = {c.session: with_cache(59_900) for c in waiting}
     assert moved([replace(starting, state="STARTING"), engine("b")], waiting, cached) == ["a0", "a1"]
 
 
@@ -158,7 +158,7 @@ def test_admission_has_a_say() -> None:
 
 @pytest.mark.parametrize("speed", [SPEED, None])
 def test_the_policy_then_chooses_the_idle_engine(speed: Speed | None) -> None:
-    """Else the call would be back where it came from."""
+    """Otherwise the call would go back to the loaded engine."""
     policy = Cost(Settings())
     engines = [loaded(queued=4, speed=speed), engine("b", speed=speed)]
     waiting = queue(4)
@@ -188,7 +188,7 @@ def stat(client: Client, name: str) -> int:
 def test_an_engine_that_comes_later_takes_what_waits_for_another(
     client: Client, settings: Settings, start: Start, routers: int
 ) -> None:
-    """Each call is answered once, whichever engine had it first, however many routers take calls at once."""
+    """Each call is answered once, whichever engine had it first, even if several routers steal at the same time."""
     with ExitStack() as stack:
         for _ in range(routers):
             stack.enter_context(routing(cost(settings)))
@@ -206,14 +206,14 @@ def test_an_engine_that_comes_later_takes_what_waits_for_another(
     assert len(moved) >= 4
     assert {r.stolen_from[0] for r in moved} == {"e1"}
     assert len([r for r in moved if r.engine_id == "e2" and next(iter(r.costs)) == "e2"]) >= 4, (
-        "with the costs of that moment"
+        "with the costs at that time"
     )
     assert stat(client, "stolen") == sum(len(r.stolen_from) for r in ended.values())
     assert stat(client, "completed") == len(calls)
     assert not client.redis.exists(client.keys.work("e1"), client.keys.work("e2"))
     assert {r.attempt for r in ended.values()} == {1}
     sessions = {r.session_id: codec.text(client.redis.hget(client.keys.session(r.session_id), "engine")) for r in moved}
-    assert sessions == {r.session_id: r.engine_id for r in moved}, "bound anew"
+    assert sessions == {r.session_id: r.engine_id for r in moved}, "bound again"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_an_engine_that_comes_later_takes_what_waits_for_another(
     [({}, 1), ({"stealing": False}, 0), ({"policy": "least_loaded"}, 0)],
     ids=["on", "off", "no costs"],
 )
-def test_nothing_is_taken_where_it_is_off_or_nobody_reckons(
+def test_nothing_is_taken_if_stealing_is_off_or_the_policy_has_no_costs(
     client: Client, settings: Settings, changes: dict[str, Any], taken: int
 ) -> None:
     busy, free = (FakeWorker(patient(settings), e, max_num_seqs=1) for e in ("e1", "e2"))
@@ -234,12 +234,12 @@ def test_nothing_is_taken_where_it_is_off_or_nobody_reckons(
         free.up()
         time.sleep(6 * settings.tick_ms / 1000)
     assert client.redis.zcard(client.keys.queue("e1")) == 5 - taken
-    assert client.redis.zcard(client.keys.queue("e2")) == taken, "which then waits there, so it is idle no more"
+    assert client.redis.zcard(client.keys.queue("e2")) == taken, "it waits there now, so the engine is no longer idle"
     assert stat(client, "stolen") == taken
 
 
-def test_a_drained_engine_is_left_and_its_session_bound_anew(client: Client, settings: Settings) -> None:
-    """So is a dead one; a session's cache is a discount, and nothing ties the session to it."""
+def test_a_drained_engine_is_left_and_its_session_bound_again(client: Client, settings: Settings) -> None:
+    """So is a dead one. A session's cache lowers the cost of its engine, but does not tie the session to it."""
     first, second = (FakeWorker(patient(settings), e) for e in ("e1", "e2"))
     first.up()
     with routing(cost(patient(settings))):
@@ -267,7 +267,7 @@ def test_a_drained_engine_is_left_and_its_session_bound_anew(client: Client, set
 
 
 def skewed(n: int = 128) -> list[ProgramSpec]:
-    """Every other call, and so all that one engine gets, is long."""
+    """Every other call is long, so one engine gets all the long calls."""
     return [
         ProgramSpec(f"p{i}", "call", 0.001 * i, (CallSpec((Segment(i + 1, 300),), 10 if i % 2 else 600),))
         for i in range(n)
@@ -296,7 +296,7 @@ def test_a_skewed_load_ends_sooner(admission: bool) -> None:
     assert not any(c.moves for c in without.calls)
 
 
-def test_where_nobody_waits_figures_are_the_same() -> None:
+def test_without_waiting_calls_figures_are_the_same() -> None:
     def figures(stealing: bool) -> Any:
         results = simulate(skewed(), 64, stealing=stealing)
         return results.until_s, [(p.ended_s, p.calls) for p in results.programs]

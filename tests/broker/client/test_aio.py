@@ -39,7 +39,7 @@ WAIT = 20.0
 
 @pytest.fixture
 def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missed events are looked for at once. Elsewhere the timer is left long, so that events must come by the inbox."""
+    """Missed events are looked for at once. In other tests the timer is long, so the inbox must deliver the events."""
     monkeypatch.setattr(aio, "_BLOCK_S", 0.02)
     monkeypatch.setattr(inbox, "RECONCILE_S", 0.0)
     monkeypatch.setattr(live_stream, "_PATIENCE_S", 0.05)
@@ -53,7 +53,7 @@ def router(settings: Settings) -> Iterator[None]:
 
 @pytest.fixture
 def worker(settings: Settings, router: None) -> Iterator[FakeWorker]:
-    """Driven by hand, behind a router."""
+    """A worker behind a router, driven by the test."""
     fake = FakeWorker(settings).up()
     yield fake
     fake.close()
@@ -67,15 +67,15 @@ async def client(settings: Settings) -> AsyncIterator[AsyncClient]:
 
 @pytest.fixture
 async def other(settings: Settings) -> AsyncIterator[AsyncClient]:
-    """A second client, as of another process."""
+    """A second client, like one of another process."""
     async with AsyncClient(settings=settings) as c:
         yield c
 
 
 async def soon(condition: Callable[[], Awaitable[object]]) -> None:
-    """`eventually`, without standing in the loop's way."""
+    """`eventually`, without blocking the loop."""
     async with asyncio.timeout(WAIT):
-        while not await condition():  # noqa: ASYNC110 - nobody would set an event
+        while not await condition():  # noqa: ASYNC110 - nothing would set an event
             await asyncio.sleep(0.01)
 
 
@@ -124,7 +124,7 @@ async def test_a_failure(client: AsyncClient, settings: Settings, router: None) 
         with pytest.raises(CallFailed, match=r"The engine broke\.") as failed:
             await call
     assert failed.value.error_code == "engine_error"
-    assert (await call.wait()).state is RequestState.FAILED, "`wait` gives the record instead"
+    assert (await call.wait()).state is RequestState.FAILED, "`wait` returns the record instead"
 
 
 async def test_a_deadline(client: AsyncClient, worker: FakeWorker) -> None:
@@ -219,7 +219,7 @@ async def test_a_repeated_push_is_the_same_call(
     assert ran == ["c1"]
 
 
-async def test_a_producer_that_comes_back_gets_the_news(
+async def test_a_producer_that_comes_back_gets_the_events(
     client: AsyncClient, other: AsyncClient, worker: FakeWorker
 ) -> None:
     await client.submit("hi", id="c1", stream=True)
@@ -231,7 +231,7 @@ async def test_a_producer_that_comes_back_gets_the_news(
     assert (await again).text == "ab"
 
 
-async def test_who_was_there_first_still_hears_of_the_end(
+async def test_the_first_client_still_receives_the_end(
     client: AsyncClient, other: AsyncClient, worker: FakeWorker, reconciling: None
 ) -> None:
     first = await client.submit("hi", id="c1", stream=True)
@@ -270,7 +270,7 @@ async def test_another_body_under_the_same_id_is_a_conflict(
 ) -> None:
     first = await client.submit("hi", id="c1")
     for c in (client, other):
-        with pytest.raises(Conflict, match="c1 belongs to another call"):
+        with pytest.raises(Conflict, match="c1 already belongs to a different call"):
             await c.submit("bye", id="c1")
     worker.finish(await taken(worker), "hello")
     assert (await first.result(WAIT)).text == "hello"
@@ -310,7 +310,7 @@ async def test_an_unknown_id(client: AsyncClient) -> None:
         ("hi", {"priority": 128}, "priority"),
         ("hi", {"prompt_token_ids": [1]}, 'either a "prompt"'),
         ({}, {}, 'either a "prompt"'),
-        ("", {}, "not empty"),
+        ("", {}, "non-empty text"),
         ("x" * 2000, {}, "more than the limit of 1024"),
     ],
 )
@@ -343,7 +343,7 @@ async def test_chunks_come_as_they_are_made(client: AsyncClient, worker: FakeWor
     assert (await call).text == "abc"
 
 
-async def test_a_stream_goes_on_behind_any_chunk(client: AsyncClient, other: AsyncClient, worker: FakeWorker) -> None:
+async def test_a_stream_resumes_after_any_chunk(client: AsyncClient, other: AsyncClient, worker: FakeWorker) -> None:
     call = await client.submit("hi", id="c1", stream=True)
     claimed = await taken(worker)
     worker.publish(claimed, *"abcd")
@@ -358,7 +358,7 @@ async def test_a_stream_goes_on_behind_any_chunk(client: AsyncClient, other: Asy
     assert [p.n for p in await all_of(live)] == [2, 3, 4, 5]
 
 
-async def test_a_stream_outlives_the_engine_that_began_it(
+async def test_a_stream_outlives_the_engine_that_started_it(
     client: AsyncClient, settings: Settings, router: None
 ) -> None:
     call = await client.submit("hi", stream=True)
@@ -393,7 +393,7 @@ async def test_a_stream_ends_as_its_call(client: AsyncClient, worker: FakeWorker
                 await anext(chunks)
 
 
-async def test_what_is_no_stream(client: AsyncClient) -> None:
+async def test_a_call_without_a_stream(client: AsyncClient) -> None:
     call = await client.submit("hi")
     with pytest.raises(UnknownCall, match="without stream=True"):
         call.stream()
@@ -403,10 +403,10 @@ async def test_what_is_no_stream(client: AsyncClient) -> None:
         await anext(client.stream("unknown"))
 
 
-async def test_a_stream_loses_no_chunk_that_comes_between_two_looks(
+async def test_a_stream_loses_no_chunk_that_comes_between_two_reads(
     client: AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The chunks and the end come after the log was found silent, and before the record is found ended."""
+    """The chunks and the end come after an empty read of the log, and before the record is read."""
     monkeypatch.setattr(aio, "_BLOCK_S", 0.02)
     call = await client.submit("hi", stream=True)
     claimed = await taken(worker)
@@ -423,7 +423,7 @@ async def test_a_stream_loses_no_chunk_that_comes_between_two_looks(
 
 
 async def test_chunks_that_the_inbox_lost_come_from_the_log(settings: Settings, router: None) -> None:
-    """The loop stands still while the worker publishes, so the inbox is trimmed before it is read."""
+    """The loop is blocked while the worker publishes, so the inbox is trimmed before it is read."""
     small = settings.model_copy(update={"inbox_max": 100})
     worker = FakeWorker(small).up()
     async with AsyncClient(settings=small) as client:
@@ -456,10 +456,10 @@ async def test_a_stream_whose_inbox_vanished(client: AsyncClient, worker: FakeWo
     assert (await call).text == "abcd"
 
 
-async def test_a_silent_stream_looks_into_the_log(
+async def test_a_silent_stream_reads_the_log(
     client: AsyncClient, other: AsyncClient, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another client took the inbox over, so nothing comes here; the call goes on."""
+    """Another client took over the call's events, so none come here. The call continues."""
     monkeypatch.setattr(live_stream, "_PATIENCE_S", 0.02)
     call = await client.submit("hi", id="c1", stream=True)
     await other.submit("hi", id="c1", stream=True)
@@ -492,10 +492,10 @@ async def test_a_big_result_comes_from_the_record(client: AsyncClient, worker: F
     assert (await call.result(WAIT)).text == text
 
 
-async def test_a_result_is_found_although_the_first_look_failed(
+async def test_a_result_is_found_although_the_first_read_failed(
     client: AsyncClient, other: AsyncClient, worker: FakeWorker, reconciling: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The repeated push of a finished call: Redis went away before its record was read."""
+    """The repeated push of a finished call: Redis becomes unreachable before its record is read."""
     await other.submit("hi", id="c1")
     worker.finish(await taken(worker), "hello")
     look, fails = client._hash, [BrokerUnavailable("gone")]
@@ -523,7 +523,7 @@ async def test_a_wait_outlives_redis() -> None:
     try:
         with routing(settings):
             async with AsyncClient(settings=settings) as client:
-                await client.redis.config_set("appendfsync", "always")  # else a kill may lose the last moment
+                await client.redis.config_set("appendfsync", "always")  # otherwise a kill may lose the last writes
                 calls = [await client.submit(f"call {i}", stream=i == 0) for i in range(3)]
                 own.kill()
                 waits = [asyncio.create_task(c.result(WAIT)) for c in calls]
@@ -573,7 +573,7 @@ async def test_a_wait_that_takes_too_long_can_be_repeated(client: AsyncClient, w
     with pytest.raises(asyncio.CancelledError):
         await waiting
     worker.finish(await taken(worker), "hello")
-    assert (await call.result(WAIT)).text == "hello", "who gave up waiting took nothing from others"
+    assert (await call.result(WAIT)).text == "hello", "a waiter that gave up takes nothing from others"
 
 
 async def test_close_wakes_all_who_wait(settings: Settings, worker: FakeWorker) -> None:
@@ -588,7 +588,7 @@ async def test_close_wakes_all_who_wait(settings: Settings, worker: FakeWorker) 
             with pytest.raises(BrokerUnavailable, match="closed"):
                 await wait
     claimed = [await taken(worker) for _ in calls]
-    assert {c.fence.call_id for c in claimed} == {c.id for c in calls}, "the calls go on"
+    assert {c.fence.call_id for c in claimed} == {c.id for c in calls}, "the calls continue"
 
 
 async def test_close_ends_a_push_that_waits_for_redis(tmp_path: Path) -> None:

@@ -40,14 +40,14 @@ WAIT = 20.0
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`close` waits for one blocking read."""
+    """Short blocking reads, because `close` waits for one."""
     for module in (client_module, inbox):
         monkeypatch.setattr(module, "_BLOCK_S", 0.02)
 
 
 @pytest.fixture
 def reconciling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missed events are looked for at once. Elsewhere the timer is left long, so that events must come by the inbox."""
+    """Missed events are looked for at once. In other tests the timer is long, so the inbox must deliver the events."""
     monkeypatch.setattr(inbox, "RECONCILE_S", 0.0)
 
 
@@ -59,7 +59,7 @@ def router(settings: Settings) -> Iterator[None]:
 
 @pytest.fixture
 def worker(settings: Settings, router: None) -> Iterator[FakeWorker]:
-    """Driven by hand, behind a router."""
+    """A worker behind a router, driven by the test."""
     fake = FakeWorker(settings).up()
     yield fake
     fake.close()
@@ -67,7 +67,7 @@ def worker(settings: Settings, router: None) -> Iterator[FakeWorker]:
 
 @pytest.fixture
 def other(settings: Settings) -> Iterator[Client]:
-    """A second client, as of another process."""
+    """A second client, like one of another process."""
     with Client(settings=settings) as c:
         yield c
 
@@ -80,7 +80,7 @@ def background() -> Iterator[Callable[..., Future[Any]]]:
 
 @pytest.fixture
 def deaf(client: Client, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """The client hears nothing until this is called."""
+    """The client receives no events until this is called."""
     listen = client._ensure_reader
     monkeypatch.setattr(client, "_ensure_reader", lambda: None)
     return listen
@@ -142,11 +142,11 @@ def test_a_failure(client: Client, settings: Settings, router: None) -> None:
             handle.result(WAIT)
     assert failed.value.error_code == "engine_error"
     assert (failed.value.record.request_id, failed.value.record.state) == (handle.id, RequestState.FAILED)
-    assert handle.wait().error_code == "engine_error", "`wait` gives the record instead"
+    assert handle.wait().error_code == "engine_error", "`wait` returns the record instead"
 
 
 def test_no_engine_serves_the_model(client: Client, worker: FakeWorker) -> None:
-    with pytest.raises(CallFailed, match=r"No engine serves the model 'gpt-9'\. Models at hand: m") as failed:
+    with pytest.raises(CallFailed, match=r"No engine serves the model 'gpt-9'\. Available models: m") as failed:
         client.submit("hi", model="gpt-9").result(WAIT)
     assert failed.value.error_code == "no_engine_for_model"
 
@@ -175,7 +175,7 @@ def test_a_callback_at_the_end(client: Client, settings: Settings, router: None)
     assert ended == ["c1", "at once"]
 
 
-def test_a_callback_that_raises_stops_no_news(client: Client, settings: Settings, router: None) -> None:
+def test_a_callback_that_raises_stops_no_events(client: Client, settings: Settings, router: None) -> None:
     with FakeWorker(settings).serving(echo):
         first = client.submit("first")
         first.add_done_callback(_raise)
@@ -260,7 +260,7 @@ def test_a_repeated_push_is_the_same_call(client: Client, other: Client, setting
     assert ran == ["c1"]
 
 
-def test_a_producer_that_comes_back_gets_the_news(client: Client, other: Client, worker: FakeWorker) -> None:
+def test_a_producer_that_comes_back_gets_the_events(client: Client, other: Client, worker: FakeWorker) -> None:
     client.submit("hi", id="c1")
     again = other.submit("hi", id="c1")
     worker.finish(worker.take_soon(), "hello")
@@ -277,7 +277,7 @@ def test_a_call_can_be_awaited_by_its_id(
     waits = [background(other.result, "c1", WAIT), background(client.result, "c1", WAIT)]
     worker.finish(worker.take_soon(), "hello")
     assert {w.result(WAIT).text for w in waits} == {"hello"}
-    assert handle.result(WAIT) == first.result(WAIT), "who was there first still hears of it"
+    assert handle.result(WAIT) == first.result(WAIT), "the first client still receives the end"
     assert other.result("c1", WAIT).text == "hello", "also after its end"
 
 
@@ -303,7 +303,7 @@ def test_an_unknown_id(client: Client) -> None:
 def test_another_body_under_the_same_id_is_a_conflict(client: Client, other: Client, worker: FakeWorker) -> None:
     first = client.submit("hi", id="c1")
     for c in (client, other):
-        with pytest.raises(Conflict, match="c1 belongs to another call"):
+        with pytest.raises(Conflict, match="c1 already belongs to a different call"):
             c.submit("bye", id="c1")
     assert client.handle("c1") is first, "the call itself is still awaited"
     worker.finish(worker.take_soon(), "hello")
@@ -354,12 +354,12 @@ def test_a_conflict_leaves_its_neighbours_alone(client: Client, other: Client, w
         ("hi", {"prompt_token_ids": [1]}, 'either a "prompt"'),
         ({}, {}, 'either a "prompt"'),
         ({"max_tokens": 5}, {}, 'either a "prompt"'),
-        ("", {}, "not empty"),
-        ([], {}, "not empty"),
-        ([1, -1], {}, "from 0 up"),
+        ("", {}, "non-empty text"),
+        ([], {}, "non-empty list"),
+        ([1, -1], {}, "that are at least 0"),
         ([1, True], {}, "whole numbers"),
         (["hi"], {}, "whole numbers"),
-        ({"prompt": 5}, {}, '"prompt" must be text'),
+        ({"prompt": 5}, {}, '"prompt" must be non-empty text'),
         ("hi", {"kind": "chat.completions"}, '"messages"'),
         ({"messages": "hi"}, {"kind": "chat.completions"}, '"messages"'),
         ({"messages": []}, {"kind": "completions"}, '"prompt"'),
@@ -401,7 +401,7 @@ def test_chunks_come_as_they_are_made(client: Client, worker: FakeWorker) -> Non
     assert [p.text for p in handle.stream()] == ["a", "b", "c"], "the log can be read again"
 
 
-def test_a_stream_goes_on_behind_any_chunk(client: Client, other: Client, worker: FakeWorker) -> None:
+def test_a_stream_resumes_after_any_chunk(client: Client, other: Client, worker: FakeWorker) -> None:
     client.submit("hi", id="c1", stream=True)
     call = worker.take_soon()
     worker.publish(call, *"abcd")
@@ -421,7 +421,7 @@ def test_a_stream_goes_on_behind_any_chunk(client: Client, other: Client, worker
         assert [p.n for p in other.stream("c1", chunk.event_id)] == list(range(i + 1, 6))
 
 
-def test_a_stream_outlives_the_engine_that_began_it(client: Client, settings: Settings, router: None) -> None:
+def test_a_stream_outlives_the_engine_that_started_it(client: Client, settings: Settings, router: None) -> None:
     handle = client.submit("hi", stream=True)
     first = FakeWorker(settings, "e1").up()
     call = first.take_soon()
@@ -455,7 +455,7 @@ def test_a_stream_ends_as_its_call(client: Client, worker: FakeWorker) -> None:
             next(chunks)
 
 
-def test_what_is_no_stream(client: Client) -> None:
+def test_a_call_without_a_stream(client: Client) -> None:
     handle = client.submit("hi")
     with pytest.raises(UnknownCall, match="without stream=True"):
         next(handle.stream())
@@ -463,10 +463,10 @@ def test_what_is_no_stream(client: Client) -> None:
         next(client.stream("unknown"))
 
 
-def test_a_stream_loses_no_chunk_that_comes_between_two_looks(
+def test_a_stream_loses_no_chunk_that_comes_between_two_reads(
     client: Client, worker: FakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The chunks and the end come after the log was found silent, and before the record is found ended."""
+    """The chunks and the end come after an empty read of the log, and before the record is read."""
     handle = client.submit("hi", stream=True)
     call = worker.take_soon()
     look, looks = client.record, iter(range(100))
@@ -533,7 +533,7 @@ def test_a_big_result_comes_from_the_record(client: Client, worker: FakeWorker) 
     assert handle.result(WAIT).text == text
 
 
-def test_a_record_that_expired_before_its_news(
+def test_a_record_that_expired_before_its_end_was_delivered(
     client: Client, worker: FakeWorker, deaf: Callable[[], None], reconciling: None
 ) -> None:
     handle = client.submit("hi")
@@ -553,7 +553,7 @@ def test_a_wait_outlives_redis(short_blocks: None) -> None:
     settings = Settings(lease_ms=1500, tick_ms=50).with_redis(own.start())
     try:
         with routing(settings), Client(settings=settings) as client:
-            client.redis.config_set("appendfsync", "always")  # else the last moment before a kill may be lost
+            client.redis.config_set("appendfsync", "always")  # otherwise a kill may lose the last writes
             release = threading.Event()
 
             def answer(worker: FakeWorker, call: Claimed) -> None:
@@ -591,7 +591,7 @@ def test_a_redis_that_never_answers_is_reported(tmp_path: Path) -> None:
 
 def test_a_wait_that_takes_too_long_can_be_repeated(client: Client, worker: FakeWorker) -> None:
     handle = client.submit("hi")
-    with pytest.raises(TimeoutError, match="it goes on"):
+    with pytest.raises(TimeoutError, match="It continues"):
         handle.result(0.01)
     with pytest.raises(TimeoutError):
         client.result(handle.id, 0)
@@ -611,7 +611,7 @@ def test_close_wakes_all_who_wait(settings: Settings, worker: FakeWorker) -> Non
             with pytest.raises(BrokerUnavailable, match="closed"):
                 wait.result(WAIT)
     calls = [worker.take_soon() for _ in handles]
-    assert {c.fence.call_id for c in calls} == {h.id for h in handles}, "the calls go on"
+    assert {c.fence.call_id for c in calls} == {h.id for h in handles}, "the calls continue"
 
 
 def test_a_closed_client_says_so(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""A client on both sides of a fork: by `multiprocessing`, or in a server that loads the application first."""
+"""A client on both sides of a fork: with `multiprocessing`, or in a server that loads the application first."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def served(settings: Settings, tmp_path: Path) -> Iterator[Settings]:
 
 
 def in_child(action: Callable[[], Any]) -> Any:
-    """What `action` gives in a forked process; fails if it does not come."""
+    """The result of `action` in a forked process; fails if there is none."""
     ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
     pid = os.fork()
     if pid == 0:
@@ -51,7 +51,7 @@ def in_child(action: Callable[[], Any]) -> Any:
             theirs.send(f"{type(e).__name__}: {e}")
         os._exit(0)
     try:
-        assert ours.poll(WAIT_S), "the child waits for ever"
+        assert ours.poll(WAIT_S), "the child hangs"
         return ours.recv()
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -67,7 +67,7 @@ def test_a_client_that_was_used_before_the_fork(served: Settings) -> None:
         expected = say(client)
         inbox = client._inbox
         assert [in_child(lambda: say(client)) for _ in range(3)] == [expected] * 3
-        assert in_child(lambda: client._inbox) not in (inbox, "", None), "each process has an inbox of its own"
+        assert in_child(lambda: client._inbox) not in (inbox, "", None), "each process has its own inbox"
         assert say(client) == expected, "the parent's connections are its own"
 
 
@@ -76,13 +76,13 @@ def test_a_handle_of_the_parent_may_be_awaited_in_the_child(served: Settings) ->
         handle: CallHandle = client.submit("long", max_tokens=400, stream=True)
         words = in_child(lambda: handle.result(WAIT_S).text)
         assert words == handle.result(WAIT_S).text
-        assert in_child(lambda: handle.result(1).text) == words, "one that has ended is known"
+        assert in_child(lambda: handle.result(1).text) == words, "the end is already known"
 
 
-def test_a_lock_that_was_held_when_the_fork_came(served: Settings) -> None:
+def test_a_lock_that_was_held_during_the_fork(served: Settings) -> None:
     with Client(settings=served) as client:
         say(client)
-        with client._changed, client._line_free:
+        with client._changed, client._connection_lock:
             assert in_child(lambda: bool(say(client)))
 
 

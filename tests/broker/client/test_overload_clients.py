@@ -1,4 +1,4 @@
-"""What producers see of a namespace that is full: each client, both choices, many at once."""
+"""What producers see of an overloaded namespace: each client, both choices, many at once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_client_raises(full: Client) -> None:
     error = caught.value
     assert (error.bound, error.setting, error.retry_after) == ("open_calls", "RSM_MAX_OPEN_CALLS", 1.0)
     assert "secret" not in str(error)
-    assert "late" not in full._open, "nobody waits for a call that is not in"
+    assert "late" not in full._open, "a refused call is not awaited"
     assert not full.redis.exists(full.keys.call("late"))
     set_free(full)
     assert full.submit("a secret prompt", id="late").id == "late"
@@ -71,7 +71,9 @@ async def test_an_async_client_raises(full: Client, settings: Settings) -> None:
         assert (await client.submit("hi", id="late")).id == "late"
 
 
-def test_what_is_in_stays_in_and_the_rest_can_go_on(client: Client, settings: Settings, router: None) -> None:
+def test_accepted_calls_stay_and_the_rest_can_be_submitted_again(
+    client: Client, settings: Settings, router: None
+) -> None:
     calls = [client.prepare(f"call {i}", id=f"c{i}") for i in range(ROOM + 2)]
     with pytest.raises(Overloaded) as caught:
         client.submit_many(calls)
@@ -140,7 +142,7 @@ async def test_an_async_client_gives_up(full: Client, settings: Settings) -> Non
             await client.submit("hi")
 
 
-def test_nobody_waits_beyond_a_deadline(full: Client, settings: Settings) -> None:
+def test_no_submit_waits_beyond_a_deadline(full: Client, settings: Settings) -> None:
     with Client(settings=settings, on_overload="wait") as waiting:
         began = time.monotonic()
         with pytest.raises(Overloaded, match="deadline") as caught:
@@ -156,7 +158,7 @@ def test_close_ends_the_wait(full: Client, settings: Settings) -> None:
         eventually(lambda: full.redis.hget(full.keys.usage, "refused"))
         waiting.close()
         with pytest.raises(BrokerUnavailable):
-            late.result(0.9)  # sooner than it would have tried again
+            late.result(0.9)  # before its next try
 
 
 async def test_close_ends_the_wait_of_tasks(full: Client, settings: Settings) -> None:
@@ -173,7 +175,7 @@ async def test_close_ends_the_wait_of_tasks(full: Client, settings: Settings) ->
 
 
 class Watch(threading.Thread):
-    """Looks at the counter as often as it can, and keeps the most it has seen."""
+    """Reads the counter as often as it can, and keeps the maximum."""
 
     def __init__(self, db: redis.Redis, keys: Keys) -> None:
         super().__init__(name="watch")
@@ -198,7 +200,7 @@ class Watch(threading.Thread):
 
 
 @pytest.mark.parametrize("each", [1, 7])
-def test_many_producers_stay_within_the_bound_and_all_finish(
+def test_many_producers_stay_within_the_limit_and_all_finish(
     settings: Settings, db: redis.Redis, keys: Keys, router: None, each: int
 ) -> None:
     def produce(n: int) -> list[str]:
@@ -210,14 +212,14 @@ def test_many_producers_stay_within_the_bound_and_all_finish(
             return [h.result(WAIT).text for h in handles]
 
     with FakeWorker(settings).serving(echo), Watch(db, keys) as watch, ThreadPoolExecutor(6) as pool:
-        told = list(pool.map(produce, range(6)))
-    assert told == [[f"{n} {i}" for i in range(21)] for n in range(6)]
+        texts = list(pool.map(produce, range(6)))
+    assert texts == [[f"{n} {i}" for i in range(21)] for n in range(6)]
     assert watch.looks > 10
     assert 0 < watch.most <= ROOM
     assert db.hmget(keys.usage, "open_calls", "open_bytes") == [b"0", b"0"]
 
 
-async def test_many_tasks_stay_within_the_bound_and_all_finish(
+async def test_many_tasks_stay_within_the_limit_and_all_finish(
     settings: Settings, db: redis.Redis, keys: Keys, router: None
 ) -> None:
     async with AsyncClient(settings=settings, on_overload="wait") as client:
@@ -228,17 +230,17 @@ async def test_many_tasks_stay_within_the_bound_and_all_finish(
     assert watch.most <= ROOM
 
 
-# -- the other ways in
+# -- other ways to push
 
 
-def test_a_bare_xadd_is_told(full: Client, db: redis.Redis, keys: Keys, router: None) -> None:
+def test_a_bare_xadd_gets_a_failed_record(full: Client, db: redis.Redis, keys: Keys, router: None) -> None:
     db.xadd(keys.calls, {"id": "raw", "inbox": "box", "json": '{"prompt":"hi"}'})
     eventually(lambda: db.hget(keys.call("raw"), "state") == b"FAILED")
     assert db.hget(keys.call("raw"), "error_code") == b"overloaded"
     inbox: Any = db.xrange(keys.inbox("box"))
     ((_, event),) = inbox
     assert (event[b"state"], event[b"error_code"]) == (b"FAILED", b"overloaded")
-    assert not db.xlen(keys.calls), "the stream goes on behind it"
+    assert not db.xlen(keys.calls), "the stream continues after it"
 
 
 async def test_the_manager_passes_the_choice_on(settings: Settings) -> None:

@@ -10,12 +10,12 @@ import pytest
 from rsm.broker import AsyncCall, AsyncClient, AsyncShardedClient, CallHandle, Client, ShardedClient
 from rsm.broker.client.core import ClientCore
 
-# What one of them alone has, and why.
+# Names that only one of them has, and why.
 OWN = {
-    AsyncCall: {"__await__"},  # a handle is awaited, or asked for its result
+    AsyncCall: {"__await__"},  # a call is awaited; a handle has `result`
     ShardedClient: {"client", "namespaces"},
     AsyncShardedClient: {"client", "namespaces"},
-    # The parts of which a client is made; a sharded one has several of them.
+    # The parts of a client; a sharded client has several of each.
     Client: set[str](),
     AsyncClient: set[str](),
 }
@@ -43,8 +43,8 @@ def test_signatures_of_clients(other: type, name: str) -> None:
     assert parameters(getattr(other, name)) == parameters(getattr(Client, name))
 
 
-def test_the_surface_is_what_it_is() -> None:
-    """A name that goes from all four at once would be missed above."""
+def test_the_public_names() -> None:
+    """The tests above would miss a name that disappears from all four at once."""
     assert set(METHODS) == {
         "cancel", "cancel_session", "close", "deadline_in", "handle", "prepare", "record", "result", "stream",
         "submit", "submit_many",
@@ -66,7 +66,7 @@ def test_handles() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_only_what_asks_redis_is_awaited(name: str) -> None:
+def test_only_methods_that_use_redis_are_awaited(name: str) -> None:
     asks = inspect.iscoroutinefunction(getattr(AsyncClient, name)) or name == "stream"
     assert asks == (name != "prepare")
     sharded = getattr(AsyncShardedClient, name)

@@ -1,4 +1,4 @@
-"""What may be pushed: ids, bodies, routing fields, and the router's reading of whatever was."""
+"""What may be pushed: ids, bodies, routing fields, and how the router reads entries."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LIMIT = 4096
 
 
 def given(*strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Without hypothesis's clock: the machine has other work too."""
+    """Without hypothesis's deadline, because the machine may be busy."""
     relaxed = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
     return lambda test: relaxed(hypothesis_given(*strategies)(test))
 
 
 def refusal(action: Callable[[], Any]) -> str:
-    """What an InvalidRequest says, "" if there was none."""
+    """The message of an InvalidRequest; "" if none was raised."""
     try:
         action()
     except InvalidRequest as e:
@@ -230,12 +230,12 @@ def test_build_gives_a_call_or_says_why_not(prompt: Any, kind: str, params: dict
 
 
 @pytest.mark.parametrize("prompt", [None, 5, b"bytes", bytearray(b"bytes"), {1, 2}, object()])
-def test_what_is_no_prompt(prompt: Any) -> None:
-    with pytest.raises(InvalidRequest, match="A prompt is text, token ids or a request body; got"):
+def test_an_invalid_prompt(prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match="The prompt must be text, token ids or a request body; got"):
         build(prompt, max_body_bytes=LIMIT)
 
 
-def test_a_call_has_a_session_of_its_own_unless_told() -> None:
+def test_a_call_has_its_own_session_by_default() -> None:
     call = build("hi", max_body_bytes=LIMIT)
     assert call.request.session == call.request.id
     assert build("hi", max_body_bytes=LIMIT, session="s").request.session == "s"
@@ -305,7 +305,7 @@ def test_reading_a_good_body_with_random_fields_never_raises(
 
 
 def check_reading(read: Arrival | Rejection, fields: dict[bytes, bytes]) -> None:
-    """Whatever comes of an entry is fit for the scripts."""
+    """Whatever is read from an entry is valid for the scripts."""
     assert read.entry == "5-1"
     if isinstance(read, Rejection):
         assert read.call_id == "" or is_id(read.call_id)

@@ -38,7 +38,7 @@ def test_only_what_must_move_moves() -> None:
     before = {s: namespace_of(s, _NAMES[:4]) for s in _SESSIONS}
     after = {s: namespace_of(s, _NAMES) for s in _SESSIONS}
     moved = [s for s in _SESSIONS if before[s] != after[s]]
-    assert {after[s] for s in moved} == {"e"}, "sessions move to the new namespace alone"
+    assert {after[s] for s in moved} == {"e"}, "sessions move only to the new namespace"
     assert len(moved) == pytest.approx(len(_SESSIONS) / 5, rel=0.05)
 
 
@@ -50,7 +50,7 @@ def test_the_mapping_is_the_same_everywhere() -> None:
 
 
 @pytest.mark.parametrize("names", [[], "rsm", ["a", "a"], ["a", "no good"]])
-def test_namespaces_that_are_none(names: Sequence[str]) -> None:
+def test_invalid_namespaces(names: Sequence[str]) -> None:
     with pytest.raises(InvalidRequest):
         ShardedClient(names)
     with pytest.raises(InvalidRequest):
@@ -78,7 +78,7 @@ def shards(cluster: Cluster) -> list[Settings]:
 
 @pytest.fixture
 def serving(shards: list[Settings]) -> Iterator[None]:
-    """A router and a worker in each; calls of a session named stay-… run on until they are cancelled."""
+    """A router and a worker in each. Calls of a session named stay-… run until they are cancelled."""
 
     def answer(worker: FakeWorker, call: Claimed) -> None:
         (hold if call.session.startswith("stay") else echo)(worker, call)

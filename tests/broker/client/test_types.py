@@ -1,4 +1,4 @@
-"""What type checkers see of the public surface."""
+"""The public API as type checkers see it."""
 
 from __future__ import annotations
 

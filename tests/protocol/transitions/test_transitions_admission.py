@@ -1,4 +1,4 @@
-"""Admission in Redis: calls for whose contexts there is no room wait at the router, and who goes first."""
+"""Admission in Redis: which calls are throttled, and in which order they are admitted."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_call_without_a_session_leaves_nothing_behind(rooms: Rooms) -> None:
     assert not rooms.world.db.exists(rooms.world.keys.residency("c1"))
 
 
-def test_a_session_that_is_ended_gives_its_room_back(rooms: Rooms) -> None:
+def test_a_session_that_is_ended_frees_its_headroom(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 900, session="s")
     worker.finish(worker.take(), resident_tokens=900)
@@ -100,28 +100,28 @@ def test_nothing_is_written_where_programs_are_not_admitted(rooms: Rooms) -> Non
 # -- who waits
 
 
-def test_a_call_without_room_is_held(rooms: Rooms) -> None:
+def test_a_call_without_headroom_is_throttled(rooms: Rooms) -> None:
     rooms.engine()
     assert rooms.bring("c1", 600) == "assigned"
     assert rooms.bring("c2", 401) == "held"
     record = rooms.world.record("c2")
     assert (record["state"], record["engine"], rooms.held(), rooms.on_stream()) == ("PENDING", "", ["c2"], [])
     assert "401 tokens" in record["why"]
-    assert rooms.bring("c3", 399, priority=-1) == "assigned", "there is room, and it goes ahead of the one that waits"
+    assert rooms.bring("c3", 399, priority=-1) == "assigned", "there is headroom, and it goes before the throttled call"
     assert rooms.world.stat("held") == 1
 
 
-def test_a_router_may_hold_a_call_by_itself(rooms: Rooms) -> None:
+def test_a_router_may_throttle_a_call_itself(rooms: Rooms) -> None:
     rooms.engine()
     rooms.world.submit("c1")
-    assert rooms.place("c1", 5, "", throttle=True, why="no room anywhere") == "held"
-    assert rooms.world.record("c1")["why"] == "no room anywhere"
+    assert rooms.place("c1", 5, "", throttle=True, why="no headroom") == "held"
+    assert rooms.world.record("c1")["why"] == "no headroom"
     assert rooms.admit() == ["c1"]
     assert rooms.place("c1", 5) == "assigned"
 
 
 def test_two_routers_at_once_do_not_overfill(rooms: Rooms) -> None:
-    """Each of them saw an empty engine."""
+    """Each router saw an empty engine."""
     rooms.engine()
     world = rooms.world
     for n in range(4):
@@ -133,7 +133,7 @@ def test_two_routers_at_once_do_not_overfill(rooms: Rooms) -> None:
     assert rooms.account() == (3, 900, 0)
 
 
-def test_an_entry_that_two_routers_have_in_hand_is_held_or_placed_once(rooms: Rooms) -> None:
+def test_an_entry_that_two_routers_have_read_is_throttled_or_placed_once(rooms: Rooms) -> None:
     rooms.engine()
     world = rooms.world
     world.submit("c1")
@@ -146,27 +146,27 @@ def test_an_entry_that_two_routers_have_in_hand_is_held_or_placed_once(rooms: Ro
     assert not world.record("c1")["starves_ms"]
 
 
-def test_those_that_are_cached_do_not_wait_behind_others(rooms: Rooms) -> None:
+def test_cached_sessions_do_not_wait_after_others(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 600, session="s")
     worker.finish(worker.take(), resident_tokens=600)
     rooms.bring("c2", 500)
     assert rooms.held() == ["c2"]
-    assert rooms.bring("c3", 100) == "held", "there is room for it, but it came later"
-    assert "go ahead of it" in rooms.world.record("c3")["why"]
+    assert rooms.bring("c3", 100) == "held", "there is headroom for it, but it came later"
+    assert "throttled calls ahead of it" in rooms.world.record("c3")["why"]
     assert rooms.bring("c4", 700, session="s") == "assigned"
     assert rooms.account() == (1, 700, 0)
 
 
-def test_what_worse_tiers_have_is_room(rooms: Rooms) -> None:
+def test_contexts_of_worse_tiers_are_headroom(rooms: Rooms) -> None:
     rooms.engine()
     rooms.world.charge("old", 5_000)
     assert rooms.bring("c1", 900, session="old") == "assigned"
-    assert rooms.bring("c2", 900) == "assigned", "the engine takes the other's place away"
-    assert rooms.bring("c3", 200, session="old") == "held", "and its next call asks again"
+    assert rooms.bring("c2", 900) == "assigned", "the engine evicts the other context"
+    assert rooms.bring("c3", 200, session="old") == "held", "and its next call must be admitted again"
 
 
-def test_what_is_larger_than_the_cache_goes_where_nothing_runs(rooms: Rooms) -> None:
+def test_a_context_larger_than_the_cache_goes_where_nothing_runs(rooms: Rooms) -> None:
     worker = rooms.engine()
     assert rooms.bring("c1", 100) == "assigned"
     assert rooms.bring("c2", 5_000) == "held"
@@ -175,18 +175,18 @@ def test_what_is_larger_than_the_cache_goes_where_nothing_runs(rooms: Rooms) -> 
     assert rooms.place("c2", 5_000) == "assigned"
 
 
-def test_an_engine_that_tells_no_size_has_room(rooms: Rooms) -> None:
+def test_an_engine_that_reports_no_size_has_headroom(rooms: Rooms) -> None:
     rooms.engine(kv_tokens=0)
     assert [rooms.bring(f"c{n}", 10**6) for n in range(3)] == ["assigned"] * 3
 
 
-def test_a_factor_makes_room(rooms: Rooms) -> None:
+def test_a_factor_makes_headroom(rooms: Rooms) -> None:
     rooms.engine()
     rooms.use(admission=True, admission_factor=2.0)
     assert [rooms.bring(f"c{n}", CAPACITY) for n in range(3)] == ["assigned", "assigned", "held"]
 
 
-def test_who_is_held_binds_no_session(rooms: Rooms) -> None:
+def test_a_throttled_call_binds_no_session(rooms: Rooms) -> None:
     rooms.engine()
     rooms.bring("c1", 900)
     rooms.world.submit("c2", session="s")
@@ -194,10 +194,10 @@ def test_who_is_held_binds_no_session(rooms: Rooms) -> None:
     assert not rooms.world.session("s")["engine"]
 
 
-# -- who is let in
+# -- which calls are admitted
 
 
-def test_an_end_lets_in_who_fits_then(rooms: Rooms) -> None:
+def test_an_end_admits_calls_that_fit_then(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 600, session="c1")
     rooms.bring("c2", 500)
@@ -206,13 +206,13 @@ def test_an_end_lets_in_who_fits_then(rooms: Rooms) -> None:
     worker.finish(worker.take())
     assert (rooms.on_stream(), rooms.held()) == (["c2", "c3"], ["c4"])
     entry, fields = rooms.world.entry_of("c2")
-    assert (entry != fields["gen"], fields["level"]) == (True, "0"), "a new entry, and the level at which it waits"
+    assert (entry != fields["gen"], fields["level"]) == (True, "0"), "a new entry, with the level at which it waited"
     assert [rooms.place(c, 500) for c in ("c2", "c3")] == ["assigned", "assigned"]
     assert rooms.account() == (2, 1000, 0)
     assert rooms.world.record("c2")["why"] == "a test says so"
 
 
-def test_an_end_lets_nobody_in_whom_an_engine_does_not_serve(rooms: Rooms) -> None:
+def test_an_end_admits_no_call_that_its_engine_does_not_serve(rooms: Rooms) -> None:
     worker, other = rooms.engine(), rooms.engine("e2", "m2")
     rooms.bring("c1", 900, session="c1")
     rooms.bring("c2", 900, "e2", session="c2")
@@ -223,7 +223,7 @@ def test_an_end_lets_nobody_in_whom_an_engine_does_not_serve(rooms: Rooms) -> No
     assert rooms.on_stream() == ["c3"]
 
 
-def test_a_full_engine_does_not_hold_calls_of_another_model(rooms: Rooms) -> None:
+def test_a_full_engine_does_not_throttle_calls_of_another_model(rooms: Rooms) -> None:
     rooms.engine()
     rooms.engine("e2", "m2")
     rooms.bring("c1", 900)
@@ -259,11 +259,11 @@ def test_a_few_may_go_ahead_of_one_that_fits_nowhere(rooms: Rooms) -> None:
     for n in range(5):
         rooms.bring(f"small{n}", 50)
     assert rooms.admit() == ["small0", "small1", "small2"]
-    assert rooms.place("small0", 50) == "assigned", "though the large one stands before it"
+    assert rooms.place("small0", 50) == "assigned", "although the large call is before it"
     assert rooms.held() == ["large", "small3", "small4"]
 
 
-def test_behind_four_that_fit_nowhere_all_wait(rooms: Rooms) -> None:
+def test_all_wait_after_four_that_fit_nowhere(rooms: Rooms) -> None:
     rooms.engine()
     rooms.bring("c1", 500)
     for n in range(4):
@@ -272,8 +272,8 @@ def test_behind_four_that_fit_nowhere_all_wait(rooms: Rooms) -> None:
     assert rooms.admit() == []
 
 
-def test_behind_one_that_starves_all_wait(rooms: Rooms) -> None:
-    """It is new, so in the first level, and has waited eight times as long as it ran, which counts as a second."""
+def test_all_wait_after_one_that_starves(rooms: Rooms) -> None:
+    """It is new, so it is in the first level. It has waited eight times its run time, which counts as a second."""
     worker = rooms.engine()
     rooms.bring("c1", 500, session="c1")
     rooms.bring("large", 900)
@@ -314,7 +314,7 @@ def test_an_admitted_call_that_finds_no_headroom_waits_at_its_old_place(rooms: R
     assert not rooms.world.record("c2")["let_in"]
 
 
-def test_a_tick_lets_in_who_fits_elsewhere(rooms: Rooms) -> None:
+def test_a_tick_admits_calls_that_fit_elsewhere(rooms: Rooms) -> None:
     rooms.engine()
     rooms.bring("c1", 900)
     for n in range(8):
@@ -323,7 +323,7 @@ def test_a_tick_lets_in_who_fits_elsewhere(rooms: Rooms) -> None:
     assert rooms.admit() == [f"h{n}" for n in range(5)]
 
 
-def test_programs_that_think_make_room_by_and_by(rooms: Rooms) -> None:
+def test_programs_that_think_gradually_make_headroom(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 800, session="s")
     worker.finish(worker.take(), resident_tokens=800)
@@ -333,10 +333,10 @@ def test_programs_that_think_make_room_by_and_by(rooms: Rooms) -> None:
     assert rooms.admit() == ["c2"]
 
 
-# -- what else becomes of them
+# -- other outcomes
 
 
-def test_a_cancel_ends_a_held_call(rooms: Rooms) -> None:
+def test_a_cancel_ends_a_throttled_call(rooms: Rooms) -> None:
     rooms.engine()
     rooms.bring("c1", 900)
     rooms.bring("c2", 900, session="s", inbox="box")
@@ -350,7 +350,7 @@ def test_a_cancel_ends_a_held_call(rooms: Rooms) -> None:
     assert not rooms.world.db.exists(rooms.world.keys.holding, rooms.world.keys.held_starving(""))
 
 
-def test_a_cancelled_session_leaves_no_impatient_call(rooms: Rooms) -> None:
+def test_a_cancelled_session_leaves_no_starving_call(rooms: Rooms) -> None:
     rooms.engine()
     rooms.world.charge("old", 5_000)
     rooms.bring("c1", 900)
@@ -360,7 +360,7 @@ def test_a_cancelled_session_leaves_no_impatient_call(rooms: Rooms) -> None:
     assert not rooms.world.db.exists(rooms.world.keys.held_starving(""))
 
 
-def test_a_deadline_ends_a_held_call(rooms: Rooms) -> None:
+def test_a_deadline_ends_a_throttled_call(rooms: Rooms) -> None:
     rooms.engine()
     rooms.bring("c1", 900)
     rooms.bring("c2", 900, deadline_ms=1 << 50)
@@ -369,7 +369,7 @@ def test_a_deadline_ends_a_held_call(rooms: Rooms) -> None:
     assert (rooms.world.record("c2")["error_code"], rooms.held()) == ("deadline_exceeded", [])
 
 
-def test_a_waiting_call_that_is_cancelled_gives_its_room_back(rooms: Rooms) -> None:
+def test_a_waiting_call_that_is_cancelled_frees_its_headroom(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 900, session="s")
     rooms.world.cancel("c1")
@@ -380,7 +380,7 @@ def test_a_waiting_call_that_is_cancelled_gives_its_room_back(rooms: Rooms) -> N
     assert rooms.account() == (0, 0, 0)
 
 
-def test_a_call_that_is_given_back_gives_its_room_back(rooms: Rooms) -> None:
+def test_a_call_that_is_given_back_frees_its_headroom(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 400, session="s")
     rooms.bring("c2", 500)
@@ -391,7 +391,7 @@ def test_a_call_that_is_given_back_gives_its_room_back(rooms: Rooms) -> None:
     assert rooms.account() == (0, 0, 0)
 
 
-def test_a_dead_letter_gives_its_room_back(rooms: Rooms) -> None:
+def test_a_dead_letter_frees_its_headroom(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.use(admission=True, max_attempts=1)
     rooms.bring("c1", 400)
@@ -446,7 +446,7 @@ def test_an_engine_that_comes_back_has_its_calls_and_an_empty_cache(rooms: Rooms
 
 
 def test_a_process_that_lives_keeps_its_cache(rooms: Rooms) -> None:
-    """Its lease ended while it stood still."""
+    """Its lease expired while it hung."""
     worker = rooms.engine()
     rooms.bring("c1", 300, session="s")
     worker.finish(worker.take(), resident_tokens=300)
@@ -456,7 +456,7 @@ def test_a_process_that_lives_keeps_its_cache(rooms: Rooms) -> None:
     assert session(rooms, "s").shares["e1"].cached
 
 
-def test_calls_of_a_model_that_nobody_serves_now_are_held_no_more(rooms: Rooms) -> None:
+def test_calls_of_a_model_that_no_engine_serves_are_no_longer_throttled(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 900)
     rooms.bring("c2", 900, model="m")
@@ -466,7 +466,7 @@ def test_calls_of_a_model_that_nobody_serves_now_are_held_no_more(rooms: Rooms) 
     assert rooms.place("c2", 0, "") == "parked"
 
 
-def test_where_admission_is_switched_off_nobody_waits_on(rooms: Rooms) -> None:
+def test_no_call_stays_throttled_when_admission_is_switched_off(rooms: Rooms) -> None:
     worker = rooms.engine()
     rooms.bring("c1", 900)
     for n in range(3):
@@ -480,7 +480,7 @@ def test_where_admission_is_switched_off_nobody_waits_on(rooms: Rooms) -> None:
     assert not rooms.world.db.exists(rooms.world.keys.holding)
 
 
-def test_a_record_that_was_deleted_by_hand_stops_nobody(rooms: Rooms) -> None:
+def test_a_record_that_was_deleted_by_hand_blocks_no_call(rooms: Rooms) -> None:
     rooms.engine()
     rooms.bring("c1", 900)
     rooms.bring("c2", 900)
@@ -495,7 +495,7 @@ def test_a_record_that_was_deleted_by_hand_stops_nobody(rooms: Rooms) -> None:
 
 
 @pytest.mark.parametrize("admission", [True, False])
-def test_held_records_that_were_deleted_by_hand_stop_nobody(rooms: Rooms, admission: bool) -> None:
+def test_throttled_records_that_were_deleted_by_hand_block_no_call(rooms: Rooms, admission: bool) -> None:
     world = rooms.world
     rooms.engine()
     world.charge("old", 5_000)
@@ -514,7 +514,7 @@ def test_held_records_that_were_deleted_by_hand_stop_nobody(rooms: Rooms, admiss
 @pytest.mark.parametrize(
     "junk", [b"", b"x", b"1 2", b"nan inf -1 99 e", b"1e400 1e400 1e400 1e400", b"\xff \xff \xff \xff"]
 )
-def test_junk_in_an_account_stops_nobody(rooms: Rooms, junk: bytes) -> None:
+def test_junk_in_an_account_blocks_no_call(rooms: Rooms, junk: bytes) -> None:
     worker, world = rooms.engine(), rooms.world
     rooms.bring("c1", 600, session="s")
     rooms.bring("c2", 600)

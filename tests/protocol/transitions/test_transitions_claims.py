@@ -1,4 +1,4 @@
-"""How workers come to calls and stream them: claim, reconcile, publish. Each script alone."""
+"""How workers get calls and stream them: claim, reconcile, publish. Each script alone."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_same_claim_number_gives_the_same_calls(world: World) -> None:
     assert world.waiting() == ["c2"]
     assert first is not None
     worker.finish(first[0])
-    assert worker.claim(2, claim_no=7) == first[1:], "what ended meanwhile is not handed over again"
+    assert worker.claim(2, claim_no=7) == first[1:], "a call that ended meanwhile is not handed over again"
     assert [c.fence.call_id for c in worker.claim(2, claim_no=8) or ()] == ["c2"]
 
 
@@ -68,7 +68,7 @@ def test_a_claim_that_got_nothing_may_get_something_under_its_number(world: Worl
     assert len(worker.claim(claim_no=1) or ()) == 1
 
 
-def test_a_full_engine_may_take_calls_that_are_better_than_its_bar(world: World) -> None:
+def test_a_full_engine_may_take_calls_that_are_better_than_its_threshold(world: World) -> None:
     worker = world.worker()
     world.charge("old", 5_000)
     for name, session, priority in (("a", "", 0), ("b", "old", 0), ("c", "", 1), ("d", "old", 1), ("e", "", 2)):
@@ -79,7 +79,9 @@ def test_a_full_engine_may_take_calls_that_are_better_than_its_bar(world: World)
     assert [c.fence.call_id for c in worker.claim(0, ahead=9, threshold=(0, 0)) or ()] == []
     assert [c.fence.call_id for c in worker.claim(0, ahead=9, threshold=(0, 2)) or ()] == ["a"]
     assert [c.fence.call_id for c in worker.claim(0, ahead=1, threshold=(1, 1)) or ()] == ["b"]
-    assert [c.fence.call_id for c in worker.claim(2, ahead=9, threshold=(1, 1)) or ()] == ["c", "d"], "room is room"
+    assert [c.fence.call_id for c in worker.claim(2, ahead=9, threshold=(1, 1)) or ()] == ["c", "d"], (
+        "free slots take any call"
+    )
     assert [c.fence.call_id for c in worker.claim(1, ahead=1, threshold=(0, 0)) or ()] == ["e"]
     assert (world.waiting(), len(world.running())) == ([], 5)
 
@@ -128,8 +130,8 @@ def test_claim_ends_a_call_whose_deadline_passed(world: World) -> None:
     assert world.engine().ints("queued_tokens") == (0,)
 
 
-def test_claim_tells_the_time_left(world: World) -> None:
-    """Not the deadline: no clock but that of Redis is to be compared with it."""
+def test_claim_returns_the_time_left(world: World) -> None:
+    """Not the deadline, because only Redis's clock may be compared with it."""
     worker = world.worker()
     seconds, micros = world.db.time()
     world.queue("c1", deadline_ms=seconds * 1000 + micros // 1000 + 60_000)
@@ -159,18 +161,18 @@ def test_a_worker_learns_how_its_calls_differ_from_those_of_redis(world: World) 
     theirs = other.take()
     worker.release(again, fault=False)
     world.assign("c3", "e1")
-    anew = worker.take()
+    new = worker.take()
 
-    def look(worker: FakeWorker, *held: Claimed) -> Differences | None:
-        return world.run(world.transitions.reconcile(worker.engine, worker.incarnation, [c.fence for c in held]))
+    def reconcile(worker: FakeWorker, *calls: Claimed) -> Differences | None:
+        return world.run(world.transitions.reconcile(worker.engine, worker.incarnation, [c.fence for c in calls]))
 
-    assert look(worker, mine, anew) == look(other, theirs) == ([], [])
-    assert look(worker, mine, ended, moved, again) == ([c.fence for c in (ended, moved, again)], [anew.fence])
-    assert look(other) == ([], [theirs.fence])
+    assert reconcile(worker, mine, new) == reconcile(other, theirs) == ([], [])
+    assert reconcile(worker, mine, ended, moved, again) == ([c.fence for c in (ended, moved, again)], [new.fence])
+    assert reconcile(other) == ([], [theirs.fence])
     world.forget("c0")
-    assert look(worker, mine, anew) == ([mine.fence], [])
+    assert reconcile(worker, mine, new) == ([mine.fence], [])
     worker.incarnation = "another"
-    assert look(worker, mine) is None
+    assert reconcile(worker, mine) is None
 
 
 # -- publish
@@ -180,18 +182,18 @@ def test_a_chunk_goes_to_the_log_and_to_the_inbox(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker, stream=True, inbox="box")
     assert worker.publish(call, "a", "b") == ["ok", "ok"]
-    log, news = world.log("c1"), world.events("box")
+    log, events = world.log("c1"), world.events("box")
     assert [f for _, f in log] == [
         {"n": "0", "text": "a", "token_ids": "0"},
         {"n": "1", "text": "b", "token_ids": "1"},
     ]
-    assert [n["eid"] for n in news] == [e for e, _ in log]
-    assert [(n["call"], n["gen"], n["text"]) for n in news] == [("c1", call.fence.gen, t) for t in "ab"]
+    assert [e["eid"] for e in events] == [entry for entry, _ in log]
+    assert [(e["call"], e["gen"], e["text"]) for e in events] == [("c1", call.fence.gen, t) for t in "ab"]
     assert world.record("c1")["events"] == "2"
     assert world.db.ttl(world.keys.inbox("box")) > 0
 
 
-def test_a_chunk_stands_alone_and_its_replay_stays_in_the_log(world: World) -> None:
+def test_an_event_has_only_the_chunk_and_its_replay_stays_in_the_log(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker, stream=True, inbox="box")
     event = Event(call.fence, 0, "", (), '{"a":1}', "xyz")
@@ -233,8 +235,8 @@ def test_a_publish_under_an_old_fence_changes_nothing(world: World) -> None:
     assert [f.get("text") for _, f in world.log("c1")] == ["a", "b", None]
 
 
-def test_events_behind_a_gap_are_not_written(world: World) -> None:
-    """Redis lost one that it had acknowledged; the worker is to begin again behind what is left."""
+def test_events_after_a_gap_are_not_written(world: World) -> None:
+    """Redis lost an event that it had acknowledged. The worker must start again after the last one that is left."""
     worker = world.worker()
     call = world.start("c1", worker, stream=True, inbox="box")
     worker.publish(call, "a")

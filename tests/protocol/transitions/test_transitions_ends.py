@@ -12,14 +12,14 @@ from tests.support.world import World
 # -- finish
 
 
-def test_an_end_behind_a_gap_changes_nothing(world: World) -> None:
+def test_an_end_after_a_gap_changes_nothing(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker, stream=True)
     worker.publish(call, "a")
     before = world.record("c1")
     assert worker.finish(call, events=2) == "gap"
     assert (world.record("c1"), world.running()) == (before, ["c1"])
-    assert worker.finish(call, state=RequestState.CANCELLED, events=2) == "done", "nobody misses the rest of it"
+    assert worker.finish(call, state=RequestState.CANCELLED, events=2) == "done", "only COMPLETED needs all events"
     whole = world.start("c2", worker, stream=True)
     worker.publish(whole, "a")
     assert worker.finish(whole, events=1) == "done"
@@ -43,7 +43,7 @@ def test_finish_ends_a_call(world: World) -> None:
     assert (world.stat("prompt_tokens"), world.stat("completion_tokens"), world.stat("cached_tokens")) == (100, 7, 60)
 
 
-def test_the_end_is_told_once_with_the_result(world: World) -> None:
+def test_the_end_is_reported_once_with_the_result(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker, session="s", stream=True, inbox="box")
     worker.publish(call, "a")
@@ -99,7 +99,7 @@ def test_a_failed_call_keeps_its_body(world: World) -> None:
 
 
 def test_a_finish_under_an_old_fence_changes_nothing(world: World) -> None:
-    """Also on the very engine that has it again."""
+    """Also from the same engine, which has the call again."""
     worker = world.worker()
     old = world.start("c1", worker)
     worker.release(old, fault=False)
@@ -127,7 +127,7 @@ def test_after_reassignment_the_old_engine_can_change_nothing(world: World) -> N
     assert old_worker.release(old, fault=True) == ["stale"]
     assert not old_worker.beat()
     forged = old_worker.finish(old, fence=new.fence)
-    assert forged == "stale", "the right fence from the wrong engine is no better"
+    assert forged == "stale", "the right fence from the wrong engine is also stale"
     after = (world.record("c1"), world.events("box"), world.log("c1"), world.session("c1"), world.engine("e1"))
     assert after == before
     assert new_worker.finish(new) == "done"
@@ -140,16 +140,14 @@ def test_service_is_the_longest_path_not_the_sum(world: World) -> None:
     a, b = worker.take(), worker.take()
     worker.finish(a, prompt_tokens=100, cached_tokens=40, completion_tokens=20)  # 60 + 2 x 20
     assert world.session("s")["service"] == "100"
-    worker.finish(b, prompt_tokens=30, completion_tokens=10)  # 50, beside a: the critical path stays
+    worker.finish(b, prompt_tokens=30, completion_tokens=10)  # 50, parallel to a: the critical path stays
     assert world.session("s")["service"] == "100"
-    worker.finish(
-        world.start("c", worker, session="s"), prompt_tokens=10, completion_tokens=10
-    )  # behind both: 100 + 30
+    worker.finish(world.start("c", worker, session="s"), prompt_tokens=10, completion_tokens=10)  # after both: 100 + 30
     assert world.session("s")["service"] == "130"
     assert world.record("c")["inherited"] == "100"
 
 
-def test_service_is_all_that_calls_cost_if_so_wished(world: World) -> None:
+def test_service_is_the_sum_of_all_calls_with_rule_total(world: World) -> None:
     world.transitions = world.with_settings(service_rule="total")
     worker = world.worker()
     for call_id in ("a", "b"):

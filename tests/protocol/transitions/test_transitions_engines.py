@@ -63,7 +63,7 @@ def test_a_worker_that_comes_back_takes_its_calls_back(world: World) -> None:
     assert world.record("a-ran").ints("attempt", "failures") == (2, 0)
     assert world.record("a-ran")["deaths"] == dead.incarnation
     assert world.engine().ints("queued_tokens", "running_tokens") == (20, 0)
-    assert not world.stream(), "the router is not asked again"
+    assert not world.stream(), "the router need not place it again"
     calls = heir.claim() or ()
     assert [c.fence.call_id for c in calls] == ["a-ran", "b-queued"]
     assert dead.finish(old) == "stale"
@@ -84,7 +84,7 @@ def test_a_worker_that_keeps_dying_with_a_call_loses_it(world: World) -> None:
     assert worker.claim() == []
 
 
-def test_a_new_worker_hears_no_old_orders(world: World) -> None:
+def test_a_new_worker_gets_no_old_commands(world: World) -> None:
     worker = world.worker()
     world.start("c1", worker)
     world.cancel("c1")
@@ -124,7 +124,7 @@ def test_a_heartbeat_after_the_reaper_is_fenced(world: World) -> None:
     world.run(world.transitions.reap())
     assert not worker.beat()
     assert world.engine()["state"] == "DEAD"
-    assert worker.up().beat(), "it may register anew"
+    assert worker.up().beat(), "it can register again"
 
 
 def test_a_heartbeat_of_a_stranger_is_fenced(world: World) -> None:
@@ -165,11 +165,11 @@ def test_a_dead_engines_calls_go_back_to_the_router(world: World) -> None:
     assert world.entry_of("running")[1] == {
         "id": "running", "gen": call.fence.gen, "session": "s", "model": "m", "prompt_tokens": "5000",
     }  # fmt: skip
-    assert world.entry_of("queued")[1]["prompt_tokens"] == "7", "it is weighed as it was the first time"
+    assert world.entry_of("queued")[1]["prompt_tokens"] == "7", "it has the same weight as the first time"
     assert world.record("running").ints("attempt", "failures") == (2, 0)
     assert world.record("running")["deaths"] == worker.incarnation
     assert (world.record("queued")["attempt"], world.record("queued")["deaths"]) == ("1", "")
-    assert world.run(world.transitions.reap()) == (0, []), "a death is told once"
+    assert world.run(world.transitions.reap()) == (0, []), "a death is reported once"
     assert 0 < world.db.ttl(world.keys.engine("e1")) <= 3600
 
 
@@ -269,7 +269,7 @@ def test_an_engine_whose_hash_has_expired_is_forgotten_and_not_reported(world: W
     worker.beat("STOPPED")
     world.db.zadd(world.keys.engines, {"e1": now_ms(world) - world.settings.lease_ms - 1})
     world.db.delete(world.keys.engine("e1"))
-    assert world.run(world.transitions.reap()) == (1, []), "what it still had goes to others"
+    assert world.run(world.transitions.reap()) == (1, []), "its remaining calls go to other engines"
     assert world.db.zscore(world.keys.engines, "e1") is None
     assert not world.db.exists(world.keys.engine("e1"))
 
@@ -291,7 +291,7 @@ def test_a_drained_engine_keeps_what_runs_and_gives_back_what_waits(world: World
     assert worker.finish(call) == "done"
 
 
-def test_stop_is_told_also_while_draining(world: World) -> None:
+def test_stop_is_sent_also_while_draining(world: World) -> None:
     worker = world.worker()
     world.run(world.transitions.drain("e1"))
     assert world.run(world.transitions.drain("e1", "stop")) == 0
@@ -299,7 +299,7 @@ def test_stop_is_told_also_while_draining(world: World) -> None:
 
 
 def test_a_worker_that_drains_itself_drains_no_successor(world: World) -> None:
-    """One that stood still until others took its id, or whose order was on its way for long."""
+    """A worker that hung until another one took its id, or a command that was delayed."""
     old = world.worker()
     world.lapse()
     successor = world.worker()
@@ -309,7 +309,7 @@ def test_a_worker_that_drains_itself_drains_no_successor(world: World) -> None:
     assert world.engine()["state"] == "DRAINING"
 
 
-def test_an_order_is_given_once_however_many_rounds_it_takes(world: World) -> None:
+def test_a_command_is_sent_once_however_many_rounds_it_takes(world: World) -> None:
     worker = world.worker()
     for i in range(3):
         world.queue(f"q{i}")
@@ -319,7 +319,7 @@ def test_an_order_is_given_once_however_many_rounds_it_takes(world: World) -> No
     worker.beat("STOPPED")
     worker.up()
     world.run(world.transitions.drain("e1", "stop"))
-    assert worker.orders() == [{"op": "stop"}], "it came back since"
+    assert worker.orders() == [{"op": "stop"}], "it has come back since"
 
 
 @pytest.mark.parametrize("state", ["none", "STOPPED", "DEAD"])

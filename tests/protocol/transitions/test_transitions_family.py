@@ -20,7 +20,7 @@ def chain(world: World, n: int, prefix: str = "s") -> None:
         child(world, f"{prefix}{i}", f"{prefix}{i - 1}")
 
 
-# -- who belongs to whom
+# -- parents and children
 
 
 def test_a_first_call_names_the_parent(world: World) -> None:
@@ -28,8 +28,8 @@ def test_a_first_call_names_the_parent(world: World) -> None:
     assert world.session("sub")["parent"] == "main"
     assert world.session("main")["service"] == "0"
     assert world.children("main") == {"sub"}
-    assert world.submit("c2", session="sub", parent_session="main").code == "new", "and so may all others"
-    assert world.submit("c3", session="sub").code == "new", "or none of them"
+    assert world.submit("c2", session="sub", parent_session="main").code == "new", "later calls may name it, too"
+    assert world.submit("c3", session="sub").code == "new", "or not"
     for key in (world.keys.session("sub"), world.keys.session("main"), world.keys.session_children("main")):
         assert world.db.ttl(key) > 0
 
@@ -51,7 +51,7 @@ REFUSED = [
     ("s1", "s1", "cannot be its own parent"),
     ("s1", "s2", "s1 is an ancestor of s2"),
     ("s1", "s3", "s1 is an ancestor of s3"),
-    ("s3", "s1", "s3 has another parent than s1 already"),
+    ("s3", "s1", "s3 already has another parent than s1"),
 ]
 
 
@@ -97,7 +97,7 @@ def test_a_tree_has_a_greatest_depth(world: World) -> None:
 
 
 def test_the_deepest_session_is_of_the_program_of_its_root(world: World) -> None:
-    """For the router that looks, for the script that assigns, for the one that charges, and for people."""
+    """In the router's snapshot, in the scripts that assign and charge, and in the views."""
     worker = world.worker()
     world.charge("s1", 5_000)
     chain(world, 33)
@@ -267,7 +267,7 @@ def test_a_cancel_without_descendants_leaves_them(world: World) -> None:
 
 @pytest.mark.parametrize("descendants", [True, False])
 def test_calls_of_the_tree_that_no_router_has_read_yet_end_on_arrival(world: World, descendants: bool) -> None:
-    """Not even the session of the sub-agent is known then."""
+    """At that time, not even the session of the sub-agent is known."""
     world.worker()
     fields = {"session": "new", "parent_session": "main"}
     entry = world.push("c1", **fields)

@@ -1,4 +1,4 @@
-"""Levels and starvation: where a call stands in its engine's queue, what its program is charged. Each script alone."""
+"""Levels and starvation: a call's place in its engine's queue, what its program is charged. Each script alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.world import LONG_AGO, World, now_ms
 
 
 def low(world: World, call_id: str, session: str = "old", priority: int = 0) -> None:
-    """A waiting call of a program that has had much."""
+    """A waiting call of a program with much service."""
     if not world.session(session)["service"]:
         world.charge(session, 5_000)
     world.queue(call_id, session=session, priority=priority)
@@ -20,7 +20,7 @@ def low(world: World, call_id: str, session: str = "old", priority: int = 0) -> 
 
 
 def starve(world: World, call_id: str) -> None:
-    """As if the moment at which the call starves had come."""
+    """Makes the call starve now."""
     assert world.starving()[call_id] > now_ms(world)
     world.db.zadd(world.keys.starving("e1"), {call_id: LONG_AGO})
 
@@ -32,7 +32,7 @@ def claimed(worker: FakeWorker, most: int = 10) -> list[str]:
 # -- when a call starves
 
 
-def test_a_call_behind_the_first_level_is_due_when_its_program_has_waited_beta_times_as_long_as_it_ran(
+def test_a_call_after_the_first_level_starves_when_its_program_has_waited_beta_times_as_long_as_it_ran(
     world: World,
 ) -> None:
     world.worker()
@@ -88,7 +88,7 @@ def test_waiting_calls_that_starve_go_ahead_of_the_rest_of_their_class(world: Wo
     assert world.starving() == {}
 
 
-def test_a_claim_that_is_repeated_promotes_nobody(world: World) -> None:
+def test_a_claim_that_is_repeated_promotes_no_call(world: World) -> None:
     worker = world.worker()
     low(world, "c1")
     low(world, "c2")
@@ -119,7 +119,7 @@ def test_a_trace_of_a_call_that_moved_is_removed(world: World) -> None:
     assert claimed(worker) == ["c1"]
 
 
-# -- a call that leaves its queue may starve there no more
+# -- a call that leaves its queue can no longer starve there
 
 
 def test_every_way_out_of_a_queue_is_a_way_out_of_the_starving(world: World) -> None:
@@ -141,7 +141,7 @@ def test_every_way_out_of_a_queue_is_a_way_out_of_the_starving(world: World) -> 
     assert not world.db.exists(world.keys.starving("e1"))
 
 
-def test_a_late_call_found_by_a_claim_starves_no_more(world: World) -> None:
+def test_a_late_call_found_by_a_claim_no_longer_starves(world: World) -> None:
     worker = world.worker()
     low(world, "late")
     world.db.hset(world.keys.call("late"), "deadline_ms", LONG_AGO)
@@ -149,7 +149,7 @@ def test_a_late_call_found_by_a_claim_starves_no_more(world: World) -> None:
     assert world.starving() == {}
 
 
-def test_a_dead_engines_calls_starve_no_more(world: World) -> None:
+def test_a_dead_engines_calls_no_longer_starve(world: World) -> None:
     worker = world.worker()
     low(world, "c1")
     world.run(world.transitions.reap(worker.engine, worker.incarnation))
@@ -172,7 +172,7 @@ def test_a_call_that_its_engine_takes_back_may_starve_again(world: World) -> Non
 
 
 def start(world: World, worker: FakeWorker, call_id: str, session: str = "s", waited: int = 0) -> Claimed:
-    """A running call that had waited for so long, in ms."""
+    """A running call that waited for `waited` ms."""
     world.submit(call_id, session=session)
     world.db.hincrby(world.keys.call(call_id), "submitted_ms", -waited)
     world.assign(call_id)
@@ -180,7 +180,7 @@ def start(world: World, worker: FakeWorker, call_id: str, session: str = "s", wa
 
 
 def end(world: World, worker: FakeWorker, call: Claimed, ran: int = 0, service: int = 0) -> None:
-    """The call ends; it had run for so long, in ms, and had not waited for it."""
+    """Ends the call as if it had run for `ran` ms, without more wait."""
     for name in ("submitted_ms", "started_ms", "promoted_ms"):
         if world.db.hexists(world.keys.call(call.fence.call_id), name):
             world.db.hincrby(world.keys.call(call.fence.call_id), name, -ran)
@@ -188,7 +188,7 @@ def end(world: World, worker: FakeWorker, call: Claimed, ran: int = 0, service: 
 
 
 def close_to(seen: int, expected: int) -> bool:
-    """But for what the test itself took."""
+    """Except for the time that the test itself took."""
     return 0 <= seen - expected < 2_000
 
 
@@ -202,7 +202,7 @@ def test_service_waiting_and_running_add_up_over_calls_one_after_another(world: 
     assert close_to(entry.ints("ran_ms")[0], 60_000)
 
 
-def test_of_parallel_calls_the_longest_counts_whoever_ends_first(world: World) -> None:
+def test_of_parallel_calls_the_longest_counts_whichever_ends_first(world: World) -> None:
     for n, order in enumerate(itertools.permutations(range(3))):
         worker, session = world.worker(f"e{n}"), f"s{n}"
         world.charge(session, 100, 1_000_000, 2_000_000)
@@ -220,7 +220,7 @@ def test_of_parallel_calls_the_longest_counts_whoever_ends_first(world: World) -
         assert close_to(entry.ints("ran_ms")[0], 2_040_000)
 
 
-def test_a_worker_is_told_what_the_program_has_had(world: World) -> None:
+def test_a_worker_gets_the_totals_of_the_program(world: World) -> None:
     worker = world.worker()
     world.charge("s", 700, waited_ms=5_000, ran_ms=9_000)
     call = start(world, worker, "c1", waited=1_000)
@@ -229,24 +229,26 @@ def test_a_worker_is_told_what_the_program_has_had(world: World) -> None:
 
 
 def test_a_promotion_pays_for_what_the_program_waited(world: World) -> None:
-    """Else a program that starved once would be promoted until it has run an eighth of all it ever waited."""
+    """Otherwise a program that starved once would be promoted until it has run an eighth of its total wait."""
     worker = world.worker()
     world.charge("s", 5_000, waited_ms=100_000, ran_ms=10_000)
     call = start(world, worker, "c1")
-    assert (call.level, call.waited_ms < 2_000, call.ran_ms) == (0, True, 0), "a new account, also in the engine"
+    assert (call.level, call.waited_ms < 2_000, call.ran_ms) == (0, True, 0), (
+        "the totals start at zero, in the engine too"
+    )
     end(world, worker, call, ran=3_000, service=10)
     entry = world.session("s")
     assert close_to(entry.ints("paid_waited_ms")[0], 100_000)
     assert entry["paid_ran_ms"] == "10000"
-    assert entry.ints("waited_ms")[0] >= 100_000, "the whole is kept for people"
+    assert entry.ints("waited_ms")[0] >= 100_000, "the total is kept for the views"
     world.queue("c2", session="s")
     assert world.record("c2")["level"] == "2"
     submitted, due = world.record("c2").ints("submitted_ms", "starves_ms")
-    assert 0 <= submitted + 8 * entry.ints("ran_ms")[0] - 8 * 10_000 - due < 2_000, "beta times what it ran since"
+    assert 0 <= submitted + 8 * entry.ints("ran_ms")[0] - 8 * 10_000 - due < 2_000, "beta times its run time since"
 
 
 def test_until_a_promoted_call_has_ended_its_siblings_are_promoted_too(world: World) -> None:
-    """The threads of a program go together, so that none of them is a straggler (section 4.2.2)."""
+    """The threads of a program run together, so that none is a straggler (section 4.2.2)."""
     worker = world.worker()
     world.charge("s", 5_000, waited_ms=100_000, ran_ms=10_000)
     first = start(world, worker, "c1")
@@ -272,7 +274,7 @@ def test_what_a_promoted_call_still_waits_counts_for_the_next_time(world: World)
     assert close_to(world.session("s").ints("paid_waited_ms")[0], 30_000)
 
 
-def test_a_new_assignment_is_judged_anew(world: World) -> None:
+def test_a_new_assignment_computes_the_level_again(world: World) -> None:
     worker = world.worker()
     world.charge("s", 5_000, waited_ms=100_000)
     call = start(world, worker, "c1")
@@ -284,7 +286,7 @@ def test_a_new_assignment_is_judged_anew(world: World) -> None:
 
 @pytest.mark.parametrize("beta", [0.5, 2, 8])
 def test_a_sequential_program_waits_at_most_beta_times_its_running_before_each_turn(world: World, beta: float) -> None:
-    """Starved again and again by others of its class it gets its turn each time, and never for nothing."""
+    """If others of its class starve it again and again, it is promoted each time, and never without reason."""
     worker = world.worker()
     world.transitions = world.with_settings(starvation_beta=beta)
     world.charge("s", 5_000)
@@ -312,4 +314,4 @@ def test_in_real_time_a_starving_call_passes_those_that_came_later_from_its_mome
         began[call.fence.call_id] = world.record(call.fence.call_id).ints("started_ms")[0]
         worker.finish(call)
     assert began.pop("c1") >= due
-    assert all(ms < due for ms in began.values()), "and not a moment later"
+    assert all(ms < due for ms in began.values()), "and not later"

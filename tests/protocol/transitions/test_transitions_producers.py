@@ -49,7 +49,7 @@ def test_a_push_repeated_is_a_duplicate(world: World) -> None:
     codes = world.run(world.transitions.submit([call, again, world.prepare("c2")]))
     assert [c.code for c in codes] == ["new", "duplicate", "new"]
     assert [f["id"] for _, f in world.stream()] == ["c1", "c2"]
-    assert world.record("c1")["inbox"] == "other", "the producer that came back listens elsewhere"
+    assert world.record("c1")["inbox"] == "other", "the producer that came back has another inbox"
     assert world.stat("submitted") == 2
 
 
@@ -94,7 +94,7 @@ def test_a_call_on_the_stream_is_cancelled_at_once(world: World) -> None:
 
 @pytest.mark.parametrize("how", ["cancel", "session", "deadline", "transition"])
 def test_the_entry_of_a_call_that_ended_on_the_stream_goes_with_its_record(world: World, how: str) -> None:
-    """Left there it would be admitted once more: its router died, and none ran until the record had expired."""
+    """Otherwise it would be accepted again, if its router died and no router ran until the record had expired."""
     entry = world.push("c1", session="s")
     world.read("a router that dies")
     assert world.accept(entry, "c1", session="s", deadline_ms=1 << 50) == "new"
@@ -131,7 +131,7 @@ def test_a_parked_call_is_cancelled_at_once(world: World) -> None:
     assert not world.db.zcard(world.keys.parked("m"))
 
 
-def test_a_running_call_is_flagged_and_its_worker_told_once(world: World) -> None:
+def test_a_running_call_is_flagged_and_its_worker_notified_once(world: World) -> None:
     worker = world.worker()
     call = world.start("c1", worker)
     assert [world.cancel("c1"), world.cancel("c1", "again")] == ["cancelling", "cancelling"]
@@ -141,7 +141,7 @@ def test_a_running_call_is_flagged_and_its_worker_told_once(world: World) -> Non
 
 
 def test_a_cancel_may_be_repeated_after_a_lost_reply(world: World) -> None:
-    """Its caller must not hear that it came too late."""
+    """The reply must not be that it came too late."""
     world.submit("c1")
     assert [world.cancel("c1"), world.cancel("c1")] == ["cancelled", "cancelled"]
     worker = world.worker()
@@ -160,7 +160,7 @@ def test_whoever_listens_is_told_while_the_call_is_open(world: World) -> None:
     assert world.run(world.transitions.listen("c1", "third")) == "COMPLETED"
     assert world.record("c1")["inbox"] == "second"
     assert world.run(world.transitions.listen("gone", "third")) == ""
-    assert not world.db.exists(world.keys.call("gone")), "nothing of it would ever expire"
+    assert not world.db.exists(world.keys.call("gone")), "its fields would never expire"
 
 
 def test_too_late_to_cancel(world: World) -> None:
@@ -263,7 +263,7 @@ def test_a_cancelled_session_can_be_used_again(world: World) -> None:
     assert world.cancel_session("s") == 1
     call = world.start("c2", worker, session="s")
     worker.release(call, fault=False)
-    assert world.assign("c2").code == "assigned", "also when it comes by the stream a second time"
+    assert world.assign("c2").code == "assigned", "also when it is on the stream a second time"
     entry = world.push("c3", session="s")
     world.accept(entry, "c3", session="s")
     assert world.assign("c3").code == "assigned"
@@ -292,7 +292,7 @@ def test_cancelling_an_unknown_session_leaves_no_trace(world: World) -> None:
 
 
 def test_everything_may_be_called_0(world: World) -> None:
-    """Fields that are zero need not be stored, but a name is no number."""
+    """Fields that are zero need not be stored, but a name is not a number."""
     worker = world.worker("0", "0")
     call = world.start("0", worker, session="0", model="0", inbox="0", stream=True)
     assert (call.fence.call_id, call.session, call.inbox) == ("0", "0", "0")
@@ -324,7 +324,7 @@ def test_a_reused_id_is_not_hit_by_what_was_meant_for_its_predecessor(world: Wor
     assert worker.publish(old, "late") == ["stale"]
     assert worker.release(old, fault=True) == ["stale"]
     assert worker.finish(old) == "stale"
-    assert order["gen"] == old.fence.gen != new.fence.gen, "the worker can tell whom the old order meant"
+    assert order["gen"] == old.fence.gen != new.fence.gen, "the worker can tell which call the old command was for"
     assert "cancel" not in world.record("c1")
     assert (world.state("c1"), world.record("c1").ints("events"), world.events("box")) == ("RUNNING", (0,), [])
     assert worker.finish(new) == "done"

@@ -1,4 +1,4 @@
-"""Steps of programs that run calls, or keep the process table, themselves. Each script alone."""
+"""Transitions of programs that run calls, or manage the process table, themselves. Each script alone."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_session_is_charged_along_its_longest_path(world: World) -> None:
 
     assert [charge(100), charge(50, 0), charge(20, 100), charge(30, 150)] == [100, 100, 120, 180]
     assert world.session("s").ints("waited_ms", "ran_ms", "completed") == (5, 7, 4)
-    assert [charge(10), charge(10)] == [190, 200], "without a record, one after another"
+    assert [charge(10), charge(10)] == [190, 200], "without a record, charges are sequential"
     assert world.session("s").ints("waited_ms", "ran_ms") == (15, 21)
     assert world.db.ttl(world.keys.session("s")) > 0
     world.forget("c1")

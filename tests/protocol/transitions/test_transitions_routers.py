@@ -1,4 +1,4 @@
-"""What routers do: admit, refuse, assign, park, expire. Each script alone."""
+"""What routers do: accept, reject, assign, park, expire. Each script alone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rsm.broker.protocol.keys import ROUTER_GROUP
 from rsm.broker.protocol.transitions import Placed, Transitions
 from tests.support.world import LONG_AGO, World, now_ms
 
-# -- admit
+# -- accept
 
 
-def test_admit_moves_the_body_into_the_record(world: World) -> None:
+def test_accept_moves_the_body_into_the_record(world: World) -> None:
     entry = world.push("c1", stream="1")
     assert world.accept(entry, "c1", stream=True, inbox="box", prompt_tokens=3, on_engine_loss="fail") == "new"
     record = world.record("c1")
@@ -26,7 +26,7 @@ def test_admit_moves_the_body_into_the_record(world: World) -> None:
     assert not world.stream()
 
 
-def test_an_entry_admitted_twice_is_one_call(world: World) -> None:
+def test_an_entry_accepted_twice_is_one_call(world: World) -> None:
     entry = world.push("c1")
     assert [world.accept(entry, "c1") for _ in range(2)] == ["new", "duplicate"]
     assert world.stream()
@@ -54,8 +54,8 @@ def test_a_raw_push_under_a_foreign_id_is_a_dead_letter(world: World) -> None:
     assert [f["ref"] for _, f in world.stream()] == ["1"]
     (letter,) = world.dead()
     assert (letter["id"], letter["error_code"], letter["session"]) == ("c1", "conflict", "s2")
-    (news,) = world.events("box")
-    assert (news["call"], news["state"], news["error_code"], news["gen"]) == ("c1", "FAILED", "conflict", entry)
+    (event,) = world.events("box")
+    assert (event["call"], event["state"], event["error_code"], event["gen"]) == ("c1", "FAILED", "conflict", entry)
 
 
 # -- reject
@@ -85,7 +85,7 @@ def test_a_refused_entry_without_a_free_id_becomes_a_dead_letter(world: World, c
     assert world.events("box")[0]["state"] == "FAILED"
 
 
-def test_an_admitted_call_can_be_refused(world: World) -> None:
+def test_an_accepted_call_can_be_refused(world: World) -> None:
     entry = world.push("c1")
     world.accept(entry, "c1")
     assert world.reject(entry, "c1") == "failed"
@@ -105,7 +105,7 @@ def test_a_refusal_does_not_end_a_call_twice(world: World) -> None:
     assert not world.stream()
 
 
-def test_an_entry_is_refused_once_and_the_stream_goes_on(world: World) -> None:
+def test_an_entry_is_refused_once_and_the_stream_continues(world: World) -> None:
     entry = world.push("bad")
     world.submit("good")
     assert [world.reject(entry, "bad") for _ in range(2)] == ["failed", "gone"]
@@ -130,7 +130,7 @@ def test_assign_puts_the_call_into_the_queue(world: World) -> None:
     assert world.db.llen(world.keys.bell(worker.engine)) == 1
 
 
-def test_one_ring_is_enough(world: World) -> None:
+def test_one_wake_up_is_enough(world: World) -> None:
     world.worker()
     for i in range(3):
         world.queue(f"c{i}")
@@ -177,7 +177,7 @@ def test_the_level_is_the_bin_of_the_sessions_service(world: World, service: int
 
 
 def test_scores_are_exact_at_both_ends(world: World) -> None:
-    """8 + 4 + 41 bits fill a double: one millisecond must count also in the last class and level."""
+    """8 + 4 + 41 bits fill a double, so one millisecond must count even in the last class and level."""
     world.worker()
     world.charge("s", 10**9)
     for call_id, arrival in (("b", 2_000_000_000_001), ("a", 2_000_000_000_002), ("c", 2_000_000_000_000)):
@@ -219,7 +219,7 @@ def test_a_binding_to_an_engine_that_takes_no_calls_is_void(world: World) -> Non
     assert world.assign("c2", "e2", bind=True, seen="").engine == "e2"
 
 
-def test_no_binding_without_the_wish(world: World) -> None:
+def test_no_binding_unless_requested(world: World) -> None:
     world.worker()
     world.queue("c1", session="s")
     assert "engine" not in world.session("s")
@@ -233,7 +233,7 @@ def test_a_call_without_an_engine_is_parked(world: World) -> None:
     assert world.state("c1") == "PENDING"
 
 
-def test_a_call_that_another_router_parked_and_one_placed_is_parked_no_more(world: World) -> None:
+def test_a_call_that_another_router_parked_and_one_placed_is_no_longer_parked(world: World) -> None:
     world.worker()
     for call_id in ("placed", "late"):
         world.submit(call_id, model="m", deadline_ms=1 << 50)
@@ -253,7 +253,7 @@ def test_an_engine_that_takes_no_calls_gets_none(world: World, state: str) -> No
         world.db.hset(world.keys.engine("e1"), "state", state)
     world.submit("c1")
     assert world.assign("c1") == Placed("unplaced", "e1")
-    assert world.stream(), "the entry stays, to be placed once more"
+    assert world.stream(), "the entry stays, to be placed again"
     assert world.record("c1")["engine"] == ""
 
 
@@ -389,7 +389,7 @@ def test_a_consumer_leaves_unless_entries_are_pending_for_it(world: World) -> No
 # -- snapshot
 
 
-def test_look_shows_loads_and_caches(world: World) -> None:
+def test_a_snapshot_shows_loads_and_caches(world: World) -> None:
     worker = world.worker("e1")
     world.worker("e2", "m2")
     world.start("c1", worker, session="s")

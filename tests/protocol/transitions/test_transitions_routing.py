@@ -1,4 +1,4 @@
-"""What the scripts count and note for routers that reckon."""
+"""What the scripts count and record for routers that estimate costs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_what_waits_is_counted_by_rank(world: World) -> None:
     assert not world.db.exists(world.keys.work("e1"))
 
 
-def test_an_engine_that_has_not_changed_is_seen_as_the_very_same(world: World) -> None:
+def test_an_engine_that_has_not_changed_keeps_its_view(world: World) -> None:
     world.worker("e1")
     world.worker("e2")
     before = {e.id: e for e in world.run(world.transitions.snapshot()).engines}
-    session(world)  # a look at sessions alone forgets no engine
+    session(world)  # a snapshot of sessions only forgets no engine
     world.queue("c1", engine="e2")
     after = {e.id: e for e in world.run(world.transitions.snapshot()).engines}
     assert after["e1"] is before["e1"]
@@ -81,7 +81,7 @@ def test_an_engine_whose_process_died_has_an_empty_cache(world: World) -> None:
     assert view(world).computed == NEW_CACHE
 
 
-def test_a_record_tells_the_costs(world: World) -> None:
+def test_a_record_has_the_costs(world: World) -> None:
     world.worker()
     world.submit("c1")
     world.assign("c1", costs="e1=120 e2=3400", reuse=4)

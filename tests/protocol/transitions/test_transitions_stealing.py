@@ -1,4 +1,4 @@
-"""Calls that are taken from a loaded engine's queue: what routers read, and what they take. Each script alone."""
+"""Calls that are stolen from a loaded engine's queue: what routers read, and what they take. Each script alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_is_taken_goes_back_to_the_router_and_leaves_no_count(world: World)
     assert worker.claim() == []
 
 
-def test_it_is_placed_anew_and_tells_where_it_was(world: World) -> None:
+def test_it_is_placed_again_and_records_where_it_was(world: World) -> None:
     world.worker()
     taker = world.worker("e2")
     world.queue("c1")
@@ -83,7 +83,7 @@ def test_it_is_placed_anew_and_tells_where_it_was(world: World) -> None:
     ],
     ids=["claimed", "ended", "cancelled", "taken", "moved", "taken and back", "drained"],
 )
-def test_what_is_not_there_any_more_is_not_taken(world: World, meanwhile: Any) -> None:
+def test_a_call_that_is_gone_is_not_taken(world: World, meanwhile: Any) -> None:
     worker = world.worker()
     world.worker("e2")
     world.queue("c1")
@@ -96,7 +96,7 @@ def test_what_is_not_there_any_more_is_not_taken(world: World, meanwhile: Any) -
     assert before == (world.record("c1"), world.stream(), world.waiting(), world.waiting("e2"), world.stat("stolen"))
 
 
-def test_how_often_it_moved_is_told(world: World) -> None:
+def test_the_number_of_moves_is_reported(world: World) -> None:
     world.worker()
     world.queue("c1")
     for moves in range(3):
@@ -130,7 +130,7 @@ def test_a_suspect_is_neither_shown_nor_taken(world: World) -> None:
     assert world.waiting() == ["bad"]
 
 
-def test_an_engine_that_is_kept_for_a_suspect_is_told(world: World) -> None:
+def test_an_engine_that_is_reserved_for_a_suspect_is_reported(world: World) -> None:
     worker = suspect(world, "bad")
     world.worker("e2")
     assert waiting(world, "e2", idle=("e1", "e2")).reserved == frozenset()

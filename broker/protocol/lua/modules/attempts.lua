@@ -13,8 +13,8 @@ local function enqueue(id, e, c, level, starves)
   wake(e)
 end
 
--- Puts a PENDING call back on the router stream, without its body. c is the call as read_call gave it. Further pairs
--- are added to its entry.
+-- Puts a PENDING call back on the router stream, without its body. c: the call, from read_call. Further pairs are added
+-- to its entry.
 local function to_router(id, c, ...)
   depart(id, c)
   redis.call('HSET', call_key(id), 'engine', '', 'state', 'PENDING')

@@ -4,10 +4,10 @@
 -- push      returns the id of the call's entry on the router stream, which is also the call's generation. So a cancel
 --           or a publish that was meant for an earlier call can never hit a later one of the same id (rule 3).
 -- format    "json" (text) or "body" (msgpack): the name of the record's field, and how the result will be encoded
--- headroom  says whether there is any for a new call (overload.lua); nil = do not ask
+-- headroom  checks the limits for a new call (overload.lua); nil = do not check
 --
 -- Returns   "new", "duplicate" (same id, same content: the retry of a push) or "conflict", and the call's state
---           or "overloaded" and the limit that was reached; or "invalid" and a sentence that says why its session
+--           or "overloaded" and the limit that was reached; or "invalid" and an error message that says why its session
 --           cannot be a child of c.parent_session. In these two cases nothing has changed.
 local function create_call(c, push, format, body, headroom)
   local key = call_key(c.id)
@@ -18,7 +18,7 @@ local function create_call(c, push, format, body, headroom)
   local refused = seen[4] == 'overloaded' and seen[2] == c.digest
   if seen[1] and not refused then
     if seen[2] ~= c.digest then return 'conflict', seen[1] end
-    -- The producer is back, perhaps as a new process: it wants the events where it listens now.
+    -- The producer may be a new process, which reads another inbox.
     if c.inbox ~= '' then redis.call('HSET', key, 'inbox', c.inbox) end
     return 'duplicate', seen[1]
   end

@@ -4,8 +4,8 @@
 -- What an entry of a log takes up besides its content.
 local ENTRY_BYTES = 32
 
--- c has gen, inbox and log_bytes of the call. n is the event's number, `event` its field-value pairs, and `replay` a
--- backend's private note, which goes into the log only.
+-- c has gen, inbox and log_bytes of the call. n: the event's number. event: its field-value pairs. replay: a backend's
+-- private note, which goes only into the log.
 local function add_event(id, c, n, event, replay)
   local logged = {'n', n, unpack(event)}
   if replay ~= '' then

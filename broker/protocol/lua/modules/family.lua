@@ -4,8 +4,8 @@
 
 local REFUSAL = {
   self = 'Session %s cannot be its own parent.',
-  cycle = 'Session %s is an ancestor of %s, so it cannot be its child, too.',
-  other = 'Session %s has another parent than %s already; a sub-agent keeps the one that it had first.',
+  cycle = 'Session %s is an ancestor of %s, so it cannot also be its child.',
+  other = 'Session %s already has another parent than %s. A session keeps its first parent.',
   deep = 'Session %s cannot be a child of %s: a tree of sub-agents is at most ' .. MOST_DEEP .. ' deep.',
 }
 
@@ -29,8 +29,8 @@ local function climb(parent, s)
   return root, root == s, steps
 end
 
--- What s used before it had a parent now counts as its program's.
-local function bring_along(s, root)
+-- Adds the totals that s had before it had a parent to its program.
+local function transfer_totals(s, root)
   local mine, theirs = redis.call('HMGET', session_key(s), unpack(totals)), nil
   for i, name in ipairs(totals) do
     if mine[i] and tonumber(mine[i]) > 0 then
@@ -40,7 +40,7 @@ local function bring_along(s, root)
   end
 end
 
--- Makes `parent` the parent of s. Returns nil, or a sentence that says why it cannot be.
+-- Makes `parent` the parent of s. Returns nil, or an error message that says why it cannot be.
 local function adopt(s, parent)
   if s == parent then return string.format(REFUSAL.self, s) end
   local old = parent_of(s)
@@ -52,14 +52,14 @@ local function adopt(s, parent)
     redis.call('HSET', session_key(s), 'parent', parent)
     redis.call('PEXPIRE', session_key(s), SESSION_TTL)
     redis.call('HSETNX', session_key(parent), 'service', 0)
-    bring_along(s, root)
-    -- Children that have been idle for so long have no entry any more.
+    transfer_totals(s, root)
+    -- Children that have been idle for this long no longer have an entry.
     redis.call('ZREMRANGEBYSCORE', children_key(parent), '-inf', int(NOW - tonumber(SESSION_TTL)))
   end
   keep_alive(s, parent)
 end
 
--- What the program of a session has used, as this batch sees it: read once, and written once.
+-- The totals of the sessions' programs, as this batch sees them: read once, and written once.
 local programs = {}
 local function program_of(s, steps)
   local p = programs[s]

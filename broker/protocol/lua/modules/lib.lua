@@ -13,7 +13,7 @@ LIMITS.inbox_max, LIMITS.dead_bytes, LIMITS.open_calls, LIMITS.open_bytes, LIMIT
   string.match(ARGV[3], '(%d+) (%d+) (%d+) (%d+) (%d+) (%d+)')
 for name, n in pairs(LIMITS) do LIMITS[name] = tonumber(n) end
 
--- Only Redis's clock is ever compared (architecture, rule 2). Milliseconds.
+-- All times are compared on Redis's clock (architecture, rule 2). Milliseconds.
 local clock = redis.call('TIME')
 local NOW = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 

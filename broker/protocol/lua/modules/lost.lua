@@ -1,5 +1,5 @@
 --- @needs lib terminal attempts events poison
--- end_attempt: an attempt of a running call is over and has given no result.
+-- end_attempt: an attempt of a running call has ended without a result.
 
 local attempt_fields = {'failures', 'deaths', 'on_engine_loss', 'begins', 'kind', unpack(call_fields)}
 
@@ -18,8 +18,8 @@ local function end_as_dead_letter(id, c, code, message, ...)
   end_call(id, c, 'FAILED', code, message, '', ...)
 end
 
--- The engine's process died under the call. Returns whether the call may continue.
-local function outlives_engine(id, c, e, lost)
+-- The engine's process died while the call ran. Returns whether the call may continue.
+local function survives_death(id, c, e, lost)
   if c.on_engine_loss == 'fail' then
     end_call(id, c, 'FAILED', 'engine_lost', lost.message, '')
     return false
@@ -29,7 +29,7 @@ local function outlives_engine(id, c, e, lost)
   if #deaths >= lost.max_deaths and redis.call('HGET', engine_key(e), 'alone') == id then
     solve(deaths)
     end_as_dead_letter(id, c, 'attempts_exhausted',
-      'The call took ' .. #deaths .. ' engine processes with it, the last one while it ran alone.',
+      #deaths .. ' engine processes died while they ran the call, the last one while it ran alone.',
       'deaths', table.concat(deaths, ' '))
     return false
   end
@@ -38,7 +38,7 @@ local function outlives_engine(id, c, e, lost)
 end
 
 -- The engine reported an error for the call, and still runs. Returns whether the call may continue.
-local function outlives_error(id, c, lost)
+local function survives_error(id, c, lost)
   local failures = (tonumber(c.failures) or 0) + 1
   if failures < lost.max_attempts then
     redis.call('HSET', call_key(id), 'failures', failures)
@@ -48,8 +48,8 @@ local function outlives_error(id, c, lost)
   return false
 end
 
--- For a stream that is not to be continued: this event tells its reader that the text starts again after it.
-local function begin_anew(id, c)
+-- If a stream must start over, adds an event that says so: its text starts again after this event.
+local function restart_stream(id, c)
   local n = tonumber(c.events) or 0
   if c.on_engine_loss ~= 'restart' or n <= (tonumber(c.begins) or 0) then return end
   add_event(id, c, int(n), {'restart', '1'}, '')
@@ -57,11 +57,11 @@ local function begin_anew(id, c)
 end
 
 -- A call has lost its attempt on engine e. lost:
---   fault         "death" (the engine's process is gone) | "error" (it failed on this call) | "" (given back in order)
+--   fault         "death" (the engine's process died) | "error" (it failed on this call) | "" (the worker gave it back)
 --   incident      the incarnation of the engine
 --   max_attempts  errors after which a call is a dead letter; max_deaths: engine deaths after which it is one
 --   requeue_on    the engine whose queue takes the call; "" = the router decides
---   code, message what the record will say if no more attempts are allowed
+--   code, message the error of the record if no more attempts are allowed
 local function end_attempt(id, e, lost)
   local c = read_call(id, attempt_fields)
   later('ZREM', running_key(e), id)
@@ -70,9 +70,9 @@ local function end_attempt(id, e, lost)
   count(engine_key(e), 'running_tokens', -load_of(c))
   wake_if_reserved(e)
   if c.cancel ~= '' then return end_flagged(id, c) end
-  if lost.fault == 'death' and not outlives_engine(id, c, e, lost) then return end
-  if lost.fault == 'error' and not outlives_error(id, c, lost) then return end
-  begin_anew(id, c)
+  if lost.fault == 'death' and not survives_death(id, c, e, lost) then return end
+  if lost.fault == 'error' and not survives_error(id, c, lost) then return end
+  restart_stream(id, c)
   -- The attempt is half of the fence: from here on the old attempt can change nothing.
   redis.call('HSET', call_key(id), 'attempt', int((tonumber(c.attempt) or 1) + 1), 'lost', lost.message)
   count_total('requeued')

@@ -1,6 +1,6 @@
 --- @needs lib
--- headroom: whether a new call may come in, by the limits of ARGV[3]. Usage is counted where calls are created and
--- ended (create_call, end_call), inside the scripts, so any number of producers together never exceed a limit.
+-- headroom: whether the limits of ARGV[3] allow a new call. Usage is counted where calls are created and ended
+-- (create_call, end_call), inside the scripts, so any number of producers together never exceed a limit.
 --
 -- The limits are called "open_calls", "open_bytes", "session_calls" and "session_bytes". The bytes are those of bodies.
 
@@ -32,7 +32,7 @@ end
 
 local function exceeds(name, used_now, more) return LIMITS[name] > 0 and used_now + more > LIMITS[name] end
 
--- The limit that a new call of this session, with a body of so many bytes, would exceed; nil = there is headroom.
+-- The limit that a new call of this session, with a body of this many bytes, would exceed; nil = none.
 local function headroom(s, bytes)
   local limit = refused[''] or refused[s]
   if limit then return limit end
@@ -48,10 +48,10 @@ local function headroom(s, bytes)
   return refused[''] or refused[s]
 end
 
--- When to try again, in ms; 0 = never, because the deadline will have passed. If n calls stay for a time T each, n / T
--- of them end in a second (Little's law; retain.lua measures T). Counting ends would not do: the count falls while
--- refused producers stay away, and would keep them away even longer. Others that were refused recently wait for the
--- same headroom, so the n-th of them is told to wait for n ends.
+-- When to try again, in ms; 0 = never, because the deadline has passed. If n calls stay for a time T each, n / T of
+-- them end per second (Little's law; retain.lua measures T). A count of ends would not work: it falls while refused
+-- producers stay away, and would keep them away even longer. Other producers that were refused recently wait for the
+-- same headroom, so the n-th of them waits for n ends.
 local RETRY_MIN, RETRY_MAX, RETRY_UNKNOWN = 50, 30000, 1000
 local function retry_after(c, limit, bytes)
   local ends = 1 + used('refused')

@@ -1,10 +1,10 @@
 --- @needs lib
 -- Poison: calls that are suspected of killing their engines, and engines that are reserved for one of them.
 --
--- An incident is the incarnation of an engine whose process died. A call keeps the incidents that it was part of in its
--- field `deaths`. An incident whose cause was found, or that was no death after all, is in the zset `solved` and no
--- longer counts against anybody.
--- An engine's field `alone` names a suspect: the engine runs empty for it, or runs it alone.
+-- An incident is the incarnation of an engine whose process died. A call's field `deaths` lists the incidents during
+-- which it ran. An incident whose cause was found, or that was no death after all, is in the zset `solved` and does not
+-- count against any call.
+-- An engine's field `alone` names a suspect: the engine is emptied for it, or runs it alone.
 local SOLVED = P .. 'solved'
 
 -- but: an incident to leave out.
@@ -22,7 +22,7 @@ local function solve(incidents)
   redis.call('PEXPIRE', SOLVED, SESSION_TTL)
 end
 
--- One more death would be a suspect's last. It runs alone, so that there will be no doubt about the cause.
+-- A suspect is a call that may not see another death. It runs alone, so that the cause of a death is certain.
 local function is_suspect(deaths, max_deaths)
   return deaths ~= '' and #unsolved(deaths) >= max_deaths - 1
 end

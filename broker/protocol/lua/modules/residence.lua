@@ -1,28 +1,28 @@
 --- @needs lib residents
--- The accounts of residents.lua in Redis: whose contexts the engines' KV caches hold.
+-- The accounts of residents.lua in Redis: the contexts in the engines' KV caches.
 --
 -- engine:E:residents  the sums of an engine: `active` and `thinking` by tier, as of `at`. Also `calls`, the number of
---                     calls counted, and `half` and `factor` as the last router used them, so that whoever ends a call
---                     need not know them.
+--                     calls counted, and `half` and `factor` as the last router used them, so that the scripts that end
+--                     calls need not know them.
 -- residency:SESSION   by engine: "CALLS TOKENS SINCE TIER EPOCH" of that session there
 --
 -- A call that was assigned under admission has a `context` in its record as long as an engine has the call. `arrive`
--- (assign.lua) adds it to the account. Wherever the call leaves its engine, in end_call or in to_router, it is taken
--- out once. If it stays with an engine whose process died and came back, it stays counted.
--- An `epoch` is the life of a cache: what idle sessions have left in it is gone with the engine's process.
+-- (assign.lua) adds it to the account. When the call leaves its engine, in end_call or in to_router, it is taken out
+-- once. If the call stays with an engine whose process died and came back, it stays counted.
+-- An `epoch` is the lifetime of a cache: the contexts of idle sessions are lost with the engine's process.
 
--- What this batch knows of engines (false: nothing was ever counted there) and of sessions, and what it has changed.
+-- What this batch has read of engines (false: nothing was ever counted there) and of sessions, and what it has changed.
 local accounts, residencies, changed = {}, {}, {engines = {}, sessions = {}}
 
--- Other programs may have written junk: a count of tokens, calls or ms, or else `default`.
-local function sound(text, default)
+-- A count of tokens, calls or ms; `default` if it is invalid, because other programs may have written it.
+local function valid(text, default)
   local n = tonumber(text or '')
   return n and n >= 0 and n < 2 ^ 53 and n or default
 end
 
 local function by_tier(text)
   local list = {}
-  for n in string.gmatch(text or '', '%S+') do list[#list + 1] = sound(n, 0) end
+  for n in string.gmatch(text or '', '%S+') do list[#list + 1] = valid(n, 0) end
   for tier = #list + 1, LAST_TIER + 1 do list[tier] = 0 end
   return list
 end
@@ -30,8 +30,8 @@ end
 local function account_of(e)
   if accounts[e] == nil then
     local v = redis.call('HMGET', residents_key(e), 'at', 'half', 'factor', 'calls', 'epoch', 'active', 'thinking')
-    accounts[e] = v[1] and {at = sound(v[1], NOW), half = math.max(1, sound(v[2], 1)), factor = sound(v[3], 1),
-      calls = sound(v[4], 0), epoch = v[5] or '', active = by_tier(v[6]), thinking = by_tier(v[7])} or false
+    accounts[e] = v[1] and {at = valid(v[1], NOW), half = math.max(1, valid(v[2], 1)), factor = valid(v[3], 1),
+      calls = valid(v[4], 0), epoch = v[5] or '', active = by_tier(v[6]), thinking = by_tier(v[7])} or false
   end
   return accounts[e]
 end
@@ -46,20 +46,20 @@ local function open_account(e, half)
   return accounts[e]
 end
 
--- What a session has on each engine.
+-- A session's residency on each engine.
 local function residency_of(s)
   if residencies[s] then return residencies[s] end
   local flat, found = redis.call('HGETALL', residency_key(s)), {}
   for i = 1, #flat, 2 do
     local calls, tokens, since, tier, epoch = string.match(flat[i + 1], '^(%S+) (%S+) (%S+) (%S+) ?(%S*)$')
-    found[flat[i]] = {calls = sound(calls, 0), tokens = sound(tokens, 0), since = sound(since, 0),
-      tier = math.min(math.floor(sound(tier, 0)), LAST_TIER), epoch = epoch or ''}
+    found[flat[i]] = {calls = valid(calls, 0), tokens = valid(tokens, 0), since = valid(since, 0),
+      tier = math.min(math.floor(valid(tier, 0)), LAST_TIER), epoch = epoch or ''}
   end
   residencies[s] = found
   return found
 end
 
--- What it has on one of them: nothing, if that engine's cache is gone.
+-- Its residency on one engine; empty if that engine's cache is gone.
 local function residency_on(s, e)
   local mine, account = residency_of(s)[e], account_of(e)
   if mine and (mine.calls > 0 or (account and account.epoch == mine.epoch)) then return mine end
@@ -68,7 +68,7 @@ end
 
 local function note(s, e) gather(changed.sessions, s)[e] = true end
 
--- A call has been given to an engine.
+-- A call has been assigned to an engine.
 local function arrive(s, e, tier, context, new, half, factor)
   local account, mine = open_account(e, half), residency_on(s, e)
   account.half, account.factor = half, factor
@@ -78,8 +78,8 @@ local function arrive(s, e, tier, context, new, half, factor)
   note(s, e)
 end
 
--- A call leaves its engine. c.more: how much larger its context is than expected, if it ran. Nobody will ask for the
--- context of a call that is a session by itself, so it leaves nothing behind.
+-- A call leaves its engine. c.more: how much larger its context is than expected, if it ran. If the call is its own
+-- session, no later call will use its context, so nothing of it stays counted.
 local function depart(id, c)
   if c.context == '' or c.engine == '' then return end
   local mine = residency_of(c.session)[c.engine]
@@ -91,13 +91,13 @@ local function depart(id, c)
   note(c.session, c.engine)
 end
 
--- An engine has no calls any more, and will have none before it registers.
+-- An engine has no calls left, and gets none before it registers again.
 local function close_account(e)
   accounts[e], changed.engines[e] = false, nil
   redis.call('DEL', residents_key(e))
 end
 
--- An engine has no calls now, whatever the account says: records may have been deleted by hand.
+-- An engine has no calls now. The account may say otherwise if records were deleted by hand.
 local function empty_account(e)
   local account = account_of(e)
   if not account or account.calls == 0 then return end
@@ -111,7 +111,7 @@ local function begin_epoch(e, incarnation)
   account.epoch, account.thinking, changed.engines[e] = incarnation, by_tier(), true
 end
 
--- A session is over: nobody will ask for what it has left behind.
+-- A session has ended, so no later call will use its contexts.
 local function forget_session(s)
   for e, mine in pairs(residency_of(s)) do
     local account = account_of(e)
@@ -126,7 +126,7 @@ local function forget_session(s)
   redis.call('DEL', residency_key(s))
 end
 
--- What a session has of an engine's cache, as `fits` takes it.
+-- A session's share of an engine's cache, as `fits` expects it.
 local function share_on(s, e, half)
   local mine = residency_on(s, e)
   return {tokens = share_of(mine, NOW, half), cached = is_cached_here(mine, NOW, half), tier = mine.tier,
@@ -140,7 +140,7 @@ local function is_cached_anywhere(s, half)
   return false
 end
 
--- An engine's cache as `admissible` takes it.
+-- An engine's cache, as `admissible` expects it.
 local function cache_of(e, capacity, half)
   local account = account_of(e) or new_account(half, '')
   return {id = e, spoken = spoken_for(account, NOW, half), capacity = capacity, calls = account.calls}
@@ -158,7 +158,7 @@ local function write_account(e)
     'epoch', a.epoch, 'active', in_words(a.active, '%.0f'), 'thinking', in_words(a.thinking, '%.3f'))
 end
 
--- It expires like the session's entry, but not while calls are counted in it.
+-- The key expires like the session's entry, but not while calls are counted in it.
 local function write_residency(s, engines)
   local key, active = residency_key(s), false
   for e in pairs(engines) do

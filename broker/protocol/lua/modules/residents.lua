@@ -1,16 +1,16 @@
 --- @needs nothing
--- Whose contexts an engine's KV cache holds: numbers and tables in, numbers out. There is no key, no clock and no Redis
--- here, so the simulator runs this very file. Times in ms, contexts in tokens.
+-- The contexts in an engine's KV cache: pure functions of numbers and tables. There is no key, no clock and no Redis
+-- here, so the simulator runs this same file. Times in ms, contexts in tokens.
 --
--- A session is resident on an engine while it has unfinished calls there: its context counts in full. It stays resident
--- for a while after the last of them has ended, while tools or people think. Its context then counts for less and less,
--- half as much after each half-life, because it becomes less likely to be asked for before others have replaced it.
+-- A session is resident on an engine while it has unfinished calls there, and its context counts in full. It stays
+-- resident for a while after the last of them has ended, while tools run or people think. Its context then counts less
+-- and less, half as much after each half-life, because others become more likely to replace it before it is used again.
 --
--- Headroom is given in the order of the queue. To a call, what sessions of its own tier and of better ones have is
--- taken. What worse tiers have is headroom: the engine evicts it, and their next calls have to ask again.
+-- Headroom is given in the order of the queue. For a call, the contexts of its own tier and of better tiers are taken.
+-- Those of worse tiers are headroom: the engine evicts them, and their next calls must be admitted again.
 --
--- sums   of an engine: {at, active, thinking}. By tier, the contexts of sessions with calls there, and the decayed ones
---        of the others as of `at`. All decay at one rate, so one number stands for many, and each step costs the same.
+-- sums   of an engine: {at, active, thinking}. By tier, the contexts of sessions with calls there, and the decayed
+--        contexts of the others as of `at`. All decay at one rate, so one number is enough for all of a tier.
 -- mine   of a session on an engine: {calls, tokens, since, tier}: its unfinished calls, its context, when its last call
 --        ended, and the tier in which it is counted
 --
@@ -22,10 +22,10 @@
 local LAST_TIER = 15
 -- The context of an idle session counts as cached while this share of it is left, which is for two half-lives.
 local KEEP = 0.25
--- How many calls may overtake the first one, if they fit and it does not.
+-- How many calls may overtake the first one if they fit and it does not.
 local BYPASS = 3
 
--- The user's classes before the normal one are the best tier, those after it the last.
+-- The user's classes before the normal one are in the best tier, those after it in the last.
 local function tier_of(priority, level)
   if priority ~= 0 then return priority < 0 and 0 or LAST_TIER end
   return math.min(level, LAST_TIER)
@@ -38,7 +38,7 @@ local function settle(sums, now, half)
   sums.at = now
 end
 
--- How much of its cache is spoken for: tokens by tier.
+-- How much of an engine's cache is spoken for, in tokens by tier.
 local function spoken_for(sums, now, half)
   local spoken = {}
   for tier = 1, LAST_TIER + 1 do
@@ -47,32 +47,32 @@ local function spoken_for(sums, now, half)
   return spoken
 end
 
--- How much of that a tier and the better ones have.
+-- How much of it belongs to a tier and the better ones.
 local function up_to(spoken, tier)
   local sum = 0
   for i = 1, tier + 1 do sum = sum + spoken[i] end
   return sum
 end
 
--- What a session has of an engine's cache.
+-- A session's share of an engine's cache, in tokens.
 local function share_of(mine, now, half)
   return mine.calls > 0 and mine.tokens or decayed(mine.tokens, now - mine.since, half)
 end
 
--- Whether the cache still holds its context, as far as is known.
+-- Whether the cache probably still holds its context.
 local function is_cached_here(mine, now, half)
   return mine.calls > 0 or (mine.tokens > 0 and share_of(mine, now, half) >= KEEP * mine.tokens)
 end
 
--- Whether there is headroom for a call. share: what its session has there, {tokens, cached, tier}. A session that is
--- cached there competes with better tiers only. A context larger than the cache fits where nothing else runs.
+-- Whether there is headroom for a call. share: its session's share, {tokens, cached, tier}. A session that is cached
+-- there competes only with better tiers. A context larger than the cache fits if nothing else runs there.
 local function fits(spoken, tier, share, context, capacity, calls)
   if capacity <= 0 or (context > capacity and calls == 0) then return true end
   local against = share.cached and tier - 1 or tier
   return up_to(spoken, against) - (share.tier <= against and share.tokens or 0) + context <= capacity
 end
 
--- A call arrives. context: all the tokens that it will hold. new: those that no other call of its session holds there.
+-- A call arrives. context: all tokens that it will hold. new: those that no other call of its session holds there.
 local function arrives(sums, mine, context, new, tier, now, half)
   settle(sums, now, half)
   local at = mine.tier + 1
@@ -100,7 +100,7 @@ end
 
 local NOT_THERE = {tokens = 0, cached = false, tier = 0}
 
--- Which of the waiting calls may go now: their positions. The first call goes first. If it fits nowhere, a few others
+-- The positions of the waiting calls that are admitted now. The first call goes first. If it fits nowhere, a few others
 -- may overtake it, unless it starves: then all wait until there is headroom for it.
 -- waiting: the first calls in order, each {tier, context, shares (by engine), starves}
 -- caches:  of the engines, each {id, spoken, capacity, calls}; admitted calls are counted into them

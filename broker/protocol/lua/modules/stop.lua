@@ -2,7 +2,7 @@
 -- stop_call: ends a waiting call at once; flags a running one and wakes its worker.
 --
 -- flag: "user" (the call becomes CANCELLED) | "deadline" (it becomes FAILED)
--- Returns "ended" | "flagged" | "before" (it already had this flag) | "other" (it will end by the other flag)
+-- Returns "ended" | "flagged" | "before" (it already had this flag) | "other" (it already has the other flag)
 --         | the terminal state | "" (no such call)
 local function stop_call(id, flag, reason)
   local c = read_call(id)
@@ -14,7 +14,7 @@ local function stop_call(id, flag, reason)
   end
   if c.state ~= 'PENDING' then return c.state end
   if c.engine ~= '' then
-    -- A call whose creator runs it himself (transition.lua) is in no queue.
+    -- A call that its creator runs itself (transition.lua) is in no queue.
     if redis.call('ZSCORE', queue_key(c.engine), id) then
       leave_queue(id, c.engine, c)
       count_waiting(c.engine, c, c.level, -1)

@@ -1,13 +1,13 @@
 --- @needs lib residence
--- end_call: the only place where a call ends. Every path to COMPLETED, CANCELLED or FAILED goes through it, so whoever
--- waits gets exactly one end, and no key is left without an expiry (rule 4).
+-- end_call: the only place where a call ends. Every path to COMPLETED, CANCELLED or FAILED goes through it, so each
+-- waiter gets exactly one end, and no key is left without an expiry (rule 4).
 --
 -- It is worse to lose a call than to run it twice, so the callers have already checked state and fence.
 --
--- Emits: the end of the call to the client's inbox and to the call's log. An event that has a `state` is an end.
+-- Emits: the end of the call to the client's inbox and to the call's log. An event with a `state` is an end.
 
--- A larger result is kept in the record only, and the inbox event says big=1. An inbox that nobody empties gets small
--- results only, so that 10,000 events for a client that is gone are not 10,000 results.
+-- A larger result is kept only in the record, and the inbox event says big=1. An inbox that no client empties gets only
+-- small results, so that 10,000 events for a client that is gone are not 10,000 results.
 local INBOX_RESULT_MAX, UNREAD_RESULT_MAX, UNREAD_MANY = 65536, 1024, 512
 
 local unread = {}
@@ -28,16 +28,16 @@ local function report_end(client, id, state, code, message, result, ...)
   touch(inbox, RESULT_TTL)
 end
 
--- What a finished call's record takes up in Redis besides its body, result and log, including its share of the index
--- and of the process table. Measured by tests/protocol/test_retention.py.
+-- The bytes of a finished call's record in Redis besides its body, result and log, including its share of the index and
+-- of the process table. Measured by tests/protocol/test_retention.py.
 local RECORD_BYTES = 768
 
 -- Whether it is on the router stream, parked or throttled.
 local function waits_for_router(c) return c.state == 'PENDING' and c.engine == '' end
 
--- Takes back what was counted when the call was created, and counts what remains of it until its TTL.
+-- Subtracts what was counted when the call was created, and counts what remains until its TTL.
 local function settle_usage(id, c, state, result)
-  if c.bytes == '' then return end -- a record of a version that did not count
+  if c.bytes == '' then return end -- a record from a version that did not count
   local body = tonumber(c.bytes)
   count(USAGE, 'open_calls', -1)
   count(USAGE, 'open_bytes', -body)
@@ -49,7 +49,7 @@ local function settle_usage(id, c, state, result)
   if waits_for_router(c) then finished.entries[n] = c.gen end
 end
 
--- c is the call as read_call gave it. Further field-value pairs go into the record and into the inbox event.
+-- c: the call, from read_call. Further field-value pairs go into the record and into the inbox event.
 local function end_call(id, c, state, code, message, result, ...)
   local key = call_key(id)
   if waits_for_router(c) then
@@ -60,7 +60,7 @@ local function end_call(id, c, state, code, message, result, ...)
     end
   end
   depart(id, c)
-  -- A finished call's body is no longer needed. That of a failed one is: people look at it, and may replay it.
+  -- The body of a failed call is kept, because people look at it and may replay the call.
   set_fields(key, {'state', state, 'finished_ms', NOW_TEXT, 'error_code', code, 'error', message,
     'result', result, ...})
   if state ~= 'FAILED' then redis.call('HDEL', key, c.format) end
@@ -81,17 +81,17 @@ local function end_call(id, c, state, code, message, result, ...)
     later('LPUSH', session_recent_key(c.session), id)
     touch(session_recent_key(c.session), RESULT_TTL)
   end
-  -- All that the waiter needs to build its result, so that it need not read the record.
+  -- Everything that the waiter needs to build its result, so that it need not read the record.
   report_end(c.inbox, id, state, code, message, result, 'n', c.events, 'session', c.session, 'gen', c.gen, 'engine',
     c.engine, 'attempt', c.attempt, 'submitted_ms', c.submitted_ms, 'started_ms', c.started_ms, ...)
   count_total(string.lower(state))
 end
 
 -- A dead letter keeps what is needed to understand and to replay the call. Letters have bodies of up to megabytes, so
--- the stream is limited in bytes, too. Each letter says how many bytes of letters came before it (`before`), so the
--- oldest and the newest tell how much lies between them, even if some of that was replayed or deleted by hand.
+-- the stream is also limited in bytes. Each letter says how many bytes of letters came before it (`before`). So the
+-- oldest and the newest letter tell how many bytes are between them, even if some were replayed or deleted by hand.
 
--- The fields that it takes from the call. The body goes under the name of its format.
+-- The fields that a letter takes from the call. The body is in a field named after its format.
 local letter_fields = {'session', 'kind', 'model', 'priority', 'stream', 'prompt_tokens', 'traceparent',
   'on_engine_loss', 'parent_session'}
 -- The routing fields and the body of a letter, from a table that has them.

@@ -1,9 +1,9 @@
 --- @needs lib programs residents residence attempts
--- Throttled calls: they wait at the router until an engine has KV headroom for their contexts.
+-- Throttled calls: they wait in the router until an engine has KV headroom for their contexts.
 --
--- A throttled call is PENDING and has no engine. It stands in held:MODEL, in the order of an engine's queue. Unless its
--- level is 0 it also stands in starving:MODEL until it starves. `holding` names the models that have throttled calls.
--- The record keeps what the call is judged by: level, starves_ms and context.
+-- A throttled call is PENDING and has no engine. It is in held:MODEL, in the order of an engine's queue. Unless its
+-- level is 0, it is also in starving:MODEL until it starves. `holding` names the models that have throttled calls. The
+-- record has the fields that decide about the call: level, starves_ms and context.
 local THROTTLED = P .. 'holding'
 local throttled_fields = {'state', 'engine', 'gen', 'session', 'model', 'priority', 'level', 'starves_ms',
   'prompt_tokens', 'context'}
@@ -15,7 +15,7 @@ local function leave_throttled(id, model)
   return redis.call('ZREM', throttled_key(model), id) == 1
 end
 
--- Also for calls that are not throttled: another router that had the call's entry in hand may have throttled it.
+-- Also for calls that seem not to be throttled: another router that had read the call's entry may have throttled it.
 local function unthrottle(id, model)
   if leave_throttled(id, model) then redis.call('HDEL', call_key(id), 'level', 'starves_ms', 'context') end
 end
@@ -34,7 +34,7 @@ local function throttle(id, c, score, level, starves, context, why)
   if redis.call('HSETNX', call_key(id), 'held_ms', NOW_TEXT) == 1 then count_total('held') end
 end
 
--- As in an engine's queue (claim.lua): calls that starve by now move to the best level of their class.
+-- As in an engine's queue (claim.lua): calls that starve now move to the best level of their class.
 local function promote_throttled(model)
   local due = redis.call('ZRANGEBYSCORE', throttled_starving_key(model), '-inf', NOW_TEXT, 'LIMIT', 0, PROMOTE_MANY)
   for _, id in ipairs(due) do
@@ -61,14 +61,14 @@ local function first_throttled(model, many)
   return found
 end
 
--- Whether a call has to wait behind throttled ones. A call whose context is still in some cache never does.
+-- Whether a call must wait after throttled ones. A call whose context is still in some cache never must.
 local function must_wait(id, s, model, score, half)
   local first = first_throttled(model, 1)[1]
   return first ~= nil and first.id ~= id and first.score <= tonumber(score) and not is_cached_anywhere(s, half)
 end
 
--- Gives a call back to the router, which places it by its policy. `let_in` says that it has had its turn, so it need
--- not wait again behind those ahead of it.
+-- Gives a call back to the router, which places it with its policy. `let_in` marks it as admitted, so that it need not
+-- wait again after those ahead of it.
 local function admit(id, c)
   unthrottle(id, c.model)
   to_router(id, c, 'level', c.level == '' and '0' or c.level)
@@ -85,7 +85,7 @@ local function still_throttled(found)
   return list
 end
 
--- A call as `admissible` takes it.
+-- A call, as `admissible` expects it.
 local function demand_of(c, caches, half)
   local shares = {}
   for _, cache in ipairs(caches) do shares[cache.id] = share_on(c.session, cache.id, half) end
@@ -94,8 +94,8 @@ local function demand_of(c, caches, half)
   return {tier = tier, context = tonumber(c.context) or 0, shares = shares, starves = starves}
 end
 
--- Admits throttled calls of a model where there is headroom, until one has to go on waiting. Returns how many: `most`,
--- or a few more.
+-- Admits throttled calls of a model while there is headroom, until one must continue to wait. Returns how many; at most
+-- a few more than `most`.
 local function admit_waiting(model, caches, half, most)
   local many = 0
   repeat

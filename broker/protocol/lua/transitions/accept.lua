@@ -1,6 +1,6 @@
 --- @include lib programs family create overload residents residence terminal
--- The router creates records for calls that were pushed by a bare XADD. The body is moved inside Redis, from the entry
--- to the record. A refused entry leaves the stream; an accepted one stays until it is assigned.
+-- The router creates records for calls that a bare XADD pushed. The body is moved inside Redis, from the entry to the
+-- record. A refused entry leaves the stream; an accepted one stays until it is assigned.
 --
 -- ARGV     per call: entry id session kind model priority prompt_tokens deadline_ms stream inbox traceparent
 --          on_engine_loss ("" = continue) parent_session ("" = not given) digest format ("json" | "body")
@@ -10,8 +10,8 @@
 --          if overloaded or invalid: a FAILED record without the body, and its end
 local names = {'entry', 'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream',
   'inbox', 'traceparent', 'on_engine_loss', 'parent_session', 'digest', 'format'}
-local overloaded = 'No room for this call (bound: %s). Push it again, under the same id if you like, in %s ms or later.'
-local conflict = 'This id belongs to another call with another body; choose a new id.'
+local overloaded = 'The limit RSM_MAX_%s is reached. Push the call again in %s ms or later; the same id is fine.'
+local conflict = 'This id already belongs to a different call. Choose a new id.'
 
 local function body_of(fields, name)
   for i = 1, #fields, 2 do
@@ -23,7 +23,7 @@ end
 local function accept(c)
   local found = redis.call('XRANGE', CALLS, c.entry, c.entry)
   if not found[1] then return 'gone' end
-  -- This very entry, read again after its router died: assign continues with it.
+  -- This entry, read again after its router died: assign continues with it.
   if redis.call('HGET', call_key(c.id), 'gen') == c.entry then return 'duplicate' end
   local function entry() return c.entry end
   local body = body_of(found[1][2], c.format)
@@ -35,7 +35,7 @@ local function accept(c)
   local code, detail = create_call(c, entry, c.format, body, headroom)
   if code ~= 'new' then take_entry(c.entry) end
   if code == 'overloaded' then
-    refuse('overloaded', string.format(overloaded, detail, retry_after(c, detail, #body)))
+    refuse('overloaded', string.format(overloaded, string.upper(detail), retry_after(c, detail, #body)))
   elseif code == 'invalid' then
     refuse('invalid_request', detail)
   end

@@ -1,9 +1,9 @@
 --- @include lib programs residents residence terminal attempts throttled
--- Any router, on a timer: throttled calls go back to the router stream where an engine has KV headroom by now, because
--- its programs are idle or because it is new. So do those for whose model no engine takes calls.
+-- Any router, on a timer: throttled calls go back to the router stream if an engine has KV headroom now, because its
+-- programs are idle or because it is new. Calls whose model no engine serves now go back, too.
 --
--- ARGV     half (half-life of what idle programs have left, in ms; "" = admission is off: no call is to be throttled)
---          factor (contexts that an engine may have, over its KV cache) limit
+-- ARGV     half (half-life of the contexts of idle programs, in ms; "" = admission is off: no call is throttled)
+--          factor (the contexts of an engine as a multiple of its KV cache) limit
 -- Returns  how many
 local half, factor, limit = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 if not any_throttled() then return 0 end

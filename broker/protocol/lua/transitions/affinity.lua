@@ -1,11 +1,11 @@
 --- @include lib
--- The affinity hash's own steps, for programs that keep it themselves (KVCacheCoordinator).
+-- Updates of the affinity hash by programs that manage it themselves (KVCacheCoordinator).
 --
 -- ARGV     op …
 --          "cached" session engine tokens
---              so many tokens of the session are cached on the engine now
+--              this many tokens of the session are now cached on the engine
 --          "asked" hit
---              a long prompt's engine was asked for: hit = "1" if one has its cache, else "0"
+--              an engine was requested for a long prompt: hit = "1" if one has its cache, else "0"
 -- Returns  1
 local op = ARGV[4]
 if op == 'cached' then

@@ -10,7 +10,7 @@
 --          this engine) seen (the session's engine as the router saw it) hit ("1" hit, "0" miss, "" not asked)
 --          why reuse (tokens of the prompt that the engine should find in its cache)
 --          costs (of each engine, as the router estimated them; "" = it did not), both for `rsm call`
---          throttle ("1" = the router knows no engine with headroom for it)
+--          throttle ("1" = the router found no engine with headroom for it)
 --          context (tokens that it will hold) new (those that no other call of its session holds on that engine)
 -- Returns  flat list, per call: code, engine
 --          "assigned" | "parked" | "held" (throttled) | "cancelled" | "expired" | "stale" (nothing to do)
@@ -32,8 +32,8 @@ local function add(fields, name, value)
   fields[#fields + 1] = value
 end
 
--- A session as this batch sees it: read once, its binding kept up to date. `program`: what its root has used. `had`:
--- the same, as fields of a record.
+-- A session as this batch sees it: read once, its binding kept up to date. `program`: its root's totals. `had`: its own
+-- totals, as fields of a record.
 local sessions = {}
 local session_fields = {'parent', 'engine', 'cancel_before', 'cancel_reason', 'cancel_tree_before', unpack(totals)}
 local NONE = {}
@@ -73,7 +73,7 @@ local function cancelled_by(session, c, gen)
   if c.cancel_before ~= '' and id_at_most(gen, c.cancel_before) then return {reason = c.cancel_reason} end
 end
 
--- Two routers may choose for one session at once. The first binding wins while its engine takes calls.
+-- Two routers may choose for one session at the same time. The first binding wins while its engine takes calls.
 local function bound_engine(session, chosen, seen)
   if session.engine ~= '' and session.engine ~= seen and takes_calls(session.engine) then return session.engine end
   return chosen
@@ -84,11 +84,11 @@ local function bind_to(name, session, e)
   set_later(session_key(name), 'engine', e)
 end
 
--- Why a call cannot go to an engine now; nil = it can. A call that was admitted does not wait behind others.
-local FULL = '%s has no room for its context of %d tokens any more'
-local BEHIND = 'calls that go ahead of it wait for room'
+-- Why a call cannot go to an engine now; nil = it can. A call that was admitted does not wait after others.
+local FULL = '%s no longer has KV headroom for its context of %d tokens'
+local NOT_FIRST = 'throttled calls ahead of it wait for KV headroom'
 local function why_throttled(id, c, e, level, score, context)
-  if c.let_in == '' and any_throttled() and must_wait(id, c.session, c.model, score, half) then return BEHIND end
+  if c.let_in == '' and any_throttled() and must_wait(id, c.session, c.model, score, half) then return NOT_FIRST end
   local cache = cache_of(e, (tonumber(redis.call('HGET', engine_key(e), 'kv_tokens')) or 0) * factor, half)
   local tier = tier_of(tonumber(c.priority) or 0, level)
   local share = share_on(c.session, e, half)
@@ -127,7 +127,7 @@ local function assign(entry, id, gen, e, bind, seen, hit, why, reuse, costs, thr
   if bind == '1' then
     local bound = bound_engine(session, e, seen)
     if bound ~= e then
-      e, why, reuse, new = bound, 'bound by another router at the same moment', '0', context
+      e, why, reuse, new = bound, 'another router bound its session to it at the same time', '0', context
     end
   end
   local p = session.program
@@ -160,7 +160,7 @@ local function assign(entry, id, gen, e, bind, seen, hit, why, reuse, costs, thr
   if half then add(fields, 'context', context) end
   c.reuse = reuse
   redis.call('HSET', call_key(id), unpack(fields))
-  later('ZREM', parked_key(c.model), id) -- another router that had this entry in hand may have parked it
+  later('ZREM', parked_key(c.model), id) -- another router that had read this entry may have parked it
   enqueue(id, e, c, level, starves)
   count(engine_key(e), 'served', 1)
   if hit == '1' then count_total('affinity_hits') elseif hit == '0' then count_total('affinity_misses') end

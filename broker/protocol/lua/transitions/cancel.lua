@@ -1,8 +1,8 @@
 --- @include lib residents residence terminal stop
--- Cancels one call: a waiting one at once, a running one by a flag that its worker is told of.
+-- Cancels one call: a waiting one at once, a running one by a flag and a command to its worker.
 --
 -- ARGV     id reason
--- Returns  "cancelled" (now or before: a cancel may be repeated after a lost reply)
+-- Returns  "cancelled" (now or before, because a cancel can be repeated after a lost reply)
 --          | "cancelling" (the worker will end it and keep the partial text) | "finished" (too late)
 --          | "noted" (no record yet, but the router stream is not empty: the call ends on arrival) | "unknown"
 -- Emits    to the worker: op=cancel with the call's generation and attempt

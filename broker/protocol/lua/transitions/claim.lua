@@ -2,8 +2,8 @@
 -- A worker takes the calls that its engine can start now. A claim has a number: after a lost reply, the same number
 -- gives the same calls again instead of losing them.
 --
--- A suspect of killing engines (poison.lua) runs alone. Once it is the first in the queue, nothing more is handed out
--- until all running calls have left. Then it is handed out alone, and again nothing until it has left.
+-- A suspect of killing engines (poison.lua) runs alone. Once it is first in the queue, no call is handed out until all
+-- running calls have left. Then only the suspect is handed out, and no other call until it has left.
 --
 -- Calls that have waited for too long are first moved ahead in the queue.
 --
@@ -27,8 +27,8 @@ local job_fields = {'state', 'engine', 'gen', 'attempt', 'session', 'kind', 'str
   'paid_waited_ms', 'paid_ran_ms', 'promoted_ms', 'reuse'}
 local function number(value) return tonumber(value) or 0 end
 
--- What the program has waited, including this call, and run, since a promotion last paid for it. If this very call was
--- promoted, that is its waiting since then.
+-- The program's unpaid wait, including this call's, and its unpaid run time. If this call was promoted, only its wait
+-- since then counts.
 local function waited_and_ran(c)
   local started = number(c.started_ms)
   if c.promoted_ms ~= '' then return started - number(c.promoted_ms), 0 end
@@ -52,7 +52,7 @@ if owner[2] == claim_no then
   return out
 end
 
--- Calls that starve by now move to the best level of their class (programs.lua).
+-- Calls that starve now move to the best level of their class (programs.lua).
 local function promote(id)
   redis.call('ZREM', starving_key(e), id)
   local c = read_call(id, {'state', 'engine', 'priority', 'level', 'submitted_ms', 'prompt_tokens', 'reuse'})
@@ -87,7 +87,7 @@ local function candidates()
     if c.state == 'RUNNING' then return {} end
     if c.state == 'PENDING' then return {alone} end
   end
-  -- It has ended or moved, or is no suspect any more.
+  -- It has ended or moved, or is no longer a suspect.
   redis.call('HDEL', engine_key(e), 'alone')
   return first()
 end
@@ -121,8 +121,8 @@ for _, id in ipairs(candidates()) do
   end
   if suspect then break end
 end
--- When the engine will have computed the prompts that it has taken, by its own speed, whose second number is seconds
--- per token (workers/meters/speed.py).
+-- When the engine will have computed the prompts of its claimed calls, by its own speed. The speed's second number is
+-- seconds per token (workers/meters/speed.py).
 local function prefill_until()
   local token_s = number(string.match(owner[6] or '', '^%S+ (%S+)'))
   return int(math.max(NOW, number(owner[7])) + work * token_s * 1000)

@@ -1,5 +1,5 @@
 --- @include lib
--- A dead letter is removed: its call has been sent again.
+-- Deletes a dead letter whose call has been pushed again.
 --
 -- ARGV     entry
 -- Returns  1 = removed, 0 = it was gone

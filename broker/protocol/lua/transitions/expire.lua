@@ -3,7 +3,7 @@
 -- It is also the router's heartbeat. A consumer's idle time would not do: Redis 7.0 counts a blocked read as idle.
 --
 -- ARGV     limit router ("" = none: no heartbeat)
--- Returns  how many deadlines have passed
+-- Returns  how many deadlines had passed
 -- Emits    op=cancel to the workers of running calls
 local due = redis.call('ZRANGEBYSCORE', DEADLINES, '-inf', int(NOW), 'LIMIT', 0, ARGV[4])
 if ARGV[5] ~= '' then

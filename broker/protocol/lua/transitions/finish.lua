@@ -4,15 +4,15 @@
 --
 -- ARGV     engine rule (of service: "path" | "total", programs.lua), then per call: id gen attempt state error_code
 --          error result prompt_tokens completion_tokens cached_tokens
---          resident_tokens (tokens of the session now believed cached on this engine)
---          events (how many the worker has published of it, earlier attempts included; "" = not given)
---          service (what the call cost, in the deployment's unit: a whole number)
--- Returns  list, per call: "done" | "again" (this very finish has arrived before) | "stale"
+--          resident_tokens (tokens of the session that are probably cached on this engine now)
+--          events (how many the worker has published for it, including earlier attempts; "" = not given)
+--          service (the call's service, in the deployment's unit: a whole number)
+-- Returns  list, per call: "done" | "again" (this finish has arrived before) | "stale"
 --          | "gap" (Redis has lost some of its events; nothing has changed: give the attempt up)
 local e, rule = ARGV[4], ARGV[5]
 
--- Waiting and running are charged by the longest path, service by `rule`. A call that was promoted has paid for it once
--- it has had its turn: what its program had waited until then, and run before, does not count for the next promotion.
+-- Wait and run time are charged by the longest path, service by `rule`. When a promoted call ends, its promotion is
+-- paid: its program's wait until the promotion, and its run time before it, do not count for the next promotion.
 local function charge_program(c, service, waited, ran)
   local p, waited_before, ran_before = program_of(c.session), tonumber(c.waited_ms) or 0, tonumber(c.ran_ms) or 0
   charge_total(p, 'service', tonumber(c.inherited) or 0, service, rule)
@@ -52,7 +52,7 @@ local function finish(id, gen, attempt, state, code, message, result, prompt, co
   local c = read_call(id, end_fields)
   if c.gen ~= gen or c.attempt ~= attempt or c.engine ~= e then return 'stale' end
   if c.state ~= 'RUNNING' then return c.state == 'PENDING' and 'stale' or 'again' end
-  -- A cancel that was acknowledged before this finish takes effect, whatever the engine has managed to do.
+  -- A cancel that was acknowledged before this finish takes effect, even if the engine has completed the call.
   if c.cancel == 'deadline' then
     state, code, message = 'FAILED', 'deadline_exceeded', 'The deadline passed while the call was running.'
   elseif c.cancel ~= '' then
@@ -82,7 +82,7 @@ end
 local out = {}
 for at = 6, #ARGV, 13 do out[#out + 1] = finish(unpack(ARGV, at, at + 12)) end
 wake_if_reserved(e)
--- There is headroom where calls have ended. Whether there is any elsewhere, the routers find out on their timers.
+-- Calls have ended on this engine, so it may have headroom. The routers check the other engines on their timers.
 local function admit_others()
   local v, account = redis.call('HMGET', engine_key(e), 'state', 'model', 'kv_tokens'), account_of(e)
   if v[1] ~= 'READY' or not account then return end

@@ -15,7 +15,7 @@ local fields = {}
 for i = 7, #ARGV do fields[#fields + 1] = ARGV[i] end
 redis.call('HSET', key, 'state', state, unpack(fields))
 redis.call('ZADD', ENGINES, int(NOW), e)
--- It stays listed for a while, so its model is known and calls wait for it to come back.
+-- It stays listed for a while, so that its model is known and calls wait for it to come back.
 if state == 'STOPPED' then
   redis.call('PEXPIRE', key, SESSION_TTL)
   redis.call('PEXPIRE', residents_key(e), SESSION_TTL)

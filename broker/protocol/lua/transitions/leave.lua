@@ -1,7 +1,7 @@
 --- @include lib
--- A router leaves, or died long ago. It is listed no more, and its consumer is deleted, unless entries are pending for
--- it: they would be lost, too. It takes one step, because an entry could be handed to the consumer between a check and
--- the deletion.
+-- A router leaves, or died long ago. It is no longer listed, and its consumer is deleted, unless entries are pending
+-- for it, which would be lost, too. This is one script, because between a check and the deletion an entry could be
+-- delivered to the consumer.
 --
 -- ARGV     consumer
 -- Returns  1 = deleted, 0 = entries are pending for it

@@ -1,6 +1,6 @@
 --- @include lib
--- A client wants the events of an open call that somebody else pushed. A call that has ended is left as it is. If the
--- record has expired, nothing is written: it would stay for ever.
+-- A client wants the events of an open call that another client pushed. A call that has ended stays unchanged. If the
+-- record has expired, nothing is written, because it would have no expiry.
 --
 -- ARGV     id inbox
 -- Returns  the call's state, "" = it has no record

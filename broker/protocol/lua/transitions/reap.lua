@@ -1,8 +1,8 @@
 --- @include lib residents residence terminal programs attempts events poison lost
--- Any router, on a timer: engines whose lease has ended are dead, and their calls go to other engines.
+-- Any router, on a timer: engines whose lease has expired are dead, and their calls go to other engines.
 --
 -- ARGV     lease_ms max_deaths limit (calls moved per run, so that no run blocks Redis for long)
---          engine ("" = all whose lease has ended; else only this one, whose death its supervisor has seen)
+--          engine ("" = all whose lease has expired; else only this one, whose death its supervisor reports)
 --          incarnation of that engine
 -- Returns  {calls moved, engine, …}: the engines found dead in this run
 local lease, max_deaths, limit = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -42,7 +42,7 @@ for _, e in ipairs(candidates) do
       redis.call('DEL', work_key(e))
       increments[key], increments[work_key(e)] = nil, nil
     end
-    -- The engine stays listed until its hash expires, so its model is known and calls wait for it to come back.
+    -- The engine stays listed until its hash expires, so that its model is known and calls wait for it to come back.
     local beat = tonumber(redis.call('ZSCORE', ENGINES, e) or '0')
     if not state or beat < NOW - tonumber(SESSION_TTL) then
       redis.call('ZREM', ENGINES, e)

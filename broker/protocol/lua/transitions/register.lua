@@ -1,9 +1,9 @@
 --- @include lib residents residence terminal programs attempts events poison lost
--- A worker takes an engine id. A second worker with the same id is refused while the first one's lease holds. A worker
--- that comes back under its id takes back the calls of its dead predecessor.
+-- A worker takes an engine id. A second worker with the same id is refused while the first one's lease is valid. A
+-- worker that comes back under its id takes back the calls of its dead predecessor.
 --
--- A worker may outlive its lease, because it hung or was cut off. It then says which incarnation it was: no process
--- died, so no call is suspected of that death any more.
+-- A worker may outlive its lease, because it hung or was cut off. It then names its previous incarnation. As no process
+-- died, no call is suspected of that death any more.
 --
 -- ARGV     engine incarnation lease_ms max_deaths survived (the incarnation that the same process was, "" = none),
 --          then field value … of the registration

@@ -1,14 +1,14 @@
 --- @include lib programs family create residents residence terminal
--- The router refuses entries that it cannot make a call of. If the id is usable and free, the refusal becomes a FAILED
--- record, else a dead letter. Either way the entry leaves the stream and blocks no other.
+-- The router refuses entries that cannot become calls. If the id is valid and free, the refusal becomes a FAILED
+-- record, else a dead letter. In both cases the entry leaves the stream and blocks no other.
 --
--- ARGV     per entry: entry id ("" = none usable) gen ("" = the entry itself) session inbox error_code error
+-- ARGV     per entry: entry id ("" = no valid one) gen ("" = the entry itself) session inbox error_code error
 -- Returns  list, per entry: "failed" | "buried" (a dead letter) | "stale" (its call has ended or was assigned
 --          meanwhile) | "gone"
--- Nobody has checked what a refused entry holds, so a letter takes no more of it than this, in bytes.
+-- The fields of a refused entry are unchecked, so a letter takes no more of them than this, in bytes.
 local FIELD_MAX, BODY_MAX = 128, 65536
 
--- What is usable of an entry, in case it is to be sent again.
+-- The usable fields of an entry, in case it is replayed.
 local function letter_of_entry(fields)
   local c = {}
   for i = 1, #fields, 2 do c[fields[i]] = fields[i + 1] end

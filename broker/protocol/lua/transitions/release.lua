@@ -1,5 +1,5 @@
 --- @include lib residents residence terminal programs attempts events poison lost
--- A worker gives running calls back: it drains, or an attempt failed and may be repeated on another engine.
+-- A worker gives running calls back, because it drains, or because an attempt failed and may be repeated elsewhere.
 --
 -- ARGV     engine max_attempts max_deaths, then per call: id gen attempt fault ("death" | "error" | "") error_code
 --          error

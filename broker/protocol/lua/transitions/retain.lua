@@ -1,14 +1,14 @@
 --- @include lib
--- Any router, on a timer: limits what finished calls leave behind, by time and by bytes. Entries of the index whose
--- records have expired are removed, with what those calls left on the router stream. While the others take up more
--- bytes than allowed, the oldest are removed with their records.
--- It also measures how long calls stay, for producers that are refused (overload.lua).
+-- Any router, on a timer: limits the data of finished calls, by time and by bytes. Entries of the index whose records
+-- have expired are removed, with what those calls left on the router stream. While the others use more bytes than
+-- allowed, the oldest are removed with their records.
+-- It also measures how long calls stay, for the advice to refused producers (overload.lua).
 --
 -- ARGV     max_bytes (0 = no limit) limit (index entries per run, of up to 64 calls each)
 -- Returns  {index entries removed, calls removed before their TTL}
 local max_bytes, limit = tonumber(ARGV[4]), tonumber(ARGV[5])
 
--- The id may have been used again. The record belongs to this entry if it ended before the entry was written.
+-- The id may have been reused. The record belongs to this entry if the call ended before the entry was written.
 local function remove(id, ended_ms)
   local r = redis.call('HMGET', call_key(id), 'state', 'finished_ms')
   if r[2] and r[1] ~= 'PENDING' and r[1] ~= 'RUNNING' and tonumber(r[2]) <= ended_ms then

@@ -1,15 +1,16 @@
 --- @include lib programs family residents residence
--- The process table's own steps, for programs that report to it themselves (SessionManager, GlobalProcessTable).
+-- Updates of the process table by programs that report to it themselves (SessionManager, GlobalProcessTable).
 --
 -- ARGV     op session …
 --          "start" parent ("" = none)
---              creates the entry. Returns 1 if it is new, or a sentence that says why it cannot be that parent's child
+--              creates the entry. Returns 1 if it is new, or an error message that says why it cannot be that parent's
+--              child
 --          "end"
 --              removes entry and affinity unless calls are active. Returns how many are, including its descendants'
 --          "charge" call service waited_ms ran_ms rule
---              of a finished call (programs.lua, `served`). The call inherits what its record says. If no router has
---              assigned it, it inherits all that the program has, as a sequential call does. Returns the program's
---              service
+--              charges a finished call (programs.lua, `served`). The call inherits the totals in its record. If no
+--              router has assigned it, it inherits the program's current totals, as a sequential call does. Returns the
+--              program's service
 local op, s = ARGV[4], ARGV[5]
 local key = session_key(s)
 
@@ -48,7 +49,7 @@ local function charge(call, service, waited, ran, rule)
   charge_total(p, 'waited_ms', inherited(3, 'waited_ms'), waited)
   charge_total(p, 'ran_ms', inherited(4, 'ran_ms'), ran)
   set_later(key, 'last_completion_ms', int(NOW))
-  set_later(p.key, 'service', int(p.service)) -- even if it is 0: the entry exists from now on
+  set_later(p.key, 'service', int(p.service)) -- even if it is 0, so that the entry exists
   count(key, 'completed', 1)
   touch(key, SESSION_TTL)
   touch(p.key, SESSION_TTL)

@@ -1,17 +1,17 @@
 --- @include lib programs residents residence
--- What a router needs to choose engines for a batch: the fleet, where the sessions' caches are, and what their programs
--- have had. Read only.
+-- What a router needs to choose engines for a batch: the fleet, where the sessions' caches are, and their programs'
+-- service. Read only.
 --
 -- ARGV     level_bounds beta: as in assign.lua
 --          fleet ("1" = the engines, too; "" = the sessions only) half (as in admit_throttled.lua), then sessions
 -- Returns  {engines, sessions, now_ms}
 --          engines: per engine {id, heartbeat_ms, queued, running, work, prefill_ms, and the fields below, spoken_for}
---          work: what waits there, by rank: "RANK CALLS RANK:tokens TOKENS …", "" = nothing
---          prefill_ms: how long it will be computing the prompts that it has taken
---          spoken_for: under admission, tokens of its cache by tier
---          sessions: per session {bound engine, flat affinity hash, program, service, level of a call that came now,
+--          work: the waiting calls, by rank: "RANK CALLS RANK:tokens TOKENS …", "" = none
+--          prefill_ms: the time to compute the prompts of the calls that it has claimed
+--          spoken_for: with admission, tokens of its cache by tier
+--          sessions: per session {bound engine, flat affinity hash, program, service, level of a call that arrives now,
 --          completed calls, tokens of their answers, shares}
---          shares: under admission, what it has of caches: engine, "TOKENS CACHED CALLS TIER", …
+--          shares: with admission, its shares of caches: engine, "TOKENS CACHED CALLS TIER", …
 local level_bounds = {}
 for b in string.gmatch(ARGV[4], '%S+') do level_bounds[#level_bounds + 1] = tonumber(b) end
 local beta, half = tonumber(ARGV[5]), tonumber(ARGV[7])
@@ -29,7 +29,7 @@ local function engine_row(e, beat)
   return row
 end
 
--- A session's program is the root of its tree. family.lua has the same rule, and keeps entries alive besides.
+-- A session's program is the root of its tree. family.lua has the same rule, and also keeps the entries alive.
 local function program_of(s)
   local steps = 0
   while true do

@@ -1,10 +1,10 @@
 --- @include lib programs residents residence terminal poison attempts
--- Work stealing: calls that wait for a loaded engine go back to the router, which places them by its policy. A session
--- that was bound to that engine is no longer bound.
+-- Work stealing: calls that wait for a loaded engine go back to the router, which places them with its policy. A
+-- session that was bound to that engine is no longer bound.
 --
--- The number of moves that the router saw is part of the fence. So nothing is moved twice, neither by a retry after a
--- lost reply nor by another router that has chosen the same call. A suspect of poison stays where it waits to run
--- alone.
+-- The number of moves that the router saw is part of the fence. So no call is moved twice, neither by a retry after a
+-- lost reply nor by another router that has chosen the same call. A suspect of poison stays on the engine where it
+-- waits to run alone.
 --
 -- ARGV     max_deaths, then per call: id gen engine moves (how often it was stolen before)
 -- Returns  per call: 1 = it was moved; 0 = it has ended, was claimed or moved meanwhile, or is a suspect

@@ -6,7 +6,7 @@
 --          format ("body" = msgpack | "json") body
 -- Returns  flat list, per call: code, detail
 --          "new" | "duplicate" | "conflict", state of the record
---          "invalid" (nothing has changed), a sentence why
+--          "invalid" (nothing has changed), an error message
 --          "overloaded" (nothing has changed), "LIMIT RETRY_MS" (overload.lua)
 local names = {'id', 'session', 'kind', 'model', 'priority', 'prompt_tokens', 'deadline_ms', 'stream', 'inbox',
   'traceparent', 'on_engine_loss', 'parent_session', 'digest', 'format'}

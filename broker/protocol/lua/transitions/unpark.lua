@@ -1,7 +1,7 @@
 --- @include lib programs residents residence attempts
 -- An engine of this model is ready: calls that were parked for it go back to the router, oldest first.
 --
--- ARGV     model ("" = calls that name none) limit
+-- ARGV     model ("" = calls that name no model) limit
 -- Returns  how many
 local model, limit = ARGV[4], tonumber(ARGV[5])
 local ids = redis.call('ZRANGE', parked_key(model), 0, limit - 1)

@@ -2,9 +2,9 @@
 -- The first calls in the queues of loaded engines, for a router that may move some of them to idle ones
 -- (router/work_stealing/decision.py). Read only.
 --
--- ARGV     max_deaths most (calls of each queue) idle (how many idle engines follow), these, then the loaded ones
+-- ARGV     max_deaths most (calls from each queue) idle (how many idle engines follow), these, then the loaded ones
 -- Returns  {reserved, calls}
---          reserved: the idle engines that are reserved for a suspect of poison, and would start nothing else
+--          reserved: the idle engines that are reserved for a suspect of poison, and would start no other call
 --          calls: per waiting call that is no suspect, in the order of its queue: {id, gen, engine, session, model,
 --          priority, level, prompt_tokens, reuse, stolen_from}
 local max_deaths, most, idle = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])

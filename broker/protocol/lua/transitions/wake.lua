@@ -1,6 +1,6 @@
 --- @include lib
--- A worker wakes its own claimer. The claimer waits on the wake-up list even while its engine is full, because better
--- calls may come; now the engine can take more.
+-- A worker wakes its own claimer, because its engine can take more calls. The claimer blocks on the wake-up list even
+-- while its engine is full, because better calls may come.
 --
 -- ARGV     engine
 -- Emits    a wake-up to the engine
