@@ -44,7 +44,10 @@ def up(
             help="URL of a running OpenAI-compatible server, which becomes one engine. May be repeated.",
         ),
     ] = None,
-    routers: Annotated[int, typer.Option(min=1, metavar="N", help="Number of router processes.")] = 1,
+    routers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", show_default=False, help="Number of router processes. Default: 1."),
+    ] = None,
     max_num_seqs: MaxNumSeqs = None,
     tensor_parallel: TensorParallel = 1,
     engine_arg: EngineArg = None,
@@ -72,8 +75,8 @@ def up(
     from rsm.cli.foreground import run_up
     from rsm.engine.fleet_file import NAME, read_fleet
 
-    options = (engines, model, backend, base_url, max_num_seqs, engine_arg, engine_scheduler)
-    by_options = any(option not in (None, "") for option in options)
+    options = (engines, model, backend, base_url, max_num_seqs, engine_arg, engine_scheduler, share_gpus or None)
+    by_options = any(option not in (None, "") for option in options) or tensor_parallel != 1
     file = config or (Path(NAME) if Path(NAME).is_file() and not by_options else None)
     settings = settings_of(ctx)
     if file is not None:
@@ -81,7 +84,9 @@ def up(
             raise typer.BadParameter(f"{file} describes the engines; leave the other options out")
         fleet = read_fleet(file)
         settings = fleet.applied().with_redis(*_redis_and_namespace(ctx))
-        run_up(settings, fleet.engines, fleet.routers, f"from {file}")
+        if level := ctx.find_root().params["log_level"]:
+            settings = settings.model_copy(update={"log_level": level})
+        run_up(settings, fleet.engines, routers or fleet.routers, f"from {file}")
         return
     described = [
         engine_config(
@@ -89,7 +94,7 @@ def up(
         ).with_args(place.engine_args)
         for i, (url, place) in enumerate(_places(engines, backend, base_url or [], tensor_parallel, share_gpus))
     ]
-    run_up(settings, described, routers)
+    run_up(settings, described, routers or 1)
 
 
 def _redis_and_namespace(ctx: typer.Context) -> tuple[str | None, str | None]:

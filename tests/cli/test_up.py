@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from rsm.broker import Settings
+from rsm.broker.connection.factory import connect
+from rsm.broker.protocol.keys import Keys
 from rsm.broker.views.monitor import Monitor
 from rsm.cli.foreground import Stopping
 from tests.support.rsm_command import RSM, Deployment, clean_env, run
@@ -60,11 +62,17 @@ def test_a_fleet_from_a_file(deployment: Deployment, tmp_path: Path) -> None:
     deployment.settings = deployment.settings.model_copy(update={"namespace": "filed"})
     with deployment.log.open("ab") as output:
         deployment.process = subprocess.Popen(
-            [RSM, "up"], env=deployment.env, stdout=output, stderr=output, cwd=tmp_path
+            [RSM, "--log-level", "WARNING", "up", "--routers", "2"],  # these two go with a file
+            env=deployment.env,
+            stdout=output,
+            stderr=output,
+            cwd=tmp_path,
         )
     eventually(lambda: deployment.is_ready("written"), 30)
     assert Monitor(deployment.settings).engine("written")["max_num_seqs"] == 3
-    eventually(lambda: "starting 1 engine and 1 router (from rsm.yaml)" in deployment.log.read_text())
+    assert "INFO" not in deployment.log.read_text(), "--log-level stands above the file"
+    with connect(deployment.settings) as db:
+        eventually(lambda: db.zcard(Keys("filed").routers) == 2)
     clash = run("up", "--config", str(file), "--engines", "2", env=deployment.env)
     assert clash.returncode == 2
     assert "leave the other options out" in " ".join(clash.stderr.split())
