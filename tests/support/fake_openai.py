@@ -22,7 +22,7 @@ class Server:
         stall_after: sends nothing more after so many chunks, until the client goes away.
         pause_s: waits before each chunk.
         in_stream: sent in place of the last chunk.
-        chunkmeal: sends its bytes one at a time.
+        byte_by_byte: sends its bytes one at a time.
         vllm: says that it is vLLM; token ids are sent to whom asks with return_token_ids.
         health: status of GET /models; models: what it lists.
         about: answers to what is asked beside OpenAI's API, by path.
@@ -36,7 +36,7 @@ class Server:
         self.stall_after: int | None = None
         self.in_stream: dict[str, Any] | None = None
         self.pause_s = 0.0
-        self.chunkmeal = False
+        self.byte_by_byte = False
         self.vllm = False
         self.health = 200
         self.models = ["the-model"]
@@ -114,7 +114,7 @@ class Server:
         await w.drain()
 
     async def _write(self, w: asyncio.StreamWriter, data: bytes) -> None:
-        for part in (data[i : i + 1] for i in range(len(data))) if self.chunkmeal else (data,):
+        for part in (data[i : i + 1] for i in range(len(data))) if self.byte_by_byte else (data,):
             w.write(b"%x\r\n%s\r\n" % (len(part), part))
             await w.drain()
 
