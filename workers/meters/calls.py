@@ -49,7 +49,7 @@ class CallMeter:
         return self._completion.value
 
     def begin(self, now: float) -> Begun:
-        """A call was handed to the engine."""
+        """A call was submitted to the engine."""
         self._tick(now)
         self._running += 1
         return Begun(self, _Stage(self._at, self._prompts, self._load))

@@ -2,7 +2,7 @@
 
 1. Takes its engine id (or refuses to start, if another live worker has it) and holds the lease.
 2. Starts the engine, then claims calls that it can start, runs them and publishes chunks and results.
-3. Obeys cancel flags, drain and stop.
+3. Carries out cancel flags, drain and stop.
 4. Loses no call: on stop it lets calls finish within the grace period and releases the rest; when its engine dies it
    releases all of them and exits, and its supervisor restarts it.
 

@@ -361,7 +361,7 @@ async def test_errors_inside_a_stream(server: Server, start: Any) -> None:
         ("speech", {}, "does not serve speech"),
     ],
 )
-async def test_what_cannot_run_is_not_sent(
+async def test_invalid_calls_are_not_sent(
     server: Server, start: Any, kind: str, body: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(CallRejected, match=why):
