@@ -29,7 +29,7 @@ _TESTS = "RSM_TEST_"
 # Settings that had another name before.
 _RENAMED = {"RSM_PROMPT_PIECE": "RSM_PROMPT_CHUNK"}
 
-# The order in which vLLM, or a simulated engine, runs its calls: by arrival; by class, level and arrival; or as the
+# The order in which vLLM, or a modelled engine, runs its calls: by arrival; by class, level and arrival; or as the
 # second, with each program's service counted while its calls run, and with preemption.
 EngineScheduler = Literal["fcfs", "priority", "plas"]
 LogFormat = Literal["text", "json"]

@@ -16,7 +16,7 @@ from rsm.broker.protocol.models import CallRecord
 from rsm.broker.settings import Settings
 from rsm.broker.views.monitor import Monitor
 
-_TOTALS = ("submitted", "completed", "cancelled", "failed", "requeued", "dead_letters", "ever_held", "stolen")
+_TOTALS = ("submitted", "completed", "cancelled", "failed", "requeued", "dead_letters", "ever_throttled", "stolen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def busy(settings: Settings, server: redis.Redis) -> list[str]:
     keys, monitor, db = Keys(settings.namespace), Monitor(settings, server), _any(server)
     found = {"entries on the router stream": db.xlen(keys.calls), "deadlines": db.zcard(keys.deadlines)}
     found["entries pending for routers"] = db.xpending(keys.calls, ROUTER_GROUP)["pending"]
-    found |= {"parked calls": monitor._parked(), "throttled calls": monitor.held()}
+    found |= {"parked calls": monitor._parked(), "throttled calls": monitor.throttled()}
     for e in monitor.engines():
         name = e["engine_id"]
         found |= {f"{what} on {name}": e[what] for what in ("running", "queued", "running_tokens", "queued_tokens")}

@@ -46,7 +46,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "pieces": sum(len(s.chunks) for s in stories),  # chunks; the key is that of the committed results
         "run_again": totals.get("requeued", 0),
         "dead_letters": totals.get("dead_letters", 0),
-        "held": totals.get("ever_held", 0),
+        "held": totals.get("ever_throttled", 0),
         "stolen": totals.get("stolen", 0),
         "faults": _faults(outcome.windows, stories),
         "violations": [str(v) for v in outcome.violations],

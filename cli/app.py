@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from rsm.broker import BrokerUnavailable, Client, EvictingRedis, InvalidRequest, RsmError, Settings, logs
 from rsm.broker.config_errors import explain
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS, reason
+from rsm.broker.connection.retry import OUTAGES, reason
 from rsm.broker.connection.topology import place_of, shown_url
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.views.dead_letters import DeadLetters
@@ -208,7 +208,7 @@ def require_redis(settings: Settings) -> None:
         raise BrokerUnavailable(
             f"Redis at {shown_url(settings.url())} refuses this client ({type(e).__name__}). Check user and password."
         ) from None
-    except BLIPS as e:
+    except OUTAGES as e:
         raise BrokerUnavailable(
             f"Redis at {shown_url(settings.url())} does not answer ({reason(e)}). "
             "Start everything with `rsm up`, or name a server with --redis or RSM_REDIS_URL."

@@ -20,7 +20,7 @@ Backend = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="vllm, openai (a remote OpenAI-compatible server) or sim (a simulated engine). Default: openai with "
+        help="vllm, openai (a remote OpenAI-compatible server) or sim (a modelled engine). Default: openai with "
         "--base-url, else vllm if installed, else sim.",
     ),
 ]

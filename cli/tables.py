@@ -359,7 +359,7 @@ def stats_table(stats: Mapping[str, Any]) -> RenderableType:
     ]
     now = [
         ["pending", stats["pending"]],
-        ["  of these throttled", stats["held"]],
+        ["  of these throttled", stats["throttled"]],
         *([state, stats[state]] for state in ("running", "unaccounted")),
         *([name.replace("_", " "), used_of_limit(name, usage)] for name, usage in stats["usage"].items()),
     ]

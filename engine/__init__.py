@@ -1,4 +1,4 @@
-"""Everything users import."""
+"""The public API for users: engines, clients, views and errors."""
 
 from rsm.broker import (
     AsyncClient,

@@ -1,4 +1,4 @@
-"""Which GPU each engine of a fleet gets, on this machine."""
+"""Assigns this machine's GPUs to the engines of a fleet."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from rsm.broker.errors import InvalidRequest
 from rsm.workers.backends.vllm.start.gpus import on_gpu, visible_gpus
 
-# Of a GPU's memory, for all engines on it together: vLLM's own default for one.
+# The share of a GPU's memory for all engines on it together: vLLM's default for one engine.
 _SHARED = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The first GPU of an engine, and arguments for vLLM that come with it."""
+    """The first GPU of an engine, and the vLLM arguments that sharing needs."""
 
     gpu_id: int
     engine_args: dict[str, Any] = field(default_factory=dict)
 
 
 def places(engines: int, tensor_parallel_size: int = 1, *, share: bool = False) -> list[Place]:
-    """A place for each engine: GPUs of its own, or with `share` a part of some. Without a GPU vLLM runs on the CPU.
+    """A place for each engine: GPUs of its own, or with `share` a part of them. Without a GPU vLLM runs on the CPU.
 
     Raises:
         InvalidRequest: there are too few GPUs.
@@ -41,7 +41,7 @@ def _too_few(engines: int, tensor_parallel_size: int, gpus: int, groups: int) ->
     wanted = engines * tensor_parallel_size
     each = f" of {tensor_parallel_size} GPUs each" if tensor_parallel_size > 1 else ""
     advice = (
-        f"Start {groups} (--engines {groups}), or let them share (--share-gpus): each then gets a part of the memory."
+        f"Start {groups} (--engines {groups}), or let them share GPUs and their memory (--share-gpus)."
         if groups
         else f"An engine can have at most {gpus} (--tensor-parallel-size)."
     )

@@ -1,4 +1,4 @@
-"""`MultiEngineManager`: many engines behind one object, as the Autellix paper's frontend sees them."""
+"""`MultiEngineManager`: many engines behind one object, for a frontend like that of the Autellix paper."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _CLOSE_S = 5.0
 
 
 class RequestFuture(asyncio.Task[CallResult]):
-    """What `submit_request` gives: awaiting it gives the result. Cancelling it stops the waiting, not the call.
+    """The future that `submit_request` returns. Awaiting it gives the result; cancelling it does not cancel the call.
 
     Attributes:
-        request_id: of the call, for `cancel_request`.
-        session_id: of its program.
+        request_id: the id of the call, for `cancel_request`.
+        session_id: the session of the call.
     """
 
     def __init__(self, call: AsyncCall) -> None:
@@ -41,12 +41,12 @@ class MultiEngineManager:
 
     Args:
         engine_configs: the engines to start with.
-        cache_token_threshold: prompts up to so many tokens go to the least loaded engine, longer ones where their
-            session's cache is; none = as RSM_CACHE_TOKEN_THRESHOLD says, else 2048.
-        redis_url: an external Redis; none = a private embedded server.
-        settings: everything else; none = the RSM_* environment.
-        routers: how many router processes.
-        start_timeout: seconds an engine may take to come up.
+        cache_token_threshold: prompts of up to this many tokens go to the least loaded engine, longer ones to the one
+            with their session's cache. Default: RSM_CACHE_TOKEN_THRESHOLD, otherwise 2048.
+        redis_url: the URL of an external Redis. Default: a private embedded server.
+        settings: all other settings. Default: the RSM_* environment.
+        routers: the number of router processes.
+        start_timeout: how long an engine may take to start, in seconds.
     """
 
     def __init__(
@@ -70,18 +70,19 @@ class MultiEngineManager:
         self._client: AsyncClient | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    # -- life
+    # -- start and stop
 
     @property
     def settings(self) -> Settings:
-        """With the URL of the Redis in use: a `rsm.broker.Client(settings=…)` of another thread may push calls too."""
+        """The settings with the URL of the Redis in use, for example for an `rsm.broker.Client` in another thread."""
         return self._fleet.settings
 
     def start(self) -> None:
-        """Brings up Redis if embedded, the routers, and a worker process per engine; returns once all are READY.
+        """Starts the embedded Redis if there is one, the routers, and a worker process per engine; returns once all
+        engines are READY.
 
         Raises:
-            EngineFailed: an engine did not come up; everything is stopped again.
+            EngineFailed: an engine did not start; everything is stopped again.
             BrokerUnavailable: no Redis.
             EvictingRedis: Redis would delete calls when its memory is full.
         """
@@ -89,13 +90,13 @@ class MultiEngineManager:
         self._started = True
 
     def stop(self) -> None:
-        """Drains and stops everything this manager started, within the grace, and leaves no process behind."""
+        """Drains and stops everything that this manager started, within the grace period. No process is left."""
         for engine_id, node in list(self._remote.items()):
             with contextlib.suppress(RsmError):
                 self._node(node).stop_engine(engine_id)
         self._remote.clear()
-        self._fleet.stop_parts()
-        self._close_client()  # behind the drain: until then it hears of the calls that finish
+        self._fleet.stop_processes()
+        self._close_client()  # after the drain, because until then it gets the events of calls that finish
         self._fleet.stop()
         self._started = False
 
@@ -109,14 +110,14 @@ class MultiEngineManager:
         await asyncio.to_thread(self.stop)
 
     def add_engine(self, config: EngineConfig, node: str | None = None) -> None:
-        """Adds an engine, before `start` or while running; then returns once it is READY.
+        """Adds an engine. Before `start` it is only noted; later this returns once the engine is READY.
 
         Args:
-            node: the host to start it on, where `rsm node` runs; none = this one.
+            node: the name of the host to start it on, where `rsm node` runs. Default: this host.
 
         Raises:
-            EngineFailed: it did not come up, or its id is in use, or the node does not listen.
-            InvalidRequest: a node is named, and the extra [node] is not installed here.
+            EngineFailed: it did not start, its id is in use, or the node is not listening.
+            InvalidRequest: a node is named, but the extra [node] is not installed here.
         """
         if node is not None:
             self._require_started("add_engine(node=…)")
@@ -129,10 +130,10 @@ class MultiEngineManager:
             self._configs.append(config)
 
     def remove_engine(self, engine_id: str, drain: bool = True) -> None:
-        """Takes an engine out: with `drain` its running calls finish first, else others run them again.
+        """Removes an engine. With `drain` its running calls finish first; otherwise other engines run them again.
 
         Raises:
-            EngineFailed: there is no such engine here.
+            EngineFailed: this manager has no such engine.
         """
         if engine_id in self._remote:
             self._node(self._remote[engine_id]).stop_engine(engine_id, drain=drain)
@@ -154,13 +155,13 @@ class MultiEngineManager:
         deadline: float | None = None,
         **options: Any,
     ) -> RequestFuture:
-        """Sends one call; gives a future at once. Awaiting the future gives the result.
+        """Submits one call and returns a future at once. Awaiting the future gives the result.
 
         Args:
-            prompt: text or token ids; with `kind="chat.completions"` and its kin, the request body.
+            prompt: text or token ids; for the OpenAI kinds, such as `kind="chat.completions"`, the request body.
             priority: lower is earlier, from -128 to 127.
-            deadline: seconds from now; not finished by then, the call fails with `deadline_exceeded`. The same as
-                `timeout` elsewhere.
+            deadline: seconds from now. If the call has not finished by then, it fails with `deadline_exceeded`. The
+                same as `timeout` elsewhere.
             options: `kind`, `model`, `prompt_tokens`, `traceparent`, `on_engine_loss`, `parent_session`, as
                 `rsm.broker.Client.submit` takes them.
 
@@ -170,7 +171,7 @@ class MultiEngineManager:
         """
         call = await self._submit(session_id, prompt, sampling_params, priority, request_id, deadline, options)
         future = RequestFuture(call)
-        future.add_done_callback(_look_at_error)
+        future.add_done_callback(_retrieve_error)
         return future
 
     async def stream_request(
@@ -183,24 +184,24 @@ class MultiEngineManager:
         deadline: float | None = None,
         **options: Any,
     ) -> AsyncIterator[Delta]:
-        """Sends one call and gives its token deltas as they come. Arguments and errors as `submit_request`."""
+        """Submits one call and yields its deltas as they arrive. Arguments and errors are those of `submit_request`."""
         options["stream"] = True
         call = await self._submit(session_id, prompt, sampling_params, priority, request_id, deadline, options)
         async for delta in call.stream():
             yield delta
 
     async def cancel_request(self, request_id: str, reason: str = "") -> bool:
-        """True if it took effect: the call is, or will at once be, CANCELLED. Its partial text stays in its record."""
+        """Cancels a call. True if it is, or is about to be, CANCELLED. Its record keeps the partial text."""
         return await self._get_client().cancel(request_id, reason)
 
     async def cancel_session(self, session_id: str, reason: str = "", *, descendants: bool = True) -> int:
-        """Ends all calls of a session and, unless told otherwise, its sub-agents on all engines; returns how many."""
+        """Cancels all calls of a session and, with `descendants`, of its sub-agents; returns how many."""
         return await self._get_client().cancel_session(session_id, reason, descendants=descendants)
 
-    # -- looking
+    # -- status
 
     def get_engine_status(self, engine_id: str) -> dict[str, Any]:
-        """State, running and queued calls, tokens/s, KV usage, and more; see `Monitor.engine`."""
+        """The state, running and queued calls, tokens/s, KV usage and more; see `Monitor.engine`."""
         return Monitor(self.settings).engine(engine_id)
 
     def get_stats(self) -> dict[str, Any]:
@@ -208,7 +209,7 @@ class MultiEngineManager:
         monitor = Monitor(self.settings)
         return {**monitor.stats(), "engines": {e["engine_id"]: e for e in monitor.engines()}}
 
-    # -- inside
+    # -- internals
 
     async def _submit(
         self,
@@ -232,17 +233,17 @@ class MultiEngineManager:
         return self._client
 
     def _close_client(self) -> None:
-        """Closes the client in the loop it belongs to. A loop that has ended took its client along."""
+        """Closes the client in its own loop. If that loop has ended, its client has ended too."""
         client, loop, self._client = self._client, self._loop, None
         if client is None or loop is None or not loop.is_running():
             return
         closing = asyncio.run_coroutine_threadsafe(client.close(), loop)
-        if not _is_running_here(loop):  # from within that loop nobody can wait for it; it closes as soon as it can
+        if not _is_running_here(loop):  # inside that loop, waiting would block it; the client closes soon anyway
             with contextlib.suppress(TimeoutError):
                 closing.result(_CLOSE_S)
 
     def _node(self, name: str) -> NodeClient:
-        """Imported here, for it needs RQ, which comes with an extra of its own."""
+        """A client for a node. Imported here, because it needs RQ from the extra [node]."""
         from rsm.workers.supervision.node import NodeClient
 
         return NodeClient(name, self.settings)
@@ -259,7 +260,7 @@ def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
         return False
 
 
-def _look_at_error(future: asyncio.Future[CallResult]) -> None:
-    """A future that nobody awaits must not complain at exit: the record in Redis says how its call ended."""
+def _retrieve_error(future: asyncio.Future[CallResult]) -> None:
+    """Retrieves the error, so that a future that is never awaited logs nothing at exit. The call's record has it."""
     if not future.cancelled():
         future.exception()

@@ -1,4 +1,4 @@
-"""`EngineProcess`: one engine in one process, usable alone."""
+"""`EngineProcess`: a single engine."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class LLMRequest:
 
 
 class EngineProcess:
-    """One engine. Without `redis_url` it brings a private embedded server along, so it needs nothing else.
+    """A single engine with its own fleet. Without `redis_url` it starts a private embedded Redis.
 
     Args:
-        start_timeout: seconds the engine may take to come up.
+        start_timeout: how long the engine may take to start, in seconds.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class EngineProcess:
         self._ended: SimpleQueue[CallHandle] = SimpleQueue()
 
     def start(self) -> None:
-        """Returns once the engine takes calls. Raises EngineFailed if it does not come up."""
+        """Starts the engine; returns once it is READY. Raises EngineFailed if it does not start."""
         self._fleet.start([self.config], self._start_timeout)
         self._client = Client(settings=self._fleet.settings)
 
     def submit_request(self, request: LLMRequest) -> None:
-        """Sends a call; `get_result` gives its result once it has ended.
+        """Submits a call; `get_result` returns its result once it has ended.
 
         Raises:
             InvalidRequest, Conflict: see `rsm.broker.Client.submit`.
@@ -65,10 +65,10 @@ class EngineProcess:
         handle.add_done_callback(self._ended.put)
 
     def get_result(self, timeout: float | None = 1.0) -> CallResult | None:
-        """The next call that has ended, in the order in which calls end; None if none did within `timeout` seconds.
+        """The result of the next call that ended, in the order of their ends; None after `timeout` seconds.
 
         Raises:
-            CallCancelled, CallFailed: that call ended without a result; both carry its record.
+            CallCancelled, CallFailed: that call ended without a result; both have its record.
         """
         try:
             return self._ended.get(timeout=timeout).result()
@@ -76,11 +76,11 @@ class EngineProcess:
             return None
 
     def cancel_request(self, request_id: str) -> bool:
-        """True if it took effect."""
+        """Cancels a call; True if that took effect."""
         return self._started().cancel(request_id)
 
     def stop(self) -> None:
-        """Drains and stops the engine, and leaves no process behind."""
+        """Drains and stops the engine. No process is left."""
         if self._client is not None:
             self._client.close()
             self._client = None

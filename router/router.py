@@ -21,7 +21,7 @@ from rsm.broker.connection import execute
 from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.eviction import require_noeviction
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS, Backoff, require_access
+from rsm.broker.connection.retry import OUTAGES, Backoff, require_access
 from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import ROUTER_GROUP, Keys
@@ -93,7 +93,7 @@ class Router:
                     if self._stealer is not None:
                         self._stealer.round(self._maintenance.engines)
                 self.place(self._read())
-            except BLIPS as e:
+            except OUTAGES as e:
                 if not served:
                     require_access(e)
                 ready = False

@@ -1,7 +1,7 @@
 """rsm-engine: a durable, program-aware call broker between LLM agents and vLLM engines, on Redis.
 
-The names below are the public ones; each is imported when it is first used, so a producer loads neither the router nor
-the engines. Subpackages are `rsm.broker`, `rsm.router`, `rsm.workers`, `rsm.engine` and `rsm.simulation`.
+The names below are public. Each is imported on first use, so a producer loads neither the router nor the engines.
+Subpackages are `rsm.broker`, `rsm.router`, `rsm.workers`, `rsm.engine` and `rsm.simulation`.
 
 Example: `rsm.Client().submit("Explain quantum computing", max_tokens=64).result().text`
 """
@@ -82,13 +82,13 @@ __all__ = [
     "namespace_of",
 ]
 
-_OF_ENGINE = {"EngineConfig", "EngineProcess", "MultiEngineManager"}
+_IN_ENGINE = {"EngineConfig", "EngineProcess", "MultiEngineManager"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'rsm' has no attribute {name!r}")
-    return getattr(import_module("rsm.engine" if name in _OF_ENGINE else "rsm.broker"), name)
+    return getattr(import_module("rsm.engine" if name in _IN_ENGINE else "rsm.broker"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The `rsm` command, also `python -m rsm`. Its application is `rsm.cli`, whose needs are an extra."""
+"""The `rsm` command, also `python -m rsm`. The application is `rsm.cli`, whose dependencies are an extra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NEEDS = ("typer", "rich")
 
 
 def main() -> None:
-    """Entry point of the console script. Exits with status 78 and one sentence if the extra is not installed."""
+    """The entry point of the console script. Exits with status 78 and an error if the extra is not installed."""
     missing = [name for name in _NEEDS if find_spec(name) is None]
     if missing:
         sys.stderr.write(f"The rsm command needs {' and '.join(missing)}: pip install 'rsm-engine[cli]'.\n")

@@ -1,4 +1,4 @@
-"""The Autellix paper's frontend: programs begin and end here, and their process table is read here."""
+"""The frontend of the Autellix paper: starts and ends programs, and reads their process table."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""Fleets in virtual time: the router's own policies and the schedulers' own code, under a clock that jumps."""
+"""Simulation of fleets in virtual time, with the real code of the router's policies and the schedulers."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""One engine of a simulated fleet: its queue as in Redis, its worker's claims, and its model."""
+"""One engine of a simulated fleet: its queue, its worker's claims, and the modelled engine."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MOST_STEPS = 1 << 30
 
 
 class Engine:
-    """What is known of one engine in Redis, in its worker, and in the model.
+    """The state of one engine in Redis, in its worker, and in the model.
 
     Attributes:
-        step: what the model is doing. claiming: a claim is on its way.
+        step: the model's current step. claiming: a claim is in progress.
     """
 
     def __init__(self, name: str, config: SimConfig, prefetch: int, table: ProcessTable) -> None:
@@ -37,7 +37,7 @@ class Engine:
         self._model = config.model
         self._kv_tokens = config.num_blocks * config.block_size
         self._slots = config.max_num_seqs
-        self._most = self._room = config.max_num_seqs + prefetch
+        self._most = self._free = config.max_num_seqs + prefetch
         self._queue = Queue(table)
         self._queued_tokens = self._running_tokens = self._running = self._served = 0
         self._calls: dict[SimCall, Any] = {}
@@ -54,8 +54,8 @@ class Engine:
         self._queued_tokens += waiting.tokens
         self._served += 1
 
-    def give_back(self, waiting: Waiting) -> None:
-        """A call that waits here goes back to the router."""
+    def release(self, waiting: Waiting) -> None:
+        """A waiting call goes back to the router."""
         self._queue.remove(waiting)
         self._queued_tokens -= waiting.tokens
 
@@ -69,11 +69,11 @@ class Engine:
 
     @property
     def free(self) -> bool:
-        """It has a free slot, and nothing waits for it."""
+        """Whether it has a free slot and no waiting calls."""
         return not self._queue and self._running < self._slots
 
     def finished(self, times: CallTimes, reuse: int) -> None:
-        """A call's end has reached Redis. `reuse`: tokens of its prompt that it was expected to find."""
+        """A call's end has reached Redis. `reuse`: prompt tokens that it was expected to find in the cache."""
         self._running -= 1
         self._running_tokens -= times.prompt_tokens
         self._cache.add(times.prompt_tokens - times.cached_tokens + times.output_tokens, times.ended_s or 0.0)
@@ -82,11 +82,11 @@ class Engine:
 
     @property
     def computed(self) -> int:
-        """Tokens computed in its life."""
+        """The total of computed tokens."""
         return self._cache.computed
 
     def view(self, now: float) -> EngineView:
-        """What a router that looks now sees."""
+        """The view that a router would get now."""
         return EngineView(
             self.id,
             EngineState.READY,
@@ -116,23 +116,23 @@ class Engine:
         if self.claiming or not self._queue:
             return False
         threshold, now_ms = self.sim.preemption_threshold(), int(now * 1000)
-        return self._room > 0 or (self._ahead() > 0 and self._queue.has_better(threshold, now_ms))
+        return self._free > 0 or (self._ahead() > 0 and self._queue.has_better(threshold, now_ms))
 
     def _ahead(self) -> int:
-        """How many calls may be claimed that are better than a running one, when there is no room for others."""
-        if self._room > 0 or self.sim.preemption_threshold() is None:
+        """How many calls above the preemption threshold may be claimed when no slot is free."""
+        if self._free > 0 or self.sim.preemption_threshold() is None:
             return 0
-        return min(self._most + self._room, CLAIM_MANY)
+        return min(self._most + self._free, CLAIM_MANY)
 
     def claim(self, now: float) -> list[Waiting]:
-        """Takes the first calls of the queue, as many as there is room for; a full engine, those that are better."""
-        most = max(0, min(self._room, CLAIM_MANY))
+        """Takes the first calls of the queue, as many as slots are free; if none is, those above the threshold."""
+        most = max(0, min(self._free, CLAIM_MANY))
         taken = self._queue.claim(most, int(now * 1000), self._ahead(), self.sim.preemption_threshold())
         tokens = sum(w.tokens for w in taken)
         self._queued_tokens -= tokens
         self._running_tokens += tokens
         self._running += len(taken)
-        self._room -= len(taken)
+        self._free -= len(taken)
         prefill_s = sum(w.work for w in taken) * self._speed.speed.token_s
         self._prefill_until = max(now, self._prefill_until) + prefill_s
         return taken
@@ -149,7 +149,7 @@ class Engine:
         return self.step
 
     def end(self, step: Step) -> list[Any]:
-        """Ends the step; returns the calls that have ended with it."""
+        """Ends the step; returns the calls that ended with it."""
         now, self.step = step.ends_at, None
         self.times.busy_s += now - step.starts_at
         self.times.steps += step.ticks
@@ -157,7 +157,7 @@ class Engine:
         self._rate.add(tokens, now)
         self._speed.add(now - step.starts_at, step.ticks, step.prefill_tokens, tokens)
         ended = self.sim.end(step)
-        self._room += len(ended)
+        self._free += len(ended)
         return [self._note(sim_call, now) for sim_call in ended]
 
     def _note(self, sim_call: SimCall, ended: float | None) -> Any:
@@ -177,7 +177,7 @@ class Engine:
         return call
 
     def settle(self) -> None:
-        """The run is over: notes how far the calls came that are still here."""
+        """Notes the progress of the calls that are still here at the end of the run."""
         for sim_call in list(self._calls):
             self._note(sim_call, None)
 

@@ -1,4 +1,4 @@
-"""A queue of an engine, or of the router, in virtual time, as attempts.lua and claim.lua keep it in Redis."""
+"""The queue of an engine, or of the router, in virtual time, by the rules of attempts.lua and claim.lua."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Waiting:
 
     Attributes:
         had: what its program had been charged when it was assigned.
-        score: its place; of equal ones the id decides, as in Redis.
-        starves_ms: when it will have waited for too long; inf = never.
-        promoted_ms: when it was moved ahead for that; -1 = it was not.
-        work: tokens of its prompt that the engine is expected to compute.
+        score: its place in the queue; equal scores are ordered by id, as in Redis.
+        starves_ms: when it will starve; inf = never.
+        promoted_ms: when it was promoted because it starved; -1 = it was not.
+        work: prompt tokens that the engine is expected to compute.
+        here: whether it is in the queue.
     """
 
     id: str
@@ -40,13 +41,13 @@ class Waiting:
 
 
 class Queue:
-    """Calls that wait for one engine, or for room in any."""
+    """Calls that wait for one engine, or for headroom on any."""
 
     def __init__(self, table: ProcessTable) -> None:
         self._table = table
-        self._order: list[tuple[float, str, int, Waiting]] = []  # heaps; entries may be out of date
+        self._order: list[tuple[float, str, int, Waiting]] = []  # both are heaps with stale entries
         self._starving: list[tuple[float, str, int, Waiting]] = []
-        self._numbers = count()  # a call may come again
+        self._numbers = count()  # tells entries of the same call apart
         self._size = 0
         self.ahead: dict[int, Ahead] = {}  # by rank, as lib.lua counts them
 
@@ -62,7 +63,7 @@ class Queue:
             heappush(self._starving, (waiting.starves_ms, waiting.id, next(self._numbers), waiting))
 
     def remove(self, waiting: Waiting) -> None:
-        """Takes a call out, wherever it stands."""
+        """Removes a call from any position."""
         waiting.here = False
         self._size -= 1
         self._count(waiting, -1)
@@ -74,7 +75,7 @@ class Queue:
             self.ahead[rank] = Ahead(calls + sign, tokens + sign * waiting.work)
 
     def claim(self, most: int, now_ms: int, ahead: int = 0, threshold: Rank | None = None) -> list[Waiting]:
-        """Moves those that starve ahead, then takes the first calls: `most`, or up to `ahead` above the threshold."""
+        """Promotes starving calls, then takes the first calls: `most`, or up to `ahead` above the threshold."""
         self._promote(now_ms)
         taken: list[Waiting] = []
         while self._size and (len(taken) < most or (len(taken) < ahead and self._best() < self._score(threshold))):
@@ -85,12 +86,12 @@ class Queue:
         return taken
 
     def has_better(self, threshold: Rank | None, now_ms: int) -> bool:
-        """A call here is of a better class, or level, than the threshold."""
+        """Whether a call here is above the threshold, a class and level."""
         self._promote(now_ms)
         return self._size > 0 and self._best() < self._score(threshold)
 
     def _best(self) -> float:
-        """The score of the first call, which stands at the top of the heap then."""
+        """The score of the first call. Afterwards its entry is the top of the heap."""
         while not (self._order[0][3].here and self._order[0][3].score == self._order[0][0]):
             heappop(self._order)
         return self._order[0][0]
@@ -99,7 +100,7 @@ class Queue:
         return -inf if threshold is None else self._table.score(*threshold, 0)
 
     def first(self, most: int, now_ms: int) -> list[Waiting]:
-        """Those that `claim` would take."""
+        """The calls that `claim` would take. It also promotes starving calls."""
         found = self.claim(most, now_ms)
         for waiting in found:
             waiting.here = True
@@ -109,7 +110,7 @@ class Queue:
         return found
 
     def head(self, most: int) -> list[Waiting]:
-        """The first calls as they stand; nothing changes by it."""
+        """The first calls, without any change."""
         entries = []
         for _ in range(min(most, self._size)):
             self._best()

@@ -1,8 +1,8 @@
 """A fleet in virtual time: programs, the router's policy, queues as in Redis, workers and modelled engines.
 
-What decides is the code of the real parts: the policies of `router/policies`, the rules of programs.lua,
-and the engines of `workers/backends/sim`. What is modelled is time: hops through Redis, steps of engines, and a clock
-that jumps from one event to the next. Nothing is lost, cancelled or dies here.
+All decisions are made by the real code: the policies of `router/policies`, the rules of programs.lua, and the engines
+of `workers/backends/sim`. Only time is modelled: hops through Redis, steps of engines, and a clock that jumps from one
+event to the next. There are no failures and no cancels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rsm.simulation.lua_rules import rules
 from rsm.simulation.prefix_paths import Paths
 from rsm.simulation.process_table import NOTHING, ProcessTable
 from rsm.simulation.results import CallTimes, ProgramTimes, Results
-from rsm.simulation.router import Front
+from rsm.simulation.router import SimRouter
 from rsm.simulation.workload.programs import ProgramSpec, Segment, Workload
 from rsm.workers.backends.sim.cache import Path
 from rsm.workers.backends.sim.call import SimCall, Step
@@ -37,12 +37,12 @@ from rsm.workers.scheduling.service import Used, charge, create_unit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hops:
-    """How long a call takes between two parts at low load, in seconds. Their sum is what `make bench` measures.
+    """The time of each hop between two processes at low load, in seconds. `make bench` measures their sum.
 
     Attributes:
         submit_s: from the producer to an engine's queue. claim_s: from the queue into the engine.
         finish_s: from the engine's last token to the producer.
-        jitter: each hop takes from (1 - jitter) to (1 + jitter) times as long.
+        jitter: each hop takes (1 - jitter) to (1 + jitter) times as long.
     """
 
     submit_s: float = 0.0006
@@ -53,17 +53,18 @@ class Hops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig:
-    """What to simulate.
+    """The fleet to simulate.
 
     Attributes:
-        sim: every engine; its `scheduler` is the one inside the engines, with the bounds, beta and unit of `settings`.
-        policy: of the router: a name, package.module:Class, or a class.
-        settings: of the broker: level_bounds, starvation_beta, service_unit, tick_ms, admission, stealing and what
-            policies read.
-        by_program: calls inherit their program's service; False: each call begins anew, as in a plain MLFQ.
+        sim: the configuration of every engine. Its `scheduler` runs inside the engines, with the bounds, beta and unit
+            of `settings`.
+        policy: the router's policy: a name, package.module:Class, or a class.
+        settings: the broker's settings: level_bounds, starvation_beta, service_unit, tick_ms, admission, stealing and
+            those that policies read.
+        by_program: calls inherit their program's service; False: each call starts at zero, as in a plain MLFQ.
         prefetch: calls that a worker claims beyond its slots.
-        horizon_s: when to break off; inf: when all programs have ended.
-        slowness: of the engines, in turn: how many times as long as `sim` says their steps take.
+        horizon_s: when to stop; inf: when all programs have ended.
+        slowness: factors on the step times of `sim`, assigned to the engines in turn.
     """
 
     engines: int = 1
@@ -78,15 +79,17 @@ class FleetConfig:
 
 
 class SimFleet:
-    """Runs workloads on one kind of fleet; each run begins with a new one. Equal seeds, equal results."""
+    """Runs workloads on one kind of fleet. Each run starts a new fleet. Equal seeds give equal results."""
 
     def __init__(self, config: FleetConfig, seed: int = 0) -> None:
         self.config = config
         self.seed = seed
 
     def run(self, workload: Workload) -> Results:
-        """Raises:
-        InvalidRequest: lupa is not installed, or there is no such policy.
+        """Runs a workload to its end, or to the horizon.
+
+        Raises:
+            InvalidRequest: lupa is not installed, or there is no such policy.
         """
         began = time.perf_counter()
         run = _Run(self.config, self.seed, workload)
@@ -98,7 +101,8 @@ class SimFleet:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """A run makes millions of objects and next to no cycles: looking for them takes a fifth of its time."""
+    """Disables the garbage collector. A run creates millions of objects and almost no cycles, and the collector would
+    take a fifth of its time."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -108,7 +112,7 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-# What happens, in the order in which events of one moment are handled: calls come before an engine goes on.
+# The kinds of events, in the order for events at the same time: calls arrive before an engine starts its next step.
 _READY, _ASSIGN, _FINISH, _CLAIM, _STEP, _BEGIN, _TICK = range(7)
 
 
@@ -116,10 +120,10 @@ _READY, _ASSIGN, _FINISH, _CLAIM, _STEP, _BEGIN, _TICK = range(7)
 class _Program:
     spec: ProgramSpec
     times: ProgramTimes
-    missing: list[int]  # per call, how many of those it waits for have not ended
+    missing: list[int]  # per call, how many of the calls that it waits for have not ended
     followers: list[list[int]]
     left: int
-    delays: list[float]  # per call, tool and human time on the path that it waited for
+    delays: list[float]  # per call, tool and human time on its critical path
     paths: Paths
     sessions: set[str] = field(default_factory=set)
 
@@ -140,9 +144,9 @@ class _Call:
     index: int
     path: Path
     times: CallTimes
-    waited: Waiting | None = None  # as it stood in its engine's queue
-    context: int = 0  # what it was expected to hold of its engine's KV cache
-    admitted: bool = False  # it was throttled, and has had its turn
+    waited: Waiting | None = None  # its entry in the engine's queue
+    context: int = 0  # the tokens of its engine's KV cache that it was expected to use
+    admitted: bool = False  # it was throttled and is admitted now
 
 
 class _Run:
@@ -169,12 +173,12 @@ class _Run:
         )
         self._by_id = {e.id: e for e in self.engines}
         self._residents = Residents(rules(), settings, self.engines, self._table) if settings.admission else None
-        self._front = Front(chosen, self.engines, self._residents, settings.admission_factor, settings.stealing)
+        self._router = SimRouter(chosen, self.engines, self._residents, settings.admission_factor, settings.stealing)
         self._tick_s, self._ticking = settings.tick_ms / 1000, False
         self._programs = [_Program.of(spec, config.sim.block_size) for spec in workload]
         self._heap: list[tuple[float, int, int, object]] = []
         self._numbers = count()
-        self._texts = count(-1, -1)  # answers that nobody repeats
+        self._texts = count(-1, -1)  # the texts of answers that no later prompt has
         self.events = 0
         self._now = 0.0
         self._do: list[Callable[..., None]] = [
@@ -183,7 +187,7 @@ class _Run:
         ]  # fmt: skip
 
     def run(self) -> float:
-        """Runs to the end or the horizon; returns when that was."""
+        """Runs to the end or the horizon; returns that time."""
         for program in self._programs:
             for n, call in enumerate(program.spec.calls):
                 if not call.after:
@@ -202,7 +206,7 @@ class _Run:
         return last
 
     def results(self, until: float) -> list[ProgramTimes]:
-        """The programs that had come by then."""
+        """The programs that had arrived by then."""
         for engine in self.engines:
             engine.settle()
         return [p.times for p in self._programs if p.spec.arrival_s <= until]
@@ -214,7 +218,7 @@ class _Run:
         jitter = self._config.hops.jitter
         return self._now + (seconds * self._random.uniform(1 - jitter, 1 + jitter) if jitter else seconds)
 
-    # -- a call's way
+    # -- the steps of a call
 
     def _ready(self, what: tuple[_Program, int]) -> None:
         program, index = what
@@ -237,12 +241,12 @@ class _Run:
         session, waiting = table.session(times.session), self._waiting(call)
         times.level = waiting.level
         if not call.admitted and self._residents and self._residents.must_wait(times.session, waiting, self._now):
-            self._hold(waiting)
+            self._throttle(waiting)
             return
         view = CallView(times.session, "", times.prompt_tokens, times.program)
-        choice, decision = self._front.choose(self._now, view, session, waiting.had.service, times.level)
+        choice, decision = self._router.choose(self._now, view, session, waiting.had.service, times.level)
         if choice.throttle:
-            self._hold(waiting)
+            self._throttle(waiting)
             return
         if choice.bind:
             session.engine = choice.engine
@@ -253,12 +257,12 @@ class _Run:
             call.context = decision.context
             self._residents.arrives(engine.id, times.session, call.context, decision.new, times.level, self._now)
         engine.enqueue(waiting)
-        self._ring(engine)
-        if self._front.steals:
+        self._wake(engine)
+        if self._router.steals:
             self._start_ticking()
 
     def _waiting(self, call: _Call) -> Waiting:
-        """The call with its place, by what its program has had until now."""
+        """The call with its place in the queue, from its program's service so far."""
         times, table = call.times, self._table
         had = table.session(times.program).account if self._config.by_program else NOTHING
         submitted, now = int(times.ready_s * 1000), int(self._now * 1000)
@@ -267,8 +271,8 @@ class _Run:
         name, score = f"{times.program}:{times.index}", table.score(0, place.level, submitted)
         return Waiting(name, call, times.prompt_tokens, submitted, had, place.level, place.starves_ms, promoted, score)
 
-    def _hold(self, waiting: Waiting) -> None:
-        """No room, or no engine that is worth it: the call waits in the router."""
+    def _throttle(self, waiting: Waiting) -> None:
+        """The call waits in the router, because no engine has headroom or none is worth it."""
         if self._residents is None:
             self._at(self._now + self._tick_s, _ASSIGN, waiting.call)
             return
@@ -282,25 +286,25 @@ class _Run:
             self._at(self._now + self._tick_s, _TICK, None)
 
     def _tick(self, _: object) -> None:
-        """The router's timer, while calls are held, or wait where they may be taken away."""
+        """The router's timer, while calls are throttled, or wait where they may be stolen."""
         self._admit_throttled()
-        for engine, waiting in self._front.to_move(self._now, self._table.session):
+        for engine, waiting in self._router.to_move(self._now, self._table.session):
             self._move(engine, waiting)
-        held = bool(self._residents and self._residents.throttled)
+        throttled = bool(self._residents and self._residents.throttled)
         self._ticking = False
-        if held or (self._front.steals and any(e.queued for e in self.engines)):
+        if throttled or (self._router.steals and any(e.queued for e in self.engines)):
             self._start_ticking()
 
     def _move(self, engine: Engine, waiting: Waiting) -> None:
-        """Takes a call from an engine's queue, and gives it back to the router (steal.lua)."""
+        """Takes a call from an engine's queue and returns it to the router (steal.lua)."""
         call: _Call = waiting.call
         session = self._table.session(call.times.session)
-        engine.give_back(waiting)
-        self._front.changed(engine)
+        engine.release(waiting)
+        self._router.changed(engine)
         if session.engine == engine.id:
             session.engine = ""
         if self._residents is not None:
-            self._residents.gives_back(engine.id, call.times.session, self._now)
+            self._residents.moves(engine.id, call.times.session, self._now)
         call.times.moves += 1
         self._at(self._hop(self._config.hops.submit_s), _ASSIGN, call)
 
@@ -309,8 +313,8 @@ class _Run:
             waiting.call.admitted = True
             self._at(self._hop(self._config.hops.submit_s), _ASSIGN, waiting.call)
 
-    def _ring(self, engine: Engine) -> None:
-        """The worker hears that there is a call, or room for one."""
+    def _wake(self, engine: Engine) -> None:
+        """Wakes the worker, because a call waits or a slot is free."""
         if engine.can_claim(self._now):
             engine.claiming = True
             self._at(self._hop(self._config.hops.claim_s), _CLAIM, engine)
@@ -321,12 +325,12 @@ class _Run:
             call: _Call = waiting.call
             call.times.claimed_s, call.waited = self._now, waiting
             engine.run(self._sim_call(waiting), call, self._now)
-        self._front.changed(engine)
-        self._ring(engine)
-        self._go_on(engine)
+        self._router.changed(engine)
+        self._wake(engine)
+        self._continue(engine)
 
     def _sim_call(self, waiting: Waiting) -> SimCall:
-        """The call as its worker hands it to the engine (claim.lua, `waited_and_ran`)."""
+        """The call as its worker submits it to the engine (claim.lua, `waited_and_ran`)."""
         call: _Call = waiting.call
         times, now, since = call.times, int(self._now * 1000), waiting.submitted_ms
         waited, ran = self._table.unpaid(waiting.had)
@@ -344,8 +348,8 @@ class _Run:
             ran_s=ran / 1000,
         )
 
-    def _go_on(self, engine: Engine) -> None:
-        """After something came: a step begins, or the one in hand is cut short."""
+    def _continue(self, engine: Engine) -> None:
+        """After an event, begins a step or cuts the current one short."""
         if engine.step is None:
             self._begin(engine)
         elif engine.sim.cut(engine.step, self._now):
@@ -364,9 +368,9 @@ class _Run:
             return  # it was cut short
         for call in engine.end(step):
             self._at(self._hop(self._config.hops.finish_s), _FINISH, (engine, call))
-        self._ring(engine)
+        self._wake(engine)
         if self._heap and self._heap[0][0] <= self._now:
-            self._at(self._now, _BEGIN, engine)  # hops of no length: what comes at this very moment comes before
+            self._at(self._now, _BEGIN, engine)  # with hops of zero length, other events of this time come first
         else:
             self._begin(engine)
 
@@ -374,8 +378,8 @@ class _Run:
         engine, call = what
         times, program = call.times, call.program
         engine.finished(times, times.prompt_tokens - call.waited.work if call.waited else 0)
-        self._front.changed(engine)
-        times.told_s = self._now
+        self._router.changed(engine)
+        times.reported_s = self._now
         if (queued := call.waited) is not None:
             claimed, now = int((times.claimed_s or 0.0) * 1000), int(self._now * 1000)
             promoted = queued.promoted_ms - queued.submitted_ms if queued.promoted_ms >= 0 else -1
@@ -396,7 +400,7 @@ class _Run:
         self._follow(program, call.index)
 
     def _follow(self, program: _Program, index: int) -> None:
-        """Calls that waited for this one are next, after their delay."""
+        """Schedules the calls that waited for this one, after their delay."""
         calls, delays = program.spec.calls, program.delays
         for n in program.followers[index]:
             program.missing[n] -= 1
@@ -407,13 +411,13 @@ class _Run:
         program.times.delay_s = delays[index]
         if not program.left:
             program.times.ended_s = self._now
-            program.paths = Paths(self._config.sim.block_size)  # of no use any more
+            program.paths = Paths(self._config.sim.block_size)  # frees the memory
             self._table.end(program.spec.id, program.sessions)
             if self._residents is not None:
                 self._residents.end(program.spec.id, program.sessions)
 
 
 def _used(times: CallTimes) -> Used:
-    """What an ended call has used of its engine."""
+    """What an ended call has used."""
     started, first, ended = (t or 0.0 for t in (times.started_s, times.first_token_s, times.ended_s))
     return Used(times.prompt_tokens, times.output_tokens, times.cached_tokens, ended - started, first - started)

@@ -1,4 +1,5 @@
-"""Whose contexts the engines of a fleet hold, and the throttled calls: as in Redis, by residents.lua."""
+"""Admission in virtual time: the contexts in the engines' caches, and the throttled calls, by the rules of
+residents.lua."""
 
 from __future__ import annotations
 
@@ -13,55 +14,55 @@ from rsm.simulation.process_table import ProcessTable
 
 
 class Residents:
-    """All engines of a fleet. Times in seconds, contexts in tokens."""
+    """The contexts on all engines of a fleet. Times in seconds, contexts in tokens."""
 
     def __init__(self, rules: Any, settings: Settings, engines: Sequence[Engine], table: ProcessTable) -> None:
         self._rules = rules
-        self._half = settings.admission_half_life_s * 1000
+        self._half_life_ms = settings.admission_half_life_s * 1000
         self._factor = settings.admission_factor
         self._beta = settings.starvation_beta
         self._engines = engines
         self._table = table
-        self._sums = {e.id: self._nothing() for e in engines}
-        self._mine: dict[str, dict[str, Any]] = {}
+        self._sums = {e.id: self._empty() for e in engines}
+        self._shares: dict[str, dict[str, Any]] = {}
         self.throttled = Queue(table)
 
-    def _nothing(self) -> Any:
-        none = [0.0] * (int(self._rules.LAST_TIER) + 1)
-        return self._rules.list({"at": 0, "active": self._rules.list(none), "thinking": self._rules.list(none)})
+    def _empty(self) -> Any:
+        zeros = [0.0] * (int(self._rules.LAST_TIER) + 1)
+        return self._rules.list({"at": 0, "active": self._rules.list(zeros), "thinking": self._rules.list(zeros)})
 
-    def _spoken(self, engine: str, now: float) -> Any:
-        return self._rules.spoken_for(self._sums[engine], now * 1000, self._half)
+    def _reserved(self, engine: str, now: float) -> Any:
+        return self._rules.spoken_for(self._sums[engine], now * 1000, self._half_life_ms)
 
     def spoken_for(self, engine: str, now: float) -> list[float]:
-        """Tokens of the engine's cache, by tier."""
-        return list(self._spoken(engine, now).values())
+        """Reserved tokens of the engine's cache, by tier."""
+        return list(self._reserved(engine, now).values())
 
     def shares(self, session: str, now: float) -> dict[str, Share]:
-        """What it has of each engine's cache."""
-        return {e: self._share(mine, now * 1000) for e, mine in self._mine.get(session, {}).items()}
+        """The session's share of each engine's cache."""
+        return {e: self._share(share, now * 1000) for e, share in self._shares.get(session, {}).items()}
 
-    def _share(self, mine: Any, now_ms: float) -> Share:
-        tokens = self._rules.share_of(mine, now_ms, self._half)
-        return Share(tokens, self._rules.is_cached_here(mine, now_ms, self._half), mine.calls > 0, mine.tier)
+    def _share(self, share: Any, now_ms: float) -> Share:
+        tokens = self._rules.share_of(share, now_ms, self._half_life_ms)
+        return Share(tokens, self._rules.is_cached_here(share, now_ms, self._half_life_ms), share.calls > 0, share.tier)
 
     def arrives(self, engine: str, session: str, context: int, new: int, level: int, now: float) -> None:
         """A call has been assigned."""
-        there = self._mine.setdefault(session, {})
-        if engine not in there:
-            there[engine] = self._rules.list({"calls": 0, "tokens": 0, "since": 0, "tier": 0})
-        self._rules.arrives(self._sums[engine], there[engine], context, new, level, now * 1000, self._half)
+        shares = self._shares.setdefault(session, {})
+        if engine not in shares:
+            shares[engine] = self._rules.list({"calls": 0, "tokens": 0, "since": 0, "tier": 0})
+        self._rules.arrives(self._sums[engine], shares[engine], context, new, level, now * 1000, self._half_life_ms)
 
     def leaves(self, engine: str, session: str, more: int, now: float) -> None:
-        """A call has ended. `more`: how much larger its context was than had been thought."""
-        self._rules.leaves(self._sums[engine], self._mine[session][engine], more, now * 1000, self._half)
+        """A call has ended. `more`: how much larger its context was than expected."""
+        self._rules.leaves(self._sums[engine], self._shares[session][engine], more, now * 1000, self._half_life_ms)
 
-    def gives_back(self, engine: str, session: str, now: float) -> None:
-        """A call has left the engine's queue for another engine: it did not run."""
-        self._rules.leaves(self._sums[engine], self._mine[session][engine], None, now * 1000, self._half)
+    def moves(self, engine: str, session: str, now: float) -> None:
+        """A call has moved to another engine's queue without running."""
+        self._rules.leaves(self._sums[engine], self._shares[session][engine], None, now * 1000, self._half_life_ms)
 
     def must_wait(self, session: str, waiting: Waiting, now: float) -> bool:
-        """Whether a call has to wait behind throttled ones. One whose context is still in some cache never does."""
+        """Whether a call has to wait after throttled ones. A call whose context is still in a cache never does."""
         first = self.throttled.first(1, int(now * 1000))
         return (
             bool(first)
@@ -70,7 +71,7 @@ class Residents:
         )
 
     def admit(self, now: float) -> list[Waiting]:
-        """The throttled calls for which there is headroom now; they are no longer throttled."""
+        """Removes and returns the throttled calls for which there is headroom now."""
         if not self.throttled:
             return []
         first = self.throttled.first(self._rules.BYPASS + 1, int(now * 1000))
@@ -83,9 +84,9 @@ class Residents:
 
     def _cache(self, engine: Engine, now: float) -> Any:
         view = engine.view(now)
-        spoken, capacity = self._spoken(engine.id, now), view.kv_tokens * self._factor
+        reserved, capacity = self._reserved(engine.id, now), view.kv_tokens * self._factor
         calls = view.queued + view.running
-        return self._rules.list({"id": engine.id, "spoken": spoken, "capacity": capacity, "calls": calls})
+        return self._rules.list({"id": engine.id, "spoken": reserved, "capacity": capacity, "calls": calls})
 
     def _demand(self, waiting: Waiting, now: float) -> Any:
         shares = {e: self._rules.list(s._asdict()) for e, s in self.shares(waiting.call.times.session, now).items()}
@@ -97,6 +98,6 @@ class Residents:
         return self._rules.list(list(items))
 
     def end(self, program: str, sessions: set[str]) -> None:
-        """The program is over: in Redis its entries expire."""
+        """Removes a program that has ended. In Redis its entries expire."""
         for name in (program, *sessions):
-            self._mine.pop(name, None)
+            self._shares.pop(name, None)

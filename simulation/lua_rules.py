@@ -1,4 +1,4 @@
-"""The broker's rules, programs.lua and residents.lua, run as they are in a Lua of this process."""
+"""The broker's rules, programs.lua and residents.lua, run unchanged in a Lua interpreter in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MISSING = "Simulating a fleet needs lupa, a Lua for Python: pip install 'rsm-eng
 
 @cache
 def rules() -> Any:
-    """The rules as attributes, callable with numbers; `list(items)` makes a Lua list, or of a dict a table.
+    """The rules as attributes, callable with numbers. `list(items)` makes a Lua list, or a table from a dict.
 
     Raises:
         InvalidRequest: lupa is not installed.

@@ -1,4 +1,4 @@
-"""The paths of a program's prompts. Most go on behind an earlier one, so a path is made of the longest one known."""
+"""The paths of a program's prompts. Most prompts extend an earlier one, so a path starts from the longest known one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rsm.simulation.workload.programs import Segment
 from rsm.workers.backends.sim.cache import Path, PathBuilder
 
-# How far behind the end of a prompt a known beginning is looked for, in texts.
+# The most texts by which a prompt may extend a known path.
 _NEW_TEXTS = 4
 
 
@@ -17,14 +17,14 @@ class _Known(NamedTuple):
 
 
 class Paths:
-    """Of one program. Agrees with `path_of_texts` of the whole prompt and its answer."""
+    """The paths of one program. They equal `path_of_texts` of the whole prompt and its answer."""
 
     def __init__(self, block_size: int) -> None:
         self._size = block_size
         self._known: dict[tuple[int, Segment], _Known] = {}  # by the number of texts and the last of them
 
     def path(self, prompt: tuple[Segment, ...], answer: Segment) -> tuple[Path, int]:
-        """The path of a prompt with its answer, and how many tokens the prompt has."""
+        """The path of a prompt with its answer, and the number of prompt tokens."""
         builder = self._longest(prompt)
         tokens = builder.tokens
         self._keep(prompt, builder.copy())

@@ -1,4 +1,4 @@
-"""The process table in virtual time: what assign.lua and finish.lua keep of sessions, by the same rules."""
+"""The process table in virtual time: the sessions of assign.lua and finish.lua, by the same rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rsm.broker.protocol.snapshot import CacheUse, SessionView
 
 
 class Account(NamedTuple):
-    """What a program has been charged. Times in ms, service in service units; the fields are `TOTALS`."""
+    """The charges of a program. Times in ms, service in service units. The fields are `TOTALS`."""
 
     service: float = 0.0
     waited_ms: float = 0
@@ -22,7 +22,7 @@ NOTHING = Account()
 
 
 class Place(NamedTuple):
-    """Where a call stands in a queue: its level, when it starves there, and whether it does already."""
+    """A call's place in a queue: its level, when it starves there, and whether it already starves."""
 
     level: int
     starves_ms: float
@@ -31,7 +31,7 @@ class Place(NamedTuple):
 
 @dataclass(slots=True)
 class Session:
-    """One entry. `account`: of a root session alone."""
+    """One entry. Only a root session has an `account`."""
 
     account: Account = NOTHING
     engine: str = ""
@@ -41,13 +41,13 @@ class Session:
     completion_tokens: int = 0
 
     def view(self, now: float, service: float, level: int) -> SessionView:
-        """What a router that looks now sees. `service`, `level`: of its program."""
+        """The view that a router would get now. `service`, `level`: those of its program."""
         used = {e: CacheUse(now - at, computed) for e, (at, computed) in self.used.items()}
         mean = self.completion_tokens / max(self.completed, 1)
         return SessionView(self.engine, self.resident, used, "", int(service), level, self.completed, mean)
 
     def finished(self, engine: str, tokens: int, now: float, computed: int, answer: int) -> None:
-        """A call of it has ended: so many of its tokens are now cached there."""
+        """A call of the session has ended; `tokens` of it are cached on `engine` now."""
         self.resident[engine] = tokens
         self.used[engine] = (now, computed)
         self.completed += 1
@@ -55,14 +55,14 @@ class Session:
 
 
 class ProcessTable:
-    """All entries. `rules`: those of programs.lua."""
+    """All entries. `rules`: the rules of programs.lua."""
 
     def __init__(self, rules: Any, level_bounds: tuple[int, ...], beta: float, rule: str = "path") -> None:
         self._rules = rules
         self._rule = rule
         self._bounds = rules.list(level_bounds)
         self._beta = beta
-        self.promote_many = int(rules.PROMOTE_MANY)  # starving calls that are moved ahead with one claim
+        self.promote_many = int(rules.PROMOTE_MANY)  # the most starving calls promoted in one claim
         self._sessions: dict[str, Session] = {}
 
     def session(self, name: str) -> Session:
@@ -72,13 +72,13 @@ class ProcessTable:
         return found
 
     def place(self, had: Account, submitted_ms: int, now_ms: int) -> Place:
-        """Where a call of a program stands that has had so much."""
+        """The place of a call whose program has these charges."""
         waited, ran = self.unpaid(had)
         place = self._rules.place(had.service, waited, ran, submitted_ms, now_ms, self._bounds, self._beta)
         return Place(*place)
 
     def unpaid(self, had: Account) -> tuple[float, float]:
-        """What of its waiting and running no promotion has paid for yet."""
+        """Its waiting and running time since the last promotion."""
         if had is NOTHING:
             return 0, 0
         unpaid = self._rules.unpaid
@@ -109,6 +109,6 @@ class ProcessTable:
         )
 
     def end(self, program: str, sessions: set[str]) -> None:
-        """The program is over: in Redis its entries expire."""
+        """Removes a program that has ended. In Redis its entries expire."""
         for name in (program, *sessions):
             self._sessions.pop(name, None)

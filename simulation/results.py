@@ -1,4 +1,4 @@
-"""What a simulated run gave: calls, programs and engines, in seconds of virtual time."""
+"""The results of a simulated run: calls, programs and engines, in seconds of virtual time."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rsm.simulation.workload.programs import ProgramSpec
 
 @dataclass(slots=True)
 class CallTimes:
-    """One call as it went. A time of None: it did not come to that before the horizon.
+    """The times of one call. A time of None was not reached before the horizon.
 
     Attributes:
         index: its number in its program.
-        ready_s: when its producer pushed it. assigned_s: the router chose `engine`. claimed_s: the worker took it.
-        started_s: it first had a place in the engine's batch. first_token_s, ended_s: in the engine.
-        told_s: its producer heard of the end.
-        level: the scheduling level that it was queued with. why: the policy's words.
+        ready_s: when its producer pushed it. assigned_s: the router chose `engine`. claimed_s: the worker claimed it.
+        started_s: it first got a slot in the engine's batch. first_token_s, ended_s: in the engine.
+        reported_s: when its end was reported to the producer.
+        level: its scheduling level in the queue. why: the policy's reason.
         error: why it could not run; "" = it could.
-        moves: how often it was taken from one engine's queue for another, idle one.
+        moves: how often it was moved from one engine's queue to an idle engine.
     """
 
     program: str
@@ -33,7 +33,7 @@ class CallTimes:
     started_s: float | None = None
     first_token_s: float | None = None
     ended_s: float | None = None
-    told_s: float | None = None
+    reported_s: float | None = None
     engine: str = ""
     level: int = 0
     why: str = ""
@@ -45,11 +45,11 @@ class CallTimes:
 
 @dataclass(slots=True)
 class ProgramTimes:
-    """One program as it went. `ended_s` None: it was not finished at the horizon, or failed.
+    """The times of one program. `ended_s` is None if it had not finished at the horizon, or failed.
 
     Attributes:
-        calls: those that became ready, in the order in which they did.
-        delay_s: tool and human time on the path that its end waited for, so far.
+        calls: the calls that became ready, in that order.
+        delay_s: tool and human time on the critical path so far.
     """
 
     spec: ProgramSpec
@@ -60,17 +60,17 @@ class ProgramTimes:
 
     @property
     def response_s(self) -> float | None:
-        """From its arrival until its last call's end is known."""
+        """The time from its arrival until its last call's end is reported."""
         return None if self.ended_s is None else self.ended_s - self.spec.arrival_s
 
 
 @dataclass(slots=True)
 class EngineTimes:
-    """What one engine did.
+    """The work of one engine.
 
     Attributes:
-        busy_s: time in steps. steps: how many.
-        prompt_tokens, cached_tokens, output_tokens: of calls that ended on it.
+        busy_s: time in steps. steps: the number of steps.
+        prompt_tokens, cached_tokens, output_tokens: totals of the calls that ended on it.
     """
 
     id: str
@@ -85,7 +85,7 @@ class EngineTimes:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """A whole run. `until_s`: when it ended: the last event, or the horizon. `wall_s`: real seconds that it took."""
+    """A whole run. `until_s`: its end, which is the last event or the horizon. `wall_s`: the real seconds it took."""
 
     programs: Sequence[ProgramTimes]
     engines: Sequence[EngineTimes]
@@ -99,11 +99,11 @@ class Results:
 
     @property
     def unfinished(self) -> list[ProgramTimes]:
-        """Programs that had come and were not done at the end, failed ones included."""
+        """Programs that had arrived and were not done at the end, including failed ones."""
         return [p for p in self.programs if p.ended_s is None]
 
     @property
     def hit_rate(self) -> float:
-        """Share of the prompt tokens that were cached, of calls that ended."""
+        """The share of cached prompt tokens, over the calls that ended."""
         prompt = sum(e.prompt_tokens for e in self.engines)
         return sum(e.cached_tokens for e in self.engines) / prompt if prompt else 0.0

@@ -1,4 +1,4 @@
-"""The router of a simulated fleet: the real choice (`router/placement.py`), and a view as old as a real router's."""
+"""The router of a simulated fleet: the real placement (`router/placement.py`), with a snapshot as old as a real one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rsm.simulation.engine_queue import Waiting
 from rsm.simulation.kv_admission import Residents
 from rsm.simulation.process_table import Session
 
-# As in router/router.py.
+# The same as in router/router.py.
 _SNAPSHOT_S = 0.02
 
 
-class Front:
-    """Chooses engines. Between two snapshots it knows of changes only what it assigned itself, like `router.Router`."""
+class SimRouter:
+    """Chooses engines. Like `router.Router`, between two snapshots it sees only its own assignments."""
 
     def __init__(
         self,
@@ -39,18 +39,20 @@ class Front:
         self._residents = residents
         self._engines = {e.id: e for e in engines}
         self._changed = dict.fromkeys(engines)
-        self._seen_at = -inf
+        self._refreshed_at = -inf
 
     def changed(self, engine: Engine) -> None:
-        """What Redis knows of the engine is not what the router saw."""
+        """Notes that the engine's state in Redis differs from the router's snapshot."""
         self._changed[engine] = None
 
     def choose(self, now: float, call: CallView, entry: Session, service: float, level: int) -> tuple[Choice, Decision]:
-        """The engine for a call of a program that has had so much, and why; or that it is to wait."""
+        """The engine for a call of a program with this service and level, or that the call is throttled; and why."""
         wanted = self._chooser.needs_session(call)
-        if now - self._seen_at > _SNAPSHOT_S:
-            self._see(now)
-        sessions = {call.session: self._seen(call.session, entry.view(now, service, level), now)} if wanted else {}
+        if now - self._refreshed_at > _SNAPSHOT_S:
+            self._refresh(now)
+        sessions = (
+            {call.session: self._with_shares(call.session, entry.view(now, service, level), now)} if wanted else {}
+        )
         decision = self._chooser.place([call], sessions, now)[0]
         choice = decision.choice
         if choice is None:
@@ -64,9 +66,9 @@ class Front:
         return self._stealing is not None
 
     def to_move(self, now: float, session: Callable[[str], Session]) -> list[tuple[Engine, Waiting]]:
-        """Waiting calls that idle engines should have: a round as router/work_stealing/loop.py makes it.
+        """Waiting calls to move to idle engines: one round of router/work_stealing/loop.py.
 
-        The router's own view of the fleet, by which it chooses, is left as old as it is.
+        This does not refresh the router's own view of the fleet, by which it places calls.
         """
         engines = self._engines.values()
         if self._stealing is None or not (any(e.free for e in engines) and any(e.queued for e in engines)):
@@ -77,25 +79,25 @@ class Front:
         full = [self._engines[e.id] for e in loaded]
         found = {w.id: (engine, w) for engine in full for w in engine.head(head(len(full)))}
         calls = [_waiting_call(engine, w) for engine, w in found.values()]
-        views = {c.session: self._seen(c.session, session(c.session).view(now, 0, 0), now) for c in calls}
+        views = {c.session: self._with_shares(c.session, session(c.session).view(now, 0, 0), now) for c in calls}
         return [found[c.id] for c in self._stealing.moves(idle, loaded, calls, views)]
 
-    def _seen(self, session: str, view: SessionView, now: float) -> SessionView:
+    def _with_shares(self, session: str, view: SessionView, now: float) -> SessionView:
         return replace(view, shares=self._residents.shares(session, now)) if self._residents else view
 
     def _view(self, engine: Engine, now: float) -> EngineView:
         view = engine.view(now)
         return replace(view, spoken_for=self._residents.spoken_for(engine.id, now)) if self._residents else view
 
-    def _see(self, now: float) -> None:
-        if self._seen_at == -inf:
+    def _refresh(self, now: float) -> None:
+        if self._refreshed_at == -inf:
             self._chooser.see(self._view(engine, now) for engine in self._engines.values())
         else:
-            # What thinks on an engine becomes less by itself.
+            # With admission, the contexts of thinking programs decay on every engine.
             for engine in self._engines.values() if self._residents else self._changed:
                 self._chooser.update(self._view(engine, now))
         self._changed.clear()
-        self._seen_at = now
+        self._refreshed_at = now
 
 
 def _waiting_call(engine: Engine, waiting: Waiting) -> WaitingCall:

@@ -1,4 +1,4 @@
-"""A run in a few figures."""
+"""The key figures of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rsm.simulation.results import Results
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """What `rsm simulate` shows. Times in seconds of virtual time; None where nothing ended.
+    """The figures that `rsm simulate` shows. Times in seconds of virtual time; None if nothing ended.
 
-    `response_…` are of programs that ended, from arrival to end; `token_…` the same without tool and human time, by
-    token that they generated (the paper's program latency).
+    `response_…`: programs that ended, from arrival to end. `token_…`: the same without tool and human time, per
+    generated token (the paper's program latency).
     """
     ended = [p for p in results.programs if p.ended_s is not None]
     responses = sorted(p.response_s or 0.0 for p in ended)
@@ -43,7 +43,7 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def quantile(ordered: Sequence[float], q: float) -> float | None:
-    """The smallest value that at least a share q of them does not exceed."""
+    """The smallest value that at least a share `q` of the values does not exceed."""
     return ordered[max(0, ceil(q * len(ordered)) - 1)] if ordered else None
 
 

@@ -1,6 +1,6 @@
-"""The engine process. `EngineConfig` says what it runs; a service unit of your own is a `ServiceUnit` over `Used`.
+"""The engine process. `EngineConfig` configures one engine; a custom service unit is a `ServiceUnit` over `Used`.
 
-The names are imported when they are first used: vLLM's own processes come by here, and need none of them.
+Names are imported on first use, because vLLM's own processes import this package and need none of them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineConfig", "ServiceUnit", "Used"]
 
-_HOMES = {"EngineConfig": "rsm.workers.config"}
+_MODULES = {"EngineConfig": "rsm.workers.config"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "rsm.workers.scheduling.service")), name)
+    return getattr(import_module(_MODULES.get(name, "rsm.workers.scheduling.service")), name)

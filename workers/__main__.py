@@ -1,7 +1,7 @@
 """The worker as a program: `python -m rsm.workers`, with its EngineConfig as JSON in RSM_ENGINE and settings in RSM_*.
 
-`rsm worker` is the same with flags. The configuration comes by the environment because it may hold a key, and command
-lines are there for everybody to read. With --supervised this process is the worker's supervisor instead.
+`rsm worker` does the same with flags. The configuration is passed in the environment because it may hold a key, and
+every user of the machine can read command lines. With --supervised this process is the worker's supervisor instead.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     try:
         backend = create_backend(config, settings)
     except InvalidRequest as e:
-        backend = Refused(str(e))  # so that the engine's record says so, for whoever waits for it
+        backend = Refused(str(e))  # the engine's record then has the error, for those who wait for the engine
         settings = settings.model_copy(update={"service_unit": "tokens"})
     try:
         exit_timer = HardExitTimer(settings, armed=True)
@@ -74,7 +74,7 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
     except InvalidRequest as e:
         log.error("%s", e)
         return EXIT_INVALID
-    threading.excepthook = lambda failed: _bury(worker, failed)
+    threading.excepthook = lambda failed: _handle_thread_death(worker, failed)
     try:
         return asyncio.run(worker.serve())
     except EngineIdTaken as e:
@@ -85,27 +85,28 @@ def run_worker(config: EngineConfig, settings: Settings, node: str = "") -> int:
         return EXIT_INVALID
 
 
-def _bury(worker: Worker, failed: threading.ExceptHookArgs) -> None:
-    """A worker that has lost one of its threads would look alive and do nothing; started anew, it works."""
+def _handle_thread_death(worker: Worker, failed: threading.ExceptHookArgs) -> None:
+    """A worker that lost a thread would look alive and do nothing. It exits, so that the supervisor restarts it."""
     threading.__excepthook__(failed)
     worker.fail(f"its thread {failed.thread.name if failed.thread else ''} ended with {failed.exc_type.__name__}")
 
 
 def run_supervised(config: EngineConfig, settings: Settings, node: str = "", *, tentative: bool = False) -> int:
-    """Keeps a worker running in a child process until SIGTERM, or until it has left in order; returns its status.
+    """Keeps a worker running in a child process until SIGTERM or a clean exit of the worker; returns its status.
 
-    With `tentative` it also ends with whoever started it, until that one lets it stay by a byte on stdin.
+    With `tentative` it also stops when its parent ends, unless the parent has confirmed it by a byte on stdin.
     """
     worker = worker_process(config, settings, node=node)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.request_stop())
     worker.start()
     if tentative:
-        threading.Thread(target=_stop_unless_kept, args=(worker.request_stop,), name="rsm-kept", daemon=True).start()
+        args = (worker.request_stop,)
+        threading.Thread(target=_stop_unless_confirmed, args=args, name="rsm-confirm", daemon=True).start()
     return worker.wait()
 
 
-def _stop_unless_kept(stop: Callable[[], None]) -> None:
+def _stop_unless_confirmed(stop: Callable[[], None]) -> None:
     if not os.read(sys.stdin.fileno(), 1):
         stop()
 

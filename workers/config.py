@@ -1,4 +1,4 @@
-"""What an engine is made of: its configuration, and the backend that it names."""
+"""The configuration of one engine."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ BackendName = Literal["vllm", "openai", "sim"]
 
 
 class EngineConfig(BaseModel):
-    """One engine.
+    """The configuration of one engine.
 
     Attributes:
         engine_id: names its queue in Redis.
-        model: what it serves: a name, or a local folder. For `vllm`, none = a tiny random model built locally.
-        gpu_id: the first of its GPUs; the others follow, as many as `tensor_parallel_size`.
-        max_num_seqs: calls that run at once; for `openai`, unless it is named, what the server says of itself.
-        backend: "vllm", "openai" (any remote OpenAI-compatible server) or "sim" (a model of an engine).
-        engine_args: any further argument of the backend; for `vllm`, of vLLM's engine.
-        base_url: of the remote server, for `openai`, such as http://host:8000/v1.
-        api_key: for `openai`; shown in no repr and no log.
-        served_model_name: the name that calls ask for, where it is not `model`.
-        engine_scheduler: in which order the engine runs its calls, "fcfs", "priority" or "plas"; none: as
-            RSM_ENGINE_SCHEDULER says. Not for `openai`, whose engine orders them itself.
+        model: a model name or a local folder. Default for `vllm`: a tiny random model, built locally.
+        gpu_id: the first of its `tensor_parallel_size` consecutive GPUs.
+        max_num_seqs: calls that run at once. Default for `openai`: what the server reports.
+        backend: "vllm", "openai" (any remote OpenAI-compatible server) or "sim" (a modelled engine).
+        engine_args: further arguments of the backend; for `vllm`, of vLLM's engine.
+        base_url: the URL of the remote server, for `openai`, such as http://host:8000/v1.
+        api_key: for `openai`; never in a repr or a log.
+        served_model_name: the name that calls use. Default: `model`.
+        engine_scheduler: the order in which the engine runs its calls: "fcfs", "priority" or "plas". Default: the
+            value of RSM_ENGINE_SCHEDULER. Not for `openai`, whose server orders its calls itself.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), extra="forbid", hide_input_in_errors=True)
@@ -53,43 +53,46 @@ class EngineConfig(BaseModel):
         return check_id(value, "engine_id")
 
     @model_validator(mode="after")
-    def _backend_has_what_it_needs(self) -> EngineConfig:
+    def _backend_has_its_arguments(self) -> EngineConfig:
         if self.backend == "openai" and not self.base_url:
             raise ValueError('backend "openai" needs base_url, such as http://host:8000/v1')
         return self
 
     @model_validator(mode="after")
-    def _one_says_who_schedules(self) -> EngineConfig:
+    def _scheduler_is_set_once(self) -> EngineConfig:
         if self.engine_scheduler is None:
             return self
         if self.backend == "openai":
-            raise ValueError('backend "openai" takes no engine_scheduler: a remote server orders its calls itself')
+            raise ValueError(
+                'backend "openai" takes no engine_scheduler, because a remote server orders its calls itself; '
+                "leave it out"
+            )
         for name in self.engine_args:
             if name.lstrip("-").replace("-", "_") in ("scheduler_cls", "scheduling_policy", "scheduler"):
                 raise ValueError(
-                    f"engine_scheduler={self.engine_scheduler} and {name} among engine_args contradict each other; "
+                    f"engine_scheduler={self.engine_scheduler} and {name} in engine_args contradict each other; "
                     "leave one out"
                 )
         return self
 
     def scheduler(self, settings: Settings) -> EngineScheduler:
-        """In which order the engine runs its calls, unless engine_args say so."""
+        """The order in which the engine runs its calls, unless engine_args set one."""
         return self.engine_scheduler or settings.engine_scheduler
 
     def with_args(self, args: Mapping[str, Any]) -> EngineConfig:
-        """The same with further arguments for its backend; those that it has itself stand above them."""
+        """A copy with further arguments for the backend. Its own arguments take precedence."""
         return self.model_copy(update={"engine_args": {**args, **self.engine_args}}) if args else self
 
     def as_json(self) -> str:
-        """For another process: what was named, without the key, which travels apart."""
+        """The fields that were set, for another process. Without the key, which is passed separately."""
         return self.model_dump_json(exclude={"api_key"}, exclude_unset=True)
 
     def gpus(self) -> range:
-        """Its GPUs, where there are any."""
+        """The GPUs it uses, if the machine has any."""
         return range(self.gpu_id, self.gpu_id + self.tensor_parallel_size)
 
     def shares_gpu_with(self, other: EngineConfig) -> bool:
-        """Whether both would compute on one of them."""
+        """Whether both would use the same GPU."""
         both_vllm = self.backend == other.backend == "vllm"
         return both_vllm and bool(set(self.gpus()) & set(other.gpus()))
 

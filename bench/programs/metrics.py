@@ -77,7 +77,7 @@ class ProgramRun:
         """
         spec = program.spec
         calls = sorted(program.calls, key=lambda c: c.index)
-        ends = [c.told_s for c in calls if c.told_s is not None]
+        ends = [c.reported_s for c in calls if c.reported_s is not None]
         done = len(ends) == len(spec.calls)
         waits = [(until_s if c.started_s is None else c.started_s) - c.ready_s for c in calls]
         return cls(
@@ -88,8 +88,8 @@ class ProgramRun:
             delay_s=_delay_on_path(spec.calls, ends) if done else 0.0,
             ideal_s=ideal_s(spec, times),
             output_tokens=spec.output_tokens,
-            prompt_tokens=sum(c.prompt_tokens for c in calls if c.told_s is not None),
-            cached_tokens=sum(c.cached_tokens for c in calls if c.told_s is not None),
+            prompt_tokens=sum(c.prompt_tokens for c in calls if c.reported_s is not None),
+            cached_tokens=sum(c.cached_tokens for c in calls if c.reported_s is not None),
             longest_wait_s=max(waits, default=0.0),
             waited_s=sum(waits),
             ran_s=sum(_ran_s(c, until_s) for c in calls),
@@ -99,7 +99,7 @@ class ProgramRun:
 def _ran_s(call: CallTimes, until_s: float) -> float:
     if call.started_s is None:
         return 0.0
-    return (until_s if call.told_s is None else call.told_s) - call.started_s
+    return (until_s if call.reported_s is None else call.reported_s) - call.started_s
 
 
 def _delay_on_path(calls: Sequence[CallSpec], ends: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ from rsm.broker.client.session_tree import TreeCancel
 from rsm.broker.client.stream import BEGIN, FORGET, LogReader, live
 from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect_async
-from rsm.broker.connection.retry import BLIPS, Backoff, no_answer, require_access
+from rsm.broker.connection.retry import OUTAGES, Backoff, no_answer, require_access
 from rsm.broker.errors import BrokerUnavailable, NotReplicated, Overloaded
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.events import End, is_end, read_event
@@ -261,7 +261,7 @@ class AsyncClient(ClientCore):
         while not (log_reader.over or self._closed):
             try:
                 reply = await reader.xread({key: log_reader.last}, count=inbox.READ_MANY, block=int(_BLOCK_S * 1000))
-            except BLIPS as e:
+            except OUTAGES as e:
                 await asyncio.sleep(backoff.pause(e))
                 continue
             backoff.recovered()
@@ -344,7 +344,7 @@ class AsyncClient(ClientCore):
                     if backoff.recovered() or time.monotonic() - reconciled > inbox.RECONCILE_S:
                         reconciled = time.monotonic()
                         await self._reconcile(reader)
-                except BLIPS as e:
+                except OUTAGES as e:
                     await asyncio.sleep(backoff.pause(e))
                     continue
                 if reply:
@@ -405,7 +405,7 @@ class AsyncClient(ClientCore):
         while not self._closed:
             try:
                 result = await action()
-            except BLIPS as e:
+            except OUTAGES as e:
                 require_access(e)
                 if time.monotonic() > until:
                     raise no_answer(self.settings, self._redis_timeout, e) from None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import redis
 
 from rsm.broker.connection.dedicated import DedicatedConnection
-from rsm.broker.connection.retry import BLIPS, Backoff
+from rsm.broker.connection.retry import OUTAGES, Backoff
 from rsm.broker.protocol import codec
 from rsm.broker.settings import Settings
 
@@ -63,7 +63,7 @@ class Inbox(threading.Thread):
                 if backoff.recovered() or time.monotonic() - reconciled > RECONCILE_S:
                     reconciled = time.monotonic()
                     self._reconcile()
-            except BLIPS as e:
+            except OUTAGES as e:
                 self._closed.wait(backoff.pause(e))
                 continue
             if entries:

@@ -23,7 +23,7 @@ from rsm.broker.client.stream import BEGIN, FORGET, LogReader
 from rsm.broker.connection import execute
 from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS, Backoff, no_answer, persist
+from rsm.broker.connection.retry import OUTAGES, Backoff, no_answer, persist
 from rsm.broker.errors import BrokerUnavailable, Overloaded
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.events import is_end
@@ -269,7 +269,7 @@ class Client(ClientCore):
         while not (log_reader.over or self._closed.is_set()):
             try:
                 reply = reader.xread({key: log_reader.last}, count=READ_MANY, block=int(_BLOCK_S * 1000))
-            except BLIPS as e:
+            except OUTAGES as e:
                 time.sleep(backoff.pause(e))
                 continue
             backoff.recovered()
@@ -398,7 +398,7 @@ class Client(ClientCore):
     def _retry(self, action: Any) -> Any:
         try:
             result = persist(action, "client", self._closed.is_set, self._redis_timeout, denial_is_final=True)
-        except BLIPS as e:
+        except OUTAGES as e:
             raise no_answer(self.settings, self._redis_timeout, e) from None
         if result is None and self._closed.is_set():
             raise BrokerUnavailable(CLOSED)

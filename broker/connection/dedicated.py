@@ -12,7 +12,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS
+from rsm.broker.connection.retry import OUTAGES
 from rsm.broker.protocol.scripts import Arg
 from rsm.broker.settings import Settings
 
@@ -34,7 +34,7 @@ class DedicatedConnection:
 
         Raises:
             redis.ResponseError: the server rejected it.
-            redis.ConnectionError and the other errors in `rsm.broker.connection.retry.BLIPS`: retry later.
+            redis.ConnectionError and the other errors in `rsm.broker.connection.retry.OUTAGES`: retry later.
         """
         (reply,) = self.exchange([command])
         if isinstance(reply, Exception):
@@ -54,7 +54,7 @@ class DedicatedConnection:
     def _reply(self) -> Any:
         try:
             return self._connection.read_response()
-        except BLIPS:
+        except OUTAGES:
             raise
         except ResponseError as e:
             return e

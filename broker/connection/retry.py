@@ -20,7 +20,7 @@ log = logging.getLogger("rsm.redis")
 
 # The errors of a brief outage: a restart, a failover, a lost connection, a full server. All others are not retried.
 # `failover.py` turns temporary refusals, such as MISCONF, MOVED or NOREPLICAS, into ConnectionErrors.
-BLIPS = (
+OUTAGES = (
     errors.ConnectionError,
     errors.TimeoutError,
     errors.BusyLoadingError,
@@ -79,7 +79,7 @@ def explained(settings: Settings) -> Iterator[None]:
     """
     try:
         yield
-    except BLIPS as e:
+    except OUTAGES as e:
         require_access(e)
         raise no_answer(settings, 0, e) from None
 
@@ -115,14 +115,14 @@ def persist(
 
     Raises:
         AccessDenied: `denial_is_final` is set, and Redis rejects this user.
-        redis.ConnectionError and the other errors in `BLIPS`: `timeout_s` seconds have passed.
+        redis.ConnectionError and the other errors in `OUTAGES`: `timeout_s` seconds have passed.
     """
     backoff = Backoff(what)
     until = None if timeout_s is None else time.monotonic() + timeout_s
     while not stopped():
         try:
             result = action()
-        except BLIPS as e:
+        except OUTAGES as e:
             if denial_is_final:
                 require_access(e)
             if until is not None and time.monotonic() > until:

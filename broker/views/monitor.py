@@ -160,7 +160,7 @@ class Monitor:
         yield from (("queue", e, self.keys.queue(e)) for e in engines)
         for key in self._parked_keys():
             yield "parked", "", text(key)
-        yield from (("throttled", "", key) for key in self._held_keys())
+        yield from (("throttled", "", key) for key in self._throttled_keys())
 
     def sessions(self) -> list[dict[str, Any]]:
         """The process table: every session whose entry has not expired, by program, most service first."""
@@ -195,9 +195,9 @@ class Monitor:
         """The number of calls that no router has placed yet."""
         return int(self._redis.xlen(self.keys.calls))
 
-    def held(self) -> int:
+    def throttled(self) -> int:
         """The number of throttled calls."""
-        return sum(int(self._redis.zcard(key)) for key in self._held_keys())
+        return sum(int(self._redis.zcard(key)) for key in self._throttled_keys())
 
     def usage(self) -> dict[str, dict[str, int]]:
         """Usage and limits: {name: {"used", "bound"}}; bound 0 = no limit.
@@ -220,15 +220,15 @@ class Monitor:
         """Totals since the namespace was created, the waiting and running calls, and `usage`. Mean times in seconds."""
         h = {text(k): number(v) for k, v in self._redis.hgetall(self.keys.stats).items()}
         engines = self.engines()
-        held = self.held()
-        waiting = sum(e["queued"] for e in engines) + self._parked() + held + self.backlog()
+        throttled = self.throttled()
+        waiting = sum(e["queued"] for e in engines) + self._parked() + throttled + self.backlog()
         ended = h.get("completed", 0) + h.get("cancelled", 0) + h.get("failed", 0)
         ran = h.get("started", 0)
         asked = h.get("affinity_hits", 0) + h.get("affinity_misses", 0)
         return {
             "submitted": h.get("submitted", 0),
             "pending": waiting,
-            "held": held,
+            "throttled": throttled,
             "running": sum(e["running"] for e in engines),
             "completed": h.get("completed", 0),
             "cancelled": h.get("cancelled", 0),
@@ -238,7 +238,7 @@ class Monitor:
             "dead_letters": h.get("dead_letters", 0),
             "promoted": h.get("promoted", 0),
             "stolen": h.get("stolen", 0),
-            "ever_held": h.get("held", 0),
+            "ever_throttled": h.get("held", 0),
             "retired": h.get("retired", 0),
             "usage": self.usage(),
             "prompt_tokens": h.get("prompt_tokens", 0),
@@ -249,7 +249,7 @@ class Monitor:
             "mean_running_s": h.get("running_ms", 0) / ran / 1000 if ran else 0.0,
         }
 
-    def _held_keys(self) -> Iterator[str]:
+    def _throttled_keys(self) -> Iterator[str]:
         return (self.keys.held(text(model)) for model in sorted(self._redis.smembers(self.keys.holding)))
 
     def _parked(self) -> int:

@@ -1,4 +1,4 @@
-"""`rsm calibrate`: fits the simulated engine to the speed of vLLM on this machine."""
+"""`rsm calibrate`: fits the modelled engine to the speed of vLLM on this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def calibrate(
         float, typer.Option(min=1.0, metavar="SECONDS", help="How long to test the fit with calls at random times.")
     ] = 20.0,
 ) -> None:
-    """Measures vLLM's steps on this machine and fits the simulated engine to them.
+    """Measures vLLM's steps on this machine and fits the modelled engine to them.
 
     `rsm simulate --times-file FILE` and `rsm worker --backend sim --engine-arg times_file=FILE` use the result.
     """

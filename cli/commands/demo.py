@@ -17,7 +17,7 @@ def demo(
         str,
         typer.Option(
             metavar="NAME",
-            help="vllm (with a tiny test model) or sim (simulated engines). Default: vllm if installed, else sim.",
+            help="vllm (with a tiny test model) or sim (modelled engines). Default: vllm if installed, else sim.",
         ),
     ] = "",
 ) -> None:

@@ -1,4 +1,4 @@
-"""`rsm sim-server`: a simulated engine behind OpenAI's HTTP API. It needs no Redis."""
+"""`rsm sim-server`: a modelled engine behind OpenAI's HTTP API. It needs no Redis."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sim_server(
     max_num_seqs: Slots = 256,
     engine_arg: EngineArg = None,
 ) -> None:
-    """Serves a simulated engine over OpenAI's HTTP API, as `vllm serve` does with a real one.
+    """Serves a modelled engine over OpenAI's HTTP API, as `vllm serve` does with a real one.
 
     Useful for testing and measuring clients of such servers: `--backend openai`, and other products' routers.
     """

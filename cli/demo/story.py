@@ -102,7 +102,7 @@ def _introduce(out: Console, backend: str, chosen: bool) -> None:
         lines = "Two real vLLM engines serve a tiny model with random weights. Only its text is meaningless."
     else:
         why = "" if chosen else "vLLM is not installed. "
-        lines = f"{why}Two simulated engines serve this demo: their timing is modelled, and their text is meaningless."
+        lines = f"{why}Two modelled engines serve this demo: their timing is modelled, and their text is meaningless."
     out.print(Text(lines, style="bold"), soft_wrap=True)
 
 

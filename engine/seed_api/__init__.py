@@ -1,3 +1,3 @@
-"""Classes of the project's first interface, as views of what Redis holds."""
+"""The classes of the project's original interface, as views of the data in Redis."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""`RequestLifecycleManager`: the life cycle of calls, as a view of their records in Redis."""
+"""`RequestLifecycleManager`: the life cycle of calls, a view of their records in Redis."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rsm.broker.views.monitor import Monitor
 
 @dataclass(frozen=True, slots=True)
 class RequestMetadata:
-    """A call's record at one moment, with the times that follow from it. Seconds, on Redis's clock."""
+    """A snapshot of a call's record, with the times derived from it. Seconds, on Redis's clock."""
 
     record: CallRecord
     now_ms: int
@@ -41,26 +41,26 @@ class RequestMetadata:
         return self.record.state
 
     def get_waiting_time(self) -> float:
-        """From submit to start; to the end for a call that never started, to now for one that still waits."""
+        """Time from submit to start; to the end if the call never started, to now if it still waits."""
         until = self.record.started_ms or self.record.finished_ms or self.now_ms
         return max(0, until - self.record.submitted_ms) / 1000
 
     def get_execution_time(self) -> float:
-        """From start to end; to now for a call that runs, 0 for one that has not started."""
+        """Time from start to end; to now if the call runs, 0 if it has not started."""
         if self.record.started_ms is None:
             return 0.0
         return max(0, (self.record.finished_ms or self.now_ms) - self.record.started_ms) / 1000
 
     def get_total_time(self) -> float:
-        """From submit to end, or to now."""
+        """Time from submit to end, or to now."""
         return max(0, (self.record.finished_ms or self.now_ms) - self.record.submitted_ms) / 1000
 
 
 class RequestLifecycleManager:
-    """Starts, steps and looks up calls. What the router and the workers do shows here, and the other way round.
+    """Starts calls, changes their state and looks them up. It shares all records with routers and workers.
 
     Args:
-        server: a client with the broker's options; none = a new one for `settings`.
+        server: a Redis client with the broker's options. Default: a new one for `settings`.
     """
 
     def __init__(self, settings: Settings | None = None, *, server: redis.Redis | None = None) -> None:
@@ -70,57 +70,59 @@ class RequestLifecycleManager:
         self._monitor = Monitor(self._settings, self._redis)
 
     def start_request(self, request_id: str, session_id: str, engine_id: str) -> RequestMetadata:
-        """Makes a PENDING record for a call that its maker runs on `engine_id` himself.
+        """Creates a PENDING record for a call that the caller itself runs on `engine_id`.
 
         Raises:
-            IllegalTransition: there is a call with this id.
+            IllegalTransition: a call with this id exists.
         """
         for value, what in ((request_id, "request_id"), (session_id, "session_id"), (engine_id, "engine_id")):
             check_id(value, what)
-        self._step(request_id, RequestState.PENDING, session_id, engine_id)
+        self._transition(request_id, RequestState.PENDING, session_id, engine_id)
         return self.get_request(request_id)
 
     def update_request_state(self, request_id: str, state: RequestState, reason: str = "") -> RequestMetadata:
-        """Takes one legal step: PENDING → RUNNING → COMPLETED, CANCELLED or FAILED; waiting calls may also end.
+        """Makes one legal transition: PENDING → RUNNING → COMPLETED, CANCELLED or FAILED. Pending calls may also end.
 
         Raises:
-            IllegalTransition: the life cycle does not allow this step.
+            IllegalTransition: the life cycle does not allow this transition.
             UnknownCall: there is no such call.
         """
         if RequestState(state) is RequestState.PENDING:
-            raise IllegalTransition("A call cannot be made PENDING again; a lost attempt is given back by its worker.")
-        self._step(request_id, RequestState(state), reason=reason)
+            raise IllegalTransition("A call cannot become PENDING again; only its worker can release a lost attempt.")
+        self._transition(request_id, RequestState(state), reason=reason)
         return self.get_request(request_id)
 
     def cancel_request(self, request_id: str, reason: str = "") -> bool:
-        """Cancels a call wherever it is; True if that took effect."""
+        """Cancels a call in any state; True if that took effect."""
         done = execute.run(self._redis, self._transitions.cancel(check_id(request_id, "request_id"), reason))
         return done in ("cancelled", "cancelling", "noted")
 
     def get_request(self, request_id: str) -> RequestMetadata:
-        """Raises UnknownCall if there is no such call."""
+        """The call's metadata. Raises UnknownCall if there is no such call."""
         return RequestMetadata(self._monitor.call(request_id), self._monitor.now_ms())
 
     def get_running_requests(self) -> list[RequestMetadata]:
-        """Calls that run now, longest first: on any engine, and those that their makers run themselves."""
+        """The running calls, longest first: on all engines, and those that their callers run themselves."""
         now = self._monitor.now_ms()
         return [RequestMetadata(record, now) for record in self._monitor.running_calls()]
 
     def get_session_requests(self, session_id: str) -> list[RequestMetadata]:
-        """A session's calls: the unfinished ones, then the latest finished ones whose records have not expired."""
+        """A session's calls: the unfinished ones, then the latest finished ones that have not expired."""
         found = []
         for call_id in self._monitor.session_calls(session_id):
             try:
                 found.append(self.get_request(call_id))
             except UnknownCall:
-                continue  # expired meanwhile
+                continue  # expired in the meantime
         return found
 
-    def _step(self, call_id: str, state: RequestState, session: str = "", engine: str = "", reason: str = "") -> None:
+    def _transition(
+        self, call_id: str, state: RequestState, session: str = "", engine: str = "", reason: str = ""
+    ) -> None:
         command = self._transitions.transition(call_id, state, session, engine, reason)
         legal, before = execute.run(self._redis, command)
         if legal:
             return
         if not before:
-            raise UnknownCall(f"There is no call {call_id}; start_request makes one.")
+            raise UnknownCall(f"There is no call {call_id}; start_request creates one.")
         raise IllegalTransition(f"Call {call_id} is {before} and cannot become {state.value}.")

@@ -1,4 +1,4 @@
-"""Programs: the process table of the Autellix paper (section 4.2.1), backed by the session records in Redis."""
+"""The process table of the Autellix paper (section 4.2.1), stored in the session records in Redis."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rsm.broker.views.monitor import Monitor
 
 
 class GlobalProcessTable:
-    """One entry per session; service, waiting and running stand in that of a program's root. Correct with any number of
-    writers.
+    """One entry per session. Service, waiting and running time are in the entry of a program's root. Safe with any
+    number of writers.
 
-    Workers charge the calls they run by themselves (RSM_SERVICE_UNIT); `update_program_metrics` is for programs that
-    spend service elsewhere.
+    Workers charge the calls that they run (RSM_SERVICE_UNIT); `update_program_metrics` is for programs that use service
+    elsewhere.
     """
 
     def __init__(self, settings: Settings | None = None, *, server: redis.Redis | None = None) -> None:
@@ -45,9 +45,9 @@ class GlobalProcessTable:
     ) -> float:
         """Charges one finished call; returns the program's attained service.
 
-        service = max(service, inherited + service_time) (Algorithm 1, line 4), where `inherited` is what the call's
-        record took over when it was assigned, or the program's present service if no router assigned it. Waiting and
-        running follow the same rule.
+        service = max(service, inherited + service_time) (Algorithm 1, line 4), where `inherited` is the program's
+        service when the call was assigned, or its current service if no router assigned it. Waiting and running time
+        follow the same rule.
 
         Args:
             pid: a session; its program is charged.
@@ -59,17 +59,16 @@ class GlobalProcessTable:
         return self._run("charge", check_id(pid, "pid"), check_id(call_id, "call_id"), *times)
 
     def start(self, session_id: str, parent: str | None = None) -> bool:
-        """Makes an entry, of a sub-agent of `parent` if one is given; False if there is one already.
+        """Creates an entry, with `parent` for its sub-agent; False if it exists.
 
         Raises:
             InvalidRequest: the session cannot be a child of that parent, such as an ancestor of it.
         """
-        told = "" if parent is None else check_id(parent, "parent")
-        return bool(self._run("start", check_id(session_id, "session"), told))
+        parent_id = "" if parent is None else check_id(parent, "parent")
+        return bool(self._run("start", check_id(session_id, "session"), parent_id))
 
     def end(self, session_id: str) -> bool:
-        """Removes the entry and what is known of the session's caches; False while it, or a descendant, has unfinished
-        calls."""
+        """Removes the entry and the session's affinity; False while it or a descendant has unfinished calls."""
         return self._run("end", check_id(session_id, "session")) == 0
 
     def _run(self, op: str, session: str, *args: str | float) -> int:
@@ -77,7 +76,7 @@ class GlobalProcessTable:
 
 
 class SessionManager:
-    """Begins and ends programs.
+    """Starts and ends programs.
 
     with SessionManager(table) as session_id: ...
     """
@@ -87,10 +86,10 @@ class SessionManager:
         self._open: list[str] = []
 
     def start_session(self, session_id: str | None = None, *, parent: str | None = None) -> str:
-        """Makes a session's entry and returns its id.
+        """Creates a session's entry and returns its id.
 
         Args:
-            parent: the session that this one works for, as its sub-agent: what it costs is its program's.
+            parent: the session for which this one works as a sub-agent. Its program is charged for this one.
 
         Raises:
             RsmError: a session with this id exists.
@@ -98,16 +97,16 @@ class SessionManager:
         """
         chosen = session_id or new_id()
         if not self.process_table.start(chosen, parent):
-            raise RsmError(f"A session {chosen} exists already; choose another id.")
+            raise RsmError(f"A session {chosen} already exists; choose another id.")
         return chosen
 
     def end_session(self, session_id: str) -> bool:
-        """Removes the entry; False while calls of the program are unfinished (it then expires when idle)."""
+        """Removes the entry; False while the program has unfinished calls (it then expires when idle)."""
         return self.process_table.end(session_id)
 
     @contextmanager
     def session(self, session_id: str | None = None, *, parent: str | None = None) -> Iterator[str]:
-        """A session for the length of a block."""
+        """A context with a session."""
         chosen = self.start_session(session_id, parent=parent)
         try:
             yield chosen

@@ -1,3 +1,3 @@
-"""The steps of a real engine, measured and fitted."""
+"""Measures the steps of a real engine and fits their costs."""
 
 __all__: list[str] = []

@@ -1,10 +1,11 @@
-"""Calibration: what the steps of the real vLLM of this machine cost, as the modelled engine counts them.
+"""Calibration: measures the step costs of real vLLM on this machine for the modelled engine.
 
-Every step of the engine is written down (`workers/backends/vllm/steps.py`) while it runs
+Every step of the engine is logged (`workers/backends/vllm/steps.py`) while it runs
 
-1. prompts of many lengths, one at a time: what a prompt costs,
-2. batches that decode, few and many calls, with short and with long contexts: what a step, a call and a context cost,
-3. calls of all lengths that come at random: the steps on which the fit is tried, and of which it knows nothing.
+1. prompts of many lengths, one at a time, for the cost of a prompt,
+2. batches that decode, of few and many calls, with short and long contexts, for the cost of a step, a call and a
+   context,
+3. calls of all lengths that arrive at random. The fit does not use these steps; they test it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _IDS = range(300, 600)  # ordinary tokens of any vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was found: `times` of SimTimes, `engine` of SimConfig; the errors on the steps fitted, and on the others."""
+    """The result: `times` for SimTimes, `engine` for SimConfig, and the errors on the fitted and the other steps."""
 
     times: dict[str, float]
     engine: dict[str, int]
@@ -44,22 +45,22 @@ class Calibration:
     measured: dict[str, Any]
 
     def document(self) -> dict[str, Any]:
-        """As it stands in the file that `--times-file` and the engine argument `times_file` name."""
+        """The content of the file for `--times-file` and the engine argument `times_file`."""
         return asdict(self)
 
 
 def calibrate(config: EngineConfig, settings: Settings, seconds: float = 20.0) -> Calibration:
-    """Brings up the engine that a configuration describes, measures it, and takes it down.
+    """Starts an engine, measures it, and stops it.
 
     Args:
-        seconds: how long calls come at random. The rest takes about three times as long.
+        seconds: how long calls arrive at random. The rest takes about three times as long.
 
     Raises:
-        InvalidRequest: it is no vLLM engine, or has a scheduler of the user's own.
-        EngineDied: vLLM does not come up.
+        InvalidRequest: it is not a vLLM engine, or has a custom scheduler.
+        EngineDied: vLLM does not start.
     """
     if config.backend != "vllm" or "scheduler_cls" in config.engine_args:
-        raise InvalidRequest("What can be calibrated is an engine of backend vllm with vLLM's own scheduler.")
+        raise InvalidRequest("Only backend vllm with vLLM's own scheduler can be calibrated; leave scheduler_cls out.")
     with tempfile.TemporaryDirectory(prefix="rsm-calibrate-") as folder:
         return asyncio.run(_calibrate(config, Path(folder) / "steps.jsonl", seconds, settings))
 
@@ -83,7 +84,7 @@ async def _calibrate(config: EngineConfig, file: Path, seconds: float, settings:
 def solve(
     known: Sequence[Timed], unknown: Sequence[Timed], engine: dict[str, int], measured: dict[str, Any]
 ) -> Calibration:
-    """The costs that explain the one steps best, and how far they are from both."""
+    """Fits the costs to the known steps; returns them with their errors on known and unknown steps."""
     times = fit(known, _COSTS)
     return Calibration(times, engine, error(times, known), error(times, unknown), measured)
 
@@ -100,32 +101,33 @@ class Sweep:
         self._read = 0
 
     async def warm_up(self) -> None:
-        """What is compiled or allocated on first use is so now."""
+        """Triggers compilations and allocations of the first use."""
         for _ in range(_WARM_UP):
             calls = min(16, self.engine["max_num_seqs"])
             await self._together([(min(200, self.longest // 2), 20)] * calls)
         await self._steps()
 
     async def prefill(self) -> list[Timed]:
-        """Prompts of lengths from 16 up, each twice as long as the one before."""
+        """Runs prompts of lengths from 16 up, each twice as long as the last."""
         for prompt in _doubling(16, self.longest - 2):
             for _ in range(_PREFILLS):
                 await self._together([(prompt, 2)])
         return await self._steps()
 
     async def decode(self) -> list[Timed]:
-        """Batches of 1, 4, 16, … calls with contexts of 32, 128, 512, … as far as they fit."""
+        """Runs batches of 1, 4, 16, … calls with contexts of 32, 128, 512, … as far as they fit."""
         slots, kv = self.engine["max_num_seqs"], self.engine["kv_tokens"]
         for context in _doubling(32, self.longest - 2 * _DECODE_STEPS, 4):
             for batch in _doubling(1, slots, 4):
-                # Who comes first has said some words when the last prompt is done; all say enough to overlap.
+                # The first call decodes while the last prompt is still computed, so answers must be long enough to
+                # overlap.
                 more = _DECODE_STEPS + context * batch // self.engine["max_num_batched_tokens"]
                 if batch * (context + more) <= kv and context + more <= self.longest:
                     await self._together([(context, more)] * batch)
         return await self._steps()
 
     async def mixed(self, seconds: float) -> list[Timed]:
-        """Calls of all lengths that come at random, so that about a third of the slots is taken."""
+        """Runs calls of all lengths that arrive at random, so that about a third of the slots is taken."""
         longest = min(self.longest // 2, self.engine["kv_tokens"] // 8)
         loop = asyncio.get_running_loop()
         until, tasks = loop.time() + seconds, set[asyncio.Task[None]]()
@@ -141,7 +143,7 @@ class Sweep:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a call."""
+        """The most tokens of a call."""
         return min(self.engine["max_model_len"], self.engine["kv_tokens"])
 
     async def _together(self, calls: Sequence[tuple[int, int]]) -> None:
@@ -151,10 +153,10 @@ class Sweep:
         name = f"calibrate-{next(self._calls)}"
         ids = self._random.choices(_IDS, k=prompt)
         body = {"prompt_token_ids": ids, "max_tokens": output, "ignore_eos": True, "temperature": 0.0}
-        await self._backend.run(Job(name, name, name, "generate", body), lambda piece: None)
+        await self._backend.run(Job(name, name, name, "generate", body), lambda chunk: None)
 
     async def _steps(self) -> list[Timed]:
-        """The steps since the last time."""
+        """The steps since the last call of this method."""
         await asyncio.sleep(3 * vllm_steps.EVERY_S)
         steps = list(vllm_steps.read(self._file))
         new, self._read = steps[self._read :], len(steps)
@@ -162,7 +164,7 @@ class Sweep:
 
 
 def _doubling(first: int, last: int, factor: int = 2) -> Iterator[int]:
-    """first, factor x first, … and last."""
+    """Yields first, factor x first, … and last."""
     value = first
     while value < last:
         yield value

@@ -1,7 +1,7 @@
-"""Finds what a step costs, as the simulated engine counts it (`SimTimes`), in the steps of a real one.
+"""Fits the step costs of the modelled engine (`SimTimes`) to the steps of a real one.
 
-Least squares with weights, so that a step of 5 ms counts as much as one of 500, and no cost below zero; then again with
-less weight on what lies far off (a kernel compiled on first use), until it settles.
+Weighted least squares without negative costs; the weights make a step of 5 ms count as much as one of 500 ms. It is
+repeated with less weight on outliers, such as a kernel compiled on first use, until it converges.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from statistics import median
 from rsm.workers.backends.vllm.steps import Step
 
 _ROUNDS = 30
-_NEAR = 1e-3  # a relative error below which no step counts more than another
+_NEAR = 1e-3  # the relative error below which all steps count the same
 
-# What each cost is multiplied with.
+# The factor of each cost.
 COSTS: dict[str, Callable[[Step], float]] = {
     "step_s": lambda s: 1.0,
     "prefill_token_s": lambda s: s.prefill_tokens,
@@ -33,7 +33,7 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """How far a fit is from steps: relative errors of single ones, and modelled over measured time of all."""
+    """The error of a fit: relative errors of single steps, and the total modelled time over the measured time."""
 
     steps: int
     median: float
@@ -42,10 +42,10 @@ class Error:
 
 
 def durations(steps: Sequence[Step]) -> list[Timed]:
-    """What each step took: from the end of the one before it, if calls were left then, else from its planning.
+    """The duration of each step: from the end of the last step, if calls were left then, otherwise from its planning.
 
-    What the engine does between two steps is so a part of the second. Left out are steps without work; with
-    asynchronous scheduling one follows when the last call has ended.
+    So the time between two steps belongs to the second. Steps without work are omitted; with asynchronous scheduling
+    there is one after the last call has ended.
     """
     timed, end, left = [], 0.0, 0
     for s in steps:
@@ -55,10 +55,10 @@ def durations(steps: Sequence[Step]) -> list[Timed]:
 
 
 def fit(taken: Sequence[Timed], names: Sequence[str]) -> dict[str, float]:
-    """The costs, in seconds, that explain these steps best.
+    """The costs, in seconds, that fit these steps best.
 
     Raises:
-        ValueError: the steps are too much alike to tell the costs apart.
+        ValueError: the steps are too similar to separate the costs.
     """
     rows = [[COSTS[name](t.step) for name in names] for t in taken]
     weights = [1 / t.seconds for t in taken]
@@ -77,7 +77,7 @@ def error(costs: dict[str, float], taken: Sequence[Timed]) -> Error:
 
 
 def _not_negative(rows: list[list[float]], values: list[float], weights: list[float]) -> list[float]:
-    """Least squares; costs that come out below zero are left out, and the others found anew."""
+    """Least squares. Costs below zero are set to zero, and the others are fitted again."""
     kept = list(range(len(rows[0])))
     while True:
         chosen = [[row[i] * w for i in kept] for row, w in zip(rows, weights, strict=True)]
@@ -88,7 +88,7 @@ def _not_negative(rows: list[list[float]], values: list[float], weights: list[fl
 
 
 def _least_squares(rows: list[list[float]], values: list[float]) -> list[float]:
-    """By the normal equations, each column scaled to length 1, and Gaussian elimination with pivots."""
+    """Solves the normal equations, with each column scaled to length 1, by Gaussian elimination with pivoting."""
     size = len(rows[0])
     scale = [sum(row[i] ** 2 for row in rows) ** 0.5 or 1.0 for i in range(size)]
     matrix = [[sum(row[i] * row[j] for row in rows) / scale[i] / scale[j] for j in range(size)] for i in range(size)]
@@ -96,7 +96,7 @@ def _least_squares(rows: list[list[float]], values: list[float]) -> list[float]:
     for i in range(size):
         pivot = max(range(i, size), key=lambda k: abs(matrix[k][i]))
         if abs(matrix[pivot][i]) < 1e-9:
-            raise ValueError("These steps are too much alike to tell their costs apart.")
+            raise ValueError("These steps are too similar to separate their costs; measure more different ones.")
         matrix[i], matrix[pivot], right[i], right[pivot] = matrix[pivot], matrix[i], right[pivot], right[i]
         for k in range(i + 1, size):
             share = matrix[k][i] / matrix[i][i]

@@ -1,3 +1,3 @@
-"""What programs look like, and where they come from."""
+"""Workloads: programs, and their sources."""
 
 __all__: list[str] = []

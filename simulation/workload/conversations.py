@@ -1,4 +1,4 @@
-"""A plain workload to try things with: conversations behind one system prompt, Poisson arrivals."""
+"""A simple workload: conversations with a common system prompt and Poisson arrivals."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _MOST_TURNS, _MOST_TOKENS = 80, 4096
 
 
 def conversations(per_s: float, seconds: float, seed: int) -> list[ProgramSpec]:
-    """Programs that come at a mean rate for so long. Turns, lengths and pauses are drawn from exponential
-    distributions; their means are those of ShareGPT (arXiv 2502.13965, section 6.1)."""
+    """Programs that arrive at a mean rate of `per_s` for `seconds`. Turns, lengths and pauses have exponential
+    distributions with the means of ShareGPT (arXiv 2502.13965, section 6.1)."""
     random, at = Random(seed), 0.0  # noqa: S311
     programs: list[ProgramSpec] = []
     while (at := at + random.expovariate(per_s)) < seconds:

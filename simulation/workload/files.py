@@ -1,11 +1,11 @@
-"""Workloads as files: one program a line, as JSON.
+"""Workload files: one program per line, as JSON.
 
     {"id": "p1", "kind": "chat", "arrival_s": 0.0, "calls": [
         {"prompt": [[1, 256], [1000, 80]], "output_tokens": 120, "answer": 1001},
         {"prompt": [[1, 256], [1000, 80], [1001, 120], [1002, 40]], "output_tokens": 60, "after": [0], "delay_s": 8.0}]}
 
-A prompt is a list of [text, tokens]; what the fields mean stands in workload.py. `kind`, `answer`, `after`, `delay_s`
-and `child` may be missing.
+A prompt is a list of [text, tokens]; programs.py describes the fields. `kind`, `answer`, `after`, `delay_s` and `child`
+are optional.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 
 
 def read_workload(path: Path) -> list[ProgramSpec]:
-    """The programs of a file.
+    """Reads the programs of a file.
 
     Raises:
         InvalidRequest: it cannot be read; the message names the line.
@@ -38,12 +38,12 @@ def read_workload(path: Path) -> list[ProgramSpec]:
         try:
             programs.append(_program(json.loads(line)))
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise InvalidRequest(f"Line {number} of {path} is no program: {type(e).__name__}: {e}") from e
+            raise InvalidRequest(f"Line {number} of {path} is not a valid program: {type(e).__name__}: {e}") from e
     return programs
 
 
 def write_workload(path: Path, programs: Iterable[ProgramSpec]) -> None:
-    """Writes programs so that `read_workload` gives them back."""
+    """Writes programs for `read_workload`."""
     path.write_text("".join(f"{json.dumps(_line(p), separators=(',', ':'))}\n" for p in programs), encoding="utf-8")
 
 
@@ -59,9 +59,9 @@ def _call(read: Any, number: int) -> CallSpec:
     after = tuple(int(n) for n in read.get("after", ()))
     output = int(read["output_tokens"])
     if not prompt or min(s.tokens for s in prompt) < 1 or output < 1:
-        raise ValueError(f"call {number} needs at least one token of prompt and one of output")
+        raise ValueError(f"call {number} needs at least one prompt token and one output token")
     if any(not 0 <= n < number for n in after):
-        raise ValueError(f"call {number} can only wait for calls before it")
+        raise ValueError(f"call {number} can only wait for earlier calls")
     answer, child = int(read.get("answer", 0)), str(read.get("child", ""))
     return CallSpec(prompt, output, answer, after, _positive(read.get("delay_s", 0.0)), child)
 
@@ -69,7 +69,7 @@ def _call(read: Any, number: int) -> CallSpec:
 def _positive(value: Any) -> float:
     seconds = float(value)
     if not 0 <= seconds < float("inf"):
-        raise ValueError(f"{value!r} is no time")
+        raise ValueError(f"{value!r} is not a time; give seconds, at least 0")
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""What programs look like: calls, what each waits for, and which tokens its prompt shares with others."""
+"""Programs of a workload: their calls, the dependencies of each, and the tokens that prompts share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Segment(NamedTuple):
-    """The first `tokens` tokens of the text number `text`; equal numbers are equal texts, in any program."""
+    """The first `tokens` tokens of text number `text`. Equal numbers are equal texts, in any program."""
 
     text: int
     tokens: int
@@ -19,12 +19,13 @@ class CallSpec:
     """One LLM call.
 
     Attributes:
-        prompt: the segments that make it up, in order.
-        output_tokens: how long the answer will be; nobody but the engine knows.
-        answer: number of the answer's text, for later prompts that hold it; 0 = none does.
-        after: the calls of this program, by index, that must have ended before; none = it comes with the program.
+        prompt: its segments, in order.
+        output_tokens: the length of the answer, which only the engine knows.
+        answer: the text number of the answer, for later prompts that contain it; 0 = none does.
+        after: the indices of the calls in this program that must have ended before. Default: none, so the call arrives
+            with the program.
         delay_s: tool or human time between the last of those ends (or the program's arrival) and this call.
-        child: this call is made by a sub-agent of that name, a child session; "" = by the program itself.
+        child: the name of the sub-agent, a child session, that makes this call; "" = the program itself.
     """
 
     prompt: tuple[Segment, ...]
@@ -41,7 +42,7 @@ class CallSpec:
 
 @dataclass(frozen=True, slots=True)
 class ProgramSpec:
-    """A program as it will unfold. `kind` names its workload: chat, react, tree, coding, prefix, …"""
+    """A whole program. `kind` names its workload: chat, react, tree, coding, prefix, …"""
 
     id: str
     kind: str

@@ -146,7 +146,7 @@ def went(*spans: tuple[float, float, float | None], until: float = 1000) -> Prog
     times = ProgramTimes(FORK)
     for n, (ready, started, ended) in enumerate(spans):
         times.calls.append(CallTimes("p", n, "p", FORK.calls[n].prompt_tokens, FORK.calls[n].output_tokens, ready))
-        times.calls[-1].started_s, times.calls[-1].told_s, times.calls[-1].cached_tokens = started, ended, 50
+        times.calls[-1].started_s, times.calls[-1].reported_s, times.calls[-1].cached_tokens = started, ended, 50
     return ProgramRun.of(times, TIMES, until)
 
 
@@ -260,6 +260,6 @@ def test_programs_are_played_through_the_real_broker() -> None:
         calls = program.calls
         for spec, call in zip(program.spec.calls, calls, strict=True):
             assert call.started_s is not None
-            assert call.told_s is not None
-            assert call.ready_s <= call.started_s <= call.told_s
-            assert all((calls[n].told_s or 0) <= call.ready_s for n in spec.after)
+            assert call.reported_s is not None
+            assert call.ready_s <= call.started_s <= call.reported_s
+            assert all((calls[n].reported_s or 0) <= call.ready_s for n in spec.after)

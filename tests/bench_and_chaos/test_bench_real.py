@@ -54,7 +54,7 @@ def test_no_cost_is_negative() -> None:
 
 
 def test_equal_steps_cannot_be_fitted() -> None:
-    with pytest.raises(ValueError, match="alike"):
+    with pytest.raises(ValueError, match="too similar"):
         fit([Timed(Step(decode_seqs=3, context_tokens=9), 0.005)] * 20, NAMES)
 
 

@@ -16,7 +16,7 @@ from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.embedded import EmbeddedRedis
 from rsm.broker.connection.factory import connect, connect_async
 from rsm.broker.connection.failover import Denied, Refused, refusal
-from rsm.broker.connection.retry import BLIPS, require_access
+from rsm.broker.connection.retry import OUTAGES, require_access
 from rsm.broker.errors import AccessDenied
 from rsm.broker.protocol.ids import new_id
 from rsm.router.router import Router
@@ -44,7 +44,7 @@ _parse: Any = redis.connection.DefaultParser.parse_error  # how redis-py parses 
     ],
 )
 def test_a_temporary_refusal_is_retried(said: str) -> None:
-    assert isinstance(refusal(_parse(said)), BLIPS)
+    assert isinstance(refusal(_parse(said)), OUTAGES)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_other_errors_are_not_retried(said: str) -> None:
 def test_a_denied_user_is_retried(said: str) -> None:
     denied = refusal(_parse(said))
     assert isinstance(denied, Denied)
-    assert isinstance(denied, BLIPS)
+    assert isinstance(denied, OUTAGES)
     with pytest.raises(AccessDenied, match="no permissions"):
         require_access(denied)
 

@@ -13,7 +13,7 @@ from rsm.broker import AsyncClient, BrokerUnavailable, Client, InvalidRequest, S
 from rsm.broker.connection.dedicated import DedicatedConnection
 from rsm.broker.connection.factory import connect, connect_async
 from rsm.broker.connection.failover import Refused
-from rsm.broker.connection.retry import BLIPS, persist
+from rsm.broker.connection.retry import OUTAGES, persist
 from rsm.broker.connection.topology import Address, place_of
 from rsm.cli.checks import examine
 from rsm.workers.supervision.node import NodeClient, run_node
@@ -153,12 +153,12 @@ async def test_an_unknown_master_is_retried(sentinel: UnderSentinel, cluster: Cl
     ]
     for url in urls:
         settings = Settings().with_redis(url)
-        with pytest.raises(BLIPS, match="No master found"):
+        with pytest.raises(OUTAGES, match="No master found"):
             connect(settings).time()
-        with pytest.raises(BLIPS, match="No master found"):
+        with pytest.raises(OUTAGES, match="No master found"):
             DedicatedConnection(settings).execute_command("TIME")
         async with connect_async(settings) as aio:
-            with pytest.raises(BLIPS, match="No master found"):
+            with pytest.raises(OUTAGES, match="No master found"):
                 await aio.time()
     with (
         pytest.raises(BrokerUnavailable, match="cluster support disabled"),

@@ -1,4 +1,4 @@
-"""The `rsm` command in processes of its own, against a real `rsm up` with simulated engines."""
+"""The `rsm` command in processes of its own, against a real `rsm up` with modelled engines."""
 
 from __future__ import annotations
 
@@ -349,10 +349,10 @@ def test_engines_on_a_node(settings: Settings, tmp_path: Path) -> None:
     with process(settings, "node", "--name", "here", log=tmp_path / "log"):
         nobody = run("start", "--node", "there", "--engine-id", "n1", "--backend", "sim", env=env)
         assert nobody.returncode == 1
-        assert "Node there does not listen" in nobody.stderr
+        assert "Node there is not listening" in nobody.stderr
         assert "start `rsm node --name there` on that host." in " ".join(nobody.stderr.split())
         replay = run("dead", "replay", "--all", "--node", "there", env=env)
-        assert (replay.returncode, "Node there does not listen" in replay.stderr) == (1, True)
+        assert (replay.returncode, "Node there is not listening" in replay.stderr) == (1, True)
         await_listening(settings, "here")
         started = run("start", "--node", "here", "--engine-id", "n1", "--backend", "sim", "--timeout", "30", env=env)
         assert (started.returncode, started.stderr) == (0, "")

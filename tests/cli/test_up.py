@@ -133,7 +133,7 @@ def test_up_explains_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     env = clean_env() | {"RSM_DATA_DIR": str(tmp_path / "d")}
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "rsm.yaml is not a fleet" in " ".join(done.stderr.split())
+    assert "rsm.yaml does not describe a fleet" in " ".join(done.stderr.split())
 
 
 class Interrupted:

@@ -1,4 +1,4 @@
-"""The surface that users were promised, name by name and row by row, on a fleet with modelled engines."""
+"""The public API, name by name, on a fleet with modelled engines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _RESULT = [
 
 
 def fast(**more: Any) -> Settings:
-    """No Redis URL, so the fleet brings its own server."""
+    """Settings without a Redis URL, so the fleet starts its own server."""
     return Settings(redis_url=None, lease_ms=1500, heartbeat_ms=200, tick_ms=100, **more)
 
 
@@ -75,7 +75,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def parameters(function: Any) -> dict[str, Any]:
-    """Names and defaults, in order, without self and what only keywords reach."""
+    """Names and defaults, in order, without self and keyword-only parameters."""
     found = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
 
@@ -157,14 +157,14 @@ def test_engine_config() -> None:
             EngineConfig(**{"engine_id": "e", **wrong})
 
 
-def test_one_says_who_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scheduler_is_set_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     fcfs = Settings(engine_scheduler="fcfs")
     monkeypatch.setenv("RSM_ENGINE_SCHEDULER", "priority")
     assert EngineConfig(engine_id="e", engine_scheduler="plas").scheduler(fcfs) == "plas"
     assert EngineConfig(engine_id="e").scheduler(fcfs) == "fcfs", "the settings given, not those of the environment"
     for name in ("scheduler-cls", "scheduling_policy", "--scheduler-cls"):
         assert EngineConfig(engine_id="e", engine_args={name: "x"}).engine_scheduler is None
-        with pytest.raises(ValueError, match=f"engine_scheduler=plas and {name} among engine_args contradict"):
+        with pytest.raises(ValueError, match=f"engine_scheduler=plas and {name} in engine_args contradict"):
             EngineConfig(engine_id="e", engine_scheduler="plas", engine_args={name: "x"})
     with pytest.raises(ValueError, match="a remote server orders its calls itself"):
         EngineConfig(engine_id="e", backend="openai", base_url="http://h/v1", engine_scheduler="plas")
@@ -253,7 +253,7 @@ async def test_cancel_session(manager: MultiEngineManager) -> None:
 
 @shared
 async def test_long_calls_of_a_session_stay_together(manager: MultiEngineManager) -> None:
-    """Also when its engine is the busier one."""
+    """Even if its engine is the busier one."""
     prompt = list(range(4 * _THRESHOLD))
     first = await (await manager.submit_request("loyal", prompt, {"max_tokens": 2}))
     busy = [await manager.submit_request("loyal", prompt, {"max_tokens": 400}) for _ in range(2)]
@@ -285,7 +285,7 @@ async def test_status_and_stats(manager: MultiEngineManager) -> None:
 async def test_engines_come_and_go_while_calls_run(manager: MultiEngineManager) -> None:
     await asyncio.to_thread(manager.add_engine, sim("e2"))
     assert manager.get_engine_status("e2")["state"] == "READY"
-    with pytest.raises(EngineFailed, match="part of this fleet already"):
+    with pytest.raises(EngineFailed, match="already part of this fleet"):
         manager.add_engine(sim("e2"))
 
     futures = [await manager.submit_request(f"s{i}", f"x{i}", {"max_tokens": 60}) for i in range(9)]
@@ -327,12 +327,12 @@ async def test_start_and_stop_with_an_external_redis_and_another_policy(settings
     finally:
         manager.stop()
     assert not processes_of(settings)
-    await asyncio.sleep(0)  # called within the loop, it could only ask the client to close
+    await asyncio.sleep(0)  # called inside the loop, `stop` could only schedule the close of the client
     others = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 10)  # its client's: they end
+    await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 10)  # the tasks of its client end
 
 
-def test_an_engine_that_does_not_come_up_leaves_nothing(settings: Settings) -> None:
+def test_an_engine_that_does_not_start_leaves_nothing(settings: Settings) -> None:
     manager = MultiEngineManager([sim("good"), sim("bad", nonsense=1)], settings=settings, start_timeout=60)
     why = r"Engine bad did not start: engine_args of bad do not fit backend sim: .*nonsense"
     with pytest.raises(EngineFailed, match=why):
@@ -375,7 +375,7 @@ def test_engine_process_must_be_started() -> None:
         EngineProcess(sim("never"), redis_url="unix:///tmp/nobody").submit_request(LLMRequest("r", "s", "x"))
 
 
-# -- views of Redis: they find it by the environment
+# -- views of Redis, which they find through the environment
 
 
 @pytest.fixture
@@ -442,7 +442,7 @@ def test_sessions_and_the_process_table() -> None:
     assert (entry["session_id"], entry["service"], entry["waited_ms"]) == (first, 150, 750)
     with SessionManager(table) as second:
         assert [p["session_id"] for p in table.programs()] == [first, second], "most attained service first"
-    with pytest.raises(RsmError, match="exists already"):
+    with pytest.raises(RsmError, match="already exists"):
         sessions.start_session(first)
     assert sessions.end_session(first) is True
     with pytest.raises(UnknownCall):

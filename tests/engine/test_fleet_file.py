@@ -1,4 +1,4 @@
-"""`rsm.yaml`: a fleet written down."""
+"""`rsm.yaml`: the description of a fleet."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_all_that_it_may_hold(tmp_path: Path) -> None:
+def test_a_whole_file(tmp_path: Path) -> None:
     fleet = read_fleet(write(tmp_path, WHOLE))
     assert (fleet.routers, [e.engine_id for e in fleet.engines]) == (2, ["e0", "far"])
     assert fleet.engines[0].engine_args == {"step_s": 0.02}
@@ -60,7 +60,7 @@ def test_the_docs_name_every_field_of_an_engine() -> None:
     assert sorted(named) == sorted(EngineConfig.model_fields)
 
 
-def test_the_environment_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RSM_NAMESPACE", "mine")
     settings = read_fleet(write(tmp_path, WHOLE)).applied()
     assert (settings.namespace, settings.lease_ms) == ("mine", 3000)
@@ -71,12 +71,15 @@ def test_an_empty_file_is_a_fleet_without_engines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "match"),
     [
-        ("engines: [{backend: sim}]", r"is not a fleet: engines\.0\.engine_id: Field required"),
+        ("engines: [{backend: sim}]", r"does not describe a fleet: engines\.0\.engine_id: Field required"),
         ("engines: [{engine_id: a b, backend: sim}]", r"engines\.0\.engine_id: .*1 to 128 characters"),
         ("engine: []", "engine: Extra inputs are not permitted"),
-        ("engines: [{engine_id: e, backend: sim}, {engine_id: e, backend: sim}]", "engine_id e is there twice"),
+        (
+            "engines: [{engine_id: e, backend: sim}, {engine_id: e, backend: sim}]",
+            "engine_id e is used twice; give each engine an id of its own",
+        ),
         ("settings: {leese_ms: 3}", "settings has no leese_ms"),
         ("routers: 0", "routers: Input should be greater than or equal to 1"),
         ("engines: [\n", r"cannot be read as YAML \(ParserError, line 2\)"),
@@ -85,12 +88,12 @@ def test_an_empty_file_is_a_fleet_without_engines(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system ['true']", r"cannot be read as YAML \(ConstructorError"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, text: str | bytes, says: str) -> None:
-    with pytest.raises(InvalidRequest, match=says):
+def test_the_error_says_what_is_wrong(tmp_path: Path, text: str | bytes, match: str) -> None:
+    with pytest.raises(InvalidRequest, match=match):
         read_fleet(write(tmp_path, text))
 
 
-def test_a_wrong_setting_is_said_without_its_value(tmp_path: Path) -> None:
+def test_the_error_for_a_wrong_setting_omits_its_value(tmp_path: Path) -> None:
     fleet = read_fleet(write(tmp_path, "settings: {lease_ms: geheim}"))
     with pytest.raises(ValueError, match="lease_ms") as caught:
         fleet.applied()

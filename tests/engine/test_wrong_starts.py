@@ -1,4 +1,4 @@
-"""Starts that can never work: each ends at the first try, and says in a sentence what is wrong and what to do."""
+"""Starts that can never work: each ends at the first try, and its error says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
 
 
 class OtherServer(BaseHTTPRequestHandler):
-    """Serves one model, to whoever has the key."""
+    """Serves one model, if the key is right."""
 
     def do_GET(self) -> None:
         right = self.headers.get("Authorization") == "Bearer right"
@@ -41,7 +41,7 @@ class OtherServer(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps({"data": [{"id": "its-model"}]}).encode() if right else b"{}")
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def remote() -> Iterator[str]:
 
 @dataclass
 class Wrong:
-    """A configuration, and what must be said of it. `url`: stands for the other server's."""
+    """A wrong configuration and its error. The value URL is replaced by the other server's."""
 
-    says: str
+    match: str
     config: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     raises: type[Exception] = EngineFailed
@@ -66,9 +66,9 @@ class Wrong:
 REMOTE = {"backend": "openai", "base_url": "URL"}
 WRONG = {
     "a folder that is not there": Wrong(
-        "There is no model at /models/none: give a folder that exists", {"backend": "vllm", "model": "/models/none"}
+        "There is no model at /models/none: give an existing folder", {"backend": "vllm", "model": "/models/none"}
     ),
-    "an argument that the model of an engine does not have": Wrong(
+    "an argument that the modelled engine does not have": Wrong(
         "engine_args of e do not fit backend sim: .*no_such", {"backend": "sim", "engine_args": {"no_such": 1}}
     ),
     "a service unit that does not exist": Wrong(
@@ -81,43 +81,45 @@ WRONG = {
         "refuses the API key; set RSM_OPENAI_API_KEY", REMOTE, {"openai_api_key": "wrong"}
     ),
     "a model that the server does not serve": Wrong(
-        "serves no model other, but its-model. Name one", REMOTE | {"model": "other"}, {"openai_api_key": "right"}
+        "serves no model other, but its-model. Set model to one",
+        REMOTE | {"model": "other"},
+        {"openai_api_key": "right"},
     ),
-    "a URL that is none": Wrong("base_url must be a URL", {"backend": "openai", "base_url": "nonsense"}),
+    "an invalid URL": Wrong("base_url must be a URL", {"backend": "openai", "base_url": "nonsense"}),
 }
 WRONG_VLLM = {
-    "an argument that vLLM does not know": Wrong(
-        "knows no argument max_model_length. Did you mean max_model_len", {"engine_args": {"max_model_length": 9}}
+    "an argument that vLLM does not have": Wrong(
+        "has no argument max_model_length. Did you mean max_model_len", {"engine_args": {"max_model_length": 9}}
     ),
-    "a value that vLLM does not take": Wrong("vLLM does not take its arguments: .*dtype", {"dtype": "float3"}),
+    "a value that vLLM does not accept": Wrong("vLLM does not accept its arguments: .*dtype", {"dtype": "float3"}),
     "more tokens than the model has": Wrong("vLLM could not start: .*max_model_len", {"max_model_len": 10_000_000}),
-    "a folder that holds no model": Wrong("vLLM could not start: .*", {"model": "FOLDER"}),
+    "a folder without a model": Wrong("vLLM could not start: .*", {"model": "FOLDER"}),
 }
 
 
-def begin(settings: Settings, wrong: Wrong, **stand_ins: str) -> str:
-    """Starts a fleet that cannot start; returns what it said."""
-    config = {name: stand_ins.get(str(value), value) for name, value in wrong.config.items()}
+def begin(settings: Settings, wrong: Wrong, **replacements: str) -> str:
+    """Starts a fleet that cannot start; returns the error message."""
+    config = {name: replacements.get(str(value), value) for name, value in wrong.config.items()}
     manager = MultiEngineManager(
         [EngineConfig(engine_id="e", **config)], settings=Settings(**dict(settings) | wrong.settings), start_timeout=90
     )
-    with pytest.raises(wrong.raises, match=wrong.says) as caught:
+    with pytest.raises(wrong.raises, match=wrong.match) as caught:
         manager.start()
     assert not processes_of(settings), "nothing is left running"
-    said = str(caught.value)
-    assert "log says why" not in said
-    return said
+    message = str(caught.value)
+    assert "log says why" not in message
+    return message
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_start(settings: Settings, remote: str, name: str) -> None:
     wrong = WRONG[name]
-    said = begin(settings, wrong, URL=remote)
+    message = begin(settings, wrong, URL=remote)
     if wrong.raises is EngineFailed:
-        assert "tried" not in said, "once is enough"
+        assert "tried" not in message, "only one try"
         engine = Monitor(settings).engine("e")
         assert engine["state"] == "STOPPED"
-        assert engine["error"] in said, "the engine's record has the cause"
+        assert engine["error"] in message, "the engine's record has the cause"
 
 
 @needs_vllm
@@ -126,9 +128,9 @@ def test_a_wrong_start(settings: Settings, remote: str, name: str) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", WRONG_VLLM)
 def test_a_wrong_start_of_vllm(settings: Settings, tmp_path: Path, name: str) -> None:
-    said = begin(settings, WRONG_VLLM[name], FOLDER=str(tmp_path))
-    assert "tried" not in said
-    assert Monitor(settings).engine("e")["error"] in said
+    message = begin(settings, WRONG_VLLM[name], FOLDER=str(tmp_path))
+    assert "tried" not in message
+    assert Monitor(settings).engine("e")["error"] in message
 
 
 @needs_vllm
@@ -136,7 +138,7 @@ def test_a_wrong_start_of_vllm(settings: Settings, tmp_path: Path, name: str) ->
 @pytest.mark.xdist_group("vllm")
 @pytest.mark.timeout(300)
 def test_the_cause_in_another_process_is_found(settings: Settings) -> None:
-    """vLLM's engine fails in a process of its own; here its exception says only that the cause is above."""
+    """vLLM's engine fails in a process of its own; here its exception only says that the cause is above."""
     too_small = {"kv_cache_memory_bytes": 1 << 16}
     config = EngineConfig(engine_id="e", max_model_len=8192, engine_args=too_small)
     with WorkerProcessFor(config, settings) as worker:
@@ -148,7 +150,7 @@ def test_the_cause_in_another_process_is_found(settings: Settings) -> None:
 
 
 class WorkerProcessFor:
-    """A worker of any configuration, in a context."""
+    """A context with a worker of any configuration."""
 
     def __init__(self, config: EngineConfig, settings: Settings) -> None:
         env = clean_env() | settings.environment() | {"RSM_ENGINE": config.as_json()}
@@ -178,18 +180,18 @@ def test_vllm_is_not_installed(settings: Settings, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "count", "says"), [(3, 1, "wants GPU 3, .* 1 here"), (0, 2, "GPUs 0 to 1"), (1, 1, "GPU 1")]
+    ("gpu", "count", "match"), [(3, 1, "needs GPU 3, .* 1 here"), (0, 2, "GPUs 0 to 1"), (1, 1, "GPU 1")]
 )
-def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch, gpu: int, count: int, says: str) -> None:
-    """No GPU can be had here: what stands in for it is the list of those that there are."""
+def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch, gpu: int, count: int, match: str) -> None:
+    """No GPU is needed: the list of visible ones is faked."""
     monkeypatch.setattr(args, "visible_gpus", lambda: ("7",))
     assert args._devices(0, 1) == "7"
-    with pytest.raises(EngineMisconfigured, match=says):
+    with pytest.raises(EngineMisconfigured, match=match):
         args._devices(gpu, count)
 
 
 def test_an_engine_id_in_use(settings: Settings, tmp_path: Path) -> None:
-    """Not its READY, and not its calls: another fleet's engine of that name is a stranger."""
+    """Another fleet's engine with the same id does not count as this fleet's."""
     other = WorkerProcess(sim("e0", model="another-model"), settings, tmp_path / "other.log")
     try:
         monitor = Monitor(settings)
@@ -219,8 +221,8 @@ def _state(monitor: Monitor) -> str:
         return ""
 
 
-def test_a_server_that_is_not_there_yet_is_waited_for(settings: Settings) -> None:
-    """No error of the configuration: it may come. When time is up, the cause is said."""
+def test_a_start_waits_for_a_server_that_is_not_running_yet(settings: Settings) -> None:
+    """That is not a configuration error, because the server may start. After the timeout the error has the cause."""
     config = EngineConfig(
         engine_id="e", backend="openai", base_url="http://127.0.0.1:1/v1", engine_args={"connect_s": 0.1}
     )
@@ -251,7 +253,7 @@ def change_policy(fragile: EmbeddedRedis) -> Callable[[str], None]:
 
 
 def test_doctor_and_engines_show_the_cause(settings: Settings) -> None:
-    begin(settings, WRONG["an argument that the model of an engine does not have"])
+    begin(settings, WRONG["an argument that the modelled engine does not have"])
     env = clean_env() | settings.environment()
     shown = subprocess.run([RSM, "doctor"], env=env, capture_output=True, text=True, timeout=60, check=False).stdout
     assert "no_such" in " ".join(shown.split())

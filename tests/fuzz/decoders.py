@@ -90,16 +90,16 @@ def _event(data: bytes) -> object:
 
 
 @cache
-def _ear() -> Any:
+def _control_thread() -> Any:
     return Control("e1", "0-0", Settings(), print, print)
 
 
 def _control(data: bytes) -> None:
-    heard: list[object] = []
-    ear = _ear()
-    ear._cancel = ear._order = heard.append
-    ear._obey(fields_of(data))
-    assert all(not isinstance(order, str) or order in ("drain", "stop") for order in heard)
+    received: list[object] = []
+    control = _control_thread()
+    control._cancel = control._command = received.append
+    control._run_command(fields_of(data))
+    assert all(not isinstance(command, str) or command in ("drain", "stop") for command in received)
 
 
 def _rows(data: bytes) -> None:
@@ -298,7 +298,7 @@ DECODERS = [
     Decoder("server, embeddings", _server("embeddings", False), (EngineError,), [_USAGE.encode()]),
     Decoder("server's errors", _error, (), [b'{"error":{"message":"no","code":400}}', b'{"detail":["x"]}']),
     Decoder(
-        "simulated engine",
+        "modelled engine",
         _sim,
         (InvalidRequest, CallRejected),
         [b"generate\x00" + _JSON, b"chat.completions\x00" + json.dumps(_CHAT).encode()],

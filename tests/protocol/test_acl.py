@@ -190,7 +190,7 @@ def test_admission_works_with_each_process_under_its_own_user(
             assert execute.run(operator, t.cancel("c6", "on the stream")) == "cancelled"
         execute.run(router, t.reap("e1", workers[0].incarnation))
         with roles.client("observer") as observer:
-            assert Monitor(world.settings, observer).stats()["held"] == 0
+            assert Monitor(world.settings, observer).stats()["throttled"] == 0
     assert roles.refusals() == []
 
 

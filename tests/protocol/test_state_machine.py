@@ -532,7 +532,7 @@ class Protocol(RuleBasedStateMachine):
                 assert on_stream or c.id in self.model.parked, "a call is lost"
             else:
                 assert c.id not in self.model.parked, "a call that does not wait is parked"
-        ends = Counter((i, gen) for i, gen, _ in self.model.told if (i, gen) not in self.model.forgotten)
+        ends = Counter((i, gen) for i, gen, _ in self.model.reported if (i, gen) not in self.model.forgotten)
         assert all(n == 1 for n in ends.values()), "an end was reported twice"
 
     @invariant()

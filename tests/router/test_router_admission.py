@@ -49,16 +49,16 @@ def test_calls_without_headroom_wait_and_are_admitted(
         submit(client, "c1", 600)
         eventually(lambda: state(monitor, "c1")[1] == "e1")
         submit(client, "c2", 600, session="s")
-        eventually(lambda: monitor.held() == 1)
+        eventually(lambda: monitor.throttled() == 1)
         assert "no engine has KV headroom for its context of 600 tokens" in monitor.call("c2").why
         assert [(c.request_id, c.where) for c in monitor.active_calls()] == [("c1", "queue"), ("c2", "throttled")]
         stats = monitor.stats()
-        assert (stats["pending"], stats["held"], stats["ever_held"], stats["unaccounted"]) == (2, 1, 1, 0)
+        assert (stats["pending"], stats["throttled"], stats["ever_throttled"], stats["unaccounted"]) == (2, 1, 1, 0)
         assert monitor.engine("e1")["spoken_for"] == 600
         worker.finish(worker.take(), resident_tokens=620)
         worker.finish(worker.take_soon(), resident_tokens=620)
     assert monitor.call("c2").state is RequestState.COMPLETED
-    assert (monitor.held(), monitor.stats()["unaccounted"]) == (0, 0)
+    assert (monitor.throttled(), monitor.stats()["unaccounted"]) == (0, 0)
 
 
 def test_returning_calls_go_first(admitting: Settings, worker: FakeWorker, client: Client, monitor: Monitor) -> None:
@@ -67,11 +67,11 @@ def test_returning_calls_go_first(admitting: Settings, worker: FakeWorker, clien
         submit(client, "c1", 600, session="s")
         worker.finish(worker.take_soon(), resident_tokens=620)
         submit(client, "c2", 600)
-        eventually(lambda: monitor.held() == 1)
+        eventually(lambda: monitor.throttled() == 1)
         submit(client, "c3", 700, session="s")
         call = worker.take_soon()
         assert call.fence.call_id == "c3"
-        assert monitor.held() == 1
+        assert monitor.throttled() == 1
         worker.finish(call, resident_tokens=720)
         client.cancel("c2")
 
@@ -87,10 +87,10 @@ def test_one_that_starves_gets_the_engine_for_itself(
         submit(client, "c1", 600)
         running = worker.take_soon()
         submit(client, "old", 900, session="old")
-        eventually(lambda: monitor.held() == 1)
+        eventually(lambda: monitor.throttled() == 1)
         eventually(lambda: not db.exists(client.keys.held_starving("")), what="it has starved")
         submit(client, "new", 900, session="n")
-        eventually(lambda: monitor.held() == 2)
+        eventually(lambda: monitor.throttled() == 2)
         worker.finish(running)
         call = worker.take_soon()
         assert (call.fence.call_id, call.level) == ("old", 0)
@@ -105,7 +105,7 @@ def test_a_router_without_admission_admits_all(
     with routing(admitting):
         for n in range(4):
             submit(client, f"c{n}", 600)
-        eventually(lambda: monitor.held() == 3)
+        eventually(lambda: monitor.throttled() == 3)
     with routing(admitting.model_copy(update={"admission": False})):
         eventually(lambda: monitor.engine("e1")["queued"] == 4)
     for call in worker.claim() or ():
@@ -120,9 +120,9 @@ def test_throttled_calls_of_an_engine_that_dies_wait_for_the_next(
     with routing(quick):
         for n in range(4):
             submit(client, f"c{n}", 600)
-        eventually(lambda: monitor.held() == 3)
+        eventually(lambda: monitor.throttled() == 3)
         eventually(lambda: monitor.engine("e1")["state"] == "DEAD")
-        eventually(lambda: monitor.held() == 0)
+        eventually(lambda: monitor.throttled() == 0)
         with FakeWorker(quick, "e2", kv_tokens=1000).serving(echo):
             eventually(lambda: all(state(monitor, f"c{n}") == ("COMPLETED", "e2") for n in range(4)))
     gone.close()
@@ -147,8 +147,8 @@ def test_two_routers_and_many_programs(admitting: Settings, client: Client, moni
         for thread in threads:
             thread.join()
     stats = monitor.stats()
-    assert (stats["completed"], stats["held"], stats["pending"]) == (120, 0, 0)
-    assert stats["ever_held"] > 0
+    assert (stats["completed"], stats["throttled"], stats["pending"]) == (120, 0, 0)
+    assert stats["ever_throttled"] > 0
     assert max(seen) <= 3, "of 300 tokens each"
 
 
@@ -180,7 +180,7 @@ def hit_rate(tmp_path: Path, **settings: object) -> tuple[float, int]:
         stats = Monitor(found).stats()
     assert all(run.ended_s is not None and not run.error for run in runs)
     assert (stats["completed"], stats["pending"], stats["unaccounted"]) == (60, 0, 0)
-    return stats["cached_tokens"] / stats["prompt_tokens"], stats["ever_held"]
+    return stats["cached_tokens"] / stats["prompt_tokens"], stats["ever_throttled"]
 
 
 def test_programs_that_would_evict_each_other_take_turns(tmp_path: Path) -> None:

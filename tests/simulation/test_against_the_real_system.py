@@ -1,4 +1,4 @@
-"""The simulated fleet against the real one: a router and workers with modelled engines, in real time through Redis."""
+"""The simulated fleet compared with a real one: a router and workers with modelled engines, in real time with Redis."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rsm.simulation.workload.programs import CallSpec, ProgramSpec, Segment
 from rsm.workers.backends.sim.config import SimConfig, SimTimes
 from rsm.workers.config import EngineConfig
 
-# Long steps, so that the processes of a busy machine are in time for them.
+# Long steps, so that the processes keep up on a busy machine.
 TIMES = {"step_s": 0.04, "prefill_token_s": 2e-4, "decode_seq_s": 0.005, "context_token_s": 1e-6, "prefill_pair_s": 0.0}
 ENGINE = {"kv_tokens": 4096, "max_num_batched_tokens": 256, "scheduler": "plas"}
 BOUNDS = (100, 200, 400)
 
 
 def programs() -> list[ProgramSpec]:
-    """Conversations that come faster than two engines with two slots each can serve them."""
+    """Conversations that arrive faster than two engines with two slots each can serve them."""
     random, made, at = Random(3), list[ProgramSpec](), 0.0
     for n in range(12):
         at += random.expovariate(4.0)
@@ -46,10 +46,11 @@ def order(runs: Sequence[ProgramTimes]) -> dict[str, int]:
     return {p.spec.id: n for n, p in enumerate(ended)}
 
 
-def test_programs_take_as_long_as_they_really_do() -> None:
-    """Mean response time within a tenth, the median program's too, and about the same order of ends.
+def test_simulated_programs_take_as_long_as_real_ones() -> None:
+    """The mean response time and that of the median program are within a tenth, and programs end in about the same
+    order.
 
-    Routed by a hash: where a policy goes by load, a few milliseconds decide on which engine a whole program runs.
+    The policy is a hash: with a policy that depends on load, a few milliseconds decide on which engine a program runs.
     """
     work, policy = programs(), "session_hash"
     engines = [

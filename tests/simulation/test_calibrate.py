@@ -24,7 +24,7 @@ CONFIG = SimConfig(times=TIMES, max_num_seqs=16, max_num_batched_tokens=512, max
 
 
 class Logged(SimBackend):
-    """A modelled engine whose steps are written down, as those of vLLM are."""
+    """A modelled engine whose steps are logged like those of vLLM."""
 
     def __init__(self, config: SimConfig, file: Path) -> None:
         super().__init__(config)
@@ -66,7 +66,7 @@ async def test_the_costs_of_a_modelled_engine_are_found(tmp_path: Path) -> None:
     assert asdict(loaded.times) == found.times
 
 
-def test_a_worker_reads_what_was_calibrated(tmp_path: Path) -> None:
+def test_a_worker_reads_a_calibration(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     path.write_text(json.dumps({"times": {"step_s": 0.5}, "engine": {"kv_tokens": 999}}))
     args = {"times_file": str(path), "prefill_token_s": 0.1}
@@ -75,7 +75,7 @@ def test_a_worker_reads_what_was_calibrated(tmp_path: Path) -> None:
     assert (backend.config.times.step_s, backend.config.times.prefill_token_s) == (0.5, 0.1)
     assert (backend.config.kv_tokens, backend.config.max_num_seqs) == (999, 256)
     path.write_text("[]")
-    for file, why in (path, "not what `rsm calibrate` writes"), (tmp_path / "none", "No such file or directory"):
+    for file, why in (path, "was not written by `rsm calibrate`"), (tmp_path / "none", "No such file or directory"):
         config = EngineConfig(engine_id="e", backend="sim", engine_args={"times_file": str(file)})
         with pytest.raises(InvalidRequest, match=why):
             create_backend(config, Settings())

@@ -26,7 +26,7 @@ NO_HOPS = Hops(submit_s=0.0, claim_s=0.0, finish_s=0.0)
 
 
 def chain(name: str, *outputs: int, arrival_s: float = 0.0, delay_s: float = 0.0, prompt: int = 1) -> ProgramSpec:
-    """Calls one after the other, with a prompt each that no other call has."""
+    """Calls one after the other. Each has a prompt of its own."""
     first = hash(name) % 10**9 * 100
     calls = tuple(
         CallSpec((Segment(first + n, prompt),), out, after=(n - 1,) if n else (), delay_s=delay_s if n else 0.0)
@@ -65,20 +65,20 @@ def test_every_call_ends_once_and_tokens_add_up(policy: str) -> None:
     for spec, p in zip(programs, results.programs, strict=True):
         assert sorted(c.index for c in p.calls) == list(range(len(spec.calls)))
         for c in p.calls:
-            ready = max((_told(p, b) for b in spec.calls[c.index].after), default=spec.arrival_s)
+            ready = max((_reported(p, b) for b in spec.calls[c.index].after), default=spec.arrival_s)
             assert c.ready_s == ready + spec.calls[c.index].delay_s
-            times = (c.ready_s, c.assigned_s, c.claimed_s, c.started_s, c.first_token_s, c.ended_s, c.told_s)
+            times = (c.ready_s, c.assigned_s, c.claimed_s, c.started_s, c.first_token_s, c.ended_s, c.reported_s)
             assert list(times) == sorted(times)  # type: ignore[type-var]
             assert 0 <= c.cached_tokens < c.prompt_tokens
-        assert p.ended_s == max(c.told_s or inf for c in p.calls)
+        assert p.ended_s == max(c.reported_s or inf for c in p.calls)
     for mine, theirs in (("calls", len), ("output_tokens", None), ("prompt_tokens", None), ("cached_tokens", None)):
         total = sum(getattr(e, mine) for e in results.engines)
         assert total == (len(results.calls) if theirs else sum(getattr(c, mine) for c in results.calls))
     assert sum(c.output_tokens for c in results.calls) == sum(p.output_tokens for p in programs)
 
 
-def _told(p: object, index: int) -> float:
-    return next(c.told_s for c in p.calls if c.index == index)  # type: ignore[attr-defined, no-any-return]
+def _reported(p: object, index: int) -> float:
+    return next(c.reported_s for c in p.calls if c.index == index)  # type: ignore[attr-defined, no-any-return]
 
 
 def test_equal_seeds_give_equal_runs() -> None:
@@ -87,7 +87,7 @@ def test_equal_seeds_give_equal_runs() -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_what_is_not_done_at_the_horizon_is_told() -> None:
+def test_programs_that_are_not_done_at_the_horizon_are_reported() -> None:
     programs = [chain("short", 3), chain("long", 3, 50), chain("late", 1, arrival_s=100.0)]
     config = FleetConfig(sim=SimConfig(times=UNIT), hops=NO_HOPS, horizon_s=20.0)
     results = SimFleet(config).run(programs)
@@ -112,14 +112,14 @@ def test_delays_on_the_path_are_known() -> None:
 
 
 def waits(config: FleetConfig) -> float:
-    """Of the paper's example (arXiv 2502.13965, figure 2), in decode steps."""
+    """The total waiting time of the paper's example (arXiv 2502.13965, figure 2), in decode steps."""
     programs = [chain("A", 4, 3, 1, 1), chain("B", 3, 3, 4), chain("C", 1, 2), chain("D", 4)]
     results = SimFleet(config).run(programs)
     return sum(p.response_s or inf for p in results.programs) - sum(p.output_tokens for p in programs)
 
 
-def test_the_papers_example_waits_as_long_as_the_paper_says() -> None:
-    """FCFS 18, PLAS 12. The levels are ours, for the paper tells none: a step is 2 units, the prompt of a call 1."""
+def test_the_papers_example_waits_as_long_as_in_the_paper() -> None:
+    """FCFS 18, PLAS 12. The paper gives no levels, so they are chosen here: a step is 2 units, a call's prompt 1."""
     sim = SimConfig(times=UNIT, max_num_seqs=2)
     fcfs = FleetConfig(sim=replace(sim, scheduler="fcfs"), hops=NO_HOPS, by_program=False, prefetch=0)
     assert waits(fcfs) == 18
@@ -141,7 +141,7 @@ def test_a_policy_that_does_not_exist_is_refused() -> None:
 # -- files and the command
 
 
-def test_a_workload_written_is_the_one_read(tmp_path: Path) -> None:
+def test_a_written_workload_is_read_back(tmp_path: Path) -> None:
     programs = random_programs(5)
     write_workload(tmp_path / "w.jsonl", programs)
     assert read_workload(tmp_path / "w.jsonl") == programs
@@ -153,19 +153,22 @@ def test_a_workload_written_is_the_one_read(tmp_path: Path) -> None:
         ("[]", "TypeError"),
         ("{", "JSONDecodeError"),
         ('{"id": "p", "arrival_s": 0, "calls": []}', "at least one call"),
-        ('{"id": "p", "arrival_s": -1, "calls": [{"prompt": [[1, 2]], "output_tokens": 1}]}', "-1 is no time"),
+        ('{"id": "p", "arrival_s": -1, "calls": [{"prompt": [[1, 2]], "output_tokens": 1}]}', "-1 is not a time"),
         ('{"id": "p", "arrival_s": 0, "calls": [{"prompt": [[1, 0]], "output_tokens": 1}]}', "call 0 needs"),
-        ('{"id": "p", "arrival_s": 0, "calls": [{"prompt": [[1, 2]], "output_tokens": 1, "after": [0]}]}', "before it"),
+        (
+            '{"id": "p", "arrival_s": 0, "calls": [{"prompt": [[1, 2]], "output_tokens": 1, "after": [0]}]}',
+            "earlier calls",
+        ),
     ],
 )
-def test_a_line_that_is_no_program_is_named(tmp_path: Path, line: str, wrong: str) -> None:
+def test_the_error_names_an_invalid_line(tmp_path: Path, line: str, wrong: str) -> None:
     path = tmp_path / "w.jsonl"
     path.write_text(f'{{"id": "p", "arrival_s": 0, "calls": [{{"prompt": [[1, 2]], "output_tokens": 1}}]}}\n{line}\n')
     with pytest.raises(InvalidRequest, match=f"Line 2 of .*{wrong}"):
         read_workload(path)
 
 
-def test_conversations_come_at_their_rate_and_grow() -> None:
+def test_conversations_arrive_at_their_rate_and_grow() -> None:
     programs = conversations(2.0, 500.0, seed=1)
     assert 900 < len(programs) < 1100
     assert programs == conversations(2.0, 500.0, seed=1) != conversations(2.0, 500.0, seed=2)
@@ -181,8 +184,8 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     args = ("simulate", "--workload", str(tmp_path / "w.jsonl"), "--times-file", str(times))
     shown = run(*args, "--engines", "2", "--policy", "round_robin", "--engine-scheduler", "fcfs")
     assert (shown.returncode, "2 x sim-8b, round_robin, fcfs" in shown.stdout) == (0, True)
-    told = json.loads(run(*args, "--json", "--engine-arg", "step_s=1.0", "--seconds", "9").stdout)
-    assert (told["programs"], told["unfinished"], told["calls"]) == (2, 0, 3)
-    assert told["response_mean_s"] == pytest.approx(6.5, abs=0.02)  # the second call of "a" waits for a step
+    found = json.loads(run(*args, "--json", "--engine-arg", "step_s=1.0", "--seconds", "9").stdout)
+    assert (found["programs"], found["unfinished"], found["calls"]) == (2, 0, 3)
+    assert found["response_mean_s"] == pytest.approx(6.5, abs=0.02)  # the second call of "a" waits for a step
     assert run(*args, "--engine-arg", "nonsense=1").returncode == 1
-    assert "not what `rsm calibrate` writes" in run(*args[:3], "--times-file", str(tmp_path / "w.jsonl")).stderr
+    assert "was not written by `rsm calibrate`" in run(*args[:3], "--times-file", str(tmp_path / "w.jsonl")).stderr

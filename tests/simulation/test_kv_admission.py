@@ -1,4 +1,4 @@
-"""Admission in virtual time: the arithmetic of residents.lua, under programs whose contexts exceed the cache."""
+"""Admission in virtual time: the rules of residents.lua, with programs whose contexts exceed the cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OFF = Settings(policy="least_loaded")
 
 
 def agent(name: int, context: int, calls: int, arrival_s: float = 0.0, delay_s: float = 1.0) -> ProgramSpec:
-    """A context that grows a little with each call; a tool's time between them."""
+    """A program whose context grows a little with each call, with tool time between calls."""
     prompt: tuple[Segment, ...] = (Segment(name * 1000, context),)
     made: list[CallSpec] = []
     for n in range(calls):
@@ -40,19 +40,19 @@ def test_programs_that_would_evict_each_other_take_turns() -> None:
     assert orderly.until_s < thrashing.until_s
 
 
-def test_one_that_fits_goes_ahead_of_one_that_does_not() -> None:
+def test_a_call_that_fits_goes_before_one_that_does_not() -> None:
     running, large, small = agent(1, 60_000, 1), agent(2, 90_000, 1, arrival_s=0.1), agent(3, 5_000, 1, arrival_s=0.2)
     ended = [p.ended_s or 0.0 for p in run(ON, [running, large, small]).programs]
     assert ended[2] < ended[1]
 
 
-def test_where_there_is_room_nobody_waits() -> None:
+def test_with_enough_headroom_no_call_waits() -> None:
     few = [agent(n, 5_000, 6) for n in range(1, 9)]
     assert [p.ended_s for p in run(ON, few).programs] == [p.ended_s for p in run(OFF, few).programs]
 
 
 def test_no_size_of_program_starves() -> None:
-    """A large one among many small ones waits, before each call, beta times as long as it ran."""
+    """A large program among many small ones waits before each call at most about beta times as long as it ran."""
     small = [agent(n, 4_000, 4, arrival_s=0.2 * n) for n in range(2, 200)]
     results = run(ON.model_copy(update={"starvation_beta": 2.0}), [agent(1, 80_000, 3, arrival_s=5.0), *small])
     assert not results.unfinished

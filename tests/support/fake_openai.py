@@ -22,7 +22,7 @@ class Server:
         stall_after: send nothing more after this many chunks, until the client disconnects.
         pause_s: pause before each chunk.
         in_stream: sent instead of the last chunk.
-        chunkmeal: send single bytes.
+        byte_by_byte: send single bytes.
         vllm: claim to be vLLM, and send token ids if return_token_ids is set.
         health: status of GET /models.
         models: what GET /models lists.
@@ -37,7 +37,7 @@ class Server:
         self.stall_after: int | None = None
         self.in_stream: dict[str, Any] | None = None
         self.pause_s = 0.0
-        self.chunkmeal = False
+        self.byte_by_byte = False
         self.vllm = False
         self.health = 200
         self.models = ["the-model"]
@@ -115,7 +115,7 @@ class Server:
         await w.drain()
 
     async def _write(self, w: asyncio.StreamWriter, data: bytes) -> None:
-        for part in (data[i : i + 1] for i in range(len(data))) if self.chunkmeal else (data,):
+        for part in (data[i : i + 1] for i in range(len(data))) if self.byte_by_byte else (data,):
             w.write(b"%x\r\n%s\r\n" % (len(part), part))
             await w.drain()
 

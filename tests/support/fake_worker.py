@@ -10,7 +10,7 @@ from typing import Any
 from rsm.broker import RequestState, Settings
 from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS
+from rsm.broker.connection.retry import OUTAGES
 from rsm.broker.protocol import codec
 from rsm.broker.protocol.ids import new_id
 from rsm.broker.protocol.keys import Keys
@@ -187,7 +187,7 @@ class FakeWorker:
         while not stop.is_set():
             try:
                 self._turn(answer)
-            except BLIPS:
+            except OUTAGES:
                 stop.wait(0.05)
 
     def _turn(self, answer: Answer) -> None:

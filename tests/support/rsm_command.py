@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from rsm.broker import Settings
-from rsm.broker.connection.retry import BLIPS
+from rsm.broker.connection.retry import OUTAGES
 from rsm.broker.errors import RsmError
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.views.monitor import Monitor
@@ -58,7 +58,7 @@ class Deployment:
         assert self.process.poll() is None, self.log.read_text()
         try:
             return bool(Monitor(self.settings).engine(engine)["state"] == EngineState.READY)
-        except (RsmError, *BLIPS):
+        except (RsmError, *OUTAGES):
             return False
 
     def interrupt(self, number: int = signal.SIGINT) -> None:

@@ -1,4 +1,4 @@
-"""Real worker processes with simulated engines, and the expected results of undisturbed calls."""
+"""Real worker processes with modelled engines, and the expected results of undisturbed calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docker-compose.yml: what it promises, and its very commands as processes of this machine."""
+"""docker-compose.yml: its settings, and its commands as processes on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 from rsm.broker import Settings
 from rsm.broker.connection.embedded import find_server
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS
+from rsm.broker.connection.retry import OUTAGES
 from rsm.cli import app
 from tests.deploy.dockerfile import stages
 from tests.support.paths import ROOT
@@ -29,7 +29,7 @@ from tests.support.waiting import eventually
 _FILE = ROOT / "docker-compose.yml"
 _BIN = Path(sys.executable).parent
 _URL = "redis://redis:6379/0"
-# In the order of depends_on, and stopped in the opposite one.
+# In the order of depends_on; stopped in reverse order.
 _STARTED = ("redis", "router", "worker-cpu", "node")
 
 Service = dict[str, Any]
@@ -41,7 +41,7 @@ def services() -> dict[str, Service]:
     return found
 
 
-# -- what it promises
+# -- its settings
 
 
 def test_redis_is_durable_and_never_evicts(services: dict[str, Service]) -> None:
@@ -49,11 +49,11 @@ def test_redis_is_durable_and_never_evicts(services: dict[str, Service]) -> None
     options = dict(zip(command[1::2], command[2::2], strict=True))
     assert options["--appendonly"] == "yes"
     assert options["--maxmemory-policy"] == "noeviction"
-    assert services["redis"]["volumes"] == ["redis-data:/data"], "the data survive the container"
+    assert services["redis"]["volumes"] == ["redis-data:/data"], "the data outlives the container"
     assert all(port.startswith("127.0.0.1:") for port in services["redis"]["ports"])
 
 
-def test_every_service_is_checked_waits_for_redis_and_starts_again(services: dict[str, Service]) -> None:
+def test_every_service_is_checked_waits_for_redis_and_restarts(services: dict[str, Service]) -> None:
     assert set(services) == {*_STARTED, "worker-gpu"}
     for name, service in services.items():
         assert service["healthcheck"]["test"][0] == "CMD", name
@@ -71,7 +71,7 @@ def test_profiles(services: dict[str, Service]) -> None:
     assert device["capabilities"] == ["gpu"]
 
 
-def test_ours_run_as_the_image_s_user_on_a_read_only_root(services: dict[str, Service]) -> None:
+def test_our_services_run_as_the_image_s_user_on_a_read_only_root(services: dict[str, Service]) -> None:
     image = stages(ROOT / "deploy" / "Dockerfile")[-1]
     for name, service in services.items():
         if name != "redis":
@@ -81,7 +81,9 @@ def test_ours_run_as_the_image_s_user_on_a_read_only_root(services: dict[str, Se
             assert service["cap_drop"] == ["ALL"], name
             assert service["security_opt"] == ["no-new-privileges:true"], name
     (mounted,) = services["worker-gpu"]["volumes"]
-    assert mounted == f"models:{image.environment({})['XDG_CACHE_HOME']}", "or each start loads the model again"
+    assert mounted == f"models:{image.environment({})['XDG_CACHE_HOME']}", (
+        "otherwise each start downloads the model again"
+    )
 
 
 def test_one_version_everywhere(services: dict[str, Service]) -> None:
@@ -91,8 +93,8 @@ def test_one_version_everywhere(services: dict[str, Service]) -> None:
 
 
 @pytest.mark.parametrize("part", ["command", "healthcheck"])
-def test_command_lines_are_understood(services: dict[str, Service], part: str) -> None:
-    """Parsed by the CLI, not run: that of the worker on a GPU as well."""
+def test_command_lines_are_valid(services: dict[str, Service], part: str) -> None:
+    """The CLI parses them without running them, including that of the GPU worker."""
     lines = [s["command"] if part == "command" else s["healthcheck"]["test"][1:] for s in services.values()]
     ours = [line for line in lines if line[0] == "rsm"]
     assert len(ours) >= 3
@@ -108,7 +110,7 @@ def test_the_worker_on_a_gpu_and_its_check_name_one_engine(services: dict[str, S
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    """What the CLI makes of a command line."""
+    """The parameters that the CLI parses from a command line."""
     group: Any = typer.main.get_command(app)
     name, command, rest = group.resolve_command(group.make_context("rsm", [*words], resilient_parsing=True), [*words])
     assert command is not None, words
@@ -116,7 +118,7 @@ def parse(words: list[str]) -> dict[str, Any]:
     return params
 
 
-# -- the same commands, here
+# -- the same commands on this machine
 
 
 class Deployment:
@@ -142,7 +144,7 @@ class Deployment:
         self.processes[name] = process
 
     def healthy(self, name: str) -> bool:
-        """What the service's own check says."""
+        """Whether the service's own health check succeeds."""
         check = self.local(self._services[name]["healthcheck"]["test"][1:])
         if name == "redis":
             check[1:1] = ["-s", f"{self.folder}/s"]
@@ -153,7 +155,7 @@ class Deployment:
         return clean_env() | given
 
     def local(self, words: list[str]) -> list[str]:
-        """A command of a container as one of this machine."""
+        """A container's command as a command for this machine."""
         program = find_server() if words[0] == "redis-server" else words[0]
         installed = _BIN / words[0]
         return [str(installed) if installed.exists() else program, *[w.replace(_URL, self.url) for w in words[1:]]]
@@ -162,7 +164,7 @@ class Deployment:
         return (self.folder / f"{name}.log").read_text()
 
     def stop(self) -> dict[str, int]:
-        """As `docker compose down`: SIGTERM in the opposite order; returns the exit statuses."""
+        """Stops all services like `docker compose down`: SIGTERM in reverse order; returns the exit statuses."""
         for process in reversed(self.processes.values()):
             process.terminate()
             process.wait(60)
@@ -171,7 +173,7 @@ class Deployment:
 
 @pytest.fixture
 def deployment(services: dict[str, Service]) -> Iterator[Deployment]:
-    folder = Path(f"/tmp/rsm-compose-{os.getpid()}")  # short: a socket's path has 107 bytes at most
+    folder = Path(f"/tmp/rsm-compose-{os.getpid()}")  # short, because a socket's path has at most 107 bytes
     folder.mkdir()
     made = Deployment(services, folder)
     yield made
@@ -181,7 +183,7 @@ def deployment(services: dict[str, Service]) -> Iterator[Deployment]:
     shutil.rmtree(folder)
 
 
-def test_the_deployment_runs_a_call_of_anybody(deployment: Deployment) -> None:
+def test_the_deployment_runs_a_call_pushed_by_a_bare_xadd(deployment: Deployment) -> None:
     deployment.start("redis")
     server: Any = connect(deployment.settings)
     eventually(lambda: answers(server), what="redis")
@@ -208,5 +210,5 @@ def test_the_deployment_runs_a_call_of_anybody(deployment: Deployment) -> None:
 def answers(server: Any) -> bool:
     try:
         return bool(server.ping())
-    except BLIPS:
+    except OUTAGES:
         return False

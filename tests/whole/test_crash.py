@@ -1,4 +1,4 @@
-"""kill -9 under load: no call is lost, none is told twice, and nothing is left behind."""
+"""kill -9 under load: no call is lost, none is reported twice, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ENGINES = ("e0", "e1")
 
 @dataclass
 class Entry:
-    """What a producer knows of one call by itself."""
+    """What a producer knows about one call, without Redis."""
 
     prompt: str
     chunks: list[Delta] = field(default_factory=list)
@@ -43,12 +43,12 @@ class Ledger(dict[str, Entry]):
     """All calls of a test by their ids, kept outside Redis."""
 
     @property
-    def speaking(self) -> int:
-        """Calls of which something was heard."""
+    def streaming(self) -> int:
+        """The number of calls with at least one chunk."""
         return sum(bool(e.chunks) for e in self.values())
 
     async def follow(self, client: AsyncClient, number: int) -> None:
-        """Pushes one call and writes down all that comes of it."""
+        """Pushes one call and records its chunks and its result."""
         call_id, entry = f"c{number}", Entry(f"prompt number {number}")
         self[call_id] = entry
         call = await client.submit(entry.prompt, id=call_id, session=f"s{number % 20}", stream=True, max_tokens=_TOKENS)
@@ -57,7 +57,7 @@ class Ledger(dict[str, Entry]):
         entry.result = await call
 
     def check(self) -> None:
-        """Every call has its whole text, each chunk of it once and in order."""
+        """Checks that every call has its whole text, with each chunk once and in order."""
         assert len(self) == _CALLS
         for call_id, entry in self.items():
             assert entry.result is not None, call_id
@@ -68,7 +68,7 @@ class Ledger(dict[str, Entry]):
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """For a server; short, because its socket lies there."""
+    """A folder for a server, with a short path because its socket is there."""
     made = Path(f"/tmp/rsm-crash-{os.getpid()}")
     made.mkdir()
     yield made
@@ -89,7 +89,7 @@ async def test_router_and_worker_die_under_load(fleet_settings: Settings, folder
     fleet = Fleet(fleet_settings, routers=routers)
     ledger = Ledger()
     try:
-        # 200 calls do not fit at once: half of them wait when the router and the worker die.
+        # 200 calls do not run at once: half of them wait when the router and the worker die.
         engines = [sim(e, step_s=0.06, max_num_seqs=48) for e in _ENGINES]
         await asyncio.to_thread(fleet.start, engines, 60)
         async with AsyncClient(settings=fleet.settings) as client:
@@ -98,7 +98,9 @@ async def test_router_and_worker_die_under_load(fleet_settings: Settings, folder
                 await asyncio.gather(*following)
             ledger.check()
             await _check_redis(client, Monitor(fleet.settings))
-        assert len(processes_of(fleet.settings, folder)) == 1 + routers + len(_ENGINES), "all are back, none twice"
+        assert len(processes_of(fleet.settings, folder)) == 1 + routers + len(_ENGINES), (
+            "all processes run again, none twice"
+        )
     finally:
         await asyncio.to_thread(fleet.stop)
     assert not processes_of(fleet.settings, folder)
@@ -106,24 +108,25 @@ async def test_router_and_worker_die_under_load(fleet_settings: Settings, folder
 
 async def _load_and_kill(fleet: Fleet, client: AsyncClient, ledger: Ledger) -> list[asyncio.Task[None]]:
     following = [asyncio.create_task(ledger.follow(client, i)) for i in range(_CALLS // 2)]
-    await _until(lambda: ledger.speaking >= 20)
+    await _until(lambda: ledger.streaming >= 20)
     router = fleet.routers[0]
     _kill(router.pid)
     following += [asyncio.create_task(ledger.follow(client, i)) for i in range(_CALLS // 2, _CALLS)]
     await _until(lambda: router.restarts == 1 and router.pid)
-    await _until(lambda: ledger.speaking >= 60)
+    await _until(lambda: ledger.streaming >= 60)
     worker = fleet.workers["e0"]
     _kill(worker.pid)
     await _until(lambda: worker.restarts == 1 and worker.pid)
-    assert any(not f.done() for f in following), "the load was over too soon to prove anything"
+    assert any(not f.done() for f in following), "the load ended too early for a proof"
     return following
 
 
 async def _check_redis(client: AsyncClient, monitor: Monitor) -> None:
-    """One end a call, in its log and in the inbox; nothing unaccounted for; some calls were lost and run again."""
+    """Checks that each call has one end in its log and in the inbox, that all are accounted for, and that some were
+    requeued."""
     inbox: Any = await client.redis.xrange(client.keys.inbox(client._inbox))
     ends = Counter(text(fields[b"call"]) for _, fields in inbox if b"state" in fields)
-    assert set(ends.values()) <= {1}, "of what the client has not trimmed by now"
+    assert set(ends.values()) <= {1}, "among the entries that the client has not trimmed yet"
     for i in range(_CALLS):
         log: Any = await client.redis.xrange(client.keys.events(f"c{i}"))
         assert [b"state" in fields for _, fields in log] == [False] * (len(log) - 1) + [True]
@@ -158,7 +161,7 @@ threading.Event().wait()
 
 
 def test_a_fleet_does_not_outlive_its_owner(fleet_settings: Settings, folder: Path) -> None:
-    """Nothing of it: no router, no worker in the middle of a call, no server."""
+    """Not the router, not a worker in the middle of a call, not the server."""
     env = clean_env() | fleet_settings.environment()
     del env["RSM_REDIS_URL"]
     command = [sys.executable, "-c", _OWNER, sim().model_dump_json(exclude={"api_key"})]

@@ -1,4 +1,4 @@
-"""Real processes: a call that kills engines beside its neighbours, and what each call wants when its engine is lost."""
+"""Engine loss with real processes: a call that kills engines, its neighbours, and `on_engine_loss`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _STEP_S = 0.02
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["its process dies", "its engine core dies"])
-def test_poison_is_found_and_its_neighbours_go_on(settings: Settings, client: Client, hard: bool) -> None:
+def test_poison_is_found_and_its_neighbours_complete(settings: Settings, client: Client, hard: bool) -> None:
     fleet = Fleet(settings)
     try:
         fleet.start([sim(e, step_s=_STEP_S, die_on="arsenic", die_hard=hard) for e in _ENGINES], 60)
@@ -71,13 +71,13 @@ def test_poison_is_found_and_its_neighbours_go_on(settings: Settings, client: Cl
 # -- continue, restart, fail
 
 _CHAT = {"messages": [{"role": "user", "content": "Explain it"}], "max_tokens": 500}
-# A remote server cannot go on with a chat that wants log probabilities; a modelled engine does not know them.
+# A remote server cannot resume a chat with log probabilities; a modelled engine ignores them.
 _CALLS: list[tuple[str, dict[str, Any]]] = [
     ("generate", {"prompt": "Explain quantum computing", "max_tokens": 500}),
     ("chat.completions", _CHAT),
     ("chat.completions", _CHAT | {"logprobs": True}),
 ]
-_WISHES: tuple[OnEngineLoss, ...] = ("continue", "restart", "fail")
+_CHOICES: tuple[OnEngineLoss, ...] = ("continue", "restart", "fail")
 
 
 @dataclass
@@ -86,26 +86,26 @@ class Followed:
 
     kind: str
     body: dict[str, Any]
-    wish: OnEngineLoss
+    choice: OnEngineLoss
     chunks: list[Delta] = field(default_factory=list)
     record: CallRecord | None = None
 
     def text(self, chunks: list[Delta]) -> str:
         return "".join(p.text for p in chunks) + "".join(_said(chunk) for p in chunks for chunk in p.chunks)
 
-    def check(self, whole: str, continuable: bool) -> None:
-        """It ended as it was to end when its engine died in the middle of it. whole: what an undisturbed call says."""
+    def check(self, whole: str, resumable: bool) -> None:
+        """Checks its end after its engine died. `whole`: the text of an undisturbed call."""
         record = self.record
         assert record is not None
         assert [p.n for p in self.chunks] == list(range(len(self.chunks)))
-        assert (record.deaths, record.failures) == (0 if self.wish == "fail" else 1, 0)
+        assert (record.deaths, record.failures) == (0 if self.choice == "fail" else 1, 0)
         marks = [i for i, p in enumerate(self.chunks) if p.restart]
-        assert len(marks) == (self.wish == "restart")
-        if self.wish == "fail" or not continuable:
+        assert len(marks) == (self.choice == "restart")
+        if self.choice == "fail" or not resumable:
             assert record.state is RequestState.FAILED
-            assert record.error_code == ("engine_lost" if self.wish == "fail" else "invalid_request")
-            assert self.wish == "fail" or 'on_engine_loss="restart"' in record.error
-            assert self.text(self.chunks), "what it said can still be read"
+            assert record.error_code == ("engine_lost" if self.choice == "fail" else "invalid_request")
+            assert self.choice == "fail" or 'on_engine_loss="restart"' in record.error
+            assert self.text(self.chunks), "the partial text can still be read"
             assert whole.startswith(self.text(self.chunks))
             return
         assert record.state is RequestState.COMPLETED
@@ -122,7 +122,7 @@ def _said(chunk: str) -> str:
 
 @pytest.fixture
 def remote() -> Iterator[str]:
-    """A remote OpenAI-compatible server, which outlives the worker that asks it."""
+    """A remote OpenAI-compatible server that outlives its worker."""
     with sim_server() as server:
         yield f"{server.url}/v1"
 
@@ -147,15 +147,15 @@ def start_engine(start: Start, request: pytest.FixtureRequest, settings: Setting
 
 
 @pytest.mark.parametrize("start_engine", ["sim", "openai"], indirect=True)
-async def test_each_call_gets_what_it_asked_for(
+async def test_each_call_ends_as_its_on_engine_loss_says(
     settings: Settings, client: Client, start_engine: Callable[[str], WorkerProcess], request: pytest.FixtureRequest
 ) -> None:
     remote = "openai" in request.node.name
     worker = await asyncio.to_thread(start_engine, "e1")
-    with routing(settings), ThreadPoolExecutor(len(_CALLS) * len(_WISHES)) as threads:
+    with routing(settings), ThreadPoolExecutor(len(_CALLS) * len(_CHOICES)) as threads:
         async with AsyncClient(settings=settings) as aclient:
-            calls = [Followed(*call, wish) for call in _CALLS for wish in _WISHES]
-            pushed = [Followed(*call, wish) for call in _CALLS for wish in _WISHES]
+            calls = [Followed(*call, choice) for call in _CALLS for choice in _CHOICES]
+            pushed = [Followed(*call, choice) for call in _CALLS for choice in _CHOICES]
             following: list[asyncio.Future[None]] = [asyncio.create_task(_follow(aclient, c)) for c in calls]
             loop = asyncio.get_running_loop()
             following += [loop.run_in_executor(threads, _follow_sync, client, c) for c in pushed]
@@ -167,25 +167,25 @@ async def test_each_call_gets_what_it_asked_for(
             undisturbed = [await aclient.submit(body, kind=kind) for kind, body in _CALLS]
             whole = {kind: (await call).text for (kind, _), call in zip(_CALLS, undisturbed, strict=True)}
             for call in calls + pushed:
-                continuable = call.wish == "restart" or not (remote and "logprobs" in call.body)
-                call.check(whole[call.kind], continuable)
+                resumable = call.choice == "restart" or not (remote and "logprobs" in call.body)
+                call.check(whole[call.kind], resumable)
 
 
 async def _follow(client: AsyncClient, call: Followed) -> None:
-    handle = await client.submit(call.body, kind=call.kind, stream=True, on_engine_loss=call.wish)
+    handle = await client.submit(call.body, kind=call.kind, stream=True, on_engine_loss=call.choice)
     try:
         async for delta in handle.stream():
             call.chunks.append(delta)
     except CallFailed:
-        pass  # its record says so
+        pass  # its record has the error
     call.record = await client.record(handle.id)
 
 
 def _follow_sync(client: Client, call: Followed) -> None:
-    handle = client.submit(call.body, kind=call.kind, stream=True, on_engine_loss=call.wish)
+    handle = client.submit(call.body, kind=call.kind, stream=True, on_engine_loss=call.choice)
     try:
         for delta in handle.stream():
             call.chunks.append(delta)
     except CallFailed:
-        pass  # its record says so
+        pass  # its record has the error
     call.record = handle.record()

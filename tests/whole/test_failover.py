@@ -1,4 +1,4 @@
-"""A master dies under load: with a router, workers and clients as they are in production."""
+"""A master dies under load, with a router, workers and clients as in production."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from rsm.broker import AsyncClient, BrokerUnavailable, CallLost, Client, NotReplicated, Settings
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS, persist
+from rsm.broker.connection.retry import OUTAGES, persist
 from rsm.broker.protocol.keys import Keys
 from rsm.engine.fleet import Fleet
 from tests.support.sim_processes import assert_undisturbed, said, sim
@@ -25,16 +25,16 @@ pytestmark = pytest.mark.timeout(180)
 
 Watched = UnderSentinel | Cluster
 ONE_REPLICA = [pytest.param((UnderSentinel, 1), id="sentinel"), pytest.param((Cluster, 1), id="cluster")]
-# With one replica alone, WAIT 1 accepts nothing from a fail-over until the old master is back as a replica.
+# With only one replica, WAIT 1 fails after a failover until the old master is back as a replica.
 TWO_REPLICAS = [pytest.param((UnderSentinel, 2), id="sentinel"), pytest.param((Cluster, 2), id="cluster")]
 _TOKENS = 30
-# How long a call may take that has to live through a fail-over.
+# The time limit of a call that has to survive a failover.
 _PATIENCE_S = 90.0
 
 
 @pytest.fixture
 def watched(request: pytest.FixtureRequest, no_processes_left: None) -> Iterator[Watched]:
-    """A master with replicas, and somebody who promotes one. It is gone when processes are counted."""
+    """A master with replicas, and Sentinel or Cluster to promote one. It ends before processes are counted."""
     kind, replicas = request.param
     with kind(replicas=replicas) as running:
         yield running
@@ -54,7 +54,7 @@ def fleet(settings: Settings) -> Iterator[Fleet]:
 
 
 def fail_over(watched: Watched, namespace: str) -> float:
-    """kill -9 of the master, which comes back as a replica; returns how many seconds it took to have another."""
+    """Kills the master and restarts it as a replica; returns the seconds until there was a new master."""
     old, began = watched.master(namespace), time.monotonic()
     old.kill()
     eventually(lambda: watched.master(namespace) is not old, 60, "another master")
@@ -65,7 +65,7 @@ def fail_over(watched: Watched, namespace: str) -> float:
 
 @dataclass
 class Ledger:
-    """What the producers saw, outside of Redis."""
+    """What the producers saw, kept outside Redis."""
 
     accepted: dict[str, float] = field(default_factory=dict)
     ended: dict[str, float] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def _prompt(call_id: str) -> str:
 
 
 def _gap(times: list[float]) -> float:
-    """The longest silence, in seconds: how long nothing was served."""
+    """The longest gap between two times, in seconds."""
     times = sorted(times)
     return max(later - before for before, later in pairwise(times))
 
@@ -132,10 +132,10 @@ async def test_with_wait_nothing_accepted_is_lost(watched: Watched, settings: Se
 
 
 @pytest.mark.parametrize("watched", ONE_REPLICA, indirect=True)
-async def test_what_an_asynchronous_replica_lacks_is_told_and_nothing_is_stuck(
+async def test_calls_that_an_asynchronous_replica_lacks_are_reported_lost_and_no_call_is_stuck(
     watched: Watched, settings: Settings, fleet: Fleet
 ) -> None:
-    """The worst case of asynchronous replication, made on purpose: the replica hears nothing of what is accepted."""
+    """The worst case of asynchronous replication: the replica gets none of the accepted calls."""
     master = watched.master(settings.namespace)
     async with AsyncClient(settings=settings, redis_timeout=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
         long = [await client.submit(_prompt(f"l{i}"), id=f"l{i}", stream=True, max_tokens=600) for i in range(4)]
@@ -151,10 +151,12 @@ async def test_what_an_asynchronous_replica_lacks_is_told_and_nothing_is_stuck(
                 await careful.submit(_prompt("w"), id="w", max_tokens=5)
         await asyncio.to_thread(fail_over, watched, settings.namespace)
         ends = await asyncio.gather(*open_, return_exceptions=True)
-        assert [type(end) for end in ends] == [CallLost] * len(ends), "whoever waits for a lost call is told"
+        assert [type(end) for end in ends] == [CallLost] * len(ends), (
+            "each waiting client gets an error for a lost call"
+        )
         again = [await client.submit(_prompt(f"o{i}"), id=f"o{i}", max_tokens=5) for i in range(12)]
         assert [(await call).text for call in again] == [said(_prompt(f"o{i}"), 5) for i in range(12)]
-        # Calls that the replica knew go on, whatever it had missed of their claims, chunks and ends.
+        # Calls that the replica has continue, even if it lacks their claims, chunks or ends.
         assert [(await call).text for call in long] == [said(_prompt(f"l{i}"), 600) for i in range(4)]
         for i, words in enumerate(await asyncio.gather(*streams)):
             assert words == said(_prompt(f"l{i}"), 600)
@@ -179,12 +181,12 @@ def _unfinished(settings: Settings) -> list[str]:
 
 
 @pytest.mark.parametrize("watched", ONE_REPLICA[:1], indirect=True)
-async def test_a_master_that_freezes_is_left(watched: Watched, settings: Settings, fleet: Fleet) -> None:
-    """Its kernel goes on taking connections and commands; once awake it takes itself for the master for a while."""
+async def test_a_master_that_freezes_is_replaced(watched: Watched, settings: Settings, fleet: Fleet) -> None:
+    """Its kernel still accepts connections and commands; after it wakes up it acts as the master for a while."""
     master = watched.master(settings.namespace)
     async with AsyncClient(settings=settings, redis_timeout=_PATIENCE_S) as client, asyncio.timeout(_PATIENCE_S):
         calls = [await client.submit(_prompt(f"{i}"), id=f"{i}", max_tokens=200) for i in range(8)]
-        await client.redis.wait(1, 5000)  # else the replica may lack the last of them
+        await client.redis.wait(1, 5000)  # otherwise the replica may lack the last of them
         master.freeze()
         began = time.monotonic()
         more = [asyncio.create_task(client.submit(_prompt(f"m{i}"), id=f"m{i}", max_tokens=5)) for i in range(4)]
@@ -210,5 +212,5 @@ def test_no_master_at_all_is_reported(watched: Watched) -> None:
         with pytest.raises(BrokerUnavailable, match="No master found"):
             client.submit("p")
         assert time.monotonic() - began < 20
-    with connect(settings) as server, pytest.raises(BLIPS):
+    with connect(settings) as server, pytest.raises(OUTAGES):
         persist(server.time, "test", lambda: False, 0.2)

@@ -1,4 +1,4 @@
-"""Malformed input to every decoder that reads from Redis or HTTP. `make fuzz` does the same at length."""
+"""Malformed input to every decoder that reads from Redis or HTTP. `make fuzz` does the same for longer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.fuzz.run import LARGEST_BYTES, SLOWEST_S, Tally, feed, fuzz, peak_byt
 each = pytest.mark.parametrize("decoder", DECODERS, ids=lambda d: d.name)
 # Inputs for each decoder. More: RSM_FUZZ_INPUTS=100000.
 INPUTS = int(os.environ.get("RSM_FUZZ_INPUTS", "600"))
-# Without hypothesis's clock: the machine has other work too.
+# Without hypothesis's deadline, because the machine has other work.
 relaxed = settings(deadline=None, database=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -45,7 +45,7 @@ def test_a_decoder_keeps_its_contract_on_anything(decoder: Decoder) -> None:
 
 @each
 def test_well_formed_input_is_read(decoder: Decoder) -> None:
-    """Else the contract would be kept by refusing everything."""
+    """Otherwise a decoder that refuses everything would pass."""
     tally = Tally(decoder.name)
     feed(decoder, decoder.seeds[0], tally)
     assert (tally.refused, tally.crashes) == (0, [])
@@ -66,7 +66,7 @@ def test_well_formed_input_is_read(decoder: Decoder) -> None:
     ],
     ids=lambda data: repr(data[:12]),
 )
-def test_no_input_takes_unbounded_memory_or_time(decoder: Decoder, data: bytes) -> None:
+def test_no_input_takes_unlimited_memory_or_time(decoder: Decoder, data: bytes) -> None:
     tally = Tally(decoder.name)
     feed(decoder, data, tally)
     assert not tally.crashes, tally.crashes
@@ -74,7 +74,7 @@ def test_no_input_takes_unbounded_memory_or_time(decoder: Decoder, data: bytes) 
     assert peak_bytes(decoder, data) < LARGEST_BYTES
 
 
-def test_the_tally_tells_a_crash_from_a_refusal() -> None:
+def test_the_tally_distinguishes_a_crash_from_a_refusal() -> None:
     def read(data: bytes) -> Any:
         if data == b"refuse":
             raise ValueError
@@ -86,7 +86,7 @@ def test_the_tally_tells_a_crash_from_a_refusal() -> None:
     assert (tally.inputs, tally.refused, len(tally.crashes)) == (2, 1, 1)
 
 
-def test_a_router_goes_on_behind_malformed_entries() -> None:
+def test_a_router_continues_after_malformed_entries() -> None:
     passage = pass_through(2000)
     assert passage.answered == passage.good == 4
     assert (passage.left, passage.pending) == (0, 0)

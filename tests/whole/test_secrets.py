@@ -1,4 +1,4 @@
-"""Prompts, outputs and passwords appear in no log, repr, view, command line or key but the call's own."""
+"""Prompts, outputs and passwords appear in no log, repr, view, command line or key except the call's own."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _objects() -> Iterator[object]:
 
 
 @pytest.mark.parametrize("thing", list(_objects()), ids=lambda thing: type(thing).__name__)
-def test_no_repr_holds_a_prompt_an_output_or_a_password(thing: object) -> None:
+def test_no_repr_shows_a_prompt_an_output_or_a_password(thing: object) -> None:
     assert found_in(f"{thing!r} {thing!s}") == []
 
 
@@ -103,7 +103,7 @@ def test_errors_of_configuration_quote_no_value() -> None:
 
 
 class _Blurts(Backend):
-    """An engine whose errors quote what they were given."""
+    """An engine whose errors quote the body."""
 
     async def start(self) -> EngineFacts:
         return EngineFacts("m", 1)
@@ -123,7 +123,7 @@ class _Blurts(Backend):
     async def stop(self, grace_s: float) -> None: ...
 
 
-async def test_an_error_that_quotes_the_prompt_is_not_told(
+async def test_an_error_that_quotes_the_prompt_is_not_shown(
     settings: Settings, db: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -134,29 +134,29 @@ async def test_an_error_that_quotes_the_prompt_is_not_told(
     calls.start([claimed])
     await calls.settle(10)
     assert put[0].error == "The engine failed: KeyError."
-    assert "in run" in caplog.text, "where it happened is told"
+    assert "in run" in caplog.text, "the log has the place of the error"
     assert found_in(caplog.text) == []
 
 
 # -- the main job, at DEBUG
 
 
-@pytest.mark.timeout(400)  # nine processes, one after the other; the machine has other work too
-async def test_the_main_job_at_debug_level_tells_nothing(
+@pytest.mark.timeout(400)  # nine processes, one after the other, on a machine with other work
+async def test_the_main_job_at_debug_level_shows_no_secret(
     roles: Roles, settings: Settings, db: redis.Redis, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     remote = Server()
     await remote.open()
-    said = await asyncio.to_thread(_main_job, roles, settings, db, tmp_path, remote)
+    shown = await asyncio.to_thread(_main_job, roles, settings, db, tmp_path, remote)
     await remote.close()
-    for name, text in {**said, "this process": caplog.text}.items():
+    for name, text in {**shown, "this process": caplog.text}.items():
         assert found_in(text) == [], name
-    assert all(said.values()), "each has something to say"
+    assert all(shown.values()), "each source has output"
 
 
 def _main_job(roles: Roles, settings: Settings, db: Any, folder: Path, remote: Server) -> dict[str, str]:
-    """Everything that a deployment says and shows, by where it does."""
+    """All output of a deployment, by source."""
     debug = {"RSM_LOG_LEVEL": "DEBUG"}
     logs = {name: folder / f"{name}.log" for name in ("router", "sim", "openai", "node")}
     python = sys.executable
@@ -181,14 +181,14 @@ def _main_job(roles: Roles, settings: Settings, db: Any, folder: Path, remote: S
         with logs[name].open("ab") as log:
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     try:
-        said = _use(roles, settings, db, remote)
-        said["processes"] = " ".join(" ".join(p.cmdline()) for p in _ours(processes))
+        shown = _use(roles, settings, db, remote)
+        shown["processes"] = " ".join(" ".join(p.cmdline()) for p in _ours(processes))
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
             process.wait(30)
-    return said | {name: log.read_text() for name, log in logs.items()}
+    return shown | {name: log.read_text() for name, log in logs.items()}
 
 
 def _ours(processes: list[subprocess.Popen[bytes]]) -> list[psutil.Process]:
@@ -197,7 +197,7 @@ def _ours(processes: list[subprocess.Popen[bytes]]) -> list[psutil.Process]:
 
 
 def _use(roles: Roles, settings: Settings, db: Any, remote: Server) -> dict[str, str]:
-    said = {}
+    shown = {}
     monitor = Monitor(roles.settings("observer"))
     eventually(lambda: {state_of(monitor, e) for e in ("s1", "o1")} == {"READY"}, 40)
     with Client(settings=roles.settings("producer")) as client:
@@ -228,14 +228,14 @@ def _use(roles: Roles, settings: Settings, db: Any, remote: Server) -> dict[str,
     NodeClient("host", roles.settings("operator")).start_engine(sim("n1"), 40)
     NodeClient("host", roles.settings("operator")).stop_engine("n1")
     views += [DeadLetters(monitor.settings).ls(), examine(roles.settings("operator"))]
-    said["views"] = repr(views)
-    said["commands"] = "".join(_rsm(roles.settings("operator"), *words) for words in _SHOWN)
-    said["keys"] = _elsewhere(db, settings)
-    return said
+    shown["views"] = repr(views)
+    shown["commands"] = "".join(_rsm(roles.settings("operator"), *words) for words in _COMMANDS)
+    shown["keys"] = _other_keys(db, settings)
+    return shown
 
 
-_SHOWN = [[name] for name in ("ps", "engines", "sessions", "stats", "doctor")]
-_SHOWN += [["dead", "ls"], ["engines", "--json"], ["call", "bad"]]
+_COMMANDS = [[name] for name in ("ps", "engines", "sessions", "stats", "doctor")]
+_COMMANDS += [["dead", "ls"], ["engines", "--json"], ["call", "bad"]]
 
 
 def _rsm(settings: Settings, *words: str) -> str:
@@ -244,8 +244,8 @@ def _rsm(settings: Settings, *words: str) -> str:
     return done.stdout + done.stderr
 
 
-def _elsewhere(db: Any, settings: Settings) -> str:
-    """What Redis holds in all keys but records, logs, inboxes, and dead letters, which keep bodies to be replayed."""
+def _other_keys(db: Any, settings: Settings) -> str:
+    """The content of all keys except records, logs, inboxes and dead letters, which keep bodies for a replay."""
     prefix = Keys(settings.namespace).prefix.encode()
     read = {b"hash": db.hgetall, b"set": db.smembers, b"stream": db.xrange, b"string": db.get}
     shown = []

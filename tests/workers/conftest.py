@@ -1,4 +1,4 @@
-"""A node, for the tests of what it does and of who may ask it."""
+"""Fixtures for the tests of nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.sim_processes import processes_of
 
 @pytest.fixture
 def node(settings: Settings, tmp_path: Path) -> Iterator[Node]:
-    """One that listens; whatever is left of it and of its engines is killed in the end."""
+    """A node that listens. Its remaining processes are killed after the test."""
     made = Node(settings, tmp_path / "node.log")
     try:
         yield made.up()
@@ -27,7 +27,7 @@ def node(settings: Settings, tmp_path: Path) -> Iterator[Node]:
 
 @pytest.fixture
 def manager(settings: Settings) -> Iterator[MultiEngineManager]:
-    """One without engines of its own."""
+    """A manager without engines of its own."""
     made = MultiEngineManager(settings=settings, start_timeout=START_S)
     made.start()
     yield made

@@ -1,4 +1,4 @@
-"""A Redis that comes back without its last writes: what it forgot runs again, what others have by now does not."""
+"""Redis comes back without its last writes: calls that it lost run again, calls of other engines do not."""
 
 from __future__ import annotations
 
@@ -26,46 +26,46 @@ from tests.support.sim_processes import Start, all_speak, assert_undisturbed, ch
 from tests.support.waiting import eventually
 
 
-class Memory:
-    """Some keys as they were at one moment, to which they can be taken back."""
+class Snapshot:
+    """A snapshot of some keys that can be restored."""
 
     def __init__(self, db: Any, *keys: str) -> None:
         self._db = db
         with db.pipeline(transaction=True) as pipe:
             for key in keys:
                 pipe.dump(key)
-            self._then = dict(zip(keys, pipe.execute(), strict=True))
+            self._dumps = dict(zip(keys, pipe.execute(), strict=True))
 
     def restore(self) -> None:
         with self._db.pipeline(transaction=True) as pipe:
-            for key, dump in self._then.items():
+            for key, dump in self._dumps.items():
                 pipe.delete(key)
                 if dump is not None:
                     pipe.restore(key, 0, dump)
             pipe.execute()
 
 
-def test_a_call_whose_end_was_forgotten_runs_again(
+def test_a_call_whose_end_was_lost_runs_again(
     settings: Settings, client: Client, start: Start, db: redis.Redis, keys: Keys, monitor: Monitor
 ) -> None:
     worker = start()
     with routing(settings):
         call = client.submit("x", stream=True, max_tokens=60)
         eventually(lambda: chunks(client, call))
-        then = Memory(db, keys.call(call.id), keys.events(call.id), keys.running("e1"))
+        then = Snapshot(db, keys.call(call.id), keys.events(call.id), keys.running("e1"))
         assert call.wait(20).attempt == 1
         then.restore()
         eventually(lambda: client.record(call.id).attempt == 2, what=worker.log())
         eventually(lambda: client.record(call.id).state == "COMPLETED")
         assert_undisturbed(client, call.id, "x", 60)
-        assert "1 ends were not known" in worker.log()
+        assert "released 1 calls without an end" in worker.log()
         assert int(db.hget(keys.call(call.id), "failures") or 0) == 0
 
 
-def test_a_call_that_redis_gave_to_another_is_not_run_on(
+def test_a_call_that_redis_gave_to_another_engine_is_dropped(
     settings: Settings, client: Client, start: Start, db: redis.Redis, keys: Keys, monitor: Monitor
 ) -> None:
-    """It does not stream, so no publish tells."""
+    """It does not stream, so no publish shows the difference."""
     worker = start("e1", max_num_seqs=1)
     with routing(settings):
         call = client.submit("x", max_tokens=1_000_000)
@@ -73,14 +73,14 @@ def test_a_call_that_redis_gave_to_another_is_not_run_on(
         db.hset(keys.call(call.id), mapping={"engine": "e2"})
         db.zrem(keys.running("e1"), call.id)
         assert client.submit("y", max_tokens=2).result(20).text == said("y", 2), "its slot is free again"
-        assert "1 calls were not this engine's any more" in worker.log()
+        assert "dropped 1 calls of other engines" in worker.log()
         db.delete(keys.call(call.id))
 
 
-def test_a_forgotten_claim_comes_again_and_the_call_is_not_run_twice(
+def test_a_lost_claim_comes_again_and_the_call_is_not_run_twice(
     settings: Settings, client: Client, start: Start, db: redis.Redis, keys: Keys
 ) -> None:
-    """Under the very same fence, more often than there is room for calls."""
+    """It comes under the same fence, more often than there are slots."""
     start("e1", max_num_seqs=1)
     with routing(settings):
         call = client.submit("x", stream=True, max_tokens=150)
@@ -101,20 +101,20 @@ def test_a_forgotten_claim_comes_again_and_the_call_is_not_run_twice(
 
 
 def _tokens(client: Client, call: CallHandle) -> int:
-    """How many tokens of a streamed call are out."""
+    """The number of published tokens of a streamed call."""
     log: Any = client.redis.xrange(client.keys.events(call.id))
     return sum(len(fields.get(b"token_ids", b"").split()) for _, fields in log)
 
 
 @pytest.mark.parametrize("end", ["in the middle", "at the end"])
-def test_lost_events_are_said_again_and_leave_no_gap(
+def test_lost_events_are_published_again_and_leave_no_gap(
     settings: Settings, client: Client, start: Start, db: redis.Redis, keys: Keys, end: str
 ) -> None:
     start("e1")
     with routing(settings):
         call = client.submit("x", stream=True, max_tokens=80)
         eventually(lambda: chunks(client, call) > 2)
-        then = Memory(db, keys.call(call.id), keys.events(call.id))
+        then = Snapshot(db, keys.call(call.id), keys.events(call.id))
         # Tokens, not chunks: on a busy machine several tokens share one.
         eventually(lambda: _tokens(client, call) > (6 if end == "in the middle" else 70))
         then.restore()
@@ -124,7 +124,7 @@ def test_lost_events_are_said_again_and_leave_no_gap(
 
 
 @pytest.mark.timeout(120)
-def test_redis_falls_back_by_a_while(fragile: EmbeddedRedis, settings: Settings, start: Start, tmp_path: Path) -> None:
+def test_redis_loses_its_last_writes(fragile: EmbeddedRedis, settings: Settings, start: Start, tmp_path: Path) -> None:
     """Its append-only file ends early, as after a crash under `everysec`, or on a replica that lagged."""
     there = settings.with_redis(fragile.url)
     workers = [start(engine, settings=there, max_num_seqs=16) for engine in ("e1", "e2")]
@@ -154,7 +154,7 @@ def _claimed(events: int = 0) -> Claimed:
 
 @pytest.mark.parametrize("dropped", [False, True])
 async def test_the_same_fence_twice(db: redis.Redis, keys: Keys, dropped: bool) -> None:
-    """The copy that runs goes on; one that is being dropped is not joined by another that no fence could tell apart."""
+    """A running copy continues. While a copy is being dropped, a second one is not accepted: their fences are equal."""
     put: list[Item] = []
     left: list[int] = []
     speaks = asyncio.Event()
@@ -189,8 +189,8 @@ async def test_a_call_that_ends_while_redis_is_asked_is_no_difference(
     worker = FakeWorker(settings, server=db)
     worker.register()
     ended = _claimed().fence
-    held, dropped = [[ended], [], []], list[Fence]()
-    calls: Any = SimpleNamespace(held=lambda: held.pop(0), drop=dropped.extend)
+    owned, dropped = [[ended], [], []], list[Fence]()
+    calls: Any = SimpleNamespace(owned=lambda: owned.pop(0), drop=dropped.extend)
     publisher: Any = SimpleNamespace(leaving=list)
-    await Reconciler("e1", db, transitions, calls, publisher).look(worker.incarnation, lambda: worker.incarnation)
+    await Reconciler("e1", db, transitions, calls, publisher).reconcile(worker.incarnation, lambda: worker.incarnation)
     assert (dropped, caplog.text) == ([], "")

@@ -1,4 +1,4 @@
-"""`rsm node`: engines that RQ jobs start, drain and stop on a host, and that outlive the node's own process."""
+"""`rsm node`: RQ jobs start, drain and stop engines on a host. The engines outlive the node's own process."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def test_an_engine_on_a_node_outlives_the_node(
     assert workers_of(settings) == []
 
 
-def test_stop_without_drain_gives_calls_to_others(
+def test_stop_without_drain_moves_calls_to_other_engines(
     settings: Settings, node: Node, client: Client, monitor: Monitor
 ) -> None:
-    """On the first engine the call would take minutes: it still runs there when the second is up, on any machine."""
+    """The call would take minutes on the first engine, so it still runs there when the second one is ready."""
     host = NodeClient(NAME, settings)
     with routing(settings):
         host.start_engine(sim("n1", step_s=1.0), START_S)
@@ -72,7 +72,7 @@ def test_stop_without_drain_gives_calls_to_others(
 
 
 def test_stop_waits_for_running_calls(settings: Settings, node: Node, client: Client) -> None:
-    """For longer than redis-py waits for a reply by default, 5 s."""
+    """It waits longer than redis-py's default timeout, 5 s."""
     host = NodeClient(NAME, settings)
     with routing(settings):
         host.start_engine(sim("n1"), START_S)
@@ -100,7 +100,7 @@ def test_a_node_outlives_its_redis(settings: Settings, tmp_path: Path) -> None:
             assert not processes_of(there)
 
 
-def test_drain_and_what_cannot_be_done(settings: Settings, node: Node, db: Any, monitor: Monitor) -> None:
+def test_drain_and_orders_that_fail(settings: Settings, node: Node, db: Any, monitor: Monitor) -> None:
     host = NodeClient(NAME, settings)
     assert host.start_engine(sim("n1"), START_S)["state"] == "READY"
     with pytest.raises(EngineFailed, match=r"^Engine id n1 is in use; stop that engine, or choose another id\.$"):
@@ -114,7 +114,9 @@ def test_drain_and_what_cannot_be_done(settings: Settings, node: Node, db: Any, 
             EngineConfig(engine_id="n4", backend="openai", base_url="http://x", api_key=SecretStr("geheim")), START_S
         )
     FakeWorker(settings, "far", server=db, node="elsewhere").up()
-    with pytest.raises(EngineFailed, match=r"^Engine far runs on node elsewhere; ask that one to stop it\.$"):
+    with pytest.raises(
+        EngineFailed, match=r"^Engine far runs on node elsewhere; stop it with `rsm stop far --node elsewhere`\.$"
+    ):
         host.stop_engine("far")
 
     assert host.drain_engine("n1")["state"] == "DRAINING"
@@ -167,7 +169,7 @@ def test_a_node_replays_dead_letters(settings: Settings, node: Node, client: Cli
 
 
 def test_a_process_that_has_ended_is_not_alive() -> None:
-    """Not even while nobody has asked for its exit status."""
+    """Not even while it is a zombie."""
     with subprocess.Popen(["true"]) as process:
         eventually(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
         os.kill(process.pid, 0)
@@ -177,8 +179,8 @@ def test_a_process_that_has_ended_is_not_alive() -> None:
     assert _alive(os.getpid())
 
 
-def test_a_node_does_nothing_but_its_own_jobs(settings: Settings, node: Node, tmp_path: Path) -> None:
-    """RQ runs whatever function a job names; then whoever can write its keys would own the host."""
+def test_a_node_runs_only_its_own_jobs(settings: Settings, node: Node, tmp_path: Path) -> None:
+    """RQ runs any function that a job names, so anyone who can write its keys would own the host."""
     proof = tmp_path / "owned"
     with connect(settings) as plain:
         queue = Queue(queue_name(settings, NAME), connection=plain, serializer=JSONSerializer)
@@ -186,5 +188,5 @@ def test_a_node_does_nothing_but_its_own_jobs(settings: Settings, node: Node, tm
         eventually(lambda: job.latest_result() is not None)
         result = job.latest_result()
     assert result.type == Result.Type.FAILED
-    assert "does nothing else" in (result.exc_string or "")
+    assert "A node only starts, stops and drains engines" in (result.exc_string or "")
     assert not proof.exists()

@@ -1,4 +1,4 @@
-"""Orders to a node die with who gave them: what nobody waits for is not begun, and a start under way is undone."""
+"""Orders to a node end with their client: an abandoned order is not begun, and a start in progress is undone."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(240)
 
-# For ever, as far as these tests are concerned.
+# Longer than any of these tests.
 _LOAD_S = 600
-# Twice what takes longest on an idle machine: a killed giver's lease, and a worker that leaves while it loads.
+# Twice what takes longest on an idle machine: a killed client's lease, and a worker that exits while it loads.
 _BUSY_S = 60.0
 
-# Gives its order when its stdin ends: at once, while `rsm start` takes a second to come so far.
-_GIVER = """
+# Sends its order as soon as its stdin ends, while `rsm start` would take a second.
+_CLIENT = """
 import sys
 from rsm.broker import Settings
 from rsm.workers.config import EngineConfig
@@ -50,7 +50,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(settings: Settings) -> Iterator[Start]:
-    """Runs `rsm start --node host` for an engine that loads for so many seconds."""
+    """Runs `rsm start --node host` for an engine that loads for `load_s` seconds."""
     started: list[subprocess.Popen[str]] = []
 
     def start(engine_id: str, load_s: float = _LOAD_S) -> subprocess.Popen[str]:
@@ -74,14 +74,14 @@ def start(settings: Settings) -> Iterator[Start]:
 
 @pytest.fixture
 def busy(start: Start, node: Node, monitor: Monitor) -> subprocess.Popen[str]:
-    """Whoever gave the order that keeps the node busy: the start of n1."""
-    giver = start("n1")
+    """The client of the order that keeps the node busy: the start of n1."""
+    client = start("n1")
     await_loading(monitor, "n1")
-    return giver
+    return client
 
 
 def order_of(settings: Settings, db: Any, engine_id: str) -> str:
-    """The order that waits for the node behind that of n1."""
+    """The order that waits for the node after that of n1."""
     eventually(lambda: len(queued(settings, db)) == 1, _BUSY_S, f"the order to start {engine_id} is queued")
     (order,) = queued(settings, db)
     return order
@@ -96,12 +96,12 @@ def await_loading(monitor: Monitor, engine_id: str) -> None:
     eventually(lambda: state_of(monitor, engine_id) == "STARTING", _BUSY_S, f"{engine_id} loads")
 
 
-# -- who listens
+# -- nodes that listen
 
 
-def test_a_node_that_does_not_listen_is_refused_at_once(settings: Settings, node: Node, db: Any) -> None:
+def test_an_order_to_a_node_that_is_not_listening_fails_at_once(settings: Settings, node: Node, db: Any) -> None:
     nobody = NodeClient("nobody", settings)
-    sentence = r"^Node nobody does not listen \(listening: host\); start `rsm node --name nobody` on that host\.$"
+    message = r"^Node nobody is not listening \(listening: host\); start `rsm node --name nobody` on that host\.$"
     orders: list[Callable[[], object]] = [
         lambda: nobody.start_engine(sim("n1"), START_S),
         lambda: nobody.stop_engine("n1"),
@@ -109,13 +109,13 @@ def test_a_node_that_does_not_listen_is_refused_at_once(settings: Settings, node
         lambda: nobody.replay("", START_S),
     ]
     for order in orders:
-        with pytest.raises(EngineFailed, match=sentence):
+        with pytest.raises(EngineFailed, match=message):
             order()
     assert jobs_of(settings, db, "nobody") == {}
     assert queued(settings, db, "nobody") == []
     node.process.terminate()
     node.process.wait(30)
-    with pytest.raises(EngineFailed, match=r"^Node host does not listen \(listening: none\)"):
+    with pytest.raises(EngineFailed, match=r"^Node host is not listening \(listening: none\)"):
         NodeClient(NAME, settings).stop_engine("n1")
 
 
@@ -129,7 +129,7 @@ def test_a_killed_node_is_noticed_within_the_stated_time(
     (registered,) = [key for key in db.scan_iter("rq:worker:*", _type="hash") if db.hget(key, "queues") == ours]
     assert 0 < db.pttl(registered) <= PRESENCE_S * 1000
     eventually(lambda: listening(settings) == [])
-    with pytest.raises(EngineFailed, match="does not listen"):
+    with pytest.raises(EngineFailed, match="is not listening"):
         manager.remove_engine("n1")
     node.start()
     await_listening(settings, NAME)
@@ -147,15 +147,15 @@ def test_a_node_that_was_stopped_for_a_while_listens_again(settings: Settings, n
 def test_a_long_start_outlives_the_lease_and_its_node_listens(
     settings: Settings, node: Node, start: Start, monitor: Monitor
 ) -> None:
-    """The giver renews its lease, which is 15 s, and a node that works for longer than 10 s is not taken for dead."""
-    giver = start("n1", load_s=20)
+    """The client renews its lease of 15 s, and a node that works for longer than 10 s does not count as dead."""
+    client = start("n1", load_s=20)
     await_loading(monitor, "n1")
-    heard = []
-    while giver.poll() is None:
-        heard.append(listening(settings))
+    seen = []
+    while client.poll() is None:
+        seen.append(listening(settings))
         time.sleep(0.2)
-    assert giver.returncode == 0, giver.communicate()
-    assert all(names == [NAME] for names in heard)
+    assert client.returncode == 0, client.communicate()
+    assert all(names == [NAME] for names in seen)
     assert state_of(monitor, "n1") == "READY"
     NodeClient(NAME, settings).stop_engine("n1")
 
@@ -176,18 +176,18 @@ def test_an_order_that_waits_has_a_time_limit(
 def test_an_interrupted_order_is_taken_from_the_queue(
     number: int, settings: Settings, db: Any, busy: subprocess.Popen[str], start: Start
 ) -> None:
-    giver = start("n2")
+    client = start("n2")
     order = order_of(settings, db, "n2")
-    giver.send_signal(number)
-    said, _ = giver.communicate(timeout=30)
-    assert giver.returncode == 128 + number
-    assert "The order to node host is withdrawn." in said
+    client.send_signal(number)
+    output, _ = client.communicate(timeout=30)
+    assert client.returncode == 128 + number
+    assert "The order to node host is withdrawn." in output
     assert queued(settings, db) == []
     assert order not in jobs_of(settings, db)
     assert busy.poll() is None
 
 
-def test_an_order_that_nobody_begins_in_time_is_withdrawn(
+def test_an_order_that_is_not_begun_in_time_is_withdrawn(
     settings: Settings, db: Any, busy: subprocess.Popen[str]
 ) -> None:
     with pytest.raises(EngineFailed, match=r"^Node host did not answer within 1 s; the order is withdrawn\.$"):
@@ -196,12 +196,12 @@ def test_an_order_that_nobody_begins_in_time_is_withdrawn(
     assert len(jobs_of(settings, db)) == 1
 
 
-def test_a_start_whose_giver_was_killed_while_it_waited_never_begins(
+def test_a_start_whose_client_was_killed_while_it_waited_never_begins(
     settings: Settings, db: Any, monitor: Monitor, busy: subprocess.Popen[str], start: Start
 ) -> None:
-    giver = start("n2")
+    client = start("n2")
     order = order_of(settings, db, "n2")
-    giver.kill()
+    client.kill()
     eventually(lambda: not db.exists(Keys(settings.namespace).order(order)), _BUSY_S)
     busy.send_signal(signal.SIGINT)
     eventually(lambda: jobs_of(settings, db)[order][b"status"] == b"failed", _BUSY_S)
@@ -209,25 +209,25 @@ def test_a_start_whose_giver_was_killed_while_it_waited_never_begins(
     assert state_of(monitor, "n2") == ""
 
 
-def test_a_start_whose_giver_was_killed_while_the_node_was_stopped_never_comes_up(
+def test_a_start_whose_client_was_killed_while_the_node_was_stopped_never_begins(
     settings: Settings, db: Any, monitor: Monitor, node: Node
 ) -> None:
-    """What was seen in the field: such a start came up 48 minutes later."""
-    giver = subprocess.Popen(
-        [sys.executable, "-c", _GIVER],
+    """In a field case such an engine started 48 minutes later."""
+    client = subprocess.Popen(
+        [sys.executable, "-c", _CLIENT],
         env=clean_env() | settings.environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    assert giver.stdin is not None
-    assert giver.stdout is not None
-    giver.stdout.readline()
+    assert client.stdin is not None
+    assert client.stdout is not None
+    client.stdout.readline()
     node.process.send_signal(signal.SIGSTOP)
-    giver.stdin.close()
-    giver.stdin = None
+    client.stdin.close()
+    client.stdin = None
     eventually(lambda: jobs_of(settings, db))
-    giver.kill()
-    giver.communicate()
+    client.kill()
+    client.communicate()
     (order,) = jobs_of(settings, db)
     eventually(lambda: not db.exists(Keys(settings.namespace).order(order)), _BUSY_S)
     node.process.send_signal(signal.SIGCONT)
@@ -239,24 +239,24 @@ def test_a_start_whose_giver_was_killed_while_the_node_was_stopped_never_comes_u
 def test_all_orders_are_withdrawn_when_their_node_is_gone(
     settings: Settings, db: Any, node: Node, monitor: Monitor, busy: subprocess.Popen[str], start: Start
 ) -> None:
-    """Nobody waits for the time limit of a start, a quarter of an hour, because a host has lost its power."""
+    """If a host loses power, a client does not wait for the time limit of a start, a quarter of an hour."""
     waiting = start("n2")
     order_of(settings, db, "n2")
     node.process.kill()
     node.process.wait()
-    for giver in (busy, waiting):
-        said, _ = giver.communicate(timeout=_BUSY_S)
-        assert "Node host stopped listening before it answered; the order is withdrawn." in said
-        assert giver.returncode == 1
+    for client in (busy, waiting):
+        output, _ = client.communicate(timeout=_BUSY_S)
+        assert "Node host stopped listening before it answered; the order is withdrawn." in output
+        assert client.returncode == 1
     assert queued(settings, db) == []
     assert_undone(settings, monitor, "n1")
 
 
-# -- starts that are under way
+# -- starts in progress
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_start_that_is_given_up_is_undone_and_its_id_is_free(
+def test_an_abandoned_start_is_undone_and_its_id_is_free(
     number: int, settings: Settings, db: Any, monitor: Monitor, busy: subprocess.Popen[str]
 ) -> None:
     busy.send_signal(number)
@@ -278,16 +278,16 @@ def test_a_start_that_takes_too_long_is_undone(settings: Settings, node: Node, m
 def test_a_start_whose_job_is_killed_is_undone(
     settings: Settings, node: Node, monitor: Monitor, busy: subprocess.Popen[str]
 ) -> None:
-    """As the kernel does when memory is short, or RQ, when it is told to stop a job or the node to leave at once."""
+    """The kernel kills a job when memory runs out; RQ kills it to stop the job or the node at once."""
     node.job_process().kill()
-    said, _ = busy.communicate(timeout=30)
-    assert "The job failed on node host." in said
+    output, _ = busy.communicate(timeout=30)
+    assert "The job failed on node host." in output
     eventually(lambda: workers_of(settings) == [], _BUSY_S)
     assert NodeClient(NAME, settings).start_engine(sim("n2"), START_S)["state"] == "READY"
     NodeClient(NAME, settings).stop_engine("n2")
 
 
-def test_a_start_is_undone_by_a_node_that_must_end_at_once(
+def test_a_start_is_undone_by_a_node_that_is_stopped_at_once(
     settings: Settings, node: Node, busy: subprocess.Popen[str]
 ) -> None:
     def ended_by_another_sigterm() -> bool:
@@ -296,42 +296,42 @@ def test_a_start_is_undone_by_a_node_that_must_end_at_once(
 
     eventually(ended_by_another_sigterm)
     eventually(lambda: workers_of(settings) == [], _BUSY_S)
-    said, _ = busy.communicate(timeout=_BUSY_S)
-    assert (busy.returncode, "Node host stopped listening" in said) == (1, True)
+    output, _ = busy.communicate(timeout=_BUSY_S)
+    assert (busy.returncode, "Node host stopped listening" in output) == (1, True)
 
 
-def test_a_start_outlives_a_node_that_is_killed_and_started_again(
+def test_a_start_outlives_a_node_that_is_killed_and_restarted(
     settings: Settings, db: Any, node: Node, monitor: Monitor, start: Start
 ) -> None:
-    giver = start("n1", load_s=20)
+    client = start("n1", load_s=20)
     await_loading(monitor, "n1")
     node.restart(signal.SIGKILL)
-    assert giver.wait(60) == 0, giver.communicate()
+    assert client.wait(60) == 0, client.communicate()
     assert state_of(monitor, "n1") == "READY"
     NodeClient(NAME, settings).stop_engine("n1")
 
 
-def test_a_node_that_is_told_to_end_finishes_a_start_first(
+def test_a_node_that_is_stopped_finishes_a_start_first(
     settings: Settings, node: Node, monitor: Monitor, start: Start
 ) -> None:
-    giver = start("n1", load_s=3)
+    client = start("n1", load_s=3)
     await_loading(monitor, "n1")
     node.process.terminate()
-    assert giver.wait(60) == 0, giver.communicate()
+    assert client.wait(60) == 0, client.communicate()
     assert node.process.wait(30) == 0
     assert state_of(monitor, "n1") == "READY"
 
 
-def test_a_stop_that_has_begun_goes_on_without_its_giver(
+def test_a_stop_in_progress_is_completed_without_its_client(
     settings: Settings, db: Any, node: Node, monitor: Monitor
 ) -> None:
     NodeClient(NAME, settings).start_engine(sim("n1"), START_S)
     worker = monitor.engine("n1")["pid"]
     os.kill(worker, signal.SIGSTOP)  # so that the stop waits
-    giver = subprocess.Popen([RSM, "stop", "n1", "--node", NAME], env=clean_env() | settings.environment())
+    client = subprocess.Popen([RSM, "stop", "n1", "--node", NAME], env=clean_env() | settings.environment())
     eventually(lambda: any(job[b"status"] == b"started" for job in jobs_of(settings, db).values()))
-    giver.send_signal(signal.SIGINT)
-    assert giver.wait(30) == 128 + signal.SIGINT
+    client.send_signal(signal.SIGINT)
+    assert client.wait(30) == 128 + signal.SIGINT
     os.kill(worker, signal.SIGCONT)
     eventually(lambda: workers_of(settings) == [])
     eventually(lambda: all(job[b"status"] == b"finished" for job in jobs_of(settings, db).values()))
@@ -340,25 +340,25 @@ def test_a_stop_that_has_begun_goes_on_without_its_giver(
 # -- the lease itself
 
 
-def test_a_lease_that_is_missing_for_a_moment_is_forgiven(settings: Settings, db: Any) -> None:
-    """A Redis that has lost it, and a giver that renews it a moment later."""
+def test_a_lease_may_be_missing_for_a_moment(settings: Settings, db: Any) -> None:
+    """Redis has lost the lease, and the client renews it a moment later."""
     lease = OrderLease(db, settings, new_id())
     for _ in range(100):
-        assert not lease.look()
+        assert not lease.check()
         lease.renew()
-        assert lease.look()
+        assert lease.check()
         lease.end()
-    with pytest.raises(EngineFailed, match="Nobody waits for this order any longer"):
-        look_until_seen(lease)
+    with pytest.raises(EngineFailed, match="The client withdrew this order or is gone"):
+        check_until_found(lease)
 
 
-def look_until_seen(lease: OrderLease) -> None:
-    while not lease.look():
+def check_until_found(lease: OrderLease) -> None:
+    while not lease.check():
         pass
 
 
-def test_a_giver_answers_for_several_orders_at_once(settings: Settings, node: Node) -> None:
-    """A node does one after the other; each giver waits for its own."""
+def test_a_client_can_send_several_orders_at_once(settings: Settings, node: Node) -> None:
+    """A node runs one after the other, and each caller waits for its own."""
     host = NodeClient(NAME, settings)
     with ThreadPoolExecutor(2) as pool:
         states = [s["state"] for s in pool.map(lambda e: host.start_engine(sim(e), START_S), ["n1", "n2"])]

@@ -1,4 +1,4 @@
-"""A full engine that lets better calls take the places of running ones: what its worker claims, and when."""
+"""A full engine that preempts: what its worker claims, and when."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from rsm.broker import Client, RequestState, Settings
 from rsm.broker.views.monitor import Monitor
-from rsm.workers.runtime.claimer import Room
+from rsm.workers.runtime.claimer import Slots
 from tests.support.fake_worker import routing
 from tests.support.sim_processes import Start, said
 from tests.support.waiting import eventually
@@ -18,7 +18,7 @@ _STEP_S = 0.005
 
 
 def grow_old(client: Client, monitor: Monitor, session: str) -> None:
-    """Lets a program have so much that its next call is of a worse level."""
+    """Gives a program so much service that its next call is in a worse level."""
     client.submit("so much has been said", session=session, max_tokens=600).wait(30)
     eventually(lambda: monitor.session(session)["level"] == 1)
 
@@ -27,7 +27,7 @@ def grow_old(client: Client, monitor: Monitor, session: str) -> None:
 def test_a_short_program_passes_long_ones_that_fill_the_engine(
     settings: Settings, client: Client, start: Start, monitor: Monitor, scheduler: str
 ) -> None:
-    """All slots are taken, as are the two claims beyond; without `plas` the short one would wait in Redis."""
+    """All slots and the two prefetched claims are taken; without `plas` the short call would wait in Redis."""
     start(max_num_seqs=_SLOTS, step_s=_STEP_S, scheduler=scheduler)
     with routing(settings):
         grow_old(client, monitor, "old")
@@ -41,7 +41,7 @@ def test_a_short_program_passes_long_ones_that_fill_the_engine(
             record = short.wait(5)
             assert record.result is not None
             assert record.result.text == said("be brief", 5)
-            assert monitor.engine("e1")["running"] >= _SLOTS, "the others are still there"
+            assert monitor.engine("e1")["running"] >= _SLOTS, "the others still run"
         assert not [c for c in long if c.record().state.terminal]
         for call in [*long, short]:
             call.cancel()
@@ -50,7 +50,9 @@ def test_a_short_program_passes_long_ones_that_fill_the_engine(
         assert {call.wait(10).state for call in again} == {RequestState.COMPLETED}
 
 
-def test_what_lost_its_place_says_the_same(settings: Settings, client: Client, start: Start, monitor: Monitor) -> None:
+def test_a_preempted_call_gives_the_same_answer(
+    settings: Settings, client: Client, start: Start, monitor: Monitor
+) -> None:
     start(max_num_seqs=1, step_s=_STEP_S, scheduler="plas")
     with routing(settings):
         grow_old(client, monitor, "old")
@@ -64,8 +66,8 @@ def test_what_lost_its_place_says_the_same(settings: Settings, client: Client, s
         assert "".join(p.text for p in long.stream()) == said("a long story", 400)
 
 
-def test_a_full_engine_goes_on_at_once_when_a_call_ends(settings: Settings, client: Client, start: Start) -> None:
-    """The claimer sleeps on the bell then; it is woken, and does not wait for the end of its sleep."""
+def test_a_full_engine_claims_at_once_when_a_call_ends(settings: Settings, client: Client, start: Start) -> None:
+    """The claimer sleeps then; it is woken before its sleep ends."""
     start(max_num_seqs=_SLOTS, step_s=_STEP_S, scheduler="plas")
     with routing(settings):
         client.submit("warm up", max_tokens=1).wait(20)
@@ -76,15 +78,15 @@ def test_a_full_engine_goes_on_at_once_when_a_call_ends(settings: Settings, clie
         assert time.monotonic() - began < 10
 
 
-def test_the_room_tells_who_must_be_woken() -> None:
-    room = Room(3)
-    assert not room.give(-3)
-    assert room.fall_asleep()
-    room.take(1)  # a better call took a place
-    assert not room.give(), "still full"
-    assert room.give(), "asleep, and there is room"
-    assert not room.give(), "woken already"
-    assert not room.fall_asleep()
-    room.take(2)
-    room.close()
-    assert not room.fall_asleep()
+def test_slots_report_when_the_claimer_must_be_woken() -> None:
+    slots = Slots(3)
+    assert not slots.release(-3)
+    assert slots.fall_asleep()
+    slots.take(1)  # a better call took a slot
+    assert not slots.release(), "still full"
+    assert slots.release(), "asleep, and a slot is free"
+    assert not slots.release(), "woken already"
+    assert not slots.fall_asleep()
+    slots.take(2)
+    slots.close()
+    assert not slots.fall_asleep()

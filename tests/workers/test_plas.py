@@ -1,4 +1,4 @@
-"""The pure core of program-aware scheduling inside an engine."""
+"""The pure core of program-aware scheduling inside an engine (`plas.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_call_begins_in_the_level_of_its_program(service: float, level: int) -
     assert arrived(Plas(RULES), inherited=service).level == level == RULES.level_of(service)
 
 
-def test_the_level_is_the_bin_of_inherited_and_own_service_whatever_the_steps() -> None:
+def test_the_level_is_the_bin_of_inherited_plus_own_service() -> None:
     dice = random.Random(7)
     for _ in range(300):
         plas, inherited = Plas(RULES), dice.choice([0, 3, 10, 25, 90, 1000])
@@ -54,12 +54,12 @@ def test_quanta_may_differ_from_the_bins() -> None:
     assert plas.charge(call, 1)
     assert call.level == 2
     fresh = arrived(plas)
-    assert plas.charge(fresh, 10)  # what is too much for one level is charged to the next
+    assert plas.charge(fresh, 10)  # the excess over one level is charged to the next
     assert fresh.level == 2
 
 
 def test_a_call_may_begin_in_another_level() -> None:
-    """Promoted while it waited elsewhere; or nothing but the level is known."""
+    """It was promoted while it waited elsewhere, or only its level is known."""
     plas = Plas(RULES)
     promoted = plas.add("p", arrival=0, inherited=50, level=0)
     assert (promoted.level, plas.until_demotion(promoted)) == (0, 10)
@@ -78,7 +78,7 @@ def test_class_goes_before_level_before_arrival_before_number() -> None:
     assert sorted(calls, key=lambda c: c.order) == [urgent, first, second, late, worn]
 
 
-def test_a_starving_call_goes_to_the_best_level_and_its_counters_begin_anew() -> None:
+def test_a_starving_call_moves_to_the_best_level_and_its_counters_are_reset() -> None:
     plas = Plas(RULES)
     call = plas.add("p", arrival=0, priority=3, inherited=100, waited_s=2, ran_s=5)
     assert plas.next_promotion() == 18  # (2 + 18) / 5 = 4
@@ -93,20 +93,20 @@ def test_a_starving_call_goes_to_the_best_level_and_its_counters_begin_anew() ->
     assert plas.next_promotion() == 33  # waited 2 s and ran 3 s since the promotion: (2 + 10) / 3 = 4
 
 
-def test_waiting_is_summed_over_the_times_without_a_place() -> None:
+def test_waiting_is_summed_over_the_times_without_a_slot() -> None:
     plas = Plas(RULES)
     call = arrived(plas, inherited=10)
     plas.start(call, 1.5)
     assert plas.next_promotion() == inf
-    plas.stop(call, 2.0)  # ran 0.5 s, counted as the floor of 1 s: 4 s of waiting in all, 1.5 of them passed
+    plas.stop(call, 2.0)  # ran 0.5 s, which counts as the floor of 1 s: starves after 4 s of waiting, 1.5 s have passed
     assert plas.next_promotion() == 4.5
     plas.end(call)
     assert plas.next_promotion() == inf
     assert plas.promote(100) == []
 
 
-def test_the_program_counts_not_the_call_alone() -> None:
-    """A thread of a program that ran long is not promoted as early as one of a program that only waited."""
+def test_the_program_counts_not_only_the_call() -> None:
+    """A call of a program that ran long is promoted later than one of a program that only waited."""
     plas = Plas(RULES)
     patient = plas.add("long", arrival=0, inherited=100, waited_s=0, ran_s=50)
     wronged = plas.add("short", arrival=0, inherited=10, waited_s=30, ran_s=2)
@@ -115,11 +115,11 @@ def test_the_program_counts_not_the_call_alone() -> None:
     assert plas.promote(200) == [patient]
 
 
-def test_a_wronged_program_is_not_promoted_without_end() -> None:
+def test_a_program_that_starved_once_is_not_promoted_on_every_call() -> None:
     plas = Plas(RULES)
     call = plas.add("p", arrival=0, inherited=10, waited_s=100, ran_s=1)
     promotions, now = 0, 0.0
-    for _ in range(1000):  # demoted and displaced as often as possible
+    for _ in range(1000):  # demoted and preempted as often as possible
         promotions += len(plas.promote(now))
         plas.start(call, now)
         plas.charge(call, 10)
@@ -128,8 +128,8 @@ def test_a_wronged_program_is_not_promoted_without_end() -> None:
     assert promotions <= 1 + now / (RULES.beta * RULES.floor_s)
 
 
-def test_what_is_gone_is_forgotten() -> None:
-    """Also where all of them would have starved far in the future."""
+def test_ended_calls_are_removed_from_the_heap() -> None:
+    """Even if all of them would have starved far in the future."""
     plas = Plas(RULES)
     for i in range(5000):
         call = plas.add("p", arrival=i, inherited=10, ran_s=1e6)
@@ -139,7 +139,7 @@ def test_what_is_gone_is_forgotten() -> None:
     assert plas._watched == 0
 
 
-def test_beta_zero_promotes_nobody() -> None:
+def test_beta_zero_promotes_no_call() -> None:
     plas = Plas(PlasRules(bounds=(10,), beta=0))
     arrived(plas, inherited=10)
     assert plas.next_promotion() == inf
@@ -148,13 +148,13 @@ def test_beta_zero_promotes_nobody() -> None:
 # -- victims
 
 
-def test_only_strictly_worse_running_calls_go() -> None:
+def test_only_strictly_worse_running_calls_are_preempted() -> None:
     plas = Plas(RULES)
     best, equal, worse, worst = (arrived(plas, inherited=s) for s in (0, 10, 30, 100))
     waiting = [arrived(plas), arrived(plas, inherited=10), arrived(plas, inherited=10)]
     assert plas.victims(waiting, [best, equal, worse, worst], 0) == [worst, worse]
     assert plas.victims(waiting, [best, equal], 0) == [equal]
-    assert plas.victims(waiting, [best, equal, worse, worst], 1) == [worst, worse]  # one of three has a free place
+    assert plas.victims(waiting, [best, equal, worse, worst], 1) == [worst, worse]  # one of three has a free slot
     assert plas.victims(waiting[1:], [best, equal], 0) == []
     assert plas.victims(waiting, [best, equal, worse, worst], 3) == []
     assert plas.victims([], [worst], 0) == []
@@ -168,22 +168,22 @@ def test_a_class_is_worse_than_any_level_of_a_better_one() -> None:
     assert plas.victims([arrived(plas, priority=0, inherited=1000)], running, 0) == running
 
 
-def test_victims_of_a_step_are_bounded() -> None:
+def test_victims_of_a_step_are_limited() -> None:
     plas = Plas(PlasRules(bounds=(10,), most_victims=2))
     running = [arrived(plas, inherited=10) for _ in range(5)]
     assert len(plas.victims([arrived(plas) for _ in range(5)], running, 0)) == 2
-    assert len(plas.victims_for_room(arrived(plas), running, 4, lambda _: 1)) == 2
+    assert len(plas.victims_to_free(arrived(plas), running, 4, lambda _: 1)) == 2
 
 
-def test_nobody_goes_in_vain_for_room() -> None:
+def test_no_call_is_preempted_in_vain() -> None:
     plas = Plas(RULES)
     best, worse, worst = (arrived(plas, inherited=s) for s in (0, 30, 100))
     running, call = [best, worse, worst], arrived(plas)
-    assert plas.victims_for_room(call, running, 3, lambda _: 4) == [worst]
-    assert plas.victims_for_room(call, running, 8, lambda _: 4) == [worst, worse]
-    assert plas.victims_for_room(call, running, 9, lambda _: 4) == []
-    assert plas.victims_for_room(call, running, 0, lambda _: 4) == []
-    assert plas.victims_for_room(call, running, 3, lambda c: 4 if c is worse else 0) == [worse]
+    assert plas.victims_to_free(call, running, 3, lambda _: 4) == [worst]
+    assert plas.victims_to_free(call, running, 8, lambda _: 4) == [worst, worse]
+    assert plas.victims_to_free(call, running, 9, lambda _: 4) == []
+    assert plas.victims_to_free(call, running, 0, lambda _: 4) == []
+    assert plas.victims_to_free(call, running, 3, lambda c: 4 if c is worse else 0) == [worse]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_nobody_goes_in_vain_for_room() -> None:
         {"most_victims": -1},
     ],
 )
-def test_rules_that_make_no_sense(wrong: dict[str, object]) -> None:
+def test_invalid_rules(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must"):
         PlasRules(**wrong)  # type: ignore[arg-type]
 
@@ -223,7 +223,7 @@ def _order(program: Program) -> Order:
 
 
 def simulated(plas: Plas, programs: list[Program], slots: int, most_steps: int = 10_000) -> int:
-    """Steps that the programs waited in all, until the last is done; FCFS if the rules have one level."""
+    """The total of the steps that the programs waited until all were done; FCFS if the rules have one level."""
     now, exchanges = 0, 0
     running: list[Program] = []
     while now < most_steps:
@@ -262,7 +262,7 @@ def simulated(plas: Plas, programs: list[Program], slots: int, most_steps: int =
 
 
 def test_the_papers_example_waits_less_than_first_come_first_served() -> None:
-    """Figure 2 of the paper: four programs of sequential calls, two places. FCFS waits 18 steps in all."""
+    """Figure 2 of the paper: four programs of sequential calls, two slots. FCFS waits 18 steps in total."""
     waits = {
         name: simulated(Plas(rules), [Program([*calls]) for calls in ([4, 3, 1, 1], [3, 3, 4], [1, 2], [4])], 2)
         for name, rules in {
@@ -274,15 +274,15 @@ def test_the_papers_example_waits_less_than_first_come_first_served() -> None:
     assert waits["plas"] < waits["fcfs"]
 
 
-def test_nobody_starves_under_a_stream_of_short_programs() -> None:
-    """One place, and always a fresh program that is better: without promotion the long one never gets on."""
+def test_no_program_starves_under_a_stream_of_short_programs() -> None:
+    """One slot, and always a new program that is better: without promotion the long one never progresses."""
 
     def steps_to_finish(beta: float) -> int:
         plas = Plas(PlasRules(bounds=(5, 10), beta=beta, floor_s=1.0))
         long, left, now, running = plas.add("long", arrival=0, inherited=50), 20, 0, False
         while left and now < 5000:
             plas.promote(now)
-            fresh = plas.add("short", arrival=now)  # another one each step, of one step's length
+            fresh = plas.add("short", arrival=now)  # a new one each step, one step long
             if running and plas.victims([fresh], [long], 0):
                 plas.stop(long, now)
                 running = False
@@ -300,8 +300,8 @@ def test_nobody_starves_under_a_stream_of_short_programs() -> None:
     assert steps_to_finish(4.0) < 20 * (4 + 1) * 2
 
 
-def test_exchanges_are_bounded() -> None:
-    """Calls of one level never take turns: each exchange costs somebody a level."""
+def test_exchanges_are_limited() -> None:
+    """Calls of one level never take turns: each exchange costs a call a level."""
     dice = random.Random(3)
     rules = PlasRules(bounds=(4, 8, 16), beta=0)
     plas, stops = Plas(rules), 0

@@ -1,4 +1,4 @@
-"""Service units: what a call is charged with, from the unit's formula to the process table."""
+"""Service units: what a call is charged, from the unit's formula to the process table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_tokens_are_uncached_prompt_and_twice_the_answer() -> None:
     assert Tokens().service(Used(1000, 50, 1200)) == 100, "never less than the answer"
 
 
-def test_work_counts_a_prompt_token_for_an_eighth() -> None:
+def test_work_counts_a_prompt_token_as_an_eighth() -> None:
     assert Work().service(Used(1000, 50, 600)) == 100 + 100
     assert isinstance(create_unit("work"), Work)
 
@@ -33,23 +33,23 @@ def test_time_is_in_ms() -> None:
     assert Time().service(Used(1000, 50, ran_s=1.5)) == 1500
 
 
-def test_kv_is_what_is_held_and_for_how_long() -> None:
+def test_kv_is_tokens_times_seconds() -> None:
     assert KvTokens().service(Used(1000, 100, ran_s=4, first_s=1)) == 4000 + 100 * 3 / 2
-    assert KvTokens().service(Used(1000, 100, ran_s=4)) == 4000 + 200, "the first token's moment is not known"
+    assert KvTokens().service(Used(1000, 100, ran_s=4)) == 4000 + 200, "the time of the first token is unknown"
     assert KvTokens().service(Used(1000, 0, ran_s=4, first_s=9)) == 4000
 
 
 class Odd(ServiceUnit):
-    """A user's own."""
+    """A custom unit."""
 
     def service(self, used: Used) -> float:
         return {0: float("nan"), 1: -5.0, 2: float("inf"), 3: 2.6}[used.prompt_tokens]
 
 
-def test_a_charge_is_a_whole_number_whatever_a_unit_says(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_charge_is_a_whole_number_whatever_a_unit_returns(caplog: pytest.LogCaptureFixture) -> None:
     assert [charge(Odd(), Used(n, 0)) for n in range(4)] == [0, 0, 1 << 50, 3]
-    assert charge(Odd(), Used(4, 0)) == 0, "and one that fails costs nobody an answer"
-    assert "Odd: KeyError" in caplog.text
+    assert charge(Odd(), Used(4, 0)) == 0, "a unit that fails does not fail the call"
+    assert "Odd raised KeyError" in caplog.text
 
 
 class Unfinished(ServiceUnit):
@@ -78,12 +78,12 @@ def test_no_such_unit(name: str) -> None:
 
 
 @pytest.mark.parametrize("attribute", ["function", "Unfinished", "__name__"])
-def test_what_is_no_unit(plugin: str, attribute: str) -> None:
+def test_something_that_is_not_a_unit(plugin: str, attribute: str) -> None:
     with pytest.raises(InvalidRequest, match=r"is not a subclass of rsm.workers.ServiceUnit"):
         create_unit(f"{plugin}:{attribute}")
 
 
-def test_the_bounds_of_levels_suit_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_level_bounds_fit_the_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     default = Settings().level_bounds
     monkeypatch.setenv("RSM_SERVICE_UNIT", "kv")
     assert min(Settings().level_bounds) == 10 * min(default)
@@ -93,7 +93,7 @@ def test_the_bounds_of_levels_suit_the_unit(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Answers(SimBackend):
-    """Says of each call that it ran for two seconds, whatever its clock says."""
+    """Reports for each call that it ran for two seconds."""
 
     async def run(self, job: Job, emit: Any) -> Outcome:
         return Outcome("stop", prompt_tokens=100, completion_tokens=10, cached_tokens=40, running_ms=2000.0)

@@ -1,4 +1,4 @@
-"""How fast an engine is, as learned from its work: with the truth at hand."""
+"""An engine's measured speed, compared with its true speed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLOW = Speed(0.2, 5e-3, 0.02)
 
 
 def feed(meter: SpeedMeter, true: Speed, steps: int, seed: int = 1, noise: float = 0.1) -> None:
-    """Steps of an engine: some with prompts, of batches of all sizes."""
+    """Steps of an engine with batches of all sizes, some with prompts."""
     rng = Random(seed)
     for _ in range(steps):
         batch, prompt = rng.randint(1, 64), rng.choice((0, 0, 0, 0, 500, 2000))
@@ -54,11 +54,11 @@ def test_it_converges(true: Speed, seed: int) -> None:
     assert close(meter.speed, true, 0.1)
 
 
-def test_rare_accidents_do_not_mislead_it() -> None:
+def test_rare_outliers_do_not_mislead_it() -> None:
     meter = SpeedMeter()
     for n in range(20):
         feed(meter, FAST, 100, n)
-        meter.add(8.0, 1, 2000, 8)  # compiled something, or stood still
+        meter.add(8.0, 1, 2000, 8)  # a compilation, or a stopped process
     assert close(meter.speed, FAST, 0.35)
 
 
@@ -72,7 +72,7 @@ def test_it_follows_an_engine_that_changes() -> None:
     assert close(meter.speed, FAST, 0.2)
 
 
-def test_what_the_work_does_not_tell_apart_still_adds_up() -> None:
+def test_costs_that_are_not_separable_still_add_up() -> None:
     meter = SpeedMeter()
     for n in range(1000):
         prompt = 1000 * (n % 4 == 0)
@@ -81,7 +81,7 @@ def test_what_the_work_does_not_tell_apart_still_adds_up() -> None:
     assert meter.speed.prefill_tps == pytest.approx(FAST.prefill_tps, rel=0.02)
 
 
-def test_what_was_not_seen_stays_as_it_was() -> None:
+def test_an_unobserved_cost_stays_the_same() -> None:
     meter = SpeedMeter()
     for _ in range(1000):
         meter.add(0.1, 1, 0, 4)
@@ -92,17 +92,17 @@ def test_what_was_not_seen_stays_as_it_was() -> None:
     learned = meter.speed.token_s
     for _ in range(20_000):
         meter.add(FAST.step_s + 4 * FAST.seq_s, 1, 0, 4)
-    assert meter.speed.token_s == pytest.approx(learned, rel=0.2), "without a prompt it forgets none"
+    assert meter.speed.token_s == pytest.approx(learned, rel=0.2), "work without prompts does not change it"
 
 
-def test_nothing_is_learned_of_nothing() -> None:
+def test_empty_stretches_are_ignored() -> None:
     meter = SpeedMeter()
     for nothing in ((0.0, 1, 5, 1), (-1.0, 1, 5, 1), (1.0, 0, 0, 0)):
         meter.add(*nothing)
     assert (meter.speed, meter.measured) == (PRIOR, False)
 
 
-def test_long_stretches_teach_as_short_ones_do() -> None:
+def test_long_stretches_work_like_short_ones() -> None:
     meter, rng = SpeedMeter(), Random(2)
     for _ in range(400):
         steps, batch, prompts = rng.randint(10, 60), rng.randint(1, 64), rng.randint(0, 9) * 700
@@ -111,8 +111,8 @@ def test_long_stretches_teach_as_short_ones_do() -> None:
     assert close(meter.speed, FAST, 0.05)
 
 
-def test_a_window_brings_a_prompts_time_and_its_tokens_together() -> None:
-    """Of a prompt in chunks the engine tells with the last one."""
+def test_a_window_combines_a_prompts_time_and_its_tokens() -> None:
+    """The engine reports the tokens of a chunked prompt only with its last chunk."""
     meter = SpeedMeter()
     window = StepWindow(meter)
     rng = Random(3)
@@ -125,11 +125,11 @@ def test_a_window_brings_a_prompts_time_and_its_tokens_together() -> None:
     assert close(meter.speed, FAST, 0.15)
 
 
-def test_a_mean_of_late() -> None:
+def test_a_recent_mean() -> None:
     mean = Mean(10)
     assert mean.value == 0
     mean.add(5)
-    assert mean.value == 5, "the first value is all there is"
+    assert mean.value == 5, "there is only one value"
     for _ in range(100):
         mean.add(50)
     assert mean.value == pytest.approx(50, rel=0.01)
@@ -149,7 +149,7 @@ def test_speeds_from_calls_one_after_another() -> None:
         now += (output - 1) * (FAST.step_s + FAST.seq_s)
         begun.end(now, prompt, output)
         begun.end(now, prompt, output)
-        now += rng.random() * 3  # idle time is no work
+        now += rng.random() * 3  # idle time does not count
     assert meter.meter.measured
     assert meter.meter.speed.decode_tps(1) == pytest.approx(FAST.decode_tps(1), rel=0.1)
     assert meter.meter.speed.prefill_tps == pytest.approx(FAST.prefill_tps, rel=0.15)
@@ -166,12 +166,12 @@ def test_calls_that_do_not_stream_or_end_early() -> None:
         meter.begin(now).end(now, 0, 0, whole=False)
     assert meter.meter.speed.decode_tps(1) == pytest.approx(FAST.decode_tps(1), rel=0.1)
     assert meter.meter.speed.prefill_tps == pytest.approx(FAST.prefill_tps, rel=0.1)
-    assert meter.completion_tokens > 40, "calls that were stopped say nothing of lengths"
+    assert meter.completion_tokens > 40, "stopped calls do not count for lengths"
 
 
 @pytest.mark.parametrize("batch", [8, 64])
-def test_the_cost_of_calls_side_by_side_adds_up(batch: int) -> None:
-    """Which part of it prompts have is not seen as well; the sum is what a router reckons with."""
+def test_the_cost_of_concurrent_calls_adds_up(batch: int) -> None:
+    """The share of the prompts is less exact; routers use the sum."""
     meter, rng, now = CallMeter(), Random(6), 0.0
     calls: list[Any] = []
     work = 0.0
@@ -195,27 +195,27 @@ def test_the_cost_of_calls_side_by_side_adds_up(batch: int) -> None:
     assert each == pytest.approx(true, rel=0.25)
 
 
-# -- of caches
+# -- caches
 
 
-def test_how_old_the_oldest_of_a_cache_is() -> None:
-    cache = CacheMeter(room=1000)
+def test_the_age_of_a_cache() -> None:
+    cache = CacheMeter(capacity=1000)
     assert cache.age_s(5.0) == inf
     for second in range(100):
         cache.add(50, float(second))
         if second < 20:
-            assert cache.age_s(float(second)) == inf, "it has room"
+            assert cache.age_s(float(second)) == inf, "it is not full"
         else:
             assert cache.age_s(float(second)) == pytest.approx(20, abs=1.5), "1000 tokens ago"
-    assert cache.age_s(200.0) == pytest.approx(120, abs=1.5), "nothing was computed meanwhile"
+    assert cache.age_s(200.0) == pytest.approx(120, abs=1.5), "nothing was computed in between"
     cache.add(5000, 200.0)
-    assert cache.age_s(201.0) <= 102, "all of it went at once"
+    assert cache.age_s(201.0) <= 102, "all of it was replaced at once"
     unknown = CacheMeter()
     unknown.add(10**9, 1.0)
     assert (unknown.age_s(2.0), unknown.computed) == (inf, 10**9)
 
 
-def test_how_much_of_what_was_expected_is_there() -> None:
+def test_the_share_of_expected_tokens_that_is_found() -> None:
     cache = CacheMeter()
     assert cache.reuse_found == 1
     cache.found(0, 9000)
@@ -224,11 +224,11 @@ def test_how_much_of_what_was_expected_is_there() -> None:
         cache.found(1000, 0)
     assert cache.reuse_found < 0.1
     for _ in range(200):
-        cache.found(1000, 4000)  # more than the session left there is no more than all of it
+        cache.found(1000, 4000)  # more than expected counts as all
     assert cache.reuse_found == pytest.approx(1, abs=0.1)
 
 
-# -- of engines
+# -- engines
 
 
 async def run(backend: SimBackend, key: str, prompt_tokens: int) -> None:
@@ -236,7 +236,7 @@ async def run(backend: SimBackend, key: str, prompt_tokens: int) -> None:
     await backend.run(Job(key, key, key, "generate", body), lambda _: None)
 
 
-async def test_a_modelled_engine_learns_its_own_times() -> None:
+async def test_a_modelled_engine_measures_its_own_times() -> None:
     times = SimTimes(step_s=0.01, prefill_token_s=50e-6, decode_seq_s=200e-6, context_token_s=0)
     backend = SimBackend(SimConfig(max_num_seqs=16, times=times, speed=50, prefix_caching=False))
     await backend.start()
@@ -247,7 +247,7 @@ async def test_a_modelled_engine_learns_its_own_times() -> None:
     found = backend.load().speed
     await backend.stop(0)
     assert found is not None
-    assert found.prefill_tps == pytest.approx(50 / 50e-6, rel=0.1), "in real seconds, of which one holds 50"
+    assert found.prefill_tps == pytest.approx(50 / 50e-6, rel=0.1), "in real seconds, 50 modelled ones each"
     for batch in (1, 16):
         assert found.decode_tps(batch) == pytest.approx(50 * batch / (0.01 + batch * 200e-6), rel=0.1)
 
@@ -270,7 +270,7 @@ def test_vllms_steps_are_measured_from_one_to_the_next(monkeypatch: pytest.Monke
         meter.idle()
     assert close(meter.speed.speed, FAST, 0.1)
     meter.record(None, None)  # no statistics
-    old = SimpleNamespace(num_generation_tokens=1, num_prompt_tokens=5)  # before vLLM told cached ones apart
+    old = SimpleNamespace(num_generation_tokens=1, num_prompt_tokens=5)  # an old vLLM, which counts cached ones too
     meter.record(None, old)
 
 

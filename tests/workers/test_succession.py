@@ -1,4 +1,4 @@
-"""Two workers, one engine id: whoever lost the lease changes nothing of its successor's, and neither does its death."""
+"""Two workers, one engine id: a worker that lost the lease does not affect its successor, even when it dies."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def test_a_worker_that_lost_its_lease_while_it_loaded(
         finally:
             os.kill(pid, signal.SIGKILL if end == "dies" else signal.SIGCONT)
         if end == "wakes":
-            assert late.wait() == EXIT_ID_TAKEN, "it is refused, and not started again"
+            assert late.wait() == EXIT_ID_TAKEN, "it is refused, and not restarted"
         else:
-            eventually(lambda: late.restarts > 0, what="its supervisor has seen its death")
+            eventually(lambda: late.restarts > 0, what="its supervisor restarted it")
         engine = monitor.engine("e1")
         assert (engine["pid"], engine["state"]) == (successor.pid, "READY")
-        assert handle.result(30).attempts == 1, "the successor's call was not taken from it"
+        assert handle.result(30).attempts == 1, "the successor kept its call"
         late.stop()
 
 
 def test_a_death_is_reported_by_birth(settings: Settings, monitor: Monitor, start: Start) -> None:
-    """Another process may have the dead one's pid by then, and a successor its engine id."""
+    """By then another process may have the dead one's pid, and a successor its engine id."""
     worker = start("e1")
     incarnation = monitor.engine("e1")["incarnation"]
     report_death(settings, "e1", "another-birth")
@@ -66,7 +66,7 @@ def test_the_births_of_one_process() -> None:
     assert not is_of("", "a")
 
 
-def test_what_an_engine_turned_out_to_be_is_fenced(
+def test_the_registration_facts_of_an_engine_are_fenced(
     monitor: Monitor, transitions: Transitions, db: redis.Redis, start: Start
 ) -> None:
     worker = start("e1")

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.xdist_group("vllm"),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(300),
-    # What vLLM and torch say of themselves; everything else stays an error.
+    # Warnings of vLLM and torch; all others stay errors.
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.vllm.entrypoints.openai.api_server:DeprecationWarning"),
@@ -52,7 +52,7 @@ async def vllm() -> AsyncIterator[VllmBackend]:
 
 
 def of_program(j: Job, name: str, level: int = 0, priority: int = 1) -> Job:
-    """A job of a program whose service is at the beginning of a level."""
+    """A job of a program whose service is at the lower bound of a level."""
     return replace(
         j, key=f"{name}/1", call_id=name, priority=priority, level=level, program=name, inherited=_BOUNDS[level]
     )
@@ -63,7 +63,7 @@ def long_call(name: str, tokens: int = 600, **more: Any) -> Job:
 
 
 async def alone(vllm: VllmBackend, jobs: list[Job]) -> list[Outcome]:
-    """What they say if nobody else is there."""
+    """Their outcomes when each runs alone."""
     return [await vllm.run(replace(j, key=f"{j.call_id}/alone"), nothing) for j in jobs]
 
 
@@ -76,14 +76,14 @@ async def test_a_short_program_takes_the_slot_of_a_long_one(vllm: VllmBackend) -
     outcomes = []
     for j in short:
         outcomes.append(await vllm.run(j, nothing))
-        assert not [task for task in running if task.done()], "it waited until a long one had ended"
+        assert not [task for task in running if task.done()], "it waited until a long one ended"
     outcomes = [*(await asyncio.gather(*running)), *outcomes]
     for got, wanted in zip(outcomes, expected, strict=True):
         assert (got.token_ids, got.text, got.finish_reason) == (wanted.token_ids, wanted.text, wanted.finish_reason)
     await nothing_left(vllm)
 
 
-async def test_equals_wait_for_each_other(vllm: VllmBackend) -> None:
+async def test_calls_of_equal_rank_do_not_preempt_each_other(vllm: VllmBackend) -> None:
     first = [asyncio.create_task(vllm.run(long_call(f"first{i}", 100), nothing)) for i in range(_SLOTS)]
     await steps(vllm, 10)
     await vllm.run(long_call("second", 2), nothing)
@@ -91,8 +91,8 @@ async def test_equals_wait_for_each_other(vllm: VllmBackend) -> None:
     await asyncio.gather(*first)
 
 
-async def test_a_call_that_has_used_its_level_up_makes_way(vllm: VllmBackend) -> None:
-    """All are new programs. 1,000 units are 500 tokens."""
+async def test_a_call_that_has_used_up_its_level_is_preempted(vllm: VllmBackend) -> None:
+    """All programs are new. 1,000 units are 500 tokens."""
     greedy = [of_program(generate(max_tokens=900), f"greedy{i}") for i in range(_SLOTS)]
     running = [asyncio.create_task(vllm.run(j, nothing)) for j in greedy]
     await steps(vllm, 600)
@@ -101,7 +101,7 @@ async def test_a_call_that_has_used_its_level_up_makes_way(vllm: VllmBackend) ->
     assert [o.completion_tokens for o in await asyncio.gather(*running)] == [900, 900]
 
 
-async def test_a_call_under_a_grammar_goes_on_where_it_was(vllm: VllmBackend) -> None:
+async def test_a_preempted_call_under_a_grammar_resumes(vllm: VllmBackend) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
     written = [of_program(chat(response_format=form, max_tokens=300, seed=i), f"json{i}", 4) for i in range(_SLOTS)]
     expected = await alone(vllm, written)
@@ -113,7 +113,7 @@ async def test_a_call_under_a_grammar_goes_on_where_it_was(vllm: VllmBackend) ->
 
 
 async def jostle(vllm: VllmBackend, jobs: list[Job], expected: list[Outcome], dice: random.Random) -> None:
-    """Runs them at random times, some to be aborted."""
+    """Runs the jobs at random times and aborts some of them."""
     doomed = {j.call_id for j in dice.sample(jobs, 8)}
 
     async def run(j: Job) -> tuple[Outcome, list[Chunk]]:
@@ -131,8 +131,8 @@ async def jostle(vllm: VllmBackend, jobs: list[Job], expected: list[Outcome], di
         assert not j.stream or got.finish_reason == "abort" or said(chunks) == whole.text
 
 
-async def test_whatever_comes_the_tokens_are_the_same(vllm: VllmBackend) -> None:
-    """Random programs, priorities, lengths and aborts, in slots and blocks that are too few."""
+async def test_random_load_does_not_change_the_tokens(vllm: VllmBackend) -> None:
+    """Random programs, priorities, lengths and aborts, with too few slots and blocks."""
     dice = random.Random(5)
     jobs = [
         of_program(
@@ -145,16 +145,16 @@ async def test_whatever_comes_the_tokens_are_the_same(vllm: VllmBackend) -> None
     ]
     expected = await alone(vllm, jobs)
     preempted = preemptions(vllm)
-    for turn in range(5):  # as often as it takes on a slow machine, where fewer of them meet
+    for turn in range(5):  # several times, because fewer calls overlap on a slow machine
         await jostle(vllm, [replace(j, key=f"{j.call_id}/{turn}") for j in jobs], expected, dice)
         if sum(preempted) > 5:
             break
-    assert sum(preempted) > 5, "this proves nothing"
+    assert sum(preempted) > 5, "too few preemptions for a proof"
     await nothing_left(vllm)
 
 
 def preemptions(vllm: VllmBackend) -> list[int]:
-    """How many requests each step preempts from now on, in vLLM's own count."""
+    """The number of requests that each step preempts from now on, from vLLM's statistics."""
     found: list[int] = []
     record = vllm._meter.record
 
@@ -167,13 +167,13 @@ def preemptions(vllm: VllmBackend) -> list[int]:
 
 
 async def steps(vllm: VllmBackend, count: int) -> None:
-    """Waits until the engine has made so many more steps."""
+    """Waits until the engine has made `count` more steps."""
     until = (vllm.progress() or 0) + count
     for _ in range(60_000):
         if (vllm.progress() or 0) >= until:
             return
         await asyncio.sleep(0.001)
-    raise AssertionError("the engine stands still")
+    raise AssertionError("the engine hangs")
 
 
 async def nothing_left(vllm: VllmBackend) -> None:

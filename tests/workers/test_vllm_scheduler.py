@@ -1,7 +1,7 @@
-"""The scheduler plug-in around the real Scheduler class of each supported version of vLLM, sync and async.
+"""The scheduler plug-in with the real Scheduler class of each supported version of vLLM, sync and async.
 
-Each version runs in a process of its own (`vllm_scheduler_cases.py`), with a model runner made of dictionaries. The
-installed one always does; the others once `make vllm-versions` has fetched them.
+Each version runs in a process of its own (`scheduler_cases.py`), with a model runner made of dictionaries. The
+installed one always runs; the others run once `make vllm-versions` has fetched them.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _NAMES = [f"{name}[{mode}]" for name, _ in vllm_scheduler_cases.cases() for mode
 
 @cache
 def outcome(version: str) -> dict[str, str]:
-    """What went wrong in each case; "" = nothing."""
+    """The error of each case; "" = none."""
     folder = path_of(version)
     if not installed() or (version != installed() and folder is None):
-        pytest.skip(f"vLLM {version} is not at hand: {'make vllm-versions' if installed() else 'vLLM is missing'}")
+        pytest.skip(f"vLLM {version} is missing: {'make vllm-versions' if installed() else 'vLLM is not installed'}")
     path = [str(ROOT)] if version == installed() else [str(folder), str(ROOT)]
     command = [sys.executable, "-m", "tests.support.vllm.scheduler_cases"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["version"] == version
-    cases: dict[str, str] = told["cases"]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["version"] == version
+    cases: dict[str, str] = report["cases"]
     return cases
 
 
@@ -47,7 +47,7 @@ def test_the_scheduler_of_each_version(version: str, name: str) -> None:
     assert not outcome(version)[name]
 
 
-def test_the_oldest_and_the_newest_version_that_the_package_allows_are_among_them() -> None:
+def test_the_oldest_and_the_newest_allowed_version_are_tested() -> None:
     (line,) = (li for li in (ROOT / "pyproject.toml").read_text().splitlines() if li.startswith("vllm = "))
     found = re.search(r">=([\d.]+),<0\.(\d+)", line)
     assert found is not None

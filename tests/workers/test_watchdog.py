@@ -1,4 +1,4 @@
-"""Whatever stands still is ended: an engine, an event loop, a start, A shutdown. Real processes, modelled engines."""
+"""Hangs are ended: of an engine, an event loop, a start, a shutdown. Real processes, modelled engines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.sim_processes import (
 )
 from tests.support.waiting import eventually
 
-_EXIT_BURNT = 1
+_EXIT_TIMER = 1
 _BAD = "a bad prompt"
 
 
@@ -43,11 +43,11 @@ def impatient(settings: Settings) -> Settings:
     return settings.model_copy(update={"stall_s": 1.5})
 
 
-@pytest.mark.parametrize(("fault", "status"), [("stall_on", EXIT_ENGINE_DIED), ("hang_on", _EXIT_BURNT)])
-def test_what_stands_still_is_ended_and_its_calls_run_elsewhere(
+@pytest.mark.parametrize(("fault", "status"), [("stall_on", EXIT_ENGINE_DIED), ("hang_on", _EXIT_TIMER)])
+def test_a_hanging_worker_is_ended_and_its_calls_run_elsewhere(
     impatient: Settings, client: Client, start: Start, fault: str, status: int
 ) -> None:
-    """The engine alone, or the whole event loop while the lease's thread goes on renewing."""
+    """Only the engine hangs, or the whole event loop while the lease's thread keeps renewing."""
     worker = start("e1", settings=impatient, **{fault: _BAD})
     with routing(impatient):
         calls = submit_streams(client, 3, 300)
@@ -64,10 +64,10 @@ def test_what_stands_still_is_ended_and_its_calls_run_elsewhere(
             assert_undisturbed(client, handle.id, prompt, 300)
 
 
-def test_an_engine_that_is_slow_or_idle_is_let_live(
+def test_an_engine_that_is_slow_or_idle_is_not_ended(
     impatient: Settings, client: Client, start: Start, monitor: Monitor
 ) -> None:
-    """Its only call is a long prompt that is taken in by parts, each of which takes its time."""
+    """Its only call has a long prompt that is computed in slow chunks."""
     worker = start("e1", settings=impatient, step_s=0.7, max_num_batched_tokens=16)
     with routing(impatient):
         time.sleep(2 * impatient.stall_s)
@@ -76,7 +76,7 @@ def test_an_engine_that_is_slow_or_idle_is_let_live(
     assert worker.running
 
 
-def test_a_stall_counts_only_time_in_which_this_process_was_awake(
+def test_a_stall_counts_only_time_in_which_this_process_ran(
     impatient: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -84,11 +84,11 @@ def test_a_stall_counts_only_time_in_which_this_process_was_awake(
 
     def after(seconds: float, progress: int | None) -> bool:
         now[0] += seconds
-        return watchdog.look(progress)
+        return watchdog.check(progress)
 
     watchdog = ProgressWatchdog(impatient)
     assert not after(1, 7)
-    assert not after(60, 7), "the process had been stopped: this is one long round"
+    assert not after(60, 7), "the process was stopped: this is one long interval"
     assert after(1, 7)
     assert not after(1, 8)
     assert not after(1, 8)
@@ -98,9 +98,9 @@ def test_a_stall_counts_only_time_in_which_this_process_was_awake(
     assert not any(after(10, 1) for _ in range(100)), "switched off"
 
 
-def test_an_engine_that_does_not_come_up_is_ended(settings: Settings, start: Start) -> None:
+def test_an_engine_that_does_not_start_is_ended(settings: Settings, start: Start) -> None:
     worker = start(settings=settings.model_copy(update={"start_s": 1.0}), ready=False, load_s=3600)
-    assert worker.wait() == _EXIT_BURNT
+    assert worker.wait() == _EXIT_TIMER
 
 
 def test_sigterm_ends_a_worker_whose_engine_is_loading(
@@ -130,12 +130,12 @@ def test_sigterm_ends_a_worker_whose_engine_hangs(
         start("e2", settings=hasty)
         for call in calls:
             assert call.wait(30).attempt == 2
-            assert int(db.hget(keys.call(call.id), "failures") or 0) == 0, "the engine's hanging was no fault of theirs"
+            assert int(db.hget(keys.call(call.id), "failures") or 0) == 0, "the hang does not count as their failure"
 
 
 @pytest.fixture
 def elapsed() -> Callable[[], float]:
-    """Seconds since it was called last."""
+    """Seconds since the last call."""
     last = [time.monotonic()]
 
     def lap() -> float:
@@ -148,7 +148,7 @@ def elapsed() -> Callable[[], float]:
 # -- deadlines
 
 
-def test_a_worker_keeps_a_deadline_without_any_router(settings: Settings, client: Client, start: Start) -> None:
+def test_a_worker_enforces_a_deadline_without_any_router(settings: Settings, client: Client, start: Start) -> None:
     start()
     with routing(settings):
         call = client.submit("x", stream=True, max_tokens=5000, deadline_ms=client.deadline_in(1.5))
@@ -158,14 +158,14 @@ def test_a_worker_keeps_a_deadline_without_any_router(settings: Settings, client
         record = handle.wait(20)
         assert (record.state, record.error_code) == (RequestState.FAILED, "deadline_exceeded")
         assert record.result is not None
-        assert record.result.text, "what was said until then"
+        assert record.result.text, "the partial text"
 
 
 # -- routers
 
 
 @pytest.mark.parametrize("away", ["gone", "hanging"])
-def test_a_router_stops_within_its_bound_while_redis_is_away(
+def test_a_router_stops_in_time_while_redis_is_away(
     fragile: EmbeddedRedis, cut_off: Settings, elapsed: Callable[[], float], away: str
 ) -> None:
     env = clean_env() | cut_off.environment()

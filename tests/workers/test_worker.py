@@ -69,13 +69,13 @@ def test_calls_run(settings: Settings, client: Client, start: Start) -> None:
 
 
 def test_a_worker_that_loses_a_thread_ends(settings: Settings, client: Client, db: redis.Redis, start: Start) -> None:
-    """Half a worker would look alive and do nothing."""
+    """A worker without that thread would look alive and do nothing."""
     worker = start()
     with routing(settings):
         call = client.submit("hello", stream=True, max_tokens=5000)
         eventually(lambda: call.record().state == RequestState.RUNNING)
         db.delete(client.keys.events(call.id))
-        db.set(client.keys.events(call.id), "not a stream", ex=60)  # the publisher does not expect that
+        db.set(client.keys.events(call.id), "not a stream", ex=60)  # makes the publisher thread fail
         assert worker.wait() == EXIT_ENGINE_DIED
         assert "rsm-publish" in worker.log()
         db.delete(client.keys.events(call.id))
@@ -97,11 +97,11 @@ def test_a_body_that_cannot_be_read_fails_at_once(settings: Settings, client: Cl
 def test_cancel_of_waiting_and_running_calls(
     settings: Settings, client: Client, start: Start, monitor: Monitor
 ) -> None:
-    """One slot: the first call speaks, two are claimed behind it, the last waits in Redis."""
+    """One slot: the first call runs, two are claimed after it, the last waits in Redis."""
     start(max_num_seqs=1)
     with routing(settings):
-        speaking = client.submit("a", stream=True, max_tokens=5000)
-        eventually(lambda: chunks(client, speaking))
+        running = client.submit("a", stream=True, max_tokens=5000)
+        eventually(lambda: chunks(client, running))
         claimed = [client.submit("b", max_tokens=5000) for _ in range(2)]
         eventually(lambda: monitor.engine("e1")["running"] == 3)
         queued = client.submit("c", max_tokens=5000)
@@ -109,26 +109,26 @@ def test_cancel_of_waiting_and_running_calls(
 
         assert queued.cancel("never mind")
         assert client.record(queued.id).state is RequestState.CANCELLED, "at once"
-        for handle in (*claimed, speaking):
+        for handle in (*claimed, running):
             assert handle.cancel("enough")
         for handle in claimed:
             record = handle.wait(20)
             assert (record.state, record.error) == (RequestState.CANCELLED, "enough")
-        record = speaking.wait(20)
+        record = running.wait(20)
         assert record.state is RequestState.CANCELLED
         assert record.result is not None
-        heard: list[str] = []
+        received: list[str] = []
         with pytest.raises(CallCancelled, match="enough"):
-            heard.extend(delta.text for delta in speaking.stream())
-        assert record.result.text == "".join(heard)
+            received.extend(delta.text for delta in running.stream())
+        assert record.result.text == "".join(received)
         assert said("a", 5000).startswith(record.result.text)
         assert record.result.text
-        assert speaking.cancel(), "it may be repeated"
+        assert running.cancel(), "it may be repeated"
         assert client.submit("d", max_tokens=2).result(20).completion_tokens == 2, "the slot is free again"
 
 
 class Untouched(SimBackend):
-    """Fails the test if it is asked to run anything."""
+    """Fails the test if it has to run a call."""
 
     async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
         raise AssertionError("it must not run")
@@ -151,7 +151,7 @@ async def test_a_call_flagged_before_it_begins_never_runs(db: redis.Redis, keys:
 
 @pytest.mark.parametrize("stop", ["cancel", "give back"])
 async def test_a_call_stopped_while_its_log_is_read_never_runs(keys: Keys, stop: str) -> None:
-    """A second attempt reads first what is out already; the engine does not know it yet (found by `make chaos`)."""
+    """A second attempt first reads what was published, before the engine has the call (found by `make chaos`)."""
     reading, read_on, left = threading.Event(), threading.Event(), asyncio.Event()
 
     def xrange(_: str) -> list[Any]:
@@ -177,7 +177,7 @@ async def test_a_call_stopped_while_its_log_is_read_never_runs(keys: Keys, stop:
         assert end.finish.state == RequestState.CANCELLED
     else:
         assert isinstance(end, Release)
-        assert end.fault == "", "nobody's fault"
+        assert end.fault == "", "no fault"
 
 
 def test_the_deadline_of_a_running_call(settings: Settings, client: Client, start: Start) -> None:
@@ -188,7 +188,7 @@ def test_the_deadline_of_a_running_call(settings: Settings, client: Client, star
         record = handle.wait(20)
         assert (record.state, record.error_code) == (RequestState.FAILED, "deadline_exceeded")
         assert record.result is not None
-        assert record.result.text, "what was said until then"
+        assert record.result.text, "the partial text"
 
 
 # -- one id, one worker
@@ -207,12 +207,12 @@ def test_a_second_worker_with_the_same_id_is_refused(
         assert client.submit("x", max_tokens=2).result(20).engine_id == "e1"
 
 
-def test_a_worker_that_comes_back_takes_its_own_calls_back(settings: Settings, client: Client, start: Start) -> None:
+def test_a_restarted_worker_runs_its_own_calls_again(settings: Settings, client: Client, start: Start) -> None:
     first = start()
     with routing(settings):
         calls = submit_streams(client, 3, 120)
         eventually(lambda: all_speak(client, list(calls.values())))
-    first.kill()  # no router is there to give its calls to anybody else
+    first.kill()  # no router runs that could move its calls
     start()
     for prompt, handle in calls.items():
         record = handle.wait(30)
@@ -220,8 +220,8 @@ def test_a_worker_that_comes_back_takes_its_own_calls_back(settings: Settings, c
         assert_undisturbed(client, handle.id, prompt, 120)
 
 
-def test_a_late_heartbeat_takes_no_state_back(settings: Settings, monitor: Monitor, db: redis.Redis) -> None:
-    """The lease's thread may have sent one just before the worker reported more."""
+def test_a_late_heartbeat_does_not_revert_the_state(settings: Settings, monitor: Monitor, db: redis.Redis) -> None:
+    """The lease's thread may have sent one just before the worker reported a new state."""
     worker = FakeWorker(settings, server=db).up()
     assert worker.beat("STARTING", running=3)
     assert state_of(monitor, "e1") == "READY"
@@ -233,7 +233,7 @@ def test_a_late_heartbeat_takes_no_state_back(settings: Settings, monitor: Monit
 def test_a_zombie_changes_nothing_and_serves_again(
     settings: Settings, client: Client, start: Start, monitor: Monitor, db: redis.Redis, transitions: Transitions
 ) -> None:
-    """A worker that stands still for longer than its lease; its calls run elsewhere meanwhile."""
+    """A worker hangs for longer than its lease; its calls run elsewhere in the meantime."""
     zombie = start("e1")
     start("e2")
     with routing(settings):
@@ -260,7 +260,7 @@ def test_a_zombie_changes_nothing_and_serves_again(
         assert "the lease was lost" in zombie.log()
         assert zombie.running
         solved = db.zscore(Keys(settings.namespace).solved, str(incarnation))
-        assert solved is not None, "no process died: its calls are cleared of that"
+        assert solved is not None, "no process died, so its calls are not suspected"
 
 
 def _everything(client: Client, call_id: str) -> tuple[Any, Any]:
@@ -270,7 +270,7 @@ def _everything(client: Client, call_id: str) -> tuple[Any, Any]:
 # -- drain and stop
 
 
-def test_sigterm_lets_running_calls_finish_and_gives_the_others_away(
+def test_sigterm_lets_running_calls_finish_and_moves_the_others(
     settings: Settings, client: Client, start: Start, monitor: Monitor
 ) -> None:
     worker = start("e1", max_num_seqs=2)
@@ -290,7 +290,7 @@ def test_sigterm_lets_running_calls_finish_and_gives_the_others_away(
             assert_undisturbed(client, handle.id, prompt, 60)
 
 
-def test_what_the_grace_does_not_suffice_for_is_given_back_and_is_no_failure(
+def test_a_call_longer_than_the_grace_period_is_released_without_a_failure(
     settings: Settings, client: Client, start: Start, db: redis.Redis, keys: Keys
 ) -> None:
     hasty = settings.model_copy(update={"drain_grace_s": 0.2, "max_attempts": 1})
@@ -308,7 +308,7 @@ def test_what_the_grace_does_not_suffice_for_is_given_back_and_is_no_failure(
             assert_undisturbed(client, handle.id, prompt, 150)
 
 
-def test_a_drained_worker_stays_until_it_is_told_to_stop(
+def test_a_drained_worker_stays_until_it_is_stopped(
     settings: Settings, client: Client, start: Start, monitor: Monitor, db: redis.Redis, transitions: Transitions
 ) -> None:
     worker = start("e1")
@@ -320,7 +320,7 @@ def test_a_drained_worker_stays_until_it_is_told_to_stop(
         assert running.result(20).engine_id == "e1"
         eventually(lambda: "drains" in worker.log())
         beat = monitor.engine("e1")["heartbeat_ms"]
-        eventually(lambda: monitor.engine("e1")["heartbeat_ms"] > beat, what="it holds its lease")
+        eventually(lambda: monitor.engine("e1")["heartbeat_ms"] > beat, what="it keeps its lease")
         assert (state_of(monitor, "e1"), worker.running, waiting.done) == ("DRAINING", True, False)
         execute.run(db, transitions.drain("e1", "stop"))
         assert worker.wait() == EXIT_OK
@@ -331,7 +331,7 @@ def test_a_drained_worker_stays_until_it_is_told_to_stop(
 # -- a broken engine
 
 
-async def test_an_engine_that_dies_gives_its_calls_back(
+async def test_the_calls_of_an_engine_that_dies_are_released(
     settings: Settings, db: Any, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend = SimBackend(_STEPS)
@@ -340,10 +340,10 @@ async def test_an_engine_that_dies_gives_its_calls_back(
         async with AsyncClient(settings=settings) as client:
             call = await client.submit("x", stream=True, max_tokens=100)
             stream = call.stream()
-            heard = [await anext(stream)]
+            received = [await anext(stream)]
             backend.kill("GPU on fire")
             assert await asyncio.wait_for(serving, 30) == EXIT_ENGINE_DIED
-            # It may have come back to the dead engine once before the router knew: that is no second death.
+            # The router may have sent it back to the dead engine once; that does not count as a second death.
             record = await client.record(call.id)
             assert (record.state, record.failures, record.deaths) == (RequestState.PENDING, 0, 1)
             assert "engine e1 died (GPU on fire)" in caplog.text
@@ -351,22 +351,22 @@ async def test_an_engine_that_dies_gives_its_calls_back(
 
             other = Worker("e2", SimBackend(_STEPS), settings)
             serving = asyncio.create_task(other.serve(handle_signals=False))
-            heard += [delta async for delta in stream]
-            assert "".join(d.text for d in heard) == said("x", 100)
-            assert [d.n for d in heard] == list(range(len(heard)))
+            received += [delta async for delta in stream]
+            assert "".join(d.text for d in received) == said("x", 100)
+            assert [d.n for d in received] == list(range(len(received)))
             assert (await call).engine_id == "e2"
             other.request_stop()
             assert await asyncio.wait_for(serving, 30) == EXIT_OK
 
 
 class Careless(SimBackend):
-    """Raises what no backend should, with the prompt in it."""
+    """Raises an unexpected error that quotes the prompt."""
 
     async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
         raise RuntimeError(str(job.body))
 
 
-async def test_an_unexpected_error_is_tried_again_then_buried_and_tells_no_prompt(
+async def test_an_unexpected_error_is_retried_then_dead_lettered_and_quotes_no_prompt(
     settings: Settings, db: Any, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -401,8 +401,8 @@ def test_redis_killed_under_load_loses_nothing_and_no_engine(
         fragile.kill()
         eventually(lambda: "Redis is not reachable" in worker.log())
         fragile.start()
-        late = client.submit("behind the restart", stream=True, max_tokens=20)
-        for prompt, handle in (calls | {"behind the restart": late}).items():
+        late = client.submit("after the restart", stream=True, max_tokens=20)
+        for prompt, handle in (calls | {"after the restart": late}).items():
             assert handle.wait(40).attempt == 1
             assert_undisturbed(client, handle.id, prompt, 20 if handle is late else 150)
         eventually(lambda: monitor.stats()["unaccounted"] == 0)
@@ -414,7 +414,7 @@ def test_redis_killed_under_load_loses_nothing_and_no_engine(
 
 
 @pytest.mark.parametrize("away", ["gone", "hanging"])
-def test_a_worker_stops_within_its_bound_while_redis_is_away(
+def test_a_worker_stops_in_time_while_redis_is_away(
     fragile: EmbeddedRedis, cut_off: Settings, start: Start, away: str
 ) -> None:
     hasty = cut_off.model_copy(update={"drain_grace_s": 0.5})
@@ -432,7 +432,7 @@ def test_a_worker_stops_within_its_bound_while_redis_is_away(
         bring_back(fragile, away)
         start("e2", settings=hasty)
         with routing(hasty):
-            record = handle.wait(40)  # the lease of the first worker gives the call away
+            record = handle.wait(40)  # the call moves when the lease of the first worker expires
             assert (record.engine_id, record.attempt) == ("e2", 2)
             assert_undisturbed(client, handle.id, "x", 150)
 

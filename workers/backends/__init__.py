@@ -1,3 +1,3 @@
-"""Engines behind one interface: vLLM, a remote server, a simulation."""
+"""Engines behind one interface: vLLM, a remote server, a modelled engine."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""What a worker needs of an engine: the small interface behind which vLLM, a remote server or a model of one stands."""
+"""The interface between a worker and its engine, which is vLLM, a remote server or a modelled engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rsm.broker.protocol.snapshot import Speed
 
 
 class CallRejected(Exception):
-    """The engine will never run this call; the message says what to change. It becomes FAILED `invalid_request`."""
+    """The engine can never run this call; the message says what to change. It ends as FAILED `invalid_request`."""
 
 
 class EngineError(Exception):
@@ -20,16 +20,16 @@ class EngineError(Exception):
 
 
 class EngineDied(Exception):
-    """The engine is gone, and with it every call it was running."""
+    """The engine has died, with every call that it was running."""
 
 
 class EngineMisconfigured(EngineDied):
-    """The engine can never start like this, however often it is tried; the message says what to change."""
+    """The engine can never start with this configuration; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What an earlier attempt of a streamed call has already published: never publish it again.
+    """What earlier attempts of a streamed call have published. It must not be published again.
 
     Attributes:
         text: all text published, for `generate`.
@@ -50,7 +50,7 @@ class Resumed:
 class Job:
     """A claimed call, decoded. `key` is unique among the engine's running calls: id and fence.
 
-    `program`, `inherited`, `waited_ms` and `ran_ms`: what a program-aware scheduler goes by, as in `Claimed`.
+    `program`, `inherited`, `waited_ms` and `ran_ms` are for a program-aware scheduler, as in `Claimed`.
     """
 
     key: str
@@ -72,10 +72,10 @@ class Job:
 
 @dataclass(slots=True)
 class Chunk:
-    """New output of a streamed call: text and token_ids of a `generate`, one JSON document of the OpenAI kinds.
+    """New output of a streamed call: text and token_ids for `generate`, one JSON document for the OpenAI kinds.
 
     Attributes:
-        replay: opaque text that the backend gets back in `Resumed.replays` if this attempt is lost.
+        replay: opaque text. If this attempt is lost, the next one gets it in `Resumed.replays`.
     """
 
     text: str = field(default="", repr=False)
@@ -86,10 +86,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a call ended in the engine. `finish_reason="abort"`: it was stopped, and this is the partial output.
+    """How a call ended in the engine. `finish_reason="abort"`: it was stopped, and the output is partial.
 
-    `cached_tokens` of the prompt were not computed again. `response` is the whole response body of an OpenAI kind.
-    `running_ms`: how long it was in the engine's batch; None = the engine does not say.
+    `cached_tokens`: prompt tokens found in the cache. `response`: the whole response body of an OpenAI kind.
+    `running_ms`: how long it was in the engine's batch; None if the engine does not report it.
     """
 
     finish_reason: str
@@ -105,7 +105,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What an engine says of itself once it is up. `kv_tokens`: capacity of its KV cache, 0 = unknown."""
+    """What an engine reports once it has started. `kv_tokens`: the capacity of its KV cache, 0 = unknown."""
 
     model: str
     max_num_seqs: int
@@ -115,9 +115,9 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """A glance at a running engine. `kv_usage` is a share from 0 to 1.
+    """The current load of an engine. `kv_usage` is a share from 0 to 1.
 
-    `speed`: as its steps show it; None = they do not show, or it has done nothing yet.
+    `speed`: measured from its steps; None if it does not report them or has not worked yet.
     """
 
     kv_usage: float = 0.0
@@ -130,16 +130,16 @@ class Backend(ABC):
 
     @abstractmethod
     async def start(self) -> EngineFacts:
-        """Brings the engine up; returns once it can run calls.
+        """Starts the engine; returns once it can run calls.
 
         Raises:
-            EngineDied: it cannot; the message says why.
-            EngineMisconfigured: it never will.
+            EngineDied: it cannot start; the message says why.
+            EngineMisconfigured: it can never start with this configuration.
         """
 
     @abstractmethod
     async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
-        """Runs one call to its end. A streamed call gives each chunk to `emit`, which never blocks.
+        """Runs one call to its end. Passes each chunk of a streamed call to `emit`, which never blocks.
 
         Raises:
             CallRejected, EngineError, EngineDied: see there.
@@ -147,37 +147,37 @@ class Backend(ABC):
 
     @abstractmethod
     def abort(self, key: str) -> None:
-        """Stops a job: its `run` then returns soon, with finish_reason "abort". Unknown keys are fine."""
+        """Stops a job: its `run` returns soon, with finish_reason "abort". Unknown keys are ignored."""
 
     @abstractmethod
     def load(self) -> EngineLoad:
         """How busy the engine is."""
 
     def progress(self) -> int | None:
-        """A number that changes as the engine works, also on prompts and for calls that do not stream.
+        """A number that changes as the engine works, also on prompts and on calls that do not stream.
 
-        None: not known, for this backend notices by itself an engine that hangs.
+        None: not measured, because this backend itself detects an engine that hangs.
         """
         return None
 
     def preemption_threshold(self) -> tuple[int, int] | None:
-        """The class and level that a waiting call must be better than to take the place of a running one, now.
+        """The class and level that a waiting call must beat now to displace a running one.
 
-        None: no call ever does. The only method that is called from another thread.
+        None: the engine does not preempt. The only method that is called from another thread.
         """
         return None
 
     @abstractmethod
     async def died(self) -> str:
-        """Waits for the engine's death; returns the reason. Waits for ever if it lives."""
+        """Waits until the engine dies; returns the reason."""
 
     @abstractmethod
     async def stop(self, grace_s: float) -> None:
-        """Takes the engine down and leaves no process behind."""
+        """Stops the engine, with all of its processes."""
 
 
 class Refused(Backend):
-    """Stands for an engine whose configuration makes no sense: a worker reports the reason, and leaves."""
+    """Stands in for an engine whose configuration is wrong: the worker reports the reason and exits."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -189,7 +189,7 @@ class Refused(Backend):
         raise EngineDied(self._reason)
 
     def abort(self, key: str) -> None:
-        """There is none."""
+        """There are no calls."""
 
     def load(self) -> EngineLoad:
         return EngineLoad()

@@ -1,4 +1,4 @@
-"""The backend that a configuration names."""
+"""Creates the backend that a configuration names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rsm.workers.scheduling.service import create_unit
 
 
 def create_backend(config: EngineConfig, settings: Settings) -> Backend:
-    """The backend that `config` names, not yet started. Imports no other: a remote server's worker needs no vLLM.
+    """Creates the backend, not yet started. Imports only that one: a worker for a remote server needs no vLLM.
 
     Raises:
-        InvalidRequest: `engine_args` names something that this backend does not know, or there is no such service unit.
+        InvalidRequest: `engine_args` do not fit this backend, or there is no such service unit.
     """
     create_unit(settings.service_unit)
     try:

@@ -1,3 +1,3 @@
-"""What a worker measures of its engine and of its calls."""
+"""Measurements of a worker's engine and calls."""
 
 __all__: list[str] = []

@@ -1,7 +1,7 @@
-"""How fast an engine is, as far as its calls show it: for engines that say nothing of their steps.
+"""An engine's speed estimated from its calls, for engines that do not report their steps.
 
-What calls cost in all is found as well as from steps; but with many of them at once, some of what prompts cost is taken
-for a cost of steps. No clock: time goes in as numbers, in seconds.
+The total cost of calls is estimated as well as from steps. But with many concurrent calls, part of the cost of prompts
+is attributed to steps. No clock: time is an argument, in seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Stretch(NamedTuple):
 
 @dataclass(slots=True)
 class _Stage:
-    """A call in the engine: where it began to be computed, or had its first token, on the meter's counters."""
+    """The start of a call's prefill or decode phase, on the meter's counters."""
 
     since: float
     prompts: float
@@ -30,9 +30,9 @@ class _Stage:
 
 
 class CallMeter:
-    """Speed and lengths, from the beginnings, first tokens and ends of calls, whatever engine runs them.
+    """Measures speed and answer lengths from the starts, first tokens and ends of calls, for any engine.
 
-    The stretches of calls that run together overlap, and each sees the others' prompts and tokens.
+    The stretches of concurrent calls overlap, and each includes the others' prompts and tokens.
     """
 
     def __init__(self, half_life_s: float = 60.0, prior: Speed = PRIOR) -> None:
@@ -41,15 +41,15 @@ class CallMeter:
         self._running = 0
         self._at = 0.0
         self._load = 0.0  # calls x seconds so far
-        self._prompts = 0.0  # prompt tokens that were computed so far
+        self._prompts = 0.0  # prompt tokens computed so far
 
     @property
     def completion_tokens(self) -> float:
-        """How long answers were of late, in the mean; 0 = none was seen."""
+        """The recent mean length of answers; 0 = there were none."""
         return self._completion.value
 
     def begin(self, now: float) -> Begun:
-        """A call was handed to the engine."""
+        """A call was submitted to the engine."""
         self._tick(now)
         self._running += 1
         return Begun(self, _Stage(self._at, self._prompts, self._load))
@@ -59,7 +59,7 @@ class CallMeter:
         self._at = max(now, self._at)
 
     def _pass(self, now: float, stage: _Stage, prompt_tokens: float, steps: int) -> tuple[_Stretch, _Stage]:
-        """A call has come from a stage to its next one, in so many steps, in each of which all calls got a token."""
+        """Moves a call to its next stage after `steps` steps, in each of which all calls got a token."""
         self._tick(now)
         self._prompts += prompt_tokens
         seconds = self._at - stage.since
@@ -85,18 +85,18 @@ class Begun:
     def __init__(self, meter: CallMeter, stage: _Stage) -> None:
         self._meter = meter
         self._stage = stage
-        self._prefill: _Stretch | None = None  # once its first token is out
-        self._guess = 0.0  # of its prompt's tokens
+        self._prefill: _Stretch | None = None  # set by its first token
+        self._guess = 0.0  # the guessed number of its prompt tokens to compute
         self._done = False
 
     def first(self, now: float, prompt_tokens: float) -> None:
-        """Its first token is out. `prompt_tokens`: a guess of those that the engine had to compute."""
+        """The first token has arrived. `prompt_tokens`: a guess of how many the engine had to compute."""
         if self._prefill is None and not self._done:
             self._guess = prompt_tokens
             self._prefill, self._stage = self._meter._pass(now, self._stage, prompt_tokens, 1)
 
     def end(self, now: float, prompt_tokens: float, completion_tokens: int, whole: bool = True) -> None:
-        """It has left the engine. `whole`: by itself, so that its length says something of others."""
+        """The call has left the engine. `whole`: it was not stopped, so its length counts."""
         if self._done:
             return
         self._done = True

@@ -1,6 +1,6 @@
-"""What a worker learns of its engine's KV cache: how fast it turns over, and how much of what it should hold is there.
+"""Measures an engine's KV cache: how fast it turns over, and how much of the expected content it has.
 
-No clock: time goes in as numbers, in seconds.
+No clock: time is an argument, in seconds.
 """
 
 from __future__ import annotations
@@ -8,42 +8,42 @@ from __future__ import annotations
 from collections import deque
 from math import inf
 
-# Of how late a call is still half remembered, in calls; and how many tokens that were found stand for no experience.
+# The half-life of an observation, in calls; and the tokens that count as found before any observation.
 _HALF_LIFE = 50.0
 _PRIOR_TOKENS = 2_000.0
 
 
 class CacheMeter:
-    """Watches what calls computed, and what they found.
+    """Measures from the tokens that calls computed and found.
 
     Args:
-        room: tokens that fit into the cache; 0 = not known.
-        grain_s: how exact its age is.
+        capacity: tokens that fit into the cache; 0 = unknown.
+        grain_s: the resolution of its age, in seconds.
     """
 
-    def __init__(self, room: int = 0, grain_s: float = 1.0) -> None:
-        self._room = room
+    def __init__(self, capacity: int = 0, grain_s: float = 1.0) -> None:
+        self._capacity = capacity
         self._grain_s = grain_s
-        self._marks: deque[tuple[float, int]] = deque()  # when so many had been computed in all
+        self._marks: deque[tuple[float, int]] = deque()  # (time, total tokens computed by then)
         self._expected = self._found = 0.0
         self.computed = 0
 
     def add(self, tokens: int, now: float) -> None:
-        """So many more tokens were computed, of prompts and of answers."""
+        """Adds computed tokens, of prompts and answers."""
         if not self._marks or now - self._marks[-1][0] >= self._grain_s:
             self._marks.append((now, self.computed))
         self.computed += tokens
-        while len(self._marks) > 1 and self._marks[1][1] <= self.computed - self._room:
+        while len(self._marks) > 1 and self._marks[1][1] <= self.computed - self._capacity:
             self._marks.popleft()
 
     def age_s(self, now: float) -> float:
-        """Since when as many tokens were computed as it has room for; inf: it has room left, or is of unknown size."""
-        if not self._room or self.computed <= self._room:
+        """How many seconds ago its oldest content was computed; inf if it is not full or its size is unknown."""
+        if not self._capacity or self.computed <= self._capacity:
             return inf
         return now - self._marks[0][0]
 
     def found(self, expected: int, cached: int) -> None:
-        """A call was expected to find so many tokens of its prompt there."""
+        """A call found `cached` tokens of its prompt, of `expected` ones."""
         if expected > 0:
             kept = 0.5 ** (1 / _HALF_LIFE)
             self._expected = kept * self._expected + expected
@@ -51,5 +51,5 @@ class CacheMeter:
 
     @property
     def reuse_found(self) -> float:
-        """Share of what was expected that was there; 1 before anything was."""
+        """The share of the expected tokens that was found; 1 without observations."""
         return (self._found + _PRIOR_TOKENS) / (self._expected + _PRIOR_TOKENS)

@@ -6,7 +6,7 @@ from math import exp
 
 
 class RateMeter:
-    """An exponential moving average of a rate. It reads no clock: every call says what time it is, in seconds."""
+    """An exponential moving average of a rate. It reads no clock: time is an argument, in seconds."""
 
     def __init__(self, tau_s: float = 10.0) -> None:
         self._tau = tau_s
@@ -17,17 +17,17 @@ class RateMeter:
     def add(self, count: int, now: float) -> None:
         """Counts `count` events that happened since the last call."""
         if self._began is None:
-            # The first events took no known time, so they only start the clock.
+            # The duration of the first events is unknown, so they only start the clock.
             self._began = self._last = now
             return
         self._value = self._decayed(now) + count / self._tau
         self._last = max(now, self._last)
 
     def per_s(self, now: float) -> float:
-        """Events per second of late."""
+        """Recent events per second."""
         if self._began is None or now <= self._began:
             return 0.0
-        # A young meter would read too low: it divides by the weight that it has seen so far.
+        # A new meter would read too low, so divide by the weight of the time seen so far.
         return self._decayed(now) / (1 - exp(-(now - self._began) / self._tau))
 
     def _decayed(self, now: float) -> float:

@@ -1,29 +1,30 @@
-"""How fast an engine is, learned while it works. No clock: time goes in as numbers, in seconds.
+"""An engine's speed, estimated while it works. No clock: time is an argument, in seconds.
 
 A step of an engine with continuous batching costs
 
     step_s + token_s x (prompt tokens it computes) + seq_s x (calls that get a token in it),
 
-and many steps cost the sum. `SpeedMeter` finds the three by least squares over whatever stretches of work it is told
-of, long or short, newer ones counting more.
+and many steps cost the sum. `SpeedMeter` estimates the three by least squares over the reported stretches of work, of
+any length. Newer ones have more weight.
 """
 
 from __future__ import annotations
 
 from rsm.broker.protocol.snapshot import Speed
 
-# Until something was measured: an 8B model on a large GPU, by order of magnitude.
+# Before the first measurement: the order of magnitude of an 8B model on a large GPU.
 PRIOR = Speed(step_s=0.01, token_s=100e-6, seq_s=50e-6)
-# How much the last estimate weighs beside the work at hand, of which it decides what that work does not show.
+# The weight of the last estimate relative to the observed work. It decides what that work does not determine.
 _DAMPING = 1e-3
-# A stretch that took so many times as long as expected counts less (Huber, 1964): kernels compiled on first use, a
-# process that stood still. One that is off by more than that moves the estimate no further than one that is just so.
+# A stretch that took more than this many times as long as expected counts less (Huber, 1964), for example because
+# kernels were compiled on first use or the process was stopped. Beyond this factor its influence no longer grows.
 _OUTLIER = 4.0
-# What has to be seen before an estimate is one: seconds, and steps.
+# The work to observe before the estimate counts as measured: seconds, and steps.
 _ENOUGH_S, _ENOUGH_STEPS = 0.05, 20
-_FEWEST = 0.01
-# After how much more work the estimate is made anew, as a share of all that was seen, and at most.
-_ANEW, _ANEW_S = 0.05, 0.5
+# The most that one stretch ages older ones, as a share of the half-life.
+_MOST_AGING = 0.01
+# The estimate is recomputed after this share of more work, at the latest after this many seconds of work.
+_RECOMPUTE_SHARE, _RECOMPUTE_S = 0.05, 0.5
 
 _Matrix = list[list[float]]
 
@@ -32,30 +33,30 @@ class SpeedMeter:
     """Least squares with forgetting, each stretch weighted by 1 / expected time, none of the three below zero.
 
     Args:
-        half_life_s: seconds of work after which what was seen counts half, but never fewer than a hundred stretches.
-            Idle time forgets nothing.
+        half_life_s: seconds of work after which an observation counts half, but at least a hundred stretches. Idle
+            time does not count.
     """
 
     def __init__(self, half_life_s: float = 60.0, prior: Speed = PRIOR) -> None:
         self._half_life_s = half_life_s
         self._speed = prior
-        # Sums over stretches of the product of each two of: steps, prompt tokens, tokens out, seconds. They age.
+        # Decaying sums over stretches of the pairwise products of: steps, prompt tokens, tokens out, seconds.
         self._ss = self._sp = self._so = self._pp = self._po = self._oo = 0.0
         self._st = self._pt = self._ot = 0.0
         self._seconds = 0.0
         self._steps = self._prompts = self._outputs = 0.0
-        self._anew_at = 0.0
+        self._recompute_at = 0.0
 
     def add(self, seconds: float, steps: float, prompt_tokens: float, tokens_out: float, weight: float = 1.0) -> None:
-        """A stretch of work: so many steps took so long. `tokens_out` counts one for each call in each step.
+        """Adds a stretch of work: `steps` steps took `seconds`. `tokens_out` counts one per call and step.
 
-        weight: less than 1 for stretches that others overlap.
+        weight: less than 1 for overlapping stretches.
         """
         if seconds <= 0 or steps + prompt_tokens + tokens_out <= 0:
             return
         old = self._speed
         expected = steps * old.step_s + prompt_tokens * old.token_s + tokens_out * old.seq_s or seconds
-        kept: float = 0.5 ** (weight * min(seconds / self._half_life_s, _FEWEST))
+        kept: float = 0.5 ** (weight * min(seconds / self._half_life_s, _MOST_AGING))
         if seconds > _OUTLIER * expected and self.measured:
             weight *= _OUTLIER * expected / seconds
         weight /= expected
@@ -73,23 +74,23 @@ class SpeedMeter:
         self._steps += steps
         self._prompts += prompt_tokens
         self._outputs += tokens_out
-        if self._seconds >= self._anew_at:
+        if self._seconds >= self._recompute_at:
             self._speed = self._solved()
-            self._anew_at = self._seconds + min(_ANEW * self._seconds, _ANEW_S)
+            self._recompute_at = self._seconds + min(_RECOMPUTE_SHARE * self._seconds, _RECOMPUTE_S)
 
     @property
     def measured(self) -> bool:
-        """Whether it has seen enough to say anything: some prompts, some output."""
+        """Whether it has seen enough work for an estimate, with some prompts and some output."""
         return self._seconds > _ENOUGH_S and self._steps > _ENOUGH_STEPS and self._prompts > 0 and self._outputs > 0
 
     @property
     def speed(self) -> Speed:
-        """The estimate; the prior where nothing was seen. May be read from any thread."""
+        """The estimate; the prior where nothing was observed. May be read from any thread."""
         return self._speed
 
     def _solved(self) -> Speed:
-        """What the work does not tell apart (the fixed part of a step from that of a call, while always as many run)
-        stays as it was."""
+        """Solves for the estimate. What the work does not determine stays the same: for example, with a constant batch
+        size, the cost of a step is not separable from the cost per call."""
         last = (self._speed.step_s, self._speed.token_s, self._speed.seq_s)
         products = [[self._ss, self._sp, self._so], [self._sp, self._pp, self._po], [self._so, self._po, self._oo]]
         times = [self._st, self._pt, self._ot]
@@ -101,8 +102,8 @@ class SpeedMeter:
 
 
 def _non_negative(a: _Matrix, b: list[float], last: tuple[float, ...]) -> list[float]:
-    """Solves a x = b by least squares under x >= 0, the most negative one set to zero first. A row of zeros says
-    nothing: its unknown stays as it was."""
+    """Solves a x = b by least squares under x >= 0, setting the most negative unknown to zero first. The unknown of a
+    row of zeros stays the same."""
     x = [old if a[i][i] <= 0 else 0.0 for i, old in enumerate(last)]
     free = [i for i in range(len(b)) if a[i][i] > 0]
     while free:
@@ -131,7 +132,7 @@ def _solve(a: _Matrix, b: list[float]) -> list[float]:
 
 
 class Mean:
-    """The mean of late: the last `n` values or so count."""
+    """A recent mean, over about the last `n` values."""
 
     def __init__(self, n: float = 50.0) -> None:
         self._n = n
@@ -144,7 +145,7 @@ class Mean:
 
 
 class StepWindow:
-    """Gathers steps of an engine whose reports tell a long prompt's tokens only with its last step."""
+    """Groups the steps of an engine that reports a long prompt's tokens only with its last step."""
 
     def __init__(self, meter: SpeedMeter, least_s: float = 2.0) -> None:
         self._meter = meter
@@ -159,6 +160,6 @@ class StepWindow:
             self.flush()
 
     def flush(self) -> None:
-        """The engine has no more to do, so no prompt is half done; or the window is full."""
+        """Passes the steps on, when the window is full or the engine is idle and no prompt is half done."""
         self._meter.add(*self._sums)
         self._sums = [0.0] * 4

@@ -1,3 +1,3 @@
-"""A worker at work: one event loop and four threads."""
+"""The worker's runtime: one event loop and four threads."""
 
 __all__: list[str] = []

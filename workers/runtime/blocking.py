@@ -1,6 +1,6 @@
-"""What may block for long, beside the event loop, in threads that a process which ends does not wait for.
+"""Runs blocking actions outside the event loop, in daemon threads.
 
-The threads of `asyncio.to_thread` are joined at exit: one that waits for a Redis that hangs would keep the process.
+The threads of `asyncio.to_thread` are joined at exit: one that waits for a hanging Redis would keep the process alive.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rsm.broker.connection.retry import persist
 T = TypeVar("T")
 
 
-async def aside(action: Callable[[], T]) -> T:
-    """The result of `action`, run in a thread of its own. A caller that is cancelled leaves the thread behind."""
+async def in_thread(action: Callable[[], T]) -> T:
+    """Runs `action` in a new thread and returns its result. If the caller is cancelled, the thread keeps running."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -38,20 +38,20 @@ async def aside(action: Callable[[], T]) -> T:
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=run, name="rsm-aside", daemon=True).start()
+    threading.Thread(target=run, name="rsm-blocking", daemon=True).start()
     return await done
 
 
-async def ask(action: Callable[[], T], denial_is_final: bool = False) -> T:
-    """What Redis answers to `action`, which is repeated until it does, or until the caller waits no more.
+async def until_answered(action: Callable[[], T], denial_is_final: bool = False) -> T:
+    """Repeats `action` until Redis answers or the caller is cancelled; returns the answer.
 
     Raises:
         AccessDenied: `denial_is_final`, and Redis refuses this user.
     """
-    enough, done = threading.Event(), list[T]()
+    stopped, answer = threading.Event(), list[T]()
     try:
-        asking = partial(persist, denial_is_final=denial_is_final)
-        await aside(lambda: asking(lambda: done.append(action()), "worker", enough.is_set))
+        repeat = partial(persist, denial_is_final=denial_is_final)
+        await in_thread(lambda: repeat(lambda: answer.append(action()), "worker", stopped.is_set))
     finally:
-        enough.set()
-    return done[0]
+        stopped.set()
+    return answer[0]

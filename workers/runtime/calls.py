@@ -1,7 +1,7 @@
-"""The calls in an engine, from claim to publisher: each is one task, and each leaves with exactly one message.
+"""The calls in an engine, from claim to publisher. Each call is one task and ends with at most one message.
 
-That message is an end (with a result, a refusal or a partial text), a give-back, or silence for a call that is
-somebody else's by now.
+The message is a finish (a result, an error or a partial text) or a release. A call that another worker owns by now
+gets none.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from rsm.broker.protocol.models import ErrorCode, RequestState
 from rsm.workers.backends.base import Backend, CallRejected, Chunk, EngineDied, EngineError, Job, Outcome, Resumed
 from rsm.workers.meters.calls import Begun, CallMeter
 from rsm.workers.meters.kv_cache import CacheMeter
-from rsm.workers.runtime.blocking import ask
-from rsm.workers.runtime.publisher import Ended, Item, Output, given_up
+from rsm.workers.runtime.blocking import until_answered
+from rsm.workers.runtime.publisher import Ended, Item, Output, release_after_gap
 from rsm.workers.scheduling.service import ServiceUnit, Tokens, Used, charge
 
 log = logging.getLogger("rsm.worker")
 
-_FORGOTTEN = "Redis had forgotten that the call was taken."
+_CLAIM_LOST = "Redis lost the claim of the call, so the call runs again."
 _DEADLINE = "The deadline passed while the call was running."
 # Calls that read their earlier attempts' logs at the same time.
 _READERS = 8
 
-# How many cancels of calls that are not here are remembered: those that a claim on its way may still bring, and more.
+# How many cancels of unknown calls are remembered. The reply to a claim in progress may still bring such a call.
 _EARLY_MAX = 4096
 
 
@@ -48,9 +48,9 @@ class Running:
     numbers: list[int]
     cancelled: bool = False
     expired: bool = False  # its deadline has passed
-    dropped: bool = False  # no longer ours: say nothing more of it
-    gap: bool = False  # Redis lost some of its events: another attempt has to say them again
-    returned: bool = False  # it is to go back to the router
+    dropped: bool = False  # no longer this worker's: publish nothing more for it
+    gap: bool = False  # Redis lost some of its events: another attempt has to publish them again
+    returned: bool = False  # it goes back to the router
     engaged_s: float = 0.0
     begun: Begun | None = None
     task: asyncio.Task[None] | None = None
@@ -60,18 +60,18 @@ class Running:
 
 
 def key_of(fence: Fence) -> str:
-    """A name for one attempt of one call, unique in the engine."""
+    """The key of one attempt of one call, unique in the engine."""
     return f"{fence.call_id}/{fence}"
 
 
 class Calls:
-    """Runs claimed calls in a backend. Everything here happens in the worker's event loop.
+    """Runs claimed calls in a backend. All methods run in the worker's event loop.
 
     Args:
-        put: takes what has to be written, in order; never blocks.
+        put: takes the items to write, in order; never blocks.
         left: called when a call has left the engine.
-        died: called with the reason when a call finds the engine gone.
-        unit: what calls are charged in.
+        died: called with the reason when a call finds the engine dead.
+        unit: the unit in which calls are charged.
     """
 
     def __init__(
@@ -91,13 +91,13 @@ class Calls:
         self._left = left
         self._died = died
         self._unit = unit or Tokens()
-        self._refusal = ""  # why no call is taken any more
+        self._refusal = ""  # why new calls are refused; "" while they are accepted
         self._readers = asyncio.Semaphore(_READERS)
         self._running: dict[str, Running] = {}
         self.engaged = 0  # calls that the backend has
         self.meter = CallMeter()
-        self.cache = CacheMeter()  # of a size that is not known yet
-        self._early: dict[str, None] = {}  # cancelled before they came, oldest first
+        self.cache = CacheMeter()  # until the cache's size is known
+        self._early: dict[str, None] = {}  # calls cancelled before they arrived, oldest first
 
     def __len__(self) -> int:
         return len(self._running)
@@ -111,41 +111,41 @@ class Calls:
                 continue
             key = key_of(call.fence)
             if key in self._running:
-                self._take_again(self._running[key])
+                self._claimed_again(self._running[key])
                 continue
             running = Running(call, [call.events], cancelled=call.cancelled or key in self._early)
             self._running[key] = running
             running.task = loop.create_task(self._run(running))
 
-    def _take_again(self, running: Running) -> None:
-        """Redis forgot a claim, and the call came again under the very same fence while it is here.
+    def _claimed_again(self, running: Running) -> None:
+        """Redis lost a claim, and the call arrived again under the same fence while it runs here.
 
-        The copy that runs goes on. One that is being dropped already cannot be told from its heir by any fence, so
-        that one is to come under a new one.
+        The running copy continues. If that copy is being dropped, no fence could tell the two apart, so the call is
+        released to return under a new fence.
         """
         if running.dropped:
-            self._put(Release(running.claimed.fence, "", "", _FORGOTTEN))
+            self._put(Release(running.claimed.fence, "", "", _CLAIM_LOST))
         self._left()
 
     def cancel(self, fence: Fence) -> None:
-        """The call's user wants it stopped; its partial text stays with the record."""
+        """Stops a call at its user's request. The record keeps the partial text."""
         key = key_of(fence)
         running = self._running.get(key)
         if running is not None:
             running.cancelled = True
             self._backend.abort(key)
             return
-        # It has ended; or it is claimed, and the order overtook the claim's reply: they come by two connections.
+        # It has ended, or the cancel overtook the claim's reply: they arrive on two connections.
         self._early[key] = None
         if len(self._early) > _EARLY_MAX:
             del self._early[next(iter(self._early))]
 
     def refuse(self, why: str) -> None:
-        """What the claimer still brings goes back from now on, and that is no attempt lost to a death."""
+        """From now on, new calls from the claimer go back to the router. That does not count as a death."""
         self._refusal = why
 
     def drop(self, fences: Sequence[Fence]) -> None:
-        """These calls are somebody else's by now: stop them and say nothing more of them."""
+        """Stops calls that another worker owns by now, and publishes nothing more for them."""
         for fence in fences:
             key = key_of(fence)
             running = self._running.get(key)
@@ -154,7 +154,7 @@ class Calls:
                 self._backend.abort(key)
 
     def give_up(self, fences: Sequence[Fence]) -> None:
-        """Redis has lost events of these calls: their next attempts go on behind what is left of the log."""
+        """Stops calls of which Redis lost events. Their next attempts resume after the remaining log."""
         for fence in fences:
             key = key_of(fence)
             running = self._running.get(key)
@@ -162,21 +162,21 @@ class Calls:
                 running.gap = True
                 self._backend.abort(key)
 
-    def held(self) -> list[Fence]:
-        """The calls in the engine that are ours as far as we know."""
+    def owned(self) -> list[Fence]:
+        """The calls in the engine that, as far as is known, this worker owns."""
         return [r.claimed.fence for r in self._running.values() if not r.dropped]
 
     def drop_all(self) -> None:
         self.drop([r.claimed.fence for r in self._running.values()])
 
     def give_back(self) -> None:
-        """Stops all calls; what has not ended by itself goes back to the router."""
+        """Stops all calls. Those that have not ended go back to the router."""
         for key, running in list(self._running.items()):
-            running.returned = True  # the engine may not know it yet
+            running.returned = True  # for a call that the engine has not received yet
             self._backend.abort(key)
 
     def abandon(self, fault: Fault, why: str) -> None:
-        """Gives back what did not end when it was told to, for its engine hangs, and speaks no more of it."""
+        """Releases the calls that a hanging engine did not stop, and publishes nothing more for them."""
         for running in self._running.values():
             if not running.dropped:
                 self._put(Release(running.claimed.fence, fault, ErrorCode.ATTEMPTS_EXHAUSTED.value, why))
@@ -185,7 +185,7 @@ class Calls:
                 running.task.cancel()
 
     async def settle(self, timeout_s: float) -> None:
-        """Waits until no call is running, at most so many seconds."""
+        """Waits until no call is running, at most `timeout_s` seconds."""
         until = time.monotonic() + timeout_s
         while self._running and time.monotonic() < until:
             tasks = [r.task for r in self._running.values() if r.task is not None]
@@ -215,12 +215,12 @@ class Calls:
         except EngineError as e:
             message = Release(fence, "error", ErrorCode.ENGINE_ERROR.value, f"The engine failed: {e}")
         except Exception as e:
-            # The type and the place, never the message: it may quote the prompt.
+            # The type and the traceback, never the message, which may quote the prompt.
             name = type(e).__name__
             log.error("call %s: %s in the backend", fence.call_id, name)
             log.debug("%s", "".join(traceback.format_tb(e.__traceback__)))
             message = Release(fence, "error", ErrorCode.ENGINE_ERROR.value, f"The engine failed: {name}.")
-        return given_up(fence) if running.gap else message
+        return release_after_gap(fence) if running.gap else message
 
     async def _outcome(self, running: Running) -> Finish | Release:
         c = running.claimed
@@ -230,7 +230,7 @@ class Calls:
         if running.expired:
             end = self._finish(running, RequestState.FAILED, outcome)
             return end._replace(error_code=ErrorCode.DEADLINE_EXCEEDED.value, error=_DEADLINE)
-        if outcome.finish_reason == "abort":  # nobody asked the call to stop: its engine is going down
+        if outcome.finish_reason == "abort":  # not cancelled, so its engine is shutting down
             return Release(c.fence, "", ErrorCode.ENGINE_ERROR.value, "The engine was stopped.")
         return self._finish(running, RequestState.COMPLETED, outcome)
 
@@ -239,7 +239,7 @@ class Calls:
         return _finish(running.claimed, state, outcome)._replace(service=service)
 
     async def _run_in_time(self, running: Running) -> Outcome:
-        """A router's order comes when the deadline passes; but there may be no router, and the time left is known."""
+        """Enforces the deadline with a timer. A router would send a cancel, but there may be no router."""
         left_ms = running.claimed.left_ms
         if left_ms is None:
             return await self._run_in_backend(running)
@@ -254,7 +254,7 @@ class Calls:
         self._backend.abort(key_of(running.claimed.fence))
 
     async def _run_in_backend(self, running: Running) -> Outcome:
-        if running.unwanted():  # flagged before it could begin
+        if running.unwanted():  # stopped before it began
             return Outcome("abort")
         job = await self._job(running.claimed)
         if running.unwanted():
@@ -303,11 +303,11 @@ class Calls:
         )
 
     async def _resumed(self, call_id: str) -> Resumed:
-        """What the reader has already, from the durable log of the call."""
+        """What earlier attempts published, from the call's log."""
         key = self._keys.events(call_id)
         async with self._readers:
-            log_: Any = await ask(lambda: self._redis.xrange(key))
-        fields = [f for _, f in log_]
+            entries: Any = await until_answered(lambda: self._redis.xrange(key))
+        fields = [f for _, f in entries]
         published = [line for f in fields for line in _lines(f, b"chunk")]
         return Resumed(
             text="".join(text(f.get(b"text")) for f in fields),
@@ -324,7 +324,7 @@ def _lines(fields: dict[bytes, bytes], name: bytes) -> list[str]:
 
 
 def _used(o: Outcome, engaged_s: float) -> Used:
-    """engaged_s: from hand-over to end. Where the engine says how long the call ran, the rest of it was waiting."""
+    """What the call used. `engaged_s`: seconds in the engine; those beyond the reported run time count as waiting."""
     ran_s = engaged_s if o.running_ms is None else o.running_ms / 1000
     first_s = None if o.ttft_ms is None else max(0.0, o.ttft_ms / 1000 - (engaged_s - ran_s))
     return Used(o.prompt_tokens, o.completion_tokens, o.cached_tokens, ran_s, first_s)

@@ -1,8 +1,8 @@
-"""The thread that fetches work: waits for room, claims what the engine can start now, else sleeps on the bell.
+"""The thread that claims calls: it waits for free slots, then claims what the engine can start, or sleeps until woken.
 
-Late binding: a call that no engine can start yet stays in its queue in Redis, where it can be re-ordered, cancelled
-and given to another engine. So never more than `room` calls are taken; but an engine that lets a better call take the
-place of a running one has room for calls above its threshold (`Backend.preemption_threshold`), even if it is full.
+Late binding: a call that no engine can start yet stays in its queue in Redis, where it can be reordered, cancelled or
+moved to another engine. So no more calls are claimed than there are free slots. The exception is an engine that
+preempts: even when full, it claims calls above its threshold (`Backend.preemption_threshold`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from rsm.broker.protocol.messages import Claimed
 from rsm.broker.protocol.transitions import Transitions
 from rsm.broker.settings import Settings
 
-# How long one sleep on the bell lasts; the bell makes it shorter, so this bounds only how soon a stop is noticed.
-_WAKE_S = 1
-# Calls per claim. Small, so that the engine is at work on the first while the next are on their way.
+# The longest sleep. A wake-up ends it sooner, so it only limits how soon a stop is noticed.
+_SLEEP_S = 1
+# Calls per claim. Small, so that the engine runs the first ones while the next are being fetched.
 CLAIM_MANY = 32
 
 
-class Room:
-    """How many more calls the engine can take. Counts down on a claim, up when a call leaves the engine.
+class Slots:
+    """The free slots of the engine: fewer after a claim, more when a call leaves the engine.
 
-    Negative: calls were claimed that will take the places of others.
+    Negative: calls were claimed that will preempt others.
     """
 
     def __init__(self, size: int) -> None:
@@ -48,14 +48,14 @@ class Room:
         with self._changed:
             self._free -= n
 
-    def give(self, n: int = 1) -> bool:
-        """True: the claimer sleeps on the bell, and has to be woken, for now there is room."""
+    def release(self, n: int = 1) -> bool:
+        """Frees slots. Returns True if the claimer sleeps and has to be woken, because a slot is free now."""
         with self._changed:
             self._free += n
             self._changed.notify()
-            ring = self._asleep and self._free > 0
-            self._asleep = self._asleep and not ring
-            return ring
+            wake = self._asleep and self._free > 0
+            self._asleep = self._asleep and not wake
+            return wake
 
     def close(self) -> None:
         with self._changed:
@@ -63,13 +63,13 @@ class Room:
             self._changed.notify()
 
     def wait(self) -> int:
-        """Waits until there is room; 0 = closed."""
+        """Waits until a slot is free; returns the number of free slots, 0 once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._free > 0 or self._closed)
             return 0 if self._closed else self._free
 
     def fall_asleep(self) -> bool:
-        """The claimer goes to sleep on the bell although there is no room; False: better not, there is some."""
+        """Notes that the claimer sleeps while the engine is full. False if a slot is free: it must not sleep."""
         with self._changed:
             self._asleep = self._free <= 0 and not self._closed
             return self._asleep
@@ -80,7 +80,7 @@ class Room:
 
 
 class Want(NamedTuple):
-    """What to claim: `most` calls whatever they are, or up to `ahead` above `threshold`, a class and level."""
+    """What to claim: up to `most` calls of any kind, or up to `ahead` calls above `threshold`, a class and level."""
 
     most: int
     ahead: int = 0
@@ -92,7 +92,7 @@ class Claimer(threading.Thread):
 
     Args:
         deliver: called from this thread with the calls claimed, or with None if the lease was lost.
-        threshold: the engine's, None = it has none (`Backend.preemption_threshold`).
+        threshold: gives the engine's `Backend.preemption_threshold`; None if it does not preempt.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Claimer(threading.Thread):
         incarnation: str,
         settings: Settings,
         transitions: Transitions,
-        room: Room,
+        slots: Slots,
         deliver: Callable[[list[Claimed] | None], None],
         threshold: Callable[[], tuple[int, int] | None] = lambda: None,
     ) -> None:
@@ -110,22 +110,22 @@ class Claimer(threading.Thread):
         self._incarnation = incarnation
         self._batch = min(settings.batch, CLAIM_MANY)
         self._transitions = transitions
-        self._room = room
+        self._slots = slots
         self._deliver = deliver
         self._threshold_now = threshold
         self._wake_key = Keys(settings.namespace).bell(engine)
-        self._line = DedicatedConnection(settings, block_s=_WAKE_S)
+        self._connection = DedicatedConnection(settings, block_s=_SLEEP_S)
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Claims no more; returns once that is certain."""
+        """Stops claiming; returns when the thread has ended."""
         self._closed.set()
-        self._room.close()
+        self._slots.close()
         if self is not threading.current_thread():
             self.join()
 
     def run(self) -> None:
-        # Whether calls may be waiting that the last claim left behind: any, where there was room; better ones.
+        # Whether the last claim may have left calls waiting: of any kind (more), or above the threshold (better).
         more = better = True
         for claim_no in itertools.count(1):
             want = self._want(better)
@@ -135,53 +135,54 @@ class Claimer(threading.Thread):
             if claimed is None:
                 self._deliver(None)
                 break
-            self._room.take(len(claimed))
+            self._slots.take(len(claimed))
             if claimed:
                 self._deliver(claimed)
             if want.most:
                 more, better = len(claimed) == want.most, True
             else:
                 better = len(claimed) == want.ahead
-        self._line.close()
+        self._connection.close()
 
-    def _want(self, look: bool) -> Want | None:
-        """What to claim next, None = nothing any more. Waits for room; a full engine with a threshold, for a wake-up.
+    def _want(self, better: bool) -> Want | None:
+        """What to claim next; None once closed. Waits for a free slot, or, if the engine preempts, for a wake-up.
 
         Args:
-            look: better calls may be waiting.
+            better: calls above the threshold may be waiting.
         """
         while not self._closed.is_set():
-            free = self._room.free
+            free = self._slots.free
             if free > 0:
                 return Want(min(free, self._batch))
-            threshold, ahead = self._threshold_now(), min(self._room.size + free, self._batch)
+            threshold, ahead = self._threshold_now(), min(self._slots.size + free, self._batch)
             if threshold is None or ahead <= 0:
-                self._room.wait()
-            elif look:
+                self._slots.wait()
+            elif better:
                 return Want(0, ahead, threshold)
-            elif self._room.fall_asleep():
+            elif self._slots.fall_asleep():
                 self._sleep()
-                look = True
+                better = True
         return None
 
     def _sleep(self) -> None:
-        """Until somebody rings, or for a while: a running call may have become worse than one that waits."""
-        persist(lambda: self._line.execute_command("BLPOP", self._wake_key, _WAKE_S), "claimer", self._closed.is_set)
-        self._room.wake()
+        """Sleeps until woken, or for a while: the threshold may drop below a waiting call in the meantime."""
+        sleep = ("BLPOP", self._wake_key, _SLEEP_S)
+        persist(lambda: self._connection.execute_command(*sleep), "claimer", self._closed.is_set)
+        self._slots.wake()
 
     def _claim(self, claim_no: int, want: Want, sleep: bool) -> list[Claimed] | None:
-        """Claims, after a sleep on the bell if nothing is known to wait.
+        """Claims, with `sleep` after a wake-up.
 
-        A claim is repeated under its number until its reply has come, so a lost reply loses no call.
+        A claim is repeated under its number until its reply arrives, so a lost reply loses no call.
         """
         command = self._transitions.claim(self._engine, self._incarnation, claim_no, *want)
         replies: list[list[Claimed] | None] = []
 
         def attempt() -> None:
             if sleep:
-                replies.append(execute.run_after(self._line, ("BLPOP", self._wake_key, _WAKE_S), command))
+                replies.append(execute.run_after(self._connection, ("BLPOP", self._wake_key, _SLEEP_S), command))
             else:
-                replies.append(execute.run(self._line, command))
+                replies.append(execute.run(self._connection, command))
 
         persist(attempt, "claimer", self._closed.is_set)
         return replies[0] if replies else []

@@ -1,4 +1,4 @@
-"""The thread that hears orders: cancel flags, drain and stop, from a durable stream, so that none is lost."""
+"""The thread that reads commands (cancel, drain, stop) from a durable stream, so that none is lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from rsm.broker.connection.dedicated import DedicatedConnection
-from rsm.broker.connection.retry import BLIPS, Backoff
+from rsm.broker.connection.retry import OUTAGES, Backoff
 from rsm.broker.protocol.codec import number, text
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.messages import Fence
@@ -16,15 +16,15 @@ from rsm.broker.settings import Settings
 log = logging.getLogger("rsm.worker")
 
 _BLOCK_S = 1.0
-_ORDERS = ("drain", "stop")
+_COMMANDS = ("drain", "stop")
 
 
 class Control(threading.Thread):
-    """Listens for one engine.
+    """Reads the commands for one engine.
 
     Args:
-        start: the entry of the control stream behind which to read, from the registration.
-        cancel, order: called from this thread; `order` with "drain" or "stop".
+        start: the entry of the control stream after which to read, from the registration.
+        cancel, command: called from this thread; `command` with "drain" or "stop".
     """
 
     def __init__(
@@ -33,14 +33,14 @@ class Control(threading.Thread):
         start: str,
         settings: Settings,
         cancel: Callable[[Fence], None],
-        order: Callable[[str], None],
+        command: Callable[[str], None],
     ) -> None:
         super().__init__(name="rsm-control", daemon=True)
         self._key = Keys(settings.namespace).control(engine)
         self._last = start
         self._cancel = cancel
-        self._order = order
-        self._line = DedicatedConnection(settings, block_s=_BLOCK_S)
+        self._command = command
+        self._connection = DedicatedConnection(settings, block_s=_BLOCK_S)
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -50,24 +50,24 @@ class Control(threading.Thread):
         backoff = Backoff("control")
         while not self._closed.is_set():
             try:
-                entries = self._line.read_stream(
+                entries = self._connection.read_stream(
                     "XREAD", "BLOCK", int(_BLOCK_S * 1000), "STREAMS", self._key, self._last
                 )
-            except BLIPS as e:
+            except OUTAGES as e:
                 self._closed.wait(backoff.pause(e))
                 continue
             backoff.recovered()
             for entry, fields in entries:
                 self._last = text(entry)
-                self._obey(fields)
-        self._line.close()
+                self._run_command(fields)
+        self._connection.close()
 
-    def _obey(self, fields: dict[bytes, bytes]) -> None:
-        """Does what the order says; one that no script has written must not end this thread."""
+    def _run_command(self, fields: dict[bytes, bytes]) -> None:
+        """Runs one command. A malformed one must not end this thread."""
         op = text(fields.get(b"op"))
         if op == "cancel":
             self._cancel(Fence(text(fields.get(b"id")), text(fields.get(b"gen")), number(fields.get(b"attempt"))))
-        elif op in _ORDERS:
-            self._order(op)
+        elif op in _COMMANDS:
+            self._command(op)
         else:
-            log.warning("an order that is none was skipped")
+            log.warning("skipped an unknown command on the control stream")

@@ -1,4 +1,4 @@
-"""The thread that renews a worker's lease and reports its load. A thread, so that a busy event loop is not a death."""
+"""The thread that renews a worker's lease and reports its load, so that a busy event loop does not lose the lease."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS, Backoff
+from rsm.broker.connection.retry import OUTAGES, Backoff
 from rsm.broker.protocol.models import EngineState
 from rsm.broker.protocol.scripts import Arg
 from rsm.broker.protocol.transitions import Transitions
@@ -48,7 +48,7 @@ class Lease(threading.Thread):
         self.state = EngineState.STARTING
 
     def announce(self, facts: Mapping[str, Arg]) -> None:
-        """What the engine turned out to be, for its registration: goes with the next heartbeat that arrives."""
+        """Adds facts about the engine to its registration, with the next heartbeat that arrives."""
         self._facts = facts
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Lease(threading.Thread):
             self.join()
 
     def beat(self, state: EngineState) -> bool:
-        """Reports a new state at once; False if the lease was lost. For the worker's own thread."""
+        """Reports a new state at once; False if the lease was lost. Called by the worker, not by this thread."""
         self.state = state
         return self._send()
 
@@ -67,13 +67,13 @@ class Lease(threading.Thread):
         pause = self._period_s
         while not self._closed:
             try:
-                held = self._send()
-            except BLIPS as e:
+                valid = self._send()
+            except OUTAGES as e:
                 pause = backoff.pause(e)
             else:
                 backoff.recovered()
                 pause = self._period_s
-                if not held:
+                if not valid:
                     log.warning("engine %s: the lease was lost", self._engine)
                     self._lost()
                     break
@@ -82,9 +82,9 @@ class Lease(threading.Thread):
     def _send(self) -> bool:
         facts = self._facts
         fields = {**facts, **self._report()}
-        held = execute.run(
+        valid = execute.run(
             self._redis, self._transitions.heartbeat(self._engine, self._incarnation, self.state.value, fields)
         )
-        if held and self._facts is facts:
+        if valid and self._facts is facts:
             self._facts = {}
-        return held
+        return valid

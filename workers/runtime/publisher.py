@@ -1,7 +1,7 @@
-"""The thread that writes what an engine produces: chunks, ends and give-backs, many calls a round trip.
+"""The thread that writes an engine's output: chunks, ends and releases, for many calls in one round trip.
 
-It takes whatever has gathered while the last round trip was on its way, so a busy engine makes larger batches, not
-longer queues. Chunks of one call that gathered meanwhile become one event.
+Each batch has what arrived during the last round trip, so a busy engine makes larger batches, not longer queues. Chunks
+of one call in the same batch become one event.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rsm.workers.backends.base import Chunk
 
 @dataclass(slots=True)
 class Output:
-    """A chunk of a streamed call on its way out. `numbers` counts the call's events across attempts."""
+    """A chunk of a streamed call, to be published. `numbers` counts the call's events across attempts."""
 
     fence: Fence
     numbers: list[int]
@@ -34,7 +34,7 @@ class Output:
 
 @dataclass(slots=True)
 class Ended:
-    """A call's end on its way out, behind all of its chunks."""
+    """A call's end, to be published after all of its chunks."""
 
     finish: Finish
     numbers: list[int]
@@ -42,7 +42,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """A ring of the engine's own bell, behind whatever was put before: there is room for more calls."""
+    """Wakes the engine's own claimer after the items put before it, because a slot is free."""
 
 
 @dataclass(slots=True)
@@ -50,14 +50,14 @@ class _Gathered:
     chunks: dict[Fence, Event] = field(default_factory=dict)
     finishes: list[Finish] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
-    ring: bool = False
+    wake: bool = False
 
     def leaving(self) -> list[Fence]:
         return [*(f.fence for f in self.finishes), *(r.fence for r in self.releases)]
 
 
 Item = Output | Ended | Release | Wake
-_GAP = "Redis lost a part of what the call had published."
+_GAP = "Redis lost some of the call's published events, so the call runs again."
 _CLOSE = None
 
 
@@ -65,8 +65,8 @@ class Publisher(threading.Thread):
     """Publishes for one engine.
 
     Args:
-        stale: called from this thread with the fences of calls that are no longer this worker's.
-        gap: called from this thread with the fences of calls of which Redis has lost events.
+        stale: called from this thread with the fences of calls that this worker no longer owns.
+        gap: called from this thread with the fences of calls whose events Redis has lost in part.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Publisher(threading.Thread):
         self._stale = stale
         self._gap = gap
         self._leaving: dict[Fence, None] = {}
-        self._line = DedicatedConnection(settings)
+        self._connection = DedicatedConnection(settings)
         self._queue: SimpleQueue[Item | None] = SimpleQueue()
         self._abandoned = threading.Event()
 
     def put(self, item: Item) -> None:
-        """Hands over one item; never blocks. Items of one call keep their order."""
+        """Queues one item; never blocks. Items of one call keep their order."""
         if isinstance(item, Ended):
             self._leaving[item.finish.fence] = None
         elif isinstance(item, Release):
@@ -98,20 +98,20 @@ class Publisher(threading.Thread):
         self._queue.put(item)
 
     def leaving(self) -> list[Fence]:
-        """Calls whose end, or whose return to the router, is not in Redis yet."""
+        """Calls whose end or release is not in Redis yet."""
         return list(self._leaving)
 
     def close(self, timeout_s: float) -> None:
-        """Writes what is queued, at most `timeout_s` seconds long, and ends the thread."""
+        """Writes what is queued, for at most `timeout_s` seconds, and ends the thread."""
         self._queue.put(_CLOSE)
         self.join(timeout_s)
         self._abandoned.set()
-        self._line.close()
+        self._connection.close()
 
     def run(self) -> None:
-        open_ = True
-        while open_:
-            items, open_ = self._take()
+        more = True
+        while more:
+            items, more = self._take()
             gathered = _gather(items)
             commands = self._commands(gathered)
             if commands:
@@ -120,8 +120,8 @@ class Publisher(threading.Thread):
                 self._leaving.pop(fence, None)
 
     def _send(self, commands: Sequence[Command[Any]], wait: Sequence[Arg] | None = None) -> list[list[str]]:
-        """With `wait`, also until replicas have it: a master that dies before leaves us the batch to write again."""
-        action = partial(execute.run_all, self._line, commands, wait)
+        """Writes a batch. With `wait` it also waits for replicas: if the master dies first, the batch is rewritten."""
+        action = partial(execute.run_all, self._connection, commands, wait)
         return persist(action, "publisher", self._abandoned.is_set) or []
 
     def _take(self) -> tuple[list[Item], bool]:
@@ -145,7 +145,7 @@ class Publisher(threading.Thread):
             commands.append(self._transitions.finish(self._engine, g.finishes))
         if g.releases:
             commands.append(self._transitions.release(self._engine, g.releases))
-        if g.ring:
+        if g.wake:
             commands.append(self._transitions.wake(self._engine))
         return commands
 
@@ -160,11 +160,11 @@ class Publisher(threading.Thread):
         if g.finishes and replies:
             ends = zip(g.finishes, next(rows), strict=True)
             if gaps := [end.fence for end, reply in ends if reply == "gap"]:
-                self._send([self._transitions.release(self._engine, [given_up(fence) for fence in gaps])])
+                self._send([self._transitions.release(self._engine, [release_after_gap(fence) for fence in gaps])])
 
 
-def given_up(fence: Fence) -> Release:
-    """The end of an attempt of whose events Redis has lost some. Nobody's fault: the next goes on behind the log."""
+def release_after_gap(fence: Fence) -> Release:
+    """Ends an attempt whose events Redis has lost in part. It counts as no failure; the next resumes after the log."""
     return Release(fence, "", "", _GAP)
 
 
@@ -176,7 +176,7 @@ def _gather(items: Sequence[Item]) -> _Gathered:
         elif isinstance(item, Release):
             g.releases.append(item)
         elif isinstance(item, Wake):
-            g.ring = True
+            g.wake = True
         else:
             _append(g.chunks, item)
     return g

@@ -1,8 +1,8 @@
-"""Keeps a worker's calls and Redis's account of them the same.
+"""Reconciles a worker's calls with Redis's account of them.
 
-A Redis that comes back may have lost its last writes: up to a second of them after a crash (appendfsync everysec), or
-what a replica had not received before it was made the primary. Then calls run here that are somebody else's by now,
-and calls are said to run here that ended long ago. No event tells of that, so a timer looks.
+After a crash Redis may have lost up to a second of writes (appendfsync everysec); after a failover, those that the new
+primary had not received. Then calls may run here that another worker owns by now, and Redis may count calls as running
+here that ended long ago. No event reports that, so a timer compares.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import redis
 from rsm.broker.connection import execute
 from rsm.broker.protocol.messages import Fence, Release
 from rsm.broker.protocol.transitions import Transitions
-from rsm.workers.runtime.blocking import aside
+from rsm.workers.runtime.blocking import in_thread
 from rsm.workers.runtime.calls import Calls
 from rsm.workers.runtime.publisher import Publisher
 
 log = logging.getLogger("rsm.worker")
 
-_UNKNOWN = "Redis had forgotten how the call ended."
+_END_LOST = "Redis lost the end of the call, so the call runs again."
 
 
 class Reconciler:
-    """Compares, for one engine. In the worker's event loop."""
+    """Reconciles for one engine. Runs in the worker's event loop."""
 
     def __init__(
         self,
@@ -42,28 +42,30 @@ class Reconciler:
         self._publisher = publisher
         self._suspects: set[Fence] = set()
 
-    async def look(self, incarnation: str, current: Callable[[], str]) -> None:
-        """One comparison. What Redis says runs here, and is not here, is given back at the second sight of it: at the
-        first it may be on its way to us, in the reply to a claim.
+    async def reconcile(self, incarnation: str, current: Callable[[], str]) -> None:
+        """Compares once. A call that Redis counts as running here, but that is not here, is released the second time
+        it is found: the first time it may still be on its way, in the reply to a claim.
 
         Args:
-            current: the worker's incarnation by now; an answer for another one is not used.
+            current: gives the worker's current incarnation; an answer for another one is not used.
 
         Raises:
-            redis.ConnectionError or its kin: Redis is away.
+            redis.ConnectionError or similar: Redis is unreachable.
         """
-        held = [*self._calls.held(), *self._publisher.leaving()]
-        command = self._transitions.reconcile(self._engine, incarnation, held)
-        found = await aside(lambda: execute.run(self._redis, command))
+        owned = [*self._calls.owned(), *self._publisher.leaving()]
+        command = self._transitions.reconcile(self._engine, incarnation, owned)
+        found = await in_thread(lambda: execute.run(self._redis, command))
         if found is None or incarnation != current():
             self._suspects.clear()
             return
-        lost = set(found.lost) & set(self._calls.held())  # the others have ended here since the question was put
+        lost = set(found.lost) & set(self._calls.owned())  # the others have ended here since the request
         self._calls.drop([*lost])
-        unknown = set(found.unknown) - {*self._calls.held(), *self._publisher.leaving()}
+        unknown = set(found.unknown) - {*self._calls.owned(), *self._publisher.leaving()}
         again, self._suspects = unknown & self._suspects, unknown - self._suspects
         for fence in again:
-            self._publisher.put(Release(fence, "", "", _UNKNOWN))
+            self._publisher.put(Release(fence, "", "", _END_LOST))
         if lost or again:
-            message = "engine %s and Redis differ: %d calls were not this engine's any more, %d ends were not known"
+            message = (
+                "engine %s and Redis disagreed: dropped %d calls of other engines, released %d calls without an end"
+            )
             log.warning(message, self._engine, len(lost), len(again))

@@ -1,4 +1,4 @@
-"""Bounds on standing still: of the engine, and of the worker's process itself."""
+"""Limits on hangs: of the engine, and of the worker process itself."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ import time
 
 from rsm.broker.settings import Settings
 
-# How often the worker looks, in seconds; a quarter of the bound, if that is less.
-_ROUND_S = 1.0
+# Seconds between two checks; a quarter of the limit, if that is less.
+_INTERVAL_S = 1.0
 
 
-def round_s(settings: Settings) -> float:
-    """The time between two looks, in seconds."""
-    return min(_ROUND_S, settings.stall_s / 4) if settings.stall_s else _ROUND_S
+def check_interval_s(settings: Settings) -> float:
+    """Seconds between two checks."""
+    return min(_INTERVAL_S, settings.stall_s / 4) if settings.stall_s else _INTERVAL_S
 
 
 class ProgressWatchdog:
-    """Measures how long an engine has had calls and made no progress.
+    """Measures how long an engine has had calls without making progress.
 
-    Time in which this process stood still as a whole (SIGSTOP, a suspended machine) says nothing about the engine, so
-    what passes between two looks counts for two rounds at most.
+    Time in which the whole process was stopped (SIGSTOP, a suspended machine) says nothing about the engine, so the
+    time between two checks counts as two intervals at most.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._bound_s = settings.stall_s
-        self._round_s = round_s(settings)
-        self._looked = time.monotonic()
+        self._limit_s = settings.stall_s
+        self._interval_s = check_interval_s(settings)
+        self._checked = time.monotonic()
         self._progress: int | None = None
-        self._still_s = 0.0
+        self._stalled_s = 0.0
 
-    def look(self, progress: int | None) -> bool:
-        """Whether the bound is passed. `progress` changes as the engine works; None: nothing to do, or not known."""
+    def check(self, progress: int | None) -> bool:
+        """Whether the limit is exceeded. `progress` changes as the engine works; None if it is idle or unknown."""
         now = time.monotonic()
-        passed, self._looked = min(now - self._looked, 2 * self._round_s), now
+        passed, self._checked = min(now - self._checked, 2 * self._interval_s), now
         moved = progress is None or progress != self._progress
-        self._still_s = 0.0 if moved else self._still_s + passed
+        self._stalled_s = 0.0 if moved else self._stalled_s + passed
         self._progress = progress
-        return 0 < self._bound_s <= self._still_s
+        return 0 < self._limit_s <= self._stalled_s
 
 
 class HardExitTimer:
-    """Ends the process if its event loop does not come round in time.
+    """Ends the process if its event loop hangs.
 
-    The timer is faulthandler's. It runs beside the interpreter, so it also ends a process whose C code never gives the
-    interpreter back. Before it does, it writes to stderr where each thread stood: names of functions, no values. The
-    exit status is 1, which to a supervisor means: start it again.
+    The timer is faulthandler's. It runs outside the interpreter, so it also ends a process whose C code never releases
+    the GIL. Before it does, it writes the stack of each thread to stderr: names of functions, no values. The exit
+    status is 1, after which a supervisor restarts the worker.
 
     Args:
-        armed: if not, as for a worker inside another program, it does nothing.
+        armed: if False, as for a worker inside another program, it does nothing.
     """
 
     def __init__(self, settings: Settings, *, armed: bool = False) -> None:
@@ -59,20 +59,20 @@ class HardExitTimer:
         self._leaving = False
 
     def starting(self) -> None:
-        """From now on the engine is loading, during which the event loop may stand still."""
+        """The engine starts loading, during which the event loop may block."""
         self._set(self._start_s)
 
     def alive(self) -> None:
-        """The event loop has come round."""
+        """The event loop is running."""
         self._set(self._stall_s)
 
     def leaving(self, within_s: float) -> None:
-        """The process is to be gone within so many seconds; nothing prolongs that."""
+        """The process has to end within `within_s` seconds; nothing extends that."""
         self._set(within_s)
         self._leaving = True
 
     def _set(self, seconds: float) -> None:
-        """0 = no bound."""
+        """Restarts the timer. 0 switches it off."""
         if not self._armed or self._leaving:
             return
         if seconds:

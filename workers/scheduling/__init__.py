@@ -1,3 +1,3 @@
-"""Program-aware scheduling inside an engine: the rules, what calls cost, and the plug-in for vLLM."""
+"""Program-aware scheduling inside an engine: the rules, the service units, and the plug-in for vLLM."""
 
 __all__: list[str] = []

@@ -1,22 +1,22 @@
-"""The pure core of program-aware scheduling inside one engine. No engine and no clock: time goes in as a number (s).
+"""The pure core of program-aware scheduling inside one engine. No engine and no clock: time is an argument, in seconds.
 
-It is the scheduler of Autellix (arXiv 2502.13965, section 4.2, Algorithm 1, lines 8 to 36), made for an engine that
-can take a running call's place away. A call begins in the level of its program's service, not in the best one:
+It is the scheduler of Autellix (arXiv 2502.13965, section 4.2, Algorithm 1, lines 8 to 36), for an engine that can
+preempt running calls. A call begins in the level of its program's service, not in the best level:
 
-1. Its level is the bin of what its program had (`inherited`) and what it has used itself.
-2. Each level has a budget of service, its quantum; a call that has used it falls by one level, also while it runs.
-3. A call whose program waited too long for how long it ran goes to the best level of its class: (program's wait +
-   call's wait) / (program's run + call's run) >= beta. Its counters then begin anew. Beyond the paper, so do the
-   program's as far as this call is concerned, as in the broker's queues (`programs.lua`): else who has starved once
-   is promoted again and again until its running has caught up. The program's other calls keep theirs and follow soon.
-4. Order: the user's priority class, then the level, then who came first.
-5. A waiting call may take the place of a running one that is strictly worse, by class and level alone; so calls of
-   one level never take turns, and each exchange costs its cause a level or its victim a wait.
-6. Beyond the paper: while a better call runs, a worse one's prompt is computed in pieces (`prompt_chunk`).
+1. Its level is the bin of the service that its program had (`inherited`) plus the service that it used itself.
+2. Each level has a budget of service, its quantum. A call that has used it up drops one level, even while it runs.
+3. A starving call moves to the best level of its class: (program's wait + call's wait) / (program's run + call's run)
+   >= beta. Its counters are then reset. Beyond the paper, this call's copy of the program's counters is reset too, as
+   in the broker's queues (`programs.lua`); otherwise a program that starved once would be promoted on every call until
+   its run time has caught up. The program's other calls keep their counters and are promoted soon after.
+4. Order: the user's priority class, then the level, then the arrival.
+5. A waiting call may preempt a running one that is strictly worse by class and level. So calls of the same level never
+   take turns, and each exchange costs its cause a level or its victim a wait.
+6. Beyond the paper: while a better call runs, a worse call's prompt is computed in chunks (`prompt_chunk`).
 
-Whoever holds a `Plas` tells it what happens (`add`, `start`, `charge`, `stop`, `end`) and asks it what should
-(`promote`, `victims`). It costs a step of an engine nothing that grows with the calls that run: `charge` may be put off
-until `until_demotion` units have gathered.
+The owner of a `Plas` reports what happens (`add`, `start`, `charge`, `stop`, `end`) and asks what to do (`promote`,
+`victims`). The cost per engine step does not grow with the running calls: `charge` may wait until `until_demotion`
+units have accumulated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from math import inf, isfinite
 
 from rsm.broker.protocol.rules import RUN_FLOOR_MS, level_of
 
-_SPARE = 64  # entries of a heap that may be out of date, besides as many as are not
+_SPARE = 64  # stale entries that the heap may have, beyond as many as it has valid ones
 
 Rank = tuple[int, int]  # class and level; lower is better
 NOTHING_IS_BETTER: Rank = (-(1 << 31), 0)
@@ -38,15 +38,15 @@ Order = tuple[int, int, float, int]  # class, level, arrival, number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlasRules:
-    """The free parameters, which the paper leaves open.
+    """The parameters that the paper leaves open.
 
     Attributes:
-        bounds: upper ends of the levels, in service units; above them is one level more.
-        quanta: service units that a call may use in each level; none: the rest of the level's bin.
-        beta: wait / run at which a program starves; 0 = never.
-        floor_s: a program counts as having run for at least so long, or whoever has just begun would starve at once.
-        most_victims: calls that lose their place in one step.
-        prompt_chunk: up to how many prompt tokens of a step a call's may be while a better one runs; 0 = no bound.
+        bounds: upper bounds of the levels, in service units; one more level is above them.
+        quanta: service units that a call may use in each level. Default: the rest of the level's bin.
+        beta: the ratio of wait to run time at which a program starves; 0 = never.
+        floor_s: the least run time that counts; without it, a new program would starve at once.
+        most_victims: the most calls preempted in one step.
+        prompt_chunk: the most prompt tokens per step of a call while a better one runs; 0 = no limit.
     """
 
     bounds: tuple[int, ...] = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
@@ -58,20 +58,22 @@ class PlasRules:
 
     def __post_init__(self) -> None:
         if list(self.bounds) != sorted(set(self.bounds)) or min(self.bounds, default=1) <= 0:
-            raise ValueError("bounds must rise and be positive")
+            raise ValueError("bounds must be positive and increasing")
         if self.quanta and (len(self.quanta) != len(self.bounds) or min(self.quanta) <= 0):
-            raise ValueError("quanta must be positive, one for each of the bounds")
+            raise ValueError("quanta must be positive, one for each bound")
         if not (isfinite(self.beta) and self.beta >= 0 and self.floor_s > 0 and self.most_victims >= 0):
-            raise ValueError("beta and most_victims must not be negative, and floor_s must be positive")
+            raise ValueError(
+                "beta and most_victims must not be negative, beta must be finite, floor_s must be positive"
+            )
         if self.prompt_chunk < 0:
             raise ValueError("prompt_chunk must not be negative")
 
     def level_of(self, service: float) -> int:
-        """The bin of an amount of service; 0 is the best."""
+        """The level of an amount of service; 0 is the best."""
         return level_of(service, self.bounds)
 
     def budget(self, level: int, service: float = 0.0) -> float:
-        """Service units that a call may use in a level that it enters with so much service; inf in the last."""
+        """Service units that a call may use in a level that it enters with `service`; inf in the last level."""
         if level >= len(self.bounds):
             return inf
         if self.quanta:
@@ -79,19 +81,19 @@ class PlasRules:
         return self.bounds[level] - max(service, self.bounds[level - 1] if level else 0)
 
     def prompt_tokens(self, most: int, better_runs: bool) -> int:
-        """Up to how many prompt tokens of a step a call's may be. All calls wait for a step's end, so the whole of it
-        (`most`) for a worse call's prompt would make a better one's next token take 20 to 40 times as long."""
+        """The most prompt tokens of a call in one step. All calls wait for the end of a step, so a whole step (`most`)
+        for a worse call's prompt would make a better call's next token take 20 to 40 times as long."""
         return min(most, self.prompt_chunk) if better_runs and self.prompt_chunk else most
 
 
 class PlasCall:
-    """A call as the core sees it. Only `Plas` writes to it.
+    """A call in the core. Only `Plas` writes to it.
 
     Attributes:
         own: service units used by the call itself.
         level: 0 is the best.
-        order: sorts calls, the best first; changes with the level.
-        promotions: how often it was taken for starving.
+        order: the sort key, the best first; changes with the level.
+        promotions: how often it was promoted because it starved.
     """
 
     __slots__ = (
@@ -122,12 +124,12 @@ class PlasCall:
         self.level = 0
         self.order: Order = (priority, 0, arrival, number)
         self._number = number
-        self._left = inf  # of the level's budget
-        # Of the program before, and of the call up to `_since`; both since the last promotion.
+        self._left = inf  # what is left of the level's budget
+        # Seconds of the program before this call, plus those of the call up to `_since`, since the last promotion.
         self._waited = self._ran = 0.0
         self._since = arrival
         self._running = False
-        self._due: float = inf  # when it will be taken for starving, if it waits until then
+        self._due: float = inf  # when it will starve if it waits until then
 
     def __repr__(self) -> str:
         state = "runs" if self._running else "waits"
@@ -148,10 +150,10 @@ class Plas:
     def __init__(self, rules: PlasRules | None = None) -> None:
         self.rules = rules or PlasRules()
         self._numbers = count()
-        self._starving: list[tuple[float, int, PlasCall]] = []  # a heap by due time; entries may be out of date
-        self._watched = 0  # those that are not
+        self._starving: list[tuple[float, int, PlasCall]] = []  # a heap by due time, with stale entries
+        self._watched = 0  # entries that are not stale
 
-    # -- what happens
+    # -- reports
 
     def add(
         self,
@@ -164,15 +166,15 @@ class Plas:
         waited_s: float = 0.0,
         ran_s: float = 0.0,
     ) -> PlasCall:
-        """A call has come and waits.
+        """A call has arrived and waits.
 
         Args:
             arrival: when it began to wait.
-            inherited: service units that its program has had.
-            level: where it begins, if not where its program's service belongs: it was promoted while it waited
-                elsewhere, or nothing more is known of it.
-            waited_s: how long its program has waited, without this call, since it was last promoted.
-            ran_s: how long its program has run, likewise.
+            inherited: service units that its program has used.
+            level: where it begins, if not in the level of its program's service: it was promoted while it waited
+                elsewhere, or only its level is known.
+            waited_s: how long its program has waited since its last promotion, without this call.
+            ran_s: how long its program has run since then, without this call.
         """
         call = PlasCall(program, priority, inherited, arrival, next(self._numbers))
         call._waited, call._ran = waited_s, ran_s
@@ -183,21 +185,21 @@ class Plas:
         return call
 
     def start(self, call: PlasCall, now: float) -> None:
-        """It has got a place, for the first time or again."""
+        """The call has got a slot."""
         if not call._running:
             call._waited += max(now - call._since, 0.0)
             call._since, call._running = now, True
             self._unwatch(call)
 
     def stop(self, call: PlasCall, now: float) -> None:
-        """It has lost its place and waits again."""
+        """The call has lost its slot and waits again."""
         if call._running:
             call._ran += max(now - call._since, 0.0)
             call._since, call._running = now, False
             self._watch(call)
 
     def charge(self, call: PlasCall, units: float) -> bool:
-        """It has used so much service. True: it has fallen to a worse level."""
+        """The call has used `units` of service. True if it has dropped to a worse level."""
         call.own += units
         call._left -= units
         if call._left > 0:
@@ -210,23 +212,23 @@ class Plas:
         return True
 
     def end(self, call: PlasCall) -> None:
-        """It is gone."""
+        """The call has ended."""
         self._unwatch(call)
 
-    # -- what should happen
+    # -- decisions
 
     def until_demotion(self, call: PlasCall) -> float:
-        """Service units that are left to it in its level; inf in the last one."""
+        """Service units that the call may still use in its level; inf in the last level."""
         return call._left
 
     def next_promotion(self) -> float:
-        """When `promote` will have something to do if nothing else happens before; inf = never."""
+        """The time of the next promotion if nothing else happens before; inf = never."""
         while self._starving and self._starving[0][0] != self._starving[0][2]._due:
             heappop(self._starving)
         return self._starving[0][0] if self._starving else inf
 
     def promote(self, now: float) -> list[PlasCall]:
-        """Moves the waiting calls that starve to the best level of their class; returns those whose level changed."""
+        """Moves starving calls to the best level of their class; returns those whose level changed."""
         promoted = []
         while self.next_promotion() <= now:
             call = heappop(self._starving)[2]
@@ -241,12 +243,12 @@ class Plas:
         return promoted
 
     def victims(self, waiting: Sequence[PlasCall], running: Sequence[PlasCall], free: int) -> list[PlasCall]:
-        """Running calls that should lose their places to waiting ones, the worst first.
+        """Running calls to preempt for waiting ones, the worst first.
 
         Args:
-            waiting: calls that could start, the best first; a few are enough (`free` and `most_victims`).
+            waiting: calls that could start, the best first; `free` + `most_victims` of them are enough.
             running: the best first.
-            free: places that are free.
+            free: free slots.
         """
         found: list[PlasCall] = []
         for better in waiting[free : free + self.rules.most_victims]:
@@ -255,31 +257,31 @@ class Plas:
             found.append(running[-1 - len(found)])
         return found
 
-    def victims_for_room(
-        self, call: PlasCall, running: Sequence[PlasCall], need: float, room_of: Callable[[PlasCall], float]
+    def victims_to_free(
+        self, call: PlasCall, running: Sequence[PlasCall], need: float, freed_by: Callable[[PlasCall], float]
     ) -> list[PlasCall]:
-        """Running calls that should go so that a waiting one finds room, such as KV blocks; the worst first.
+        """Running calls to preempt so that a waiting one gets what it needs, such as KV blocks; the worst first.
 
-        Nobody goes in vain: where all worse ones together do not hold `need`, none is named. If more than
+        No call is preempted in vain: if all worse ones together do not free `need`, the list is empty. If more than
         `most_victims` are needed, the rest follow in the next steps.
         """
         found: list[PlasCall] = []
         for worse in reversed(running):
             if need <= 0 or not call.rank < worse.rank:
                 break
-            if (room := room_of(worse)) > 0:
+            if (freed := freed_by(worse)) > 0:
                 found.append(worse)
-                need -= room
+                need -= freed
         return found[: self.rules.most_victims] if need <= 0 else []
 
-    # -- inside
+    # -- internals
 
     def _enter(self, call: PlasCall, level: int, left: float) -> None:
         call.level, call._left = level, left
         call.order = (call.priority, level, call.arrival, call._number)
 
     def _watch(self, call: PlasCall) -> None:
-        """Notes when a waiting call will be taken for starving."""
+        """Notes when a waiting call will starve."""
         if not self.rules.beta or call.level == 0:
             return
         wait = self.rules.beta * max(call._ran, self.rules.floor_s) - call._waited

@@ -1,4 +1,4 @@
-"""A call's program, as the scheduler in vLLM's engine process knows it. Needs no vLLM."""
+"""A call's program, as the scheduler in vLLM's engine process sees it. Needs no vLLM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rsm.workers.scheduling.service import ServiceUnit, Tokens, Used, charge
 
 LEVELS = 16  # levels of the router's queues that fit between two of vLLM's priorities
 
-_LOOK_AGAIN = 16  # steps after which a call's service is looked at, in a unit of which nothing more is known
+_CHECK_STEPS = 16  # steps between two checks of a call's service, in a unit whose growth cannot be predicted
 
 
-# Where in vLLM's `additional_config` our scheduler finds what it must know.
+# The scheduler's key in vLLM's `additional_config`.
 CONFIG_KEY = "rsm"
 
 
@@ -24,7 +24,7 @@ def rules_of(settings: Settings) -> PlasRules:
 
 
 def as_config(settings: Settings) -> dict[str, Any]:
-    """What of the settings the scheduler in the engine's process must know, as JSON can hold it."""
+    """The settings that the scheduler in the engine process needs, as JSON values."""
     return {
         "level_bounds": list(settings.level_bounds),
         "starvation_beta": settings.starvation_beta,
@@ -34,7 +34,7 @@ def as_config(settings: Settings) -> dict[str, Any]:
 
 
 def from_config(vllm_config: Any) -> Settings:
-    """Those settings, read back in the engine's process; defaults for what nobody has named."""
+    """Reads these settings back in the engine process; defaults for those that are missing."""
     ours = getattr(vllm_config, "additional_config", None)
     given = dict(ours.get(CONFIG_KEY, {}).get("settings", {})) if isinstance(ours, dict) else {}
     if "level_bounds" in given:
@@ -44,13 +44,13 @@ def from_config(vllm_config: Any) -> Settings:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a scheduler in the engine is told of a call's program, in extra_args; class and level are its priority.
+    """A call's program, passed to the scheduler in the engine by extra_args. `priority` encodes class and level.
 
     Attributes:
         program_id: the program.
-        program_service: service units that it has had.
-        program_waited_ms: how long it has waited so far, in all.
-        program_ran_ms: how long it has run so far.
+        program_service: service units that it has used.
+        program_waited_ms: how long it has waited in total.
+        program_ran_ms: how long it has run in total.
     """
 
     program_id: str
@@ -60,7 +60,7 @@ class Program:
 
     @classmethod
     def of_request(cls, request: Any) -> Program:
-        """Of a request that anybody may have made: whatever is not there, or no number, counts as 0."""
+        """Reads the program of a request from any source. A missing or non-numeric value counts as 0."""
         params = getattr(request, "sampling_params", None)
         given: dict[str, Any] = getattr(params, "extra_args", None) or {}
         numbers = [given.get(f"program_{name}") for name in ("service", "waited_ms", "ran_ms")]
@@ -69,13 +69,13 @@ class Program:
 
 
 class Tracked:
-    """One request of vLLM's, and what it has used. Times in s.
+    """A vLLM request and what it has used. Times in seconds.
 
     Attributes:
-        look_at: the step in which its service is to be looked at while it runs; 0 = not at all.
+        check_at: the step in which its service is checked while it runs; 0 = never.
         seen: the first step that could start it.
-        failures: how often somebody made way for it in vain since it last started.
-        not_before: the first step in which somebody may make way for it.
+        failures: preemptions for its sake, since it last started, that did not let it start.
+        not_before: the first step in which a call may be preempted for it.
     """
 
     __slots__ = (
@@ -87,8 +87,8 @@ class Tracked:
         "_started",
         "cached",
         "call",
+        "check_at",
         "failures",
-        "look_at",
         "not_before",
         "request",
         "seen",
@@ -99,15 +99,15 @@ class Tracked:
         self.call = call
         self.seen = seen
         self.cached: int | None = None  # prompt tokens found in the cache when it first started; None: it has not
-        self.look_at = self.failures = self.not_before = 0
+        self.check_at = self.failures = self.not_before = 0
         self._charged = 0  # service units
-        # The most that was ever computed: what is computed again after a preemption costs its program nothing.
+        # The most that was ever computed, because tokens recomputed after a preemption cost the program nothing.
         self._prompt = self._outputs = 0
         self._ran_s = self._started = 0.0
         self._first_s: float | None = None
 
     def starts(self, cached: int, now: float) -> None:
-        """It runs from now on; so many of its tokens were in the cache."""
+        """The request starts to run, with `cached` of its tokens in the cache."""
         self.failures, self._started = 0, now
         if self.cached is None:
             self.cached = self._prompt = min(cached, self.request.num_prompt_tokens)
@@ -116,7 +116,7 @@ class Tracked:
         self._ran_s += now - self._started
 
     def new_service(self, unit: ServiceUnit, now: float) -> int:
-        """Service units of a running call since the last time."""
+        """The service units of a running call since the last charge."""
         request, ran_s = self.request, self._ran_s + now - self._started
         self._prompt = max(self._prompt, min(request.num_computed_tokens, request.num_prompt_tokens))
         self._outputs = max(self._outputs, request.num_output_tokens)
@@ -128,18 +128,18 @@ class Tracked:
         return new
 
     def steps_until(self, unit: ServiceUnit, left: float, step_tokens: int, decode_tokens: int) -> int:
-        """In how many steps it can have used so much more service, at the earliest; at least 1.
+        """The fewest steps, at least 1, after which it can have used `left` more service units.
 
         Args:
-            step_tokens: most tokens of one step.
-            decode_tokens: most tokens of one step of a call that decodes.
+            step_tokens: the most tokens in one step.
+            decode_tokens: the most tokens of a decoding call in one step.
         """
         if type(unit) is not Tokens:
-            return _LOOK_AGAIN
+            return _CHECK_STEPS
         request = self.request
         prompt: int = request.num_prompt_tokens
         uncharged = prompt - self._prompt
-        # With the last token of the prompt comes the first of the answer.
+        # The step that computes the last token of the prompt also yields the first token of the answer.
         answered = prompt + self._outputs + ceil((left - uncharged) / 2) - 1
         mark = self._prompt + left if left <= uncharged else answered
         computed: int = request.num_computed_tokens

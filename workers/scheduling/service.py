@@ -1,7 +1,7 @@
-"""Service units: what a call has cost, as one number. Programs are put into levels by the sum of it (programs.lua).
+"""Service units: the cost of a call as one number. The sum over a program's calls gives its level (programs.lua).
 
-All workers of a namespace must use the same unit, and RSM_LEVEL_BOUNDS must be in it. A unit that does not depend on
-how busy the engine is puts a program into the same levels on any engine; time does not, but the paper counts it.
+All workers of a namespace must use the same unit, and RSM_LEVEL_BOUNDS must be in that unit. With a unit that does not
+depend on load, a program reaches the same levels on any engine. Time depends on load, but it is the paper's unit.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from rsm.broker.errors import InvalidRequest
 
 log = logging.getLogger("rsm.worker")
 
-_MOST = float(1 << 50)  # sums of it are exact in a double
+_MOST = float(1 << 50)  # sums of such numbers are exact in a double
 
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What a call has used of an engine, at its end or so far.
+    """What a call has used, at its end or so far.
 
     Attributes:
-        cached_tokens: of the prompt, not computed again.
-        ran_s: seconds in the engine's batch, or in the engine if it does not say since when it ran.
-        first_s: seconds of these until the first token; None: there was none, or nobody knows.
+        cached_tokens: prompt tokens found in the cache.
+        ran_s: seconds in the engine's batch; seconds in the engine, if it does not report when the call began to run.
+        first_s: seconds of `ran_s` until the first token; None if there was none or it is unknown.
     """
 
     prompt_tokens: int
@@ -37,17 +37,17 @@ class Used:
 
 
 class ServiceUnit(ABC):
-    """One method; it holds no state, for calls are charged by many workers."""
+    """The cost of a call. A subclass has one method and no state, because many workers charge calls."""
 
     @abstractmethod
     def service(self, used: Used) -> float:
-        """The service of one call: at least 0, and never less than it was when the call had used less."""
+        """The service of one call: at least 0, and never less when the call has used more."""
 
 
 class Tokens(ServiceUnit):
-    """Uncached tokens of the prompt + 2 x tokens of the answer: the weights of VTC (arXiv 2401.00588) and llm-d.
+    """Uncached prompt tokens + 2 x completion tokens: the weights of VTC (arXiv 2401.00588) and llm-d.
 
-    Independent of load, and of a cache that was lost only as far as the prompt had to be computed again.
+    Independent of load. A lost cache counts only through the prompt tokens that are computed again.
     """
 
     def service(self, used: Used) -> float:
@@ -55,10 +55,10 @@ class Tokens(ServiceUnit):
 
 
 class Work(ServiceUnit):
-    """Tokens of the answer + an eighth of the uncached tokens of the prompt, times 2: about what they cost an engine.
+    """2 x (completion tokens + 1/8 of the uncached prompt tokens): about what they cost an engine.
 
-    Prompts are computed thousands of tokens at a time, answers a token of each call at a time: of an 8B model on an
-    H100 a prompt token takes about 36 us, and an answer token in a batch of 64 with contexts of 2,000 0.2 to 0.3 ms.
+    A step computes thousands of prompt tokens, but one completion token per call. With an 8B model on an H100, a prompt
+    token takes about 36 us; a completion token takes 0.2 to 0.3 ms in a batch of 64 with contexts of 2,000.
     """
 
     def service(self, used: Used) -> float:
@@ -66,7 +66,7 @@ class Work(ServiceUnit):
 
 
 class Time(ServiceUnit):
-    """Milliseconds in the engine's batch: the paper's unit. The same call takes longer among many."""
+    """Milliseconds in the engine's batch: the paper's unit. The same call takes longer in a larger batch."""
 
     def service(self, used: Used) -> float:
         return 1000 * used.ran_s
@@ -75,8 +75,8 @@ class Time(ServiceUnit):
 class KvTokens(ServiceUnit):
     """Token-seconds of KV cache: Justitia's cost of an agent (arXiv 2510.17015).
 
-    The prompt is held from the beginning, and the answer grows evenly after the first token, so half of it is held in
-    the mean. Prompts that share their cache pay for it each.
+    The prompt occupies the cache from the start. The answer grows evenly after the first token, so it occupies half of
+    its size on average. Each of several prompts with a common prefix pays for the whole prefix.
     """
 
     def service(self, used: Used) -> float:
@@ -85,11 +85,11 @@ class KvTokens(ServiceUnit):
 
 
 def charge(unit: ServiceUnit, used: Used) -> int:
-    """What Redis is told of a call: a whole number. A unit that fails on a call costs nobody the call's answer."""
+    """The service of a call as reported to Redis, a whole number. If the unit fails, the call is charged nothing."""
     try:
         return round(min(max(0.0, unit.service(used)), _MOST))
     except Exception as e:
-        log.error("service unit %s: %s; the call is charged with nothing", type(unit).__name__, type(e).__name__)
+        log.error("service unit %s raised %s; the call is charged nothing", type(unit).__name__, type(e).__name__)
         return 0
 
 
@@ -97,7 +97,7 @@ UNITS: dict[str, type[ServiceUnit]] = {"tokens": Tokens, "work": Work, "time": T
 
 
 def create_unit(name: str) -> ServiceUnit:
-    """The unit of that name: one of ours, or `package.module:Class` of anybody's.
+    """Creates the unit of that name: a built-in one, or the class at `package.module:Class`.
 
     Raises:
         InvalidRequest: there is no such unit; the message lists the names.
@@ -107,11 +107,13 @@ def create_unit(name: str) -> ServiceUnit:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as e:  # the last two: no module path at all
+    except (ImportError, AttributeError, ValueError, TypeError) as e:  # the last two: the name is no module path
         raise InvalidRequest(
             f"There is no service unit {name!r} ({e}). Use one of {', '.join(UNITS)}, or package.module:Class "
             "(RSM_SERVICE_UNIT)."
         ) from e
     if not (isinstance(found, type) and issubclass(found, ServiceUnit)) or isabstract(found):
-        raise InvalidRequest(f"{name!r} is not a subclass of rsm.workers.ServiceUnit with a method `service`.")
+        raise InvalidRequest(
+            f"{name!r} is not a subclass of rsm.workers.ServiceUnit with a method `service` (RSM_SERVICE_UNIT)."
+        )
     return found()

@@ -1,3 +1,3 @@
-"""What keeps workers running, on this host and on others."""
+"""Supervision of workers, on this host and on others."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""A worker as a supervised child process, whose death is reported at once."""
+"""A worker as a supervised child process. Its death is reported at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 from rsm.broker.connection import execute
 from rsm.broker.connection.factory import connect
-from rsm.broker.connection.retry import BLIPS
+from rsm.broker.connection.retry import OUTAGES
 from rsm.broker.protocol.codec import text
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.protocol.transitions import Transitions
@@ -30,7 +30,7 @@ log = logging.getLogger("rsm.supervisor")
 def worker_process(
     config: EngineConfig, settings: Settings, *, output: int | None = None, node: str = ""
 ) -> Supervised:
-    """A worker, not yet started. It is started again when it dies, unless its engine id is taken."""
+    """A worker, not yet started. It is restarted when it dies, unless its engine id is taken or its config is wrong."""
     env = settings.environment() | {
         CONFIG_VARIABLE: config.as_json(),
         NODE_VARIABLE: node,
@@ -50,16 +50,16 @@ def worker_process(
 
 
 def is_of(incarnation: str, birth: str) -> bool:
-    """Whether an incarnation is one of the process of that birth."""
+    """Whether an incarnation belongs to the process with that birth."""
     return incarnation == birth or incarnation.startswith(f"{birth}.")
 
 
 def report_death(settings: Settings, engine_id: str, birth: str) -> None:
-    """Gives a dead worker's calls to others now, instead of when its lease runs out. Does nothing if Redis is away, or
-    if a successor has the engine id by now.
+    """Moves a dead worker's calls to other engines now, before its lease expires. Does nothing if Redis is unreachable
+    or a successor has the engine id.
 
     Args:
-        birth: of the process that died, or an incarnation of it.
+        birth: the birth of the dead process, or one of its incarnations.
     """
     transitions, server = Transitions(Keys(settings.namespace), settings), connect(settings)
     try:
@@ -68,7 +68,7 @@ def report_death(settings: Settings, engine_id: str, birth: str) -> None:
             reaped = execute.run(server, transitions.reap(engine_id, incarnation))
             if reaped.moved < settings.batch:
                 break
-    except BLIPS:
-        log.warning("the death of engine %s is left to its lease: Redis is away", engine_id)
+    except OUTAGES:
+        log.warning("Redis is unreachable: the death of engine %s takes effect when its lease expires", engine_id)
     finally:
         server.close()

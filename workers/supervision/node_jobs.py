@@ -1,7 +1,7 @@
-"""What a node does by order: the jobs that RQ runs there, each in a process of its own that ends with the job.
+"""The jobs that RQ runs on a node, each in a process of its own that ends with the job.
 
-The engines it starts are no children of that process: each is a detached supervisor with its worker. Until its start
-has succeeded, a supervisor is tentative: it ends with the job, also when that is killed.
+The engines that a job starts are not children of that process: each is a detached supervisor with its worker. Until the
+start has succeeded, a supervisor is tentative: it ends with the job, even if the job is killed.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from rsm.workers.supervision.orders import POLL_S, OrderLease
 
 log = logging.getLogger("rsm.node")
 
-# What a worker may take to leave, beyond the grace.
+# How long a worker may take to exit, beyond the grace period.
 LEAVE_S = 30
 _GONE = (EngineState.STOPPED, EngineState.DEAD, "")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a job runs, and for whom."""
+    """The context of a job: the node, and the lease of the client's order."""
 
     node: str
     settings: Settings
@@ -56,7 +56,7 @@ class Place:
 def start_engine(here: Place, config: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """Starts a detached, supervised worker on this host; returns its status once it is READY.
 
-    Whatever else ends this job, such as a giver who is gone, undoes the start: the worker is stopped again.
+    If the job ends in any other way, for example because the client is gone, the worker is stopped again.
     """
     engine = EngineConfig(**config)
     if _state(here, engine.engine_id) in (EngineState.STARTING, EngineState.READY, EngineState.DRAINING):
@@ -64,7 +64,7 @@ def start_engine(here: Place, config: dict[str, Any], timeout_s: float) -> dict[
     supervisor = _start_supervisor(here, engine)
     try:
         _await_ready(here, engine.engine_id, supervisor, timeout_s)
-        _let_stay(supervisor)
+        _confirm(supervisor)
     except BaseException:
         _undo(here, engine.engine_id, supervisor)
         raise
@@ -73,22 +73,22 @@ def start_engine(here: Place, config: dict[str, Any], timeout_s: float) -> dict[
 
 
 def stop_engine(here: Place, engine_id: str, drain: bool) -> dict[str, Any]:
-    """Stops an engine of this host; one that does not leave within the grace is killed."""
+    """Stops an engine of this host; kills it if it does not exit within the grace period."""
     _require_here(here, engine_id)
     status = drain_engine(here, engine_id, "stop")
     supervisor, worker = int(status["supervisor"]), int(status["pid"])
     until = time.monotonic() + (here.settings.drain_grace_s + LEAVE_S if drain else 0)
     while _alive(supervisor) or _alive(worker) or _state(here, engine_id) not in _GONE:
         if time.monotonic() > until:
-            _kill_session(supervisor)  # first, for it would start the worker again
-            _bury(here, status)
+            _kill_session(supervisor)  # first, or it would restart the worker
+            _kill_worker(here, status)
         time.sleep(POLL_S)
     log.info("engine %s stopped", engine_id)
     return _status(here, engine_id)
 
 
 def drain_engine(here: Place, engine_id: str, op: str = "drain") -> dict[str, Any]:
-    """Takes an engine out of service; its waiting calls go to others."""
+    """Drains an engine; its waiting calls go to other engines."""
     check_id(engine_id, "engine")
     server, transitions = connect(here.settings), Transitions(Keys(here.settings.namespace), here.settings)
     while True:
@@ -100,7 +100,7 @@ def drain_engine(here: Place, engine_id: str, op: str = "drain") -> dict[str, An
 
 
 def replay_letters(here: Place, ref: str) -> dict[str, Any]:
-    """Sends the call of one dead letter again, or with "" all of them."""
+    """Replays the call of one dead letter, or with "" of all of them."""
     letters = DeadLetters(here.settings)
     if not ref:
         return letters.replay_all()._asdict()
@@ -112,7 +112,7 @@ JOBS = {
 }
 
 
-# -- a start
+# -- starting an engine
 
 
 def _start_supervisor(here: Place, engine: EngineConfig) -> subprocess.Popen[bytes]:
@@ -128,7 +128,7 @@ def _start_supervisor(here: Place, engine: EngineConfig) -> subprocess.Popen[byt
 def _await_ready(here: Place, engine_id: str, supervisor: subprocess.Popen[bytes], timeout_s: float) -> None:
     until = time.monotonic() + timeout_s
     while not _is_ready(here, engine_id, supervisor.pid):
-        here.lease.look()
+        here.lease.check()
         if supervisor.poll() is not None:
             why = _cause(here, engine_id) or f"its supervisor ended with status {supervisor.returncode}."
             raise EngineFailed(f"Engine {engine_id} did not start: {why}")
@@ -140,7 +140,7 @@ def _await_ready(here: Place, engine_id: str, supervisor: subprocess.Popen[bytes
 
 
 def _is_ready(here: Place, engine_id: str, supervisor: int) -> bool:
-    """Whether it is READY, and no other that has taken its id meanwhile."""
+    """Whether the engine is READY and not another one that has taken its id in the meantime."""
     status = _status(here, engine_id)
     return _is_ours(here, status, supervisor) and status["state"] == EngineState.READY
 
@@ -149,32 +149,32 @@ def _is_ours(here: Place, status: dict[str, Any], supervisor: int) -> bool:
     return bool(status) and (status["node"], status["supervisor"]) == (here.node, supervisor)
 
 
-def _let_stay(supervisor: subprocess.Popen[bytes]) -> None:
-    """From here on it lives without this job."""
+def _confirm(supervisor: subprocess.Popen[bytes]) -> None:
+    """Confirms a tentative supervisor: from now on it outlives this job."""
     assert supervisor.stdin is not None  # noqa: S101
     os.write(supervisor.stdin.fileno(), b"\n")
     supervisor.stdin.close()
 
 
 def _cause(here: Place, engine_id: str) -> str:
-    """What the last worker under this id said of its end, if it said anything."""
+    """The error that the last worker with this id reported, if any."""
     return str(_status(here, engine_id).get("error") or "")
 
 
 def _undo(here: Place, engine_id: str, supervisor: subprocess.Popen[bytes]) -> None:
-    """Returns once supervisor and worker are gone and the id is free, for the next order may use it again."""
+    """Stops supervisor and worker; returns once both are gone and the id is free for the next order."""
     child_process.stop(supervisor, here.settings.drain_grace_s + LEAVE_S)
     status = _status(here, engine_id)
     if _is_ours(here, status, supervisor.pid) and status["state"] not in _GONE:
-        _bury(here, status)
+        _kill_worker(here, status)
     log.info("the start of engine %s was undone", engine_id)
 
 
-# -- what is known of an engine, and of its processes
+# -- an engine's status and processes
 
 
 def _status(here: Place, engine_id: str) -> dict[str, Any]:
-    """Nothing, if there is no such engine. A Redis that is away is waited for."""
+    """The engine's status; empty if there is no such engine. Waits for an unreachable Redis."""
     monitor = Monitor(here.settings, here.server)
     try:
         return persist(lambda: monitor.engine(engine_id), "node", lambda: False) or {}
@@ -187,14 +187,16 @@ def _state(here: Place, engine_id: str) -> str:
 
 
 def _require_here(here: Place, engine_id: str) -> None:
-    """Its pids mean something on its own host alone: elsewhere they are those of strangers."""
-    node = _status(here, engine_id).get("node", here.node)  # of one that is not known, the order to drain says so
+    """Raises EngineFailed if the engine runs on another host, where its pids belong to it; here they do not."""
+    node = _status(here, engine_id).get("node", here.node)  # an unknown engine fails later, in the drain
     if node != here.node:
-        raise EngineFailed(f"Engine {engine_id} runs on node {node}; ask that one to stop it.")
+        raise EngineFailed(
+            f"Engine {engine_id} runs on node {node}; stop it with `rsm stop {engine_id} --node {node}`."
+        )
 
 
-def _bury(here: Place, status: dict[str, Any]) -> None:
-    """kill -9 for the worker, if it is there, and its calls to others."""
+def _kill_worker(here: Place, status: dict[str, Any]) -> None:
+    """Kills the worker, if it is alive, and moves its calls to other engines."""
     _kill_session(status["pid"])
     report_death(here.settings, status["engine_id"], str(status["incarnation"]))
 
@@ -206,11 +208,11 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return not _ended(pid)
+    return not _is_zombie(pid)
 
 
-def _ended(pid: int) -> bool:
-    """Whether only its exit status is left: in a container whose first process is no init, nobody takes that."""
+def _is_zombie(pid: int) -> bool:
+    """Whether the process is a zombie. In a container without an init process nobody reaps it."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

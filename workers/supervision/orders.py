@@ -1,7 +1,7 @@
-"""An order to a node lasts as long as its giver waits: a key that the giver renews, and that the node's job looks at.
+"""An order to a node is valid as long as its client waits: a key that the client renews and the node's job checks.
 
-So an order that was given up is never begun, and a start that is under way is undone. It makes no difference whether
-the giver withdrew the order or was killed.
+So an abandoned order is never begun, and a start in progress is undone, whether the client withdrew the order or was
+killed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from rsm.broker.errors import EngineFailed
 from rsm.broker.protocol.keys import Keys
 from rsm.broker.settings import Settings
 
-# The pause between two looks of a job.
+# The pause between two checks of a job.
 POLL_S = 0.1
-# How long a giver may say nothing: longer than the time limit of a command, after which it tries again.
+# How long a client may not renew: longer than the timeout of a Redis command, after which it tries again.
 _LEASE_S = 15
-# A job gives up after so many looks in a row, 3 s, that found no giver. A Redis that was away for longer than a lease
-# has forgotten it, and each giver that is still there renews it within a second of Redis's return.
-_LOOKS = 30
+# A job gives up after this many checks in a row (3 s) without a client. An outage of Redis longer than a lease lets the
+# lease expire, and a client that still waits renews it within a second of Redis's return.
+_MAX_MISSED = 30
 
 
 class OrderLease:
@@ -33,21 +33,21 @@ class OrderLease:
         self._missed = 0
 
     def renew(self) -> None:
-        """For the giver, at least every few seconds."""
+        """Renews the lease. The client calls it every few seconds."""
         self._server.set(self._key, "", ex=_LEASE_S)
 
     def end(self) -> None:
-        """For the giver: it waits no longer."""
+        """Ends the lease. The client calls it when it stops waiting."""
         self._server.delete(self._key)
 
-    def look(self) -> bool:
-        """For the job: whether the giver waits. A Redis that is away is waited for.
+    def check(self) -> bool:
+        """Whether the client waits. The job calls it; it waits for an unreachable Redis.
 
         Raises:
-            EngineFailed: the giver is gone.
+            EngineFailed: the client is gone.
         """
         found = bool(persist(lambda: self._server.exists(self._key), "order", lambda: False))
         self._missed = 0 if found else self._missed + 1
-        if self._missed >= _LOOKS:
-            raise EngineFailed("Nobody waits for this order any longer: it was withdrawn, or its giver is gone.")
+        if self._missed >= _MAX_MISSED:
+            raise EngineFailed("The client withdrew this order or is gone. Send the order again if it is still wanted.")
         return found

@@ -1,4 +1,4 @@
-"""Keeps a program running: starts it, starts it again when it dies, and stops it within a bound."""
+"""Keeps a program running: starts it, restarts it when it dies, and stops it within a time limit."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ log = logging.getLogger("rsm.supervisor")
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
-# A program that ran for so long is taken to have been well; its next death starts from the shortest pause.
-_WELL_S = 60.0
+# A program that ran for this long counts as healthy; its next death starts from the shortest pause.
+_HEALTHY_S = 60.0
 _LEAVE_MARGIN_S = 20.0
 
 
 class Supervised:
-    """One program under supervision.
+    """One supervised program.
 
     Args:
-        give_up: exit statuses after which it is not started again, besides 0.
+        give_up: exit statuses after which it is not restarted, besides 0.
         died: called, from the supervising thread, after each unexpected end with its birth and status.
 
     Attributes:
-        birth: what the running process is called (RSM_BIRTH): a pid may be another's by the time it is looked at.
+        birth: the id of the running process (RSM_BIRTH). Unlike a pid, it is never reused.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class Supervised:
 
     @property
     def running(self) -> bool:
-        """Whether it runs, or will be started again."""
+        """Whether it runs or will be restarted."""
         return self._thread.is_alive()
 
     def request_stop(self) -> None:
-        """SIGTERM, and no further start. Does not wait."""
+        """Sends SIGTERM and prevents restarts. Does not wait."""
         with self._lock:
             self._stopping.set()
             if self._process is not None and self._process.poll() is None:
                 self._process.terminate()
 
     def stop(self) -> None:
-        """Stops it: SIGTERM, SIGKILL after the grace and a margin for its own clean-up."""
+        """Stops it: SIGTERM, then SIGKILL after the grace period and a margin for its own clean-up."""
         self.request_stop()
         if self._process is not None:
             self.status = child.stop(self._process, self._grace_s + _LEAVE_MARGIN_S)
@@ -89,7 +89,7 @@ class Supervised:
             self._thread.join()
 
     def kill(self) -> str:
-        """kill -9, and no further start; returns its birth."""
+        """Sends SIGKILL and prevents restarts; returns its birth."""
         with self._lock:
             self._stopping.set()
             assert self._process is not None, "not started"  # noqa: S101
@@ -99,7 +99,7 @@ class Supervised:
         return self.birth
 
     def wait(self) -> int:
-        """Waits until it has ended for good; returns its last exit status."""
+        """Waits until it has ended and will not be restarted; returns its last exit status."""
         self._thread.join()
         return self.status or 0
 
@@ -119,8 +119,8 @@ class Supervised:
                 return
             if self._died is not None:
                 self._died(birth, self.status)
-            pause = _FIRST_PAUSE_S if time.monotonic() - began > _WELL_S else pause
-            log.warning("%s ended with status %d; starting it again in %.1f s", self.name, self.status, pause)
+            pause = _FIRST_PAUSE_S if time.monotonic() - began > _HEALTHY_S else pause
+            log.warning("%s ended with status %d; restarting it in %.1f s", self.name, self.status, pause)
             if self._stopping.wait(pause):
                 return
             pause = min(_LONGEST_PAUSE_S, pause * 2)

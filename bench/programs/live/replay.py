@@ -62,13 +62,13 @@ class Player:
                 before = [tasks[n] for n in call.after]
                 tasks.append(group.create_task(self._call(spec, index, before, began)))
         calls = [t.result() for t in tasks]
-        return ProgramTimes(spec, calls, max(c.told_s or 0.0 for c in calls))
+        return ProgramTimes(spec, calls, max(c.reported_s or 0.0 for c in calls))
 
     async def _call(
         self, spec: ProgramSpec, index: int, before: list[asyncio.Task[CallTimes]], began: float
     ) -> CallTimes:
         call = spec.calls[index]
-        ends = [(await task).told_s or 0.0 for task in before]
+        ends = [(await task).reported_s or 0.0 for task in before]
         ready = max(ends, default=spec.arrival_s) + call.delay_s
         await _until(began + ready)
         prompt = [i for s in call.prompt for i in self._ids(s)]
@@ -76,7 +76,7 @@ class Player:
         if call.answer:
             self._texts[call.answer] = list(answer.ids)
         times = CallTimes(spec.id, index, spec.id, len(prompt), len(answer.ids), ready)
-        times.started_s, times.told_s = ready + answer.waited_s, perf_counter() - began
+        times.started_s, times.reported_s = ready + answer.waited_s, perf_counter() - began
         times.cached_tokens = answer.cached
         return times
 

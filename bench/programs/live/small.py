@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 def figures(times: Sequence[ProgramTimes]) -> dict[str, Any]:
     """Returns the figures of a run; `wall_s`: until its last program ended."""
     of = Figures.of(ProgramRun.of(t, SimTimes(), 0.0) for t in times)
-    wall_s = max((c.told_s or 0.0 for t in times for c in t.calls), default=0.0)
+    wall_s = max((c.reported_s or 0.0 for t in times for c in t.calls), default=0.0)
     return of.as_dict() | {"calls": sum(len(t.spec.calls) for t in times), "wall_s": wall_s}
 
 

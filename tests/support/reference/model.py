@@ -27,7 +27,7 @@ class Model:
         self.solved: set[str] = set()  # deaths of engines whose cause is known
         self.left: list[str] = []  # generations of calls that ended before an engine had them
         self.stats: Counter[str] = Counter()
-        self.told: list[tuple[str, str, str]] = []  # ends in the inbox: id, generation, state
+        self.reported: list[tuple[str, str, str]] = []  # ends in the inbox: id, generation, state
         self.forgotten: set[tuple[str, str]] = set()  # ids and generations of records that have expired
 
     # -- what the scripts have in common
@@ -60,7 +60,7 @@ class Model:
         self.sessions[c.session].counts[state.lower()] += 1
 
     def report(self, call_id: str, gen: str, state: str) -> None:
-        self.told.append((call_id, gen, state))
+        self.reported.append((call_id, gen, state))
 
     def end_flagged(self, c: Call) -> None:
         if c.cancel == "deadline":
@@ -483,7 +483,7 @@ class Model:
             "open": {s: {c.id for c in self.calls.values() if c.session == s and c.open} for s in self.sessions},
             "deadlines": {c.id for c in self.calls.values() if c.timed},
             "logs": {c.id: [*c.log, *([c.state] * (not c.open))] for c in self.calls.values() if c.stream},
-            "told": sorted(self.told),
+            "reported": sorted(self.reported),
             "solved": self.solved,
             "stats": self.stats,
             "usage": self.usage(),

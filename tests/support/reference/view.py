@@ -64,7 +64,7 @@ class Seen:
             "deadlines": set(self.deadlines),
             "logs": {i: [f.get("state") or f.get("text") or "restart" for f in self.logs[i]]
                      for i, r in records.items() if r.get("stream") == "1"},
-            "told": sorted((f["call"], f["gen"], f["state"]) for f in self.events if "state" in f),
+            "reported": sorted((f["call"], f["gen"], f["state"]) for f in self.events if "state" in f),
             "usage": (
                 *numbers(self.usage, "open_calls", "open_bytes"),
                 Counter({s: int(n) for s, n in self.session_bytes.items()}),

@@ -74,16 +74,19 @@ def completion(**more: Any) -> Job:
 
 # Requests that never run, and their error messages.
 BAD_GENERATE: list[tuple[dict[str, Any], str]] = [
-    ({"nope": 1}, "generate knows no parameter nope."),
+    ({"nope": 1}, "generate has no parameter nope; remove it."),
     ({"n": 2}, "n must be 1 for generate; submit a completions call for several choices."),
     ({"logprobs": 1}, "generate returns no logprobs; submit a completions call instead."),
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1.0}, "temperature must be non-negative"),
     ({"max_tokens": 1.5}, "max_tokens"),
-    ({"seed": 1 << 70}, "seed must be a whole number of 64 bits."),
+    ({"seed": 1 << 70}, "seed must be a whole number that fits in 64 bits."),
     ({"logit_bias": {"a": 1}}, "logit_bias must map token ids to numbers."),
     ({"prompt_token_ids": [1]}, "Give either prompt or prompt_token_ids."),
-    ({"prompt": None, "prompt_token_ids": [-1]}, "prompt_token_ids must be a list of at least one whole number"),
+    (
+        {"prompt": None, "prompt_token_ids": [-1]},
+        "prompt_token_ids must be a non-empty list of whole numbers, at least 0.",
+    ),
     ({"prompt": None, "prompt_token_ids": [1 << 20]}, "out of vocabulary"),
     ({"prompt": ""}, "cannot be empty"),
     ({"prompt": "word " * 9000}, "longer than the maximum model length"),
@@ -101,7 +104,7 @@ BAD_OPENAI: list[tuple[Job, str]] = [
     (completion(prompt="word " * 9000), "maximum context length is 8192 tokens"),
     (completion(max_tokens=float("nan")), "JSON cannot express"),
     (job("embeddings", input="x"), "The model of this engine does not serve embeddings."),
-    (job("rerank", query="x"), "vLLM does not serve rerank."),
+    (job("rerank", query="x"), "vLLM does not serve rerank; use generate, chat.completions, completions, embeddings."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The remote engine, against a small server of our own: no real one can be had where these tests run."""
+"""The `openai` backend with a fake server, because no real one is available where these tests run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rsm.broker.settings import Settings
 from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, EngineMisconfigured, Job, Outcome, Resumed
 from rsm.workers.backends.factory import create_backend
 from rsm.workers.backends.openai.backend import OpenAIBackend
-from rsm.workers.backends.openai.resume import Said
+from rsm.workers.backends.openai.resume import Transcript
 from rsm.workers.config import EngineConfig
 from tests.support.chunks import Heard
 from tests.support.fake_openai import WORDS, Server
@@ -61,8 +61,8 @@ def job(body: dict[str, Any] | None = None, kind: str = "generate", **more: Any)
 
 
 async def run(backend: OpenAIBackend, j: Job) -> tuple[Outcome, Heard]:
-    heard = Heard()
-    return await asyncio.wait_for(backend.run(j, heard.hear), 10), heard
+    received = Heard()
+    return await asyncio.wait_for(backend.run(j, received.hear), 10), received
 
 
 async def test_start_finds_the_model_and_the_kind_of_server(server: Server, start: Any) -> None:
@@ -76,8 +76,8 @@ async def test_start_finds_the_model_and_the_kind_of_server(server: Server, star
 async def test_generate_streams_text_and_counts(server: Server, start: Any) -> None:
     server.models = ["the-model", "mine"]
     backend = await start(model="mine")
-    out, heard = await run(backend, job({"prompt": "Say it", "max_tokens": 6, "temperature": 0.5}, stream=True))
-    assert [p.text for p in heard] == WORDS[:6]
+    out, received = await run(backend, job({"prompt": "Say it", "max_tokens": 6, "temperature": 0.5}, stream=True))
+    assert [p.text for p in received] == WORDS[:6]
     assert (out.text, out.finish_reason) == ("".join(WORDS[:6]), "length")
     assert (out.prompt_tokens, out.completion_tokens, out.cached_tokens) == (5, 6, 4)
     assert out.ttft_ms is not None
@@ -90,39 +90,39 @@ async def test_generate_streams_text_and_counts(server: Server, start: Any) -> N
 
 async def test_vllm_is_asked_for_token_ids(server: Server, start: Any) -> None:
     server.vllm = True
-    out, heard = await run(await start(), job({"prompt_token_ids": [1, 2], "max_tokens": 3}, stream=True))
+    out, received = await run(await start(), job({"prompt_token_ids": [1, 2], "max_tokens": 3}, stream=True))
     assert server.requests[0]["prompt"] == [1, 2]
-    assert [p.token_ids for p in heard] == [[1000], [1001], [1002]]
+    assert [p.token_ids for p in received] == [[1000], [1001], [1002]]
     assert out.token_ids == [1000, 1001, 1002]
 
 
 @pytest.mark.parametrize("vllm", [False, True])
 @pytest.mark.parametrize("as_ids", [False, True])
-async def test_a_broken_generate_is_continued(server: Server, start: Any, vllm: bool, as_ids: bool) -> None:
+async def test_a_broken_generate_is_resumed(server: Server, start: Any, vllm: bool, as_ids: bool) -> None:
     server.vllm, server.cut_after = vllm, 2
     backend = await start()
     body = {"prompt_token_ids": [1, 2]} if as_ids else {"prompt": "Say it"}
-    heard = Heard()
+    received = Heard()
     with pytest.raises(EngineError, match="failed: RemoteProtocolError"):
-        await backend.run(job(body | {"max_tokens": 6}, stream=True), heard.hear)
-    assert len(heard) == 2
+        await backend.run(job(body | {"max_tokens": 6}, stream=True), received.hear)
+    assert len(received) == 2
     server.cut_after = None
-    again = job(body | {"max_tokens": 6}, stream=True, resumed=heard.resumed())
+    again = job(body | {"max_tokens": 6}, stream=True, resumed=received.resumed())
     if as_ids and not vllm:
-        with pytest.raises(CallRejected, match="cannot be continued"):
+        with pytest.raises(CallRejected, match="cannot be resumed"):
             await run(backend, again)
         return
     out, more = await run(backend, again)
     assert server.requests[-1]["max_tokens"] == 4
-    assert out.text == "".join(WORDS[:6]) == heard.resumed().text + "".join(p.text for p in more)
+    assert out.text == "".join(WORDS[:6]) == received.resumed().text + "".join(p.text for p in more)
     assert (out.prompt_tokens, out.completion_tokens) == (5, 6)
     assert out.token_ids == ([1000, 1001, 1002, 1003, 1004, 1005] if vllm else [])
 
 
-async def test_a_generate_that_had_said_all_is_not_sent_again(server: Server, start: Any) -> None:
+async def test_a_generate_that_was_complete_is_not_sent_again(server: Server, start: Any) -> None:
     backend = await start()
-    first, heard = await run(backend, job(stream=True))
-    out, more = await run(backend, job(stream=True, resumed=heard.resumed()))
+    first, received = await run(backend, job(stream=True))
+    out, more = await run(backend, job(stream=True, resumed=received.resumed()))
     assert (out.text, out.finish_reason, more) == (first.text, "length", [])
     assert out.completion_tokens == 6
     assert len(server.requests) == 1
@@ -142,12 +142,12 @@ async def test_resuming_without_any_count_estimates_it(server: Server, start: An
 
 @pytest.mark.parametrize("kind", ["chat.completions", "completions"])
 @pytest.mark.parametrize("asked", [False, True])
-async def test_openai_streams_are_passed_on(server: Server, start: Any, kind: str, asked: bool) -> None:
+async def test_openai_streams_are_forwarded(server: Server, start: Any, kind: str, asked: bool) -> None:
     body: dict[str, Any] = CHAT if kind == "chat.completions" else {"prompt": "Say", "max_tokens": 4}
     if asked:
         body = body | {"stream_options": {"include_usage": True}}
-    out, heard = await run(await start(), job(body, kind, stream=True))
-    chunks = [json.loads(p.document) for p in heard]
+    out, received = await run(await start(), job(body, kind, stream=True))
+    chunks = [json.loads(p.document) for p in received]
     assert [bool(c["choices"]) for c in chunks].count(False) == asked
     assert len(chunks) == 4 + (kind == "chat.completions") + asked
     assert (out.text, out.completion_tokens, out.cached_tokens) == ("".join(WORDS[:4]), 4, 4)
@@ -160,8 +160,8 @@ async def test_openai_streams_are_passed_on(server: Server, start: Any, kind: st
 
 async def test_a_call_that_does_not_stream_gets_the_servers_body(server: Server, start: Any) -> None:
     body = CHAT | {"model": "asked", "stream": True, "stream_options": {"include_usage": True}}
-    out, heard = await run(await start(), job(body, "chat.completions"))
-    assert heard == []
+    out, received = await run(await start(), job(body, "chat.completions"))
+    assert received == []
     assert out.response == server.whole("/v1/chat/completions", body)
     assert (out.text, out.prompt_tokens, out.ttft_ms) == ("".join(WORDS[:4]), 5, None)
     sent = server.requests[0]
@@ -169,33 +169,33 @@ async def test_a_call_that_does_not_stream_gets_the_servers_body(server: Server,
 
 
 async def test_embeddings(server: Server, start: Any) -> None:
-    out, heard = await run(await start(), job({"input": "hi"}, "embeddings", stream=True))
+    out, received = await run(await start(), job({"input": "hi"}, "embeddings", stream=True))
     assert out.response is not None
     assert out.response["data"][0]["embedding"] == [0.5]
-    assert (out.prompt_tokens, out.finish_reason, heard) == (3, "stop", [])
+    assert (out.prompt_tokens, out.finish_reason, received) == (3, "stop", [])
     assert server.requests[0] == {"input": "hi", "model": "the-model", "path": "/v1/embeddings"}
 
 
-async def test_streams_survive_any_cut_of_the_network(server: Server, start: Any) -> None:
-    server.chunkmeal = True
-    out, heard = await run(await start(), job(stream=True))
-    assert [p.text for p in heard] == WORDS[:6]
+async def test_streams_survive_any_split_of_their_bytes(server: Server, start: Any) -> None:
+    server.byte_by_byte = True
+    out, received = await run(await start(), job(stream=True))
+    assert [p.text for p in received] == WORDS[:6]
     assert out.completion_tokens == 6
 
 
-async def test_a_broken_openai_stream_says_to_submit_again(server: Server, start: Any) -> None:
+async def test_the_error_of_a_broken_openai_stream_says_to_submit_again(server: Server, start: Any) -> None:
     server.cut_after = 2
-    backend, heard = await start(), Heard()
-    with pytest.raises(CallRejected, match=r"died in the middle of this stream .* submit the call again"):
-        await backend.run(job(CHAT, "chat.completions", stream=True), heard.hear)
-    assert len(heard) == 2
-    with pytest.raises(CallRejected, match="submit the call again"):
-        await backend.run(job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()), heard.hear)
+    backend, received = await start(), Heard()
+    with pytest.raises(CallRejected, match=r"died during this stream.* Submit the call again"):
+        await backend.run(job(CHAT, "chat.completions", stream=True), received.hear)
+    assert len(received) == 2
+    with pytest.raises(CallRejected, match="Submit the call again"):
+        await backend.run(job(CHAT, "chat.completions", stream=True, resumed=received.resumed()), received.hear)
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("kind", ["chat.completions", "completions"])
-async def test_a_broken_openai_stream_goes_on_where_a_server_can(server: Server, start: Any, kind: str) -> None:
+async def test_a_broken_openai_stream_resumes_if_the_server_can(server: Server, start: Any, kind: str) -> None:
     chat = kind == "chat.completions"
     body: dict[str, Any] = CHAT if chat else {"prompt": "Say", "max_tokens": 4}
     body = body | {"stream_options": {"include_usage": True}}
@@ -203,18 +203,18 @@ async def test_a_broken_openai_stream_goes_on_where_a_server_can(server: Server,
     backend = await start()
     whole = server.whole(f"/v1/{'chat/' * chat}completions", body)
     with pytest.raises(EngineError):
-        await backend.run(job(body, kind, stream=True), (heard := Heard()).hear)
+        await backend.run(job(body, kind, stream=True), (received := Heard()).hear)
     server.cut_after = None
-    out, more = await run(backend, job(body, kind, stream=True, resumed=heard.resumed()))
+    out, more = await run(backend, job(body, kind, stream=True, resumed=received.resumed()))
     sent = server.requests[-1]
     assert sent["max_tokens"] == 2
     if chat:
-        said = {"role": "assistant", "content": " w0 w1"}
-        assert (sent["messages"], sent["continue_final_message"]) == ([*CHAT["messages"], said], True)  # type: ignore[misc]
+        begun = {"role": "assistant", "content": " w0 w1"}
+        assert (sent["messages"], sent["continue_final_message"]) == ([*CHAT["messages"], begun], True)  # type: ignore[misc]
         assert sent["add_generation_prompt"] is False
     else:
         assert sent["prompt"] == "Say w0 w1"
-    *chunks, usage = [json.loads(p.document) for p in [*heard, *more]]
+    *chunks, usage = [json.loads(p.document) for p in [*received, *more]]
     assert "".join(_text(c["choices"][0]) for c in chunks) == out.text == "".join(WORDS[:4])
     assert len(chunks) == 4 + chat, "one role, and each word once"
     assert len({c["id"] for c in chunks}) == 1
@@ -229,44 +229,44 @@ def _text(choice: dict[str, Any]) -> str:
     return str(choice.get("text") or choice.get("delta", {}).get("content") or "")
 
 
-async def test_an_openai_stream_of_which_only_the_role_is_out_begins_again(server: Server, start: Any) -> None:
+async def test_an_openai_stream_with_only_its_role_published_starts_over(server: Server, start: Any) -> None:
     server.cut_after = 1
     backend = await start()
     with pytest.raises(EngineError):
-        await backend.run(job(CHAT, "chat.completions", stream=True), (heard := Heard()).hear)
+        await backend.run(job(CHAT, "chat.completions", stream=True), (received := Heard()).hear)
     server.cut_after = None
-    out, more = await run(backend, job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()))
-    assert (len(heard), len(more), out.text) == (1, 4, "".join(WORDS[:4]))
+    out, more = await run(backend, job(CHAT, "chat.completions", stream=True, resumed=received.resumed()))
+    assert (len(received), len(more), out.text) == (1, 4, "".join(WORDS[:4]))
     assert server.requests[0] == server.requests[1]
 
 
 async def test_an_openai_stream_that_had_ended_is_not_sent_again(server: Server, start: Any) -> None:
     backend = await start()
-    first, heard = await run(backend, job(CHAT, "chat.completions", stream=True))
-    out, more = await run(backend, job(CHAT, "chat.completions", stream=True, resumed=heard.resumed()))
+    first, received = await run(backend, job(CHAT, "chat.completions", stream=True))
+    out, more = await run(backend, job(CHAT, "chat.completions", stream=True, resumed=received.resumed()))
     assert (out.text, out.finish_reason, more, len(server.requests)) == (first.text, "length", [], 1)
 
 
 @pytest.mark.parametrize(
     "more", [{"n": 2}, {"logprobs": True}, {"response_format": {"type": "json_object"}}, {"messages": "none"}]
 )
-async def test_what_is_more_than_text_is_not_gone_on_with(server: Server, start: Any, more: dict[str, Any]) -> None:
+async def test_output_other_than_text_is_not_resumed(server: Server, start: Any, more: dict[str, Any]) -> None:
     server.vllm, server.cut_after = True, 3
-    with pytest.raises(CallRejected, match="cannot be continued"):
+    with pytest.raises(CallRejected, match="cannot be resumed"):
         await run(await start(), job(CHAT | more, "chat.completions", stream=True))
 
 
-def test_a_tool_call_that_had_begun_is_not_gone_on_with() -> None:
+def test_a_tool_call_that_had_begun_is_not_resumed() -> None:
     call = {"index": 0, "function": {"name": "f", "arguments": "{"}}
-    said = Said(
+    transcript = Transcript(
         [json.dumps({"id": "x", "choices": [{"index": 0, "delta": {"role": "assistant", "tool_calls": [call]}}]})]
     )
-    assert not said.continuable("chat.completions", CHAT, chats=True)
-    said = Said([json.dumps({"id": "x", "choices": [{"index": 0, "delta": {"content": "Well"}}]})])
-    assert said.continuable("chat.completions", CHAT, chats=True)
-    assert not said.continuable("chat.completions", CHAT, chats=False)
+    assert not transcript.resumable("chat.completions", CHAT, chats=True)
+    transcript = Transcript([json.dumps({"id": "x", "choices": [{"index": 0, "delta": {"content": "Well"}}]})])
+    assert transcript.resumable("chat.completions", CHAT, chats=True)
+    assert not transcript.resumable("chat.completions", CHAT, chats=False)
     begun = {"messages": [*CHAT["messages"], {"role": "assistant", "content": "So: "}], "continue_final_message": True}  # type: ignore[misc]
-    assert said.continued("chat.completions", begun, chats=True)["messages"][-1]["content"] == "So: Well"
+    assert transcript.resumed("chat.completions", begun, chats=True)["messages"][-1]["content"] == "So: Well"
 
 
 async def test_an_openai_stream_broken_before_its_first_chunk_may_run_again(server: Server, start: Any) -> None:
@@ -275,35 +275,35 @@ async def test_an_openai_stream_broken_before_its_first_chunk_may_run_again(serv
         await run(await start(), job(CHAT, "chat.completions", stream=True))
 
 
-async def test_an_answer_that_is_whole_needs_no_last_words(server: Server, start: Any) -> None:
+async def test_a_complete_answer_does_not_need_the_end_of_the_stream(server: Server, start: Any) -> None:
     server.cut_after = 5  # role and four words; no usage, no [DONE]
-    out, heard = await run(await start(), job(CHAT, "chat.completions", stream=True))
-    assert (out.finish_reason, out.completion_tokens, len(heard)) == ("length", 4, 5)
+    out, received = await run(await start(), job(CHAT, "chat.completions", stream=True))
+    assert (out.finish_reason, out.completion_tokens, len(received)) == ("length", 4, 5)
 
 
 @pytest.mark.parametrize("kind", ["generate", "chat.completions"])
-async def test_abort_hangs_up_and_keeps_what_was_said(server: Server, start: Any, kind: str) -> None:
+async def test_abort_closes_the_connection_and_keeps_the_partial_text(server: Server, start: Any, kind: str) -> None:
     server.stall_after = 3
-    backend, heard = await start(), Heard()
+    backend, received = await start(), Heard()
     body = CHAT if kind == "chat.completions" else {"prompt": "Say it", "max_tokens": 6}
-    task = asyncio.create_task(backend.run(job(body, kind, stream=True), heard.hear))
-    await heard.first(3)
+    task = asyncio.create_task(backend.run(job(body, kind, stream=True), received.hear))
+    await received.first(3)
     backend.abort("c/1")
     backend.abort("c/1")
     out = await asyncio.wait_for(task, 2)
     await asyncio.wait_for(server.hung_up.wait(), 2)
-    said = 2 if kind == "chat.completions" else 3
-    assert (out.finish_reason, out.text, out.completion_tokens) == ("abort", "".join(WORDS[:said]), said)
+    tokens = 2 if kind == "chat.completions" else 3
+    assert (out.finish_reason, out.text, out.completion_tokens) == ("abort", "".join(WORDS[:tokens]), tokens)
     if kind == "chat.completions":
         assert out.response is not None
         assert out.response["choices"][0]["finish_reason"] == "abort"
 
 
-async def test_a_cancelled_run_hangs_up_too(server: Server, start: Any) -> None:
+async def test_a_cancelled_run_closes_the_connection_too(server: Server, start: Any) -> None:
     server.stall_after = 1
-    backend, heard = await start(), Heard()
-    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
-    await heard.first(1)
+    backend, received = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), received.hear))
+    await received.first(1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -332,7 +332,7 @@ async def test_errors_of_the_server(
 ) -> None:
     server.fail = (status, body)
     if status == 200 and stream:
-        message = "ended its stream before the answer was whole"
+        message = "ended its stream before the answer was complete"
     with pytest.raises(raises, match=message) as caught:
         await run(await start(), job(CHAT, "chat.completions", stream=stream))
     assert KEY not in str(caught.value)
@@ -361,7 +361,7 @@ async def test_errors_inside_a_stream(server: Server, start: Any) -> None:
         ("speech", {}, "does not serve speech"),
     ],
 )
-async def test_what_cannot_run_is_not_sent(
+async def test_invalid_calls_are_not_sent(
     server: Server, start: Any, kind: str, body: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(CallRejected, match=why):
@@ -371,10 +371,10 @@ async def test_what_cannot_run_is_not_sent(
 
 async def test_a_server_that_goes_away_is_dead(server: Server, start: Any) -> None:
     server.stall_after = 1
-    backend, heard = await start(health_s=0.1, health_misses=2), Heard()
-    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    backend, received = await start(health_s=0.1, health_misses=2), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), received.hear))
     death = asyncio.create_task(backend.died())
-    await heard.first(1)
+    await received.first(1)
     await asyncio.sleep(0.3)
     assert not death.done()
     server.health = 503
@@ -385,7 +385,7 @@ async def test_a_server_that_goes_away_is_dead(server: Server, start: Any) -> No
         await run(backend, job())
 
 
-async def test_one_late_health_check_is_no_death(server: Server, start: Any) -> None:
+async def test_one_late_health_check_does_not_count_as_death(server: Server, start: Any) -> None:
     backend = await start(health_s=0.1, health_misses=4)
     server.health = 500
     await asyncio.sleep(0.25)
@@ -409,26 +409,26 @@ async def test_a_server_that_is_answering_is_not_dead(server: Server, start: Any
 async def test_a_server_whose_port_is_closed_is_dead_at_once(server: Server, start: Any) -> None:
     backend = await start()
     await server.close()
-    with pytest.raises(EngineDied, match="does not answer any more"):
+    with pytest.raises(EngineDied, match="no longer answers"):
         await run(backend, job())
-    assert "does not answer" in await asyncio.wait_for(backend.died(), 1)
+    assert "no longer answers" in await asyncio.wait_for(backend.died(), 1)
 
 
-async def test_a_server_that_dies_under_its_calls_is_dead_at_once(server: Server, start: Any) -> None:
-    """Also for the calls whose connections still stand."""
+async def test_a_server_that_dies_during_its_calls_is_dead_at_once(server: Server, start: Any) -> None:
+    """Also for the calls whose connections are still open."""
     server.stall_after = 1
     backend = await start()
     stalled = [Heard(), Heard()]
     tasks = [
         asyncio.create_task(backend.run(replace(job(stream=True), key=f"c/{i}"), h.hear)) for i, h in enumerate(stalled)
     ]
-    for heard in stalled:
-        await heard.first(1)
+    for received in stalled:
+        await received.first(1)
     server.stall_after, server.cut_after, server.health = None, 1, 503
-    with pytest.raises(EngineDied, match="does not answer any more"):
+    with pytest.raises(EngineDied, match="no longer answers"):
         await run(backend, replace(job(stream=True), key="c/9"))
     for task in tasks:
-        with pytest.raises(EngineDied, match="does not answer any more"):
+        with pytest.raises(EngineDied, match="no longer answers"):
             await asyncio.wait_for(task, 1)
 
 
@@ -445,9 +445,9 @@ async def test_start_waits_for_a_server_that_comes_up(server: Server) -> None:
 
 async def test_stop_ends_what_does_not_finish(server: Server, start: Any) -> None:
     server.stall_after = 1
-    backend, heard = await start(), Heard()
-    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
-    await heard.first(1)
+    backend, received = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), received.hear))
+    await received.first(1)
     await backend.stop(0.1)
     with pytest.raises(EngineDied, match="stopped"):
         await task
@@ -456,21 +456,21 @@ async def test_stop_ends_what_does_not_finish(server: Server, start: Any) -> Non
 
 
 async def test_stop_lets_calls_finish_within_the_grace(server: Server, start: Any) -> None:
-    backend, heard = await start(), Heard()
-    task = asyncio.create_task(backend.run(job(stream=True), heard.hear))
+    backend, received = await start(), Heard()
+    task = asyncio.create_task(backend.run(job(stream=True), received.hear))
     await asyncio.sleep(0)
     await backend.stop(5)
     assert (await task).completion_tokens == 6
 
 
-async def test_start_says_why_it_cannot(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_start_reports_its_cause(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.health = 401
     with pytest.raises(EngineMisconfigured, match="refuses the API key; set RSM_OPENAI_API_KEY"):
         await OpenAIBackend(server.url, connect_s=0).start()
     server.health = 502
     with pytest.raises(EngineDied, match="No OpenAI-compatible server") as away:
         await OpenAIBackend(server.url, connect_s=0).start()
-    assert not isinstance(away.value, EngineMisconfigured), "it may yet come"
+    assert not isinstance(away.value, EngineMisconfigured), "it may still start"
     server.health = 404
     with pytest.raises(EngineMisconfigured, match="lists no models"):
         await OpenAIBackend(server.url).start()
@@ -496,7 +496,7 @@ async def test_start_says_why_it_cannot(server: Server, monkeypatch: pytest.Monk
         ("/nothing", "", 256, 0),
     ],
 )
-async def test_a_server_is_asked_how_much_it_runs(
+async def test_a_server_is_asked_for_its_slots_and_cache(
     server: Server, path: str, body: str, slots: int, kv_tokens: int
 ) -> None:
     server.about[path] = body

@@ -1,4 +1,4 @@
-"""Event streams, chunks put together, and errors of OpenAI-compatible servers, without a server."""
+"""Event streams, assembled chunks and errors of OpenAI-compatible servers, without a server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rsm.workers.backends.base import EngineError
 from rsm.workers.backends.openai.wire import Assembler, SseParser, document, error
 
 
-def test_sse_as_the_standard_says() -> None:
+def test_sse_follows_the_standard() -> None:
     stream = (
         ': hi\r\n\r\ndata: {"a":\r\ndata: 1}\nid: 7\n\nevent: x\rdata:two\u2028words\r\rdata\n\ndata: last'.encode()
     )
@@ -24,8 +24,8 @@ def test_sse_as_the_standard_says() -> None:
 
 
 def test_an_assembled_stream_is_the_whole_body() -> None:
-    def delta(index: int, **said: Any) -> dict[str, Any]:
-        return {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": index, "delta": said}]}
+    def delta(index: int, **content: Any) -> dict[str, Any]:
+        return {"id": "x", "object": "chat.completion.chunk", "choices": [{"index": index, "delta": content}]}
 
     def tool(index: int, **function: str) -> dict[str, Any]:
         return {"index": index, "type": "function", "function": function}
@@ -61,20 +61,20 @@ def test_an_assembled_stream_is_the_whole_body() -> None:
     }
 
 
-def test_a_servers_message_is_cut() -> None:
+def test_a_servers_message_is_shortened() -> None:
     assert len(str(error(400, "x" * 10_000))) < 600
 
 
-def test_an_event_that_does_not_end_is_refused() -> None:
+def test_an_event_that_is_too_large_is_refused() -> None:
     for line in (b"x" * 10, b"data: xxxxxx\n"):
         parser = SseParser(max_bytes=1000)
-        with pytest.raises(EngineError, match="does not end"):
+        with pytest.raises(EngineError, match="an event of more than 1000 bytes"):
             all(parser.feed(line) == [] for _ in range(200))
     parser = SseParser(max_bytes=1000)
     assert sum(len(parser.feed(b"data: xxxxxx\n\n")) for _ in range(1000)) == 1000, "many small ones are fine"
 
 
-def test_a_lone_surrogate_is_no_text() -> None:
+def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(EngineError):
         document('{"text":"\\ud800"}')
     assert document('{"text":"\\ud83d\\ude00"}') == {"text": "😀"}

@@ -1,4 +1,4 @@
-"""Workers before remote servers: a server dies under its streams, and comes back."""
+"""Workers with remote servers: a server dies during its streams, and comes back."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.timeout(120)
 _TOKENS = 300
 
 
-def told(client: Client, call_id: str) -> str:
-    """What the chunks of a chat's stream say."""
+def streamed_text(client: Client, call_id: str) -> str:
+    """The text of a chat's stream."""
     documents = [json.loads(chunk) for delta in client.stream(call_id) for chunk in delta.chunks]
     return "".join(choice["delta"].get("content") or "" for doc in documents for choice in doc["choices"])
 
 
-def test_streams_go_on_elsewhere_and_the_worker_comes_back_with_its_server(settings: Settings, client: Client) -> None:
+def test_streams_resume_elsewhere_and_the_worker_comes_back_with_its_server(settings: Settings, client: Client) -> None:
     monitor = Monitor(settings)
     fleet = Fleet(settings)
     with ExitStack() as stack:
@@ -61,7 +61,7 @@ def test_streams_go_on_elsewhere_and_the_worker_comes_back_with_its_server(setti
                     f"{servers[1].url}/v1/chat/completions", json=body | {"max_tokens": _TOKENS}, timeout=30
                 )
                 undisturbed = reply.json()["choices"][0]["message"]["content"]
-                assert told(client, call_id) == undisturbed
+                assert streamed_text(client, call_id) == undisturbed
             stack.enter_context(sim_server(port=servers[0].port))
             eventually(lambda: state_of(monitor, "e0") == "READY", 30, "e0 READY again")
         finally:

@@ -50,7 +50,7 @@ async def streamed(backend: SimBackend, j: Job) -> tuple[Outcome, Heard]:
     return await backend.run(j, chunks.hear), chunks
 
 
-async def test_start_says_what_the_engine_is() -> None:
+async def test_start_reports_facts_about_the_engine() -> None:
     backend = SimBackend(SimConfig(model="m", max_num_seqs=3, kv_tokens=100, block_size=16))
     facts = await backend.start()
     await backend.stop(0)
@@ -118,7 +118,7 @@ async def test_ignore_eos_runs_to_the_limit() -> None:
 @pytest.mark.parametrize("cut", [1, 3, 7, 8])
 @pytest.mark.parametrize("stop_at", [None, 5])
 @pytest.mark.parametrize("on_instant", [False, True])
-async def test_a_resumed_generate_gives_what_an_undisturbed_one_gives(
+async def test_a_resumed_generate_gives_the_undisturbed_answer(
     sim: SimBackend, instant: SimBackend, cut: int, stop_at: int | None, on_instant: bool
 ) -> None:
     body: dict[str, Any] = {"prompt": "Explain quantum computing", "max_tokens": 8}
@@ -143,7 +143,7 @@ async def test_a_resumed_openai_stream_never_repeats_a_chunk(sim: SimBackend, ki
     again, more = await streamed(sim, job(body, kind, stream=True, resumed=Heard(chunks[:cut]).resumed()))
 
     def comparable(chunks: list[Chunk]) -> list[dict[str, Any]]:
-        # What is cached, and the time if nothing was published yet, may differ.
+        # The cached tokens may differ, and the time if nothing was published yet.
         return [json.loads(p.document) | {"created": 0, "usage": None} for p in chunks]
 
     assert comparable(chunks[:cut] + more) == comparable(chunks)
@@ -152,9 +152,9 @@ async def test_a_resumed_openai_stream_never_repeats_a_chunk(sim: SimBackend, ki
     assert (again.text, again.token_ids) == (whole.text, whole.token_ids)
 
 
-async def test_a_stream_of_another_kind_of_engine_cannot_go_on(sim: SimBackend) -> None:
+async def test_a_stream_of_another_kind_of_engine_cannot_resume(sim: SimBackend) -> None:
     before = Resumed("", [], ["vllm's own"], 3)
-    with pytest.raises(CallRejected, match="submit the call again"):
+    with pytest.raises(CallRejected, match="Submit the call again"):
         await sim.run(job(CHAT, "chat.completions", stream=True, resumed=before), nothing)
 
 
@@ -217,8 +217,8 @@ async def test_speed_scales_time() -> None:
     assert 0.08 <= took < 1
 
 
-async def test_the_event_loops_delays_do_not_add_up() -> None:
-    backend = SimBackend(SimConfig(times=SimTimes(step_s=0.0002)))  # a tenth of what a sleep really takes
+async def test_delays_of_the_event_loop_do_not_add_up() -> None:
+    backend = SimBackend(SimConfig(times=SimTimes(step_s=0.0002)))  # a tenth of the real time of a sleep
     await backend.start()
     began = time.perf_counter()
     await backend.run(job({"prompt": "x", "max_tokens": 1000}), nothing)
@@ -249,7 +249,7 @@ async def test_load_shows_cache_and_rate(sim: SimBackend) -> None:
     await chunks.first(20)
     load = sim.load()
     assert load.kv_usage == pytest.approx(0.01, abs=0.002)
-    assert load.tokens_per_s > 50  # one token in 2 ms, less what the machine is slow
+    assert load.tokens_per_s > 50  # one token per 2 ms, with a margin for slow machines
     sim.abort("c/1")
     await task
 
@@ -259,37 +259,37 @@ async def test_load_shows_cache_and_rate(sim: SimBackend) -> None:
     [
         ("generate", {}, "either prompt or prompt_token_ids"),
         ("generate", {"prompt": "a", "prompt_token_ids": [1]}, "either prompt or prompt_token_ids"),
-        ("generate", {"prompt": ""}, "not empty"),
+        ("generate", {"prompt": ""}, "non-empty"),
         ("generate", {"prompt": ["a"]}, "must be a text"),
-        ("generate", {"prompt_token_ids": []}, "not empty"),
-        ("generate", {"prompt_token_ids": [1, -1]}, "whole numbers from 0"),
-        ("generate", {"prompt_token_ids": ["a"]}, "whole numbers from 0"),
-        ("generate", {"prompt": "a", "max_tokens": 0}, "max_tokens must be a whole number from 1"),
+        ("generate", {"prompt_token_ids": []}, "non-empty"),
+        ("generate", {"prompt_token_ids": [1, -1]}, "whole numbers, at least 0"),
+        ("generate", {"prompt_token_ids": ["a"]}, "whole numbers, at least 0"),
+        ("generate", {"prompt": "a", "max_tokens": 0}, "max_tokens must be a whole number, at least 1"),
         ("generate", {"prompt": "a", "max_tokens": 1.5}, "max_tokens must be a whole number"),
         ("generate", {"prompt": "a", "max_tokens": True}, "max_tokens must be"),
-        ("generate", {"prompt": "a", "temperature": -0.1}, "temperature must be a number from 0"),
+        ("generate", {"prompt": "a", "temperature": -0.1}, "temperature must be a number, at least 0"),
         ("generate", {"prompt": "a", "top_p": 1.1}, "top_p must be a number from 0 to 1"),
         ("generate", {"prompt": "a", "n": 2}, "n must be 1"),
         ("generate", {"prompt": "a", "stop": [""]}, "stop must be"),
         ("generate", {"prompt": "a", "stop": 5}, "stop must be"),
         ("chat.completions", {"messages": []}, "at least one message"),
         ("chat.completions", {"messages": [{"role": "user", "content": 5}]}, "content of a message"),
-        ("completions", {"prompt": ["a", "b"]}, "submit one call for each"),
+        ("completions", {"prompt": ["a", "b"]}, "submit one call per prompt"),
         ("embeddings", {"input": "a"}, "does not serve embeddings"),
     ],
 )
-async def test_what_cannot_run_is_rejected(instant: SimBackend, kind: str, body: dict[str, Any], why: str) -> None:
+async def test_invalid_bodies_are_rejected(instant: SimBackend, kind: str, body: dict[str, Any], why: str) -> None:
     with pytest.raises(CallRejected, match=why):
         await instant.run(job(body, kind), nothing)
 
 
-async def test_an_instant_engine_says_the_same_without_waiting(sim: SimBackend, instant: SimBackend) -> None:
+async def test_an_instant_engine_gives_the_same_answer_without_waiting(sim: SimBackend, instant: SimBackend) -> None:
     for j in (job(), job(CHAT, "chat.completions"), job({"prompt_token_ids": [3, 4]})):
         slow, fast = await sim.run(j, nothing), await instant.run(j, nothing)
         assert (fast.text, fast.token_ids, fast.finish_reason) == (slow.text, slow.token_ids, slow.finish_reason)
         assert (fast.prompt_tokens, fast.completion_tokens) == (slow.prompt_tokens, slow.completion_tokens)
     coroutine = instant.run(job(), nothing)
-    with pytest.raises(StopIteration):  # it ends without giving up the event loop once
+    with pytest.raises(StopIteration):  # it ends without yielding to the event loop
         coroutine.send(None)
 
 
@@ -309,8 +309,8 @@ async def test_an_instant_call_costs_next_to_nothing(instant: SimBackend) -> Non
             best = min(best, (time.process_time() - began) / 200 * 1e6)
         return best
 
-    assert await us_per_call(16) < 60  # 11 µs on the machine that it was written on
-    assert await us_per_call(4000) < 200  # no loop over tokens, which would cost a multiple
+    assert await us_per_call(16) < 60  # 11 µs on the development machine
+    assert await us_per_call(4000) < 200  # a loop over tokens would cost much more
 
 
 async def test_prompts_stay_out_of_reprs(sim: SimBackend) -> None:

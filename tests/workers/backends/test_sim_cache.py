@@ -1,4 +1,4 @@
-"""The KV cache of the modelled engine, held against one that keeps every block by itself."""
+"""The KV cache of the modelled engine, compared with one that stores each block separately."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZE = 4
 
 
 class BlockByBlock:
-    """The same, one block at a time: a block is known by all tokens up to its end."""
+    """A reference cache of single blocks. A block is identified by all tokens up to its end."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -41,7 +41,7 @@ class BlockByBlock:
             self.idle.pop(b, None)
             self.users[b] = self.users.get(b, 0) + 1
 
-    def let_go(self, blocks: list[tuple[int, ...]]) -> None:
+    def release(self, blocks: list[tuple[int, ...]]) -> None:
         for b in reversed(blocks):
             self.users[b] -= 1
             if not self.users[b]:
@@ -67,7 +67,7 @@ TEXTS = st.lists(st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4, 5, 9, 16
     order=st.randoms(use_true_random=False),
     by_ids=st.booleans(),
 )
-def test_it_keeps_and_evicts_what_single_blocks_would(
+def test_it_keeps_and_evicts_the_same_blocks_as_the_reference(
     prompts: list[tuple[list[tuple[int, int]], bool]], size: int, order: object, by_ids: bool
 ) -> None:
     cache, plain = KVCache(size), BlockByBlock(size)
@@ -87,22 +87,22 @@ def test_it_keeps_and_evicts_what_single_blocks_would(
             cache.take(new)
             plain.take(new)
             running.append((blocks, cache.hold(path, len(blocks), new)))
-            cache.let_go(first)
+            cache.release(first)
             plain.hold(blocks[cached:], new)
         elif not running:
             continue
         if running and (ends_one or cache.free < 3):
             blocks, held = running.pop(order.randrange(len(running)))  # type: ignore[attr-defined]
-            cache.let_go(held)
-            plain.let_go(blocks)
+            cache.release(held)
+            plain.release(blocks)
         assert (cache.private, cache.live, cache.idle) == (plain.private, len(plain.users), len(plain.idle))
 
 
-def test_a_block_over_two_texts_is_known_by_both() -> None:
+def test_a_block_over_two_texts_is_identified_by_both() -> None:
     cache = KVCache(100)
     path = path_of_texts([(1, 6), (2, 6)], SIZE)
     cache.take(3)
-    cache.let_go(cache.hold(path, 3, 3))
+    cache.release(cache.hold(path, 3, 3))
     assert cache.find(path_of_texts([(1, 6), (2, 6)], SIZE), 3).cached == 3
     assert cache.find(path_of_texts([(1, 6), (3, 6)], SIZE), 3).cached == 1
     assert cache.find(path_of_texts([(1, 5), (2, 7)], SIZE), 3).cached == 1

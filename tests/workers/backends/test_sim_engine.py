@@ -30,13 +30,13 @@ RUNNING = (Phase.PREFILL, Phase.DECODE)
 
 
 def call(key: str, prompt: int = 4, output: int = 2, *, base: int = 0, priority: int = 0, level: int = 0) -> SimCall:
-    """A call whose tokens no call of another `base` shares."""
+    """A call that shares no tokens with calls of another `base`."""
     ids = range(base * 1000 + 1, base * 1000 + 1 + prompt + output)
     return SimCall.of_ids(key, ids[:prompt], ids[prompt:], BLOCK, priority=priority, level=level)
 
 
-def held(c: SimCall) -> set[tuple[int, int]]:
-    """The blocks of a call that others may share."""
+def shared_blocks(c: SimCall) -> set[tuple[int, int]]:
+    """The blocks of a call that other calls may share."""
     blocks = set()
     hold: tuple[Any, int] = c.held or (None, 0)
     while hold[0] is not None:
@@ -47,7 +47,7 @@ def held(c: SimCall) -> set[tuple[int, int]]:
 
 
 def steps(engine: SimEngine) -> Iterator[float]:
-    """Runs to the end; gives the end of each step."""
+    """Runs to the end; yields the end of each step."""
     now = 0.0
     while (step := engine.begin(now)) is not None:
         engine.end(step)
@@ -56,7 +56,7 @@ def steps(engine: SimEngine) -> Iterator[float]:
 
 
 def planned(engine: SimEngine, most: int) -> Iterator[Step]:
-    """Runs some steps; gives each as it was planned."""
+    """Runs at most `most` steps; yields each as planned."""
     now = 0.0
     for _ in range(most):
         step = engine.begin(now)
@@ -87,7 +87,7 @@ def test_calls_share_steps() -> None:
     engine = SimEngine(small())
     for n in range(3):
         engine.add(call(str(n), output=4, base=n), 0.0)
-    assert len(list(steps(engine))) == 4  # as many as one of them alone
+    assert len(list(steps(engine))) == 4  # as many as for a single call
 
 
 def test_no_more_calls_run_than_there_are_slots() -> None:
@@ -125,7 +125,7 @@ def test_a_worse_calls_prompt_is_computed_in_chunks_while_a_better_one_decodes(
     assert max(alone) == 8
 
 
-def test_a_step_costs_what_its_parts_cost() -> None:
+def test_the_cost_of_a_step_is_the_sum_of_its_parts() -> None:
     times = SimTimes(step_s=1.0, prefill_token_s=0.1, decode_seq_s=0.01, context_token_s=0.001, prefill_pair_s=0.0001)
     engine = SimEngine(small(times=times))
     engine.add(call("a", prompt=10, output=2), 0.0)
@@ -162,7 +162,7 @@ def test_under_kv_pressure_the_last_in_order_is_preempted_and_still_finishes() -
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
-def test_a_preempted_call_leaves_the_step_and_comes_back_no_sooner_than_the_next(prefix_caching: bool) -> None:
+def test_a_preempted_call_leaves_the_step_and_restarts_in_the_next_at_the_earliest(prefix_caching: bool) -> None:
     engine = SimEngine(small(kv_tokens=32, prefix_caching=prefix_caching))
     low, high = call("low", prompt=14, output=8, priority=1), call("high", prompt=12, output=8, base=1)
     engine.add(low, 0.0)
@@ -175,13 +175,13 @@ def test_a_preempted_call_leaves_the_step_and_comes_back_no_sooner_than_the_next
         if not low.preemptions:
             engine.end(step)
             now = step.ends_at
-    # Four blocks are free by now, yet a call that was just thrown out would be thrown out again.
+    # Four blocks are free by now, but a call that was just preempted would be preempted again.
     assert (step.work, step.decode_seqs, list(engine.running)) == ({}, 1, [high])
     assert (low.computed, low.held, low.phase) == (0, None, Phase.WAITING)
     engine.end(step)
     list(steps(engine))
     assert (low.produced, high.produced) == (8, 8)
-    assert low.cached == 0  # what it finds of its own on coming back was not cached for the caller
+    assert low.cached == 0  # its own blocks that it finds after the restart do not count as cached
 
 
 def test_a_call_waits_for_blocks_and_is_not_overtaken() -> None:
@@ -195,7 +195,7 @@ def test_a_call_waits_for_blocks_and_is_not_overtaken() -> None:
     assert engine.waiting == 2
 
 
-def test_a_prompt_seen_before_is_cached_in_full_blocks_but_for_its_last_token() -> None:
+def test_the_full_blocks_of_a_known_prompt_are_cached_except_its_last_token() -> None:
     engine = SimEngine(small())
     for key, prompt, expected in (("cold", 12, 0), ("same", 12, 8), ("longer", 17, 12), ("again", 17, 16)):
         c = call(key, prompt=prompt, output=1)
@@ -214,7 +214,7 @@ def test_output_is_cached_for_the_next_turn() -> None:
     assert turn_2.cached == 16
 
 
-def test_calls_that_start_together_share_their_beginning() -> None:
+def test_calls_that_start_together_share_their_prefix() -> None:
     engine = SimEngine(small())
     a, b = call("a", prompt=9, output=5), call("b", prompt=9, output=5)
     engine.add(a, 0.0)
@@ -234,7 +234,7 @@ def test_least_recently_used_blocks_are_evicted_first() -> None:
         return c.cached
 
     assert [cached(base) for base in (1, 2, 1)] == [0, 0, 12]
-    assert cached(3) == 0  # takes the place of 2
+    assert cached(3) == 0  # evicts 2
     assert cached(1) == 12
     assert cached(2) < 12
 
@@ -256,7 +256,7 @@ def test_without_prefix_caching_nothing_is_reused() -> None:
         assert c.cached == 0
 
 
-def test_a_removed_call_leaves_nothing_behind_wherever_it_was() -> None:
+def test_a_removed_call_leaves_nothing_behind() -> None:
     engine = SimEngine(small(max_num_seqs=1))
     running, waiting = call("running"), call("waiting", base=1)
     engine.add(running, 0.0)
@@ -270,7 +270,7 @@ def test_a_removed_call_leaves_nothing_behind_wherever_it_was() -> None:
     assert (engine.cache.used, engine.waiting, engine.running) == (0, 0, {})
 
 
-def test_what_can_never_fit_is_refused() -> None:
+def test_a_call_that_can_never_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 64 tokens"):
         SimEngine(small()).add(call("a", prompt=60, output=5), 0.0)
 
@@ -286,8 +286,8 @@ def test_what_can_never_fit_is_refused() -> None:
         lambda: SimCall("a", 1, 0),
     ],
 )
-def test_senseless_settings_are_refused(bad: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=r"simulated"):
+def test_invalid_settings_are_refused(bad: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=r"modelled"):
         bad()
 
 
@@ -312,7 +312,7 @@ def test_every_call_finishes_within_the_limits(
     for count, _ in enumerate(steps(engine)):
         assert len(engine.running) <= slots
         assert engine.cache.used <= blocks
-        assert engine.cache.live == len({b for c in engine.running for b in held(c)})
+        assert engine.cache.live == len({b for c in engine.running for b in shared_blocks(c)})
         assert min(engine.cache.private, engine.cache.idle) >= 0
         if count in removed and count < len(calls):
             engine.remove(calls[count])
@@ -326,7 +326,7 @@ RULES = PlasRules(bounds=(20, 60, 200), most_victims=2)
 
 
 def random_calls(random: Random, n: int) -> list[tuple[float, SimCall]]:
-    """Calls and their arrivals; their prompts share beginnings."""
+    """Calls and their arrivals. Their prompts share prefixes."""
     at, calls = 0.0, []
     for i in range(n):
         at += random.expovariate(0.5)
@@ -341,7 +341,7 @@ def random_calls(random: Random, n: int) -> list[tuple[float, SimCall]]:
 
 
 def run_in_time(engine: SimEngine, calls: list[tuple[float, SimCall]], most: int) -> dict[str, float]:
-    """Runs calls that come at given times, up to `most` steps at once; returns when each ended."""
+    """Runs calls that arrive at given times, up to `most` steps at once; returns when each ended."""
     ends: dict[str, float] = {}
     coming, step, now = iter(calls), None, 0.0
     following = next(coming, None)
@@ -360,7 +360,7 @@ def run_in_time(engine: SimEngine, calls: list[tuple[float, SimCall]], most: int
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_many_steps_at_once_give_what_single_steps_give(seed: int) -> None:
+def test_many_steps_at_once_give_the_results_of_single_steps(seed: int) -> None:
     random = Random(seed)
     config = small(
         kv_tokens=random.choice((200, 400, 1000)),
@@ -384,21 +384,21 @@ def test_many_steps_at_once_give_what_single_steps_give(seed: int) -> None:
 @pytest.mark.parametrize(
     "text", [" w0 w1 w31999 w7", " w32000 w99999", " w2 w3", " w07 w5", " w123456 w1", " w1w2", " w5 "]
 )
-def test_words_of_ids_are_read_as_they_are_in_any_text(text: str) -> None:
-    """Texts of words alone are read in one go; with anything else before them they are not."""
+def test_printed_ids_are_tokenized_as_in_any_text(text: str) -> None:
+    """Texts that consist of printed ids have a fast path; the same texts after anything else do not."""
     assert tokenize("x" + text) == tokenize("x") + tokenize(text)
     assert Prompt(text).size() == len(tokenize(text))
     assert Prompt(text).origin() == (Prompt(text).seed(), 0)
 
 
-def test_tokens_of_a_text_grow_with_it_and_answers_read_back_as_their_ids() -> None:
+def test_a_longer_text_keeps_its_tokens_and_an_answer_in_a_prompt_gives_its_ids() -> None:
     text = "Explain quantum  computing\n\nto me, please."
     ids = tokenize(text)
     assert tokenize(text + " And then?")[: len(ids)] == ids
     assert len(text) / 6 < len(ids) < len(text) / 2
-    said = answer(7, 20)
-    assert tokenize(text + said.text) == ids + said.ids
-    assert said.text == "".join(map(token_text, said.ids))
+    found = answer(7, 20)
+    assert tokenize(text + found.text) == ids + found.ids
+    assert found.text == "".join(map(token_text, found.ids))
 
 
 def test_an_answer_depends_on_the_prompt_and_is_the_same_at_any_length() -> None:
@@ -410,25 +410,25 @@ def test_an_answer_depends_on_the_prompt_and_is_the_same_at_any_length() -> None
     assert long.chars(80_000) == len("".join(map(token_text, long.ids[:80_000])))
 
 
-def test_a_prompt_that_ends_with_its_own_answer_is_gone_on_with() -> None:
+def test_a_prompt_that_ends_with_its_own_answer_is_continued() -> None:
     whole = answer(Prompt(text="Say it").seed(), 12)
-    for said in range(12):
-        seed, already = Prompt(text="Say it" + whole.text[: whole.chars(said)]).origin()
-        rest = answer(seed, 12 - said, said=already)
-        assert (already, rest.ids) == (said, whole.ids[said:])
+    for done in range(12):
+        seed, skip = Prompt(text="Say it" + whole.text[: whole.chars(done)]).origin()
+        rest = answer(seed, 12 - done, skip=skip)
+        assert (skip, rest.ids) == (done, whole.ids[done:])
     assert Prompt(text="Say it w1 w2").origin() == (Prompt(text="Say it w1 w2").seed(), 0), "not its own words"
     assert Prompt(text=" w1 w2").origin() == (Prompt(text=" w1 w2").seed(), 0)
     assert Prompt(text="Say it" + whole.text + " more").origin()[1] == 0
 
 
-def test_an_answer_gone_on_with_ends_where_the_whole_one_does() -> None:
+def test_a_continued_answer_ends_where_the_whole_one_does() -> None:
     whole = answer(11, 500, eos_mean=20)
     assert whole.finish_reason == "stop"
-    rest = answer(11, 500, eos_mean=20, said=1)
+    rest = answer(11, 500, eos_mean=20, skip=1)
     assert (rest.ids, rest.finish_reason) == (whole.ids[1:], "stop")
 
 
-def test_an_answer_ends_before_the_stop_string_that_is_complete_first() -> None:
+def test_an_answer_ends_before_the_first_complete_stop_string() -> None:
     whole = answer(3, 30)
     second, third = token_text(whole.ids[1]), token_text(whole.ids[2])
     for stops in ((second,), (third, second)):
@@ -438,7 +438,7 @@ def test_an_answer_ends_before_the_stop_string_that_is_complete_first() -> None:
     assert answer(3, 30, ("never said",)).ids == whole.ids
 
 
-def test_text_that_may_be_the_beginning_of_a_stop_string_is_held_back() -> None:
+def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     whole = answer(3, 30)
     cut = answer(3, 30, (whole.text[8:14],))
     for tokens in range(len(cut.ids) + 1):
@@ -447,14 +447,14 @@ def test_text_that_may_be_the_beginning_of_a_stop_string_is_held_back() -> None:
     assert cut.released(len(cut.ids)) == len(cut.text) == 8
 
 
-def test_answers_end_by_themselves_around_the_mean() -> None:
+def test_answers_with_eos_have_about_the_mean_length() -> None:
     ends: list[Answer] = [answer(seed, 10_000, eos_mean=40) for seed in range(2000)]
     assert all(e.finish_reason == "stop" and e.ids[-1] == EOS for e in ends)
     assert 36 < sum(len(e.ids) - 1 for e in ends) / len(ends) < 45
     assert answer(5, len(ends[5].ids) - 1, eos_mean=40).finish_reason == "length"
 
 
-def test_the_rate_follows_what_happens_and_fades() -> None:
+def test_the_rate_follows_events_and_decays() -> None:
     meter = RateMeter(tau_s=10)
     assert meter.per_s(0.0) == 0
     for second in range(5):

@@ -35,7 +35,7 @@ async def sim() -> AsyncIterator[SimBackend]:
     await backend.stop(0)
 
 
-async def test_abort_keeps_what_was_said(sim: SimBackend) -> None:
+async def test_abort_keeps_the_partial_text(sim: SimBackend) -> None:
     body = {"prompt": "Explain quantum computing", "max_tokens": 5000}
     chunks = Heard()
     task = asyncio.create_task(sim.run(job(body, stream=True), chunks.hear))
@@ -50,8 +50,8 @@ async def test_abort_keeps_what_was_said(sim: SimBackend) -> None:
     sim.abort("unknown")
 
 
-async def test_nothing_is_published_behind_an_abort() -> None:
-    # Steps so short that the next one is due before the aborted `run` gets its turn.
+async def test_nothing_is_published_after_an_abort() -> None:
+    # The steps are so short that the next one is due before the aborted `run` continues.
     backend = SimBackend(SimConfig(times=SimTimes(step_s=1e-9)))
     await backend.start()
     chunks = Heard()
@@ -88,7 +88,7 @@ async def test_a_cancelled_run_leaves_the_engine(sim: SimBackend) -> None:
     assert sim.load().kv_usage == 0
 
 
-async def test_what_emit_raises_ends_that_call_only(sim: SimBackend) -> None:
+async def test_an_error_of_emit_ends_only_that_call(sim: SimBackend) -> None:
     def broken(_: Chunk) -> None:
         raise KeyError("emit")
 
@@ -102,12 +102,12 @@ async def test_what_emit_raises_ends_that_call_only(sim: SimBackend) -> None:
 async def test_a_key_runs_once_at_a_time(sim: SimBackend) -> None:
     first = asyncio.create_task(sim.run(job(), nothing))
     await asyncio.sleep(0)
-    with pytest.raises(EngineError, match="running already"):
+    with pytest.raises(EngineError, match="is already running"):
         await sim.run(job(), nothing)
     assert (await first).completion_tokens == 8
 
 
-async def test_kill_ends_all_calls_and_says_why(sim: SimBackend) -> None:
+async def test_kill_ends_all_calls_with_the_reason(sim: SimBackend) -> None:
     body = {"prompt": "x", "max_tokens": 5000}
     runs = [asyncio.create_task(sim.run(job(body, key=str(n)), nothing)) for n in range(3)]
     death = asyncio.create_task(sim.died())
@@ -124,7 +124,7 @@ async def test_kill_ends_all_calls_and_says_why(sim: SimBackend) -> None:
 
 @pytest.mark.parametrize("times", [FAST.times, SimTimes.zero()])
 @pytest.mark.parametrize("kind", ["generate", "chat.completions"])
-async def test_a_fatal_prompt_takes_the_engine_down(times: SimTimes, kind: str) -> None:
+async def test_a_fatal_prompt_kills_the_engine(times: SimTimes, kind: str) -> None:
     backend = SimBackend(SimConfig(times=times, die_on="quantum", max_num_seqs=2))
     await backend.start()
     chunks = Heard()

@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU, with the tiny random model: one engine for the whole module, which the last test kills."""
+"""Real vLLM on the CPU with the tiny random model. One engine serves the whole module; the last test kills it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ pytestmark = [
     pytest.mark.xdist_group("vllm"),
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(300),
-    # What vLLM and torch say of themselves; everything else stays an error.
+    # Warnings of vLLM and torch; all others stay errors.
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.torch.distributed.reduce_op:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.vllm.entrypoints.openai.api_server:DeprecationWarning"),
@@ -131,7 +131,7 @@ async def test_a_response_is_whole_and_named(vllm: VllmBackend, make: Callable[.
 
 
 @OPENAI_KINDS
-async def test_a_stream_says_what_the_whole_response_says(vllm: VllmBackend, make: Callable[..., Job]) -> None:
+async def test_a_stream_has_the_text_of_the_whole_response(vllm: VllmBackend, make: Callable[..., Job]) -> None:
     whole = await vllm.run(make(), nothing)
     o, chunks = await streamed(vllm, make(stream=True, stream_options={"include_usage": True}))
     assert said(chunks) == o.text == whole.text
@@ -196,7 +196,7 @@ async def test_a_repeated_prompt_is_cached(vllm: VllmBackend) -> None:
     assert vllm.load().tokens_per_s > 0
 
 
-async def test_its_speed_is_learned_from_its_steps(vllm: VllmBackend) -> None:
+async def test_its_speed_is_measured_from_its_steps(vllm: VllmBackend) -> None:
     lengths = [200 + 60 * n for n in range(12)]
     for n in range(0, len(lengths), 4):
         prompts = [[10 + n + i] * tokens for i, tokens in enumerate(lengths[n : n + 4])]
@@ -211,14 +211,14 @@ async def test_its_speed_is_learned_from_its_steps(vllm: VllmBackend) -> None:
 
 
 async def test_each_step_is_progress(vllm: VllmBackend) -> None:
-    """Also one that takes in a part of a prompt and produces nothing, and one for a call that does not stream."""
+    """Also a step that only computes a chunk of a prompt, and one for a call that does not stream."""
     before = vllm.progress()
     o = await vllm.run(
         generate(prompt="Another long prompt, of which nothing is cached. " * 100, max_tokens=1), nothing
     )
-    parts = o.prompt_tokens / _STEP_TOKENS
-    assert parts > 2
-    assert vllm.progress() - before > parts - 1
+    prompt_chunks = o.prompt_tokens / _STEP_TOKENS
+    assert prompt_chunks > 2
+    assert vllm.progress() - before > prompt_chunks - 1
     before = vllm.progress()
     await vllm.run(chat(max_tokens=5), nothing)
     assert vllm.progress() - before >= 5
@@ -280,7 +280,7 @@ async def no_request_left(vllm: VllmBackend) -> None:
     assert not vllm._runs
 
 
-# -- requests that will never run
+# -- invalid requests
 
 
 @pytest.mark.parametrize(("body", "why"), BAD_GENERATE)
@@ -293,12 +293,12 @@ async def test_bad_openai_bodies(vllm: VllmBackend, j: Job, why: str) -> None:
     assert why in await rejected(vllm, j)
 
 
-# -- going on where a lost attempt ended
+# -- resuming a lost attempt
 
 
 @EACH_KIND
 @pytest.mark.parametrize("seen", [1, 2, 9, 23, 99])
-async def test_a_resumed_stream_ends_as_an_undisturbed_one(
+async def test_a_resumed_stream_equals_an_undisturbed_one(
     vllm: VllmBackend, make: Callable[..., Job], seen: int
 ) -> None:
     j = make(stream=True)
@@ -314,7 +314,7 @@ async def test_a_resumed_stream_ends_as_an_undisturbed_one(
 async def test_a_stream_resumes_twice_under_one_id(vllm: VllmBackend, make: Callable[..., Job]) -> None:
     j = make(stream=True, stream_options={"include_usage": True})
     whole, first = await streamed(vllm, j)
-    await asyncio.sleep(1.1)  # so that the time of creation would differ
+    await asyncio.sleep(1.1)  # so that the creation time would differ
     _, second = await streamed(vllm, again(j, first[:4]))
     seen = first[:4] + second[:5]
     _, third = await streamed(vllm, again(j, seen))
@@ -326,8 +326,8 @@ async def test_a_stream_resumes_twice_under_one_id(vllm: VllmBackend, make: Call
     assert [d["usage"]["completion_tokens"] for d in docs if d.get("usage")] == [24]
 
 
-async def test_an_aborted_stream_can_be_gone_on_with(vllm: VllmBackend) -> None:
-    """What the engine says when it is stopped is not published, so nothing of it stands in the way."""
+async def test_an_aborted_stream_can_be_resumed(vllm: VllmBackend) -> None:
+    """The end that the engine sends after an abort is not published, so the stream can continue."""
     j = chat(max_tokens=400, stream=True)
     whole, _ = await streamed(vllm, j)
     _, chunks = await aborted(vllm, j)
@@ -337,7 +337,7 @@ async def test_an_aborted_stream_can_be_gone_on_with(vllm: VllmBackend) -> None:
 
 @EACH_KIND
 @pytest.mark.parametrize("seen", range(1, 8))
-async def test_a_stop_string_across_the_border(vllm: VllmBackend, make: Callable[..., Job], seen: int) -> None:
+async def test_a_stop_string_across_attempts(vllm: VllmBackend, make: Callable[..., Job], seen: int) -> None:
     undisturbed = await vllm.run(make(), nothing)
     words = undisturbed.text.split(" ")
     assert len(words) > 8, undisturbed
@@ -351,7 +351,7 @@ async def test_a_stop_string_across_the_border(vllm: VllmBackend, make: Callable
 
 
 @pytest.mark.parametrize("seen", range(1, 10))
-async def test_a_character_across_the_border(vllm: VllmBackend, seen: int) -> None:
+async def test_a_character_across_attempts(vllm: VllmBackend, seen: int) -> None:
     assert vllm._engine is not None
     bytes_of_it = await vllm._engine.tokenize("é€")
     j = generate(allowed_token_ids=bytes_of_it, max_tokens=12, stream=True)
@@ -363,26 +363,26 @@ async def test_a_character_across_the_border(vllm: VllmBackend, seen: int) -> No
 @pytest.mark.parametrize(
     "more", [{"logprobs": True}, {"n": 2, "temperature": 1}, {"response_format": {"type": "json_object"}}]
 )
-async def test_some_streams_cannot_be_gone_on_with(vllm: VllmBackend, more: dict[str, Any]) -> None:
+async def test_some_streams_cannot_be_resumed(vllm: VllmBackend, more: dict[str, Any]) -> None:
     j = chat(stream=True, **more)
     _, chunks = await streamed(vllm, j)
     why = await rejected(vllm, again(j, chunks[:3]))
-    assert "cannot be continued; submit the call again" in why
+    assert "cannot be resumed. Submit the call again" in why
     assert 'on_engine_loss="restart"' in why
 
 
 async def test_a_stream_of_another_kind_of_engine_is_refused(vllm: VllmBackend) -> None:
     foreign = [Chunk(document="{}", replay="sim 1 2 3")]
-    assert "cannot be continued" in await rejected(vllm, again(chat(), foreign))
-    assert "cannot be continued" in await rejected(vllm, again(generate(), [Chunk(text="some text")]))
+    assert "cannot be resumed" in await rejected(vllm, again(chat(), foreign))
+    assert "cannot be resumed" in await rejected(vllm, again(generate(), [Chunk(text="some text")]))
 
 
 # -- ends
 
 
 @EACH_KIND
-async def test_an_engine_that_is_told_to_end(vllm: VllmBackend, make: Callable[..., Job]) -> None:
-    """Its calls end without an error and are to be given back; what was published can be gone on with."""
+async def test_an_engine_that_is_stopped(vllm: VllmBackend, make: Callable[..., Job]) -> None:
+    """Its calls end without an error, so that they are released; the published part can be resumed."""
     engine = vllm._engine
     assert engine is not None
     dead = asyncio.create_task(vllm.died())
@@ -400,13 +400,13 @@ async def test_an_engine_that_is_told_to_end(vllm: VllmBackend, make: Callable[.
 
 async def test_a_wrong_argument_is_named() -> None:
     backend = VllmBackend(EngineConfig(engine_id="x", engine_args={"no_such_thing": 1}), Settings())
-    with pytest.raises(EngineDied, match="knows no argument no_such_thing"):
+    with pytest.raises(EngineDied, match="has no argument no_such_thing"):
         await backend.start()
     await backend.stop(0)
 
 
 @pytest.mark.parametrize("arguments", [{"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}])
-async def test_a_killed_worker_takes_its_engine_along(arguments: dict[str, Any]) -> None:
+async def test_the_engine_of_a_killed_worker_ends(arguments: dict[str, Any]) -> None:
     command = [sys.executable, "-c", HOST, json.dumps(arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as host:
         try:
@@ -419,7 +419,7 @@ async def test_a_killed_worker_takes_its_engine_along(arguments: dict[str, Any])
 
 
 async def test_the_engine_dies(vllm: VllmBackend) -> None:
-    """Keep this test last: nothing runs behind it."""
+    """Keep this test last: no call can run after it."""
     dead = asyncio.create_task(vllm.died())
     jobs = [
         make(**LONG, stream=stream, key=f"{make.__name__}{stream}/1")

@@ -1,4 +1,4 @@
-"""The output of vLLM's processes while they start: passed on, and searched for the cause of a failure."""
+"""The captured output of vLLM's processes while they start: passed on, and searched for the cause of a failure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 """
 
 
-def test_the_cause_is_the_last_error_that_follows_from_no_other() -> None:
+def test_the_cause_is_the_last_error_that_is_no_consequence() -> None:
     assert root_cause(LINES.splitlines()) == "ValueError: the cause, and what to do"
     assert root_cause(["torch.OutOfMemoryError: CUDA out of memory."]) == "OutOfMemoryError: CUDA out of memory."
     assert root_cause(["INFO all is well", "an Error: of nobody's"]) == ""
@@ -66,7 +66,7 @@ def test_a_process_without_stdout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "lasts"),
+    ("error", "permanent"),
     [
         (ValueError("Invalid repository ID or local directory specified"), True),
         (ValueError("Free memory on device (3/139 GiB) is less than desired"), False),
@@ -75,14 +75,14 @@ def test_a_process_without_stdout() -> None:
         (TypeError("unexpected keyword"), True),
     ],
 )
-def test_what_may_be_otherwise_the_next_time(error: Exception, lasts: bool) -> None:
+def test_temporary_and_permanent_causes(error: Exception, permanent: bool) -> None:
     found = failure(error, Output())
     assert isinstance(found, EngineDied)
-    assert isinstance(found, EngineMisconfigured) is lasts
+    assert isinstance(found, EngineMisconfigured) is permanent
     assert str(found).startswith(f"vLLM could not start: {type(error).__name__}: ")
 
 
-def test_a_configuration_stays_wrong() -> None:
+def test_a_wrong_configuration_is_permanent() -> None:
     assert isinstance(misconfigured(ValueError("max_model_len may lead to CUDA errors")), EngineMisconfigured)
     assert not isinstance(misconfigured(OSError("connection timed out")), EngineMisconfigured)
     assert len(str(misconfigured(ValueError("x" * 9000)))) < 500

@@ -1,3 +1,3 @@
-"""Any remote server that speaks OpenAI's HTTP API."""
+"""A remote OpenAI-compatible server as an engine."""
 
 __all__: list[str] = []

@@ -1,7 +1,7 @@
-"""What a server says of itself beside OpenAI's API: how many calls it runs at once, and how large its KV cache is.
+"""Facts about a server that OpenAI's API does not report: how many calls it runs at once, and its KV cache's size.
 
-Each kind has its own place for it: vLLM's `/metrics` (and `/server_info` in development mode), SGLang's
-`/get_server_info`, llama.cpp's `/props`. What is not said is not known: that is no error.
+Each kind of server has its own endpoint: vLLM's `/metrics` (and `/server_info` in development mode), SGLang's
+`/get_server_info`, llama.cpp's `/props`. A missing fact is no error.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """`slots`: calls that run at once; `kv_tokens`: capacity of its KV cache. 0 = not known."""
+    """`slots`: calls that run at once; `kv_tokens`: the capacity of its KV cache. 0 = unknown."""
 
     slots: int = 0
     kv_tokens: int = 0
 
 
-async def ask(client: httpx.AsyncClient, base_url: str, timeout_s: float) -> About:
-    """Asks a server in each way that is known.
+async def fetch(client: httpx.AsyncClient, base_url: str, timeout_s: float) -> About:
+    """Tries all known endpoints of a server.
 
     Args:
-        base_url: as OpenAI's clients take it, with its `/v1`; what is asked for lies beside that.
+        base_url: as OpenAI's clients take it, with `/v1`; the endpoints are next to that.
     """
     root = base_url.rstrip("/").removesuffix("/v1")
     sglang = await _json(client, f"{root}/get_server_info", timeout_s)
@@ -45,7 +45,7 @@ async def ask(client: httpx.AsyncClient, base_url: str, timeout_s: float) -> Abo
 
 
 def cache_tokens(metrics: str) -> int:
-    """The KV cache of vLLM's engines behind one server, in tokens, of its metrics; 0 = they do not say."""
+    """The KV cache of all vLLM engines behind one server, in tokens, from its metrics; 0 = unknown."""
     total = 0
     for found in _CACHE.finditer(metrics):
         labels = dict(_LABEL.findall(found[1]))

@@ -1,4 +1,4 @@
-"""Any remote server that speaks OpenAI's HTTP API, as an engine."""
+"""A remote OpenAI-compatible server as an engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rsm.workers.backends.base import (
 from rsm.workers.backends.openai import about
 from rsm.workers.backends.openai.about import About
 from rsm.workers.backends.openai.calls import Exchange, exchange
-from rsm.workers.backends.openai.resume import CANNOT_CONTINUE
+from rsm.workers.backends.openai.resume import CANNOT_RESUME
 from rsm.workers.backends.openai.wire import MAX_BYTES, SseParser, document, error, error_inside, readable
 from rsm.workers.environment import API_KEY_VARIABLE
 from rsm.workers.meters.rate import RateMeter
@@ -39,32 +39,32 @@ if TYPE_CHECKING:
 
 
 _DONE = "[DONE]"
-_SLOTS = 256  # of a server that does not say how many calls it runs at once
-_CLOSE_S = 5.0  # for the connections of calls that were ended
-# Servers that go on with a begun message of the assistant: vLLM, and our model of one.
+_SLOTS = 256  # for a server that does not report how many calls it runs at once
+_CLOSE_S = 5.0  # the time to close the connections of stopped calls
+# Servers that can continue a partial message of the assistant: vLLM, and the modelled engine's server.
 _CONTINUE_CHATS = frozenset({"vllm", "rsm-engine"})
-_ASK_AGAIN_S = 0.2  # while a server is waited for
+_RETRY_S = 0.2  # between two tries to reach a server at the start
 
 log = logging.getLogger("rsm.worker")
 
 
-def _answers(status: int) -> bool:
-    """Whether a server with this answer to a health check is there; a 5xx may come from a proxy before it."""
+def _is_alive(status: int) -> bool:
+    """Whether this answer to a health check shows a live server. A 5xx may come from a proxy in front of it."""
     return 0 < status < 500
 
 
 @dataclass(slots=True)
 class _Run:
-    """A call that is out."""
+    """A call in progress."""
 
-    # Never a timeout: a scope that `end` closes from outside, and whose end can be told from a cancelled caller.
+    # Not a timeout, but a scope that `end` can close from outside, and that differs from a cancelled caller.
     scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     done: asyncio.Event = field(default_factory=asyncio.Event)
     ended: bool = False
     aborted: bool = False
 
     def end(self, aborted: bool) -> None:
-        """Closes the connection at once; the first reason counts."""
+        """Closes the connection at once. The first reason counts."""
         if not self.ended:
             self.ended, self.aborted = True, aborted
             self.scope.reschedule(0)
@@ -75,17 +75,17 @@ class OpenAIBackend(Backend):
 
     Args:
         base_url: with the version, such as `https://host/v1`.
-        model: set in bodies that name none; "" = the first one that the server lists.
-        api_key: sent as a bearer token; by default that of RSM_OPENAI_API_KEY.
-        max_num_seqs: calls that the server is given at once; none = as many as it says that it runs, else 256.
-        kv_tokens: capacity of its KV cache; none = what it says, else it is not known.
-        timeout_s: how long it may be silent in the middle of a call.
-        connect_s: how long `start` waits for a server that does not answer yet, or not any more.
-        health_s: time between two health checks, and how long each may take.
-        health_misses: so many in a row that fail, and the server counts as dead.
+        model: the model for bodies that name none; "" = the first one that the server lists.
+        api_key: sent as a bearer token. Default: the value of RSM_OPENAI_API_KEY.
+        max_num_seqs: calls sent to the server at once. Default: what the server reports, otherwise 256.
+        kv_tokens: the capacity of its KV cache. Default: what the server reports, otherwise unknown.
+        timeout_s: how long the server may be silent during a call.
+        connect_s: how long `start` waits for a server that does not answer.
+        health_s: the time between two health checks, and the time limit of each.
+        health_misses: failed health checks in a row after which the server counts as dead.
 
     Raises:
-        ValueError: the URL is none, or holds a password, which would end up in logs.
+        ValueError: the URL is invalid, or has a password, which would end up in logs.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class OpenAIBackend(Backend):
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError("base_url must be a URL such as http://host:8000/v1.")
         if parts.username or parts.password:
-            raise ValueError(f"Give the key in {API_KEY_VARIABLE}, not in the URL: URLs end up in logs.")
+            raise ValueError(f"Set the key in {API_KEY_VARIABLE}, not in the URL: URLs end up in logs.")
         self._base_url = base_url.rstrip("/")
         self._where = parts.netloc or base_url
         self._model = model
@@ -121,23 +121,23 @@ class OpenAIBackend(Backend):
         self._continues_chats = False
         self._client: httpx.AsyncClient | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._doubt: asyncio.Task[bool] | None = None
+        self._check: asyncio.Task[bool] | None = None
         self._runs: dict[str, _Run] = {}
         self._rate = RateMeter()
         self._death = asyncio.Event()
         self._facts = EngineFacts(model, 0)
-        self._gone = "The engine was not started."  # why no call can run, "" while it can
+        self._gone = "The engine was not started."  # why no call can run; "" while it can
 
     async def start(self) -> EngineFacts:
-        """Connects, and asks the server for its models. A server that is still coming up is waited for.
+        """Connects, and asks the server for its models. Waits for a server that is still starting.
 
         Raises:
-            EngineDied: nobody answers within `connect_s`.
-            EngineMisconfigured: httpx is missing, the key is refused, or the server does not serve that model.
+            EngineDied: there is no answer within `connect_s`.
+            EngineMisconfigured: httpx is missing, the key is refused, or the server does not serve the model.
         """
         self._client = self._connect()
         try:
-            await self._greet(self._client)
+            await self._identify(self._client)
         except BaseException:
             await self._client.aclose()
             raise
@@ -147,7 +147,7 @@ class OpenAIBackend(Backend):
         return self._facts
 
     async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
-        """Runs one call on the server; `ttft_ms` runs from here to the first text of a stream."""
+        """Runs one call on the server. `ttft_ms` is the time until the first text of a stream."""
         if self._gone:
             raise EngineDied(self._gone)
         ex = exchange(job, self._model, self._is_vllm, self._continues_chats)
@@ -168,21 +168,21 @@ class OpenAIBackend(Backend):
             return ex.outcome(run.aborted)
 
     def abort(self, key: str) -> None:
-        """Closes the call's connection at once; that is how a server learns of it."""
+        """Closes the call's connection at once, which aborts the call on the server."""
         if (run := self._runs.get(key)) is not None:
             run.end(aborted=True)
 
     def load(self) -> EngineLoad:
-        """Output tokens per second through this connection; of the server's cache nothing is known."""
+        """Output tokens per second of this worker's calls. The use of the server's cache is unknown."""
         return EngineLoad(0.0, self._rate.per_s(time.perf_counter()))
 
     async def died(self) -> str:
-        """Waits until the server has failed `health_misses` health checks in a row, or one right after a call broke."""
+        """Waits until `health_misses` health checks in a row fail, or the one right after a failed call."""
         await self._death.wait()
         return self._gone
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more calls, gives those that are out `grace_s` seconds, then ends the rest with EngineDied."""
+        """Takes no more calls, gives running ones `grace_s` seconds, then ends the rest with EngineDied."""
         self._gone = self._gone or "The engine was stopped."
         await self._settle(grace_s)
         self._lose(self._gone)
@@ -195,7 +195,7 @@ class OpenAIBackend(Backend):
         self._watcher = self._client = None
 
     async def _settle(self, timeout_s: float) -> None:
-        """Waits until no call is out, at most so long."""
+        """Waits until no call is running, at most `timeout_s` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 for run in list(self._runs.values()):
@@ -221,18 +221,18 @@ class OpenAIBackend(Backend):
         return httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(self._timeout_s, connect=10.0, pool=None),
-            # The worker bounds the calls; a full pool would make the health check wait, and a live server look dead.
+            # The worker limits the calls. A full pool would delay the health check and make a live server look dead.
             limits=httpx.Limits(max_connections=None),
         )
 
-    async def _greet(self, client: httpx.AsyncClient) -> None:
+    async def _identify(self, client: httpx.AsyncClient) -> None:
         status, models = await self._first_answer(client)
         if status in (401, 403):
             raise EngineMisconfigured(f"{self._where} refuses the API key; set {API_KEY_VARIABLE}.")
-        if not _answers(status):
+        if not _is_alive(status):
             raise EngineDied(
-                f"No OpenAI-compatible server answers at {self._where} (asked for {self._connect_s:g} s). "
-                "Is it running, and does base_url end in /v1?"
+                f"No OpenAI-compatible server answers at {self._where} (waited {self._connect_s:g} s). "
+                "Check that it is running and that base_url ends in /v1."
             )
         owners = {m.get("owned_by") for m in models if isinstance(m.get("owned_by"), str)}
         self._is_vllm = "vllm" in owners
@@ -240,33 +240,33 @@ class OpenAIBackend(Backend):
         served = [str(m["id"]) for m in models if m.get("id")]
         self._model = self._model or next(iter(served), "")
         if not self._model:
-            raise EngineMisconfigured(f"{self._where} lists no models; name the one to use.")
+            raise EngineMisconfigured(f"{self._where} lists no models; set model to the one to use.")
         if served and self._model not in served:
             raise EngineMisconfigured(
                 f"{self._where} serves no model {shorten(self._model)}, but {shorten(', '.join(served), 200)}. "
-                "Name one of these; served_model_name is what calls may ask for instead."
+                "Set model to one of these; calls can use another name if you set served_model_name."
             )
-        said = About()
+        reported = About()
         if self._max_num_seqs is None or self._kv_tokens is None:
-            said = await about.ask(client, self._base_url, self._health_s)
-        slots = self._max_num_seqs or said.slots or _SLOTS
-        kv_tokens = said.kv_tokens if self._kv_tokens is None else self._kv_tokens
+            reported = await about.fetch(client, self._base_url, self._health_s)
+        slots = self._max_num_seqs or reported.slots or _SLOTS
+        kv_tokens = reported.kv_tokens if self._kv_tokens is None else self._kv_tokens
         self._facts = EngineFacts(self._model, slots, kv_tokens, "vllm" if self._is_vllm else "openai")
 
     async def _first_answer(self, client: httpx.AsyncClient) -> tuple[int, list[dict[str, Any]]]:
-        """As `_models`, but asked until the server is there, at most `connect_s` seconds."""
-        until, told = time.monotonic() + self._connect_s, False
+        """Repeats `_models` until the server answers, for at most `connect_s` seconds."""
+        until, logged = time.monotonic() + self._connect_s, False
         while True:
             found = await self._models(client)
-            if _answers(found[0]) or time.monotonic() > until:
+            if _is_alive(found[0]) or time.monotonic() > until:
                 return found
-            if not told:
-                log.warning("waiting for a server at %s, at most %.0f s", self._where, self._connect_s)
-                told = True
-            await asyncio.sleep(_ASK_AGAIN_S)
+            if not logged:
+                log.warning("waiting at most %.0f s for a server at %s", self._connect_s, self._where)
+                logged = True
+            await asyncio.sleep(_RETRY_S)
 
     async def _models(self, client: httpx.AsyncClient) -> tuple[int, list[dict[str, Any]]]:
-        """The status of GET /models, 0 if nobody answers, and the models listed."""
+        """The status of GET /models, 0 without an answer, and the listed models."""
         import httpx
 
         try:
@@ -275,7 +275,7 @@ class OpenAIBackend(Backend):
             return 0, []
         try:
             listed = document(reply.content).get("data") if reply.is_success else None
-        except EngineError:  # reachable it is, whatever it says
+        except EngineError:  # not JSON, but the server is reachable
             listed = None
         return reply.status_code, [m for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
 
@@ -283,21 +283,21 @@ class OpenAIBackend(Backend):
         while self._client is not None:
             await asyncio.sleep(self._health_s)
             status, _ = await self._models(self._client)
-            self._misses = 0 if _answers(status) else self._misses + 1
+            self._misses = 0 if _is_alive(status) else self._misses + 1
             if self._misses >= self._health_misses:
                 self._die(f"{self._where} has not answered {self._misses} health checks in a row.")
                 return
 
-    async def _is_there(self) -> bool:
-        """Whether the server answers now. Asked once for all calls that broke at the same time."""
-        if self._doubt is None or self._doubt.done():
-            self._doubt = asyncio.create_task(self._ask(), name="openai-doubt")
-        return await asyncio.shield(self._doubt)
+    async def _is_reachable(self) -> bool:
+        """Whether the server answers now. Checked once for all calls that failed at the same time."""
+        if self._check is None or self._check.done():
+            self._check = asyncio.create_task(self._check_now(), name="openai-check")
+        return await asyncio.shield(self._check)
 
-    async def _ask(self) -> bool:
+    async def _check_now(self) -> bool:
         if self._client is None:
             return False
-        return _answers((await self._models(self._client))[0])
+        return _is_alive((await self._models(self._client))[0])
 
     # -- one call
 
@@ -307,7 +307,7 @@ class OpenAIBackend(Backend):
         try:
             await self._exchange(ex, job, emit)
         except httpx.HTTPError as e:
-            # The answer was whole; only its last words are missing.
+            # Ignored once the answer is complete; only the end of the stream is missing then.
             if not ex.finished:
                 raise await self._lost(ex, job, f"The connection to {self._where} failed: {type(e).__name__}.") from e
         except EngineError as e:
@@ -316,14 +316,14 @@ class OpenAIBackend(Backend):
             self._rate.add(ex.tokens(), time.perf_counter())
 
     async def _lost(self, ex: Exchange, job: Job, why: str) -> CallRejected | EngineError | EngineDied:
-        """What a broken call means: its server is gone, with all it ran; or this one attempt failed."""
-        died = not await self._is_there()
+        """The error for a failed call: its server died with all of its calls, or only this attempt failed."""
+        died = not await self._is_reachable()
         if died:
-            self._die(f"{self._where} does not answer any more.")
-        # A call that says itself what a loss means to it need not be continuable.
-        if ex.continuable or job.on_engine_loss == "restart" or (died and job.on_engine_loss == "fail"):
+            self._die(f"{self._where} no longer answers.")
+        # With on_engine_loss "restart" or "fail" the call need not be resumable.
+        if ex.resumable or job.on_engine_loss == "restart" or (died and job.on_engine_loss == "fail"):
             return EngineDied(self._gone) if died else EngineError(why)
-        return CallRejected(CANNOT_CONTINUE)
+        return CallRejected(CANNOT_RESUME)
 
     async def _exchange(self, ex: Exchange, job: Job, emit: Callable[[Chunk], None]) -> None:
         if self._client is None:
@@ -347,20 +347,20 @@ class OpenAIBackend(Backend):
         chunks_of_bytes = cast("AsyncGenerator[bytes, None]", reply.aiter_bytes())
         async with aclosing(chunks_of_bytes) as chunks:
             async for data in chunks:
-                self._misses = 0  # a server that is busy answering is not dead, even if its health check is late
+                self._misses = 0  # a server that is answering is alive, even if its health check is late
                 if self._take(ex, parser.feed(data), emit):
                     return
         if not self._take(ex, parser.close(), emit) and not ex.finished:
-            raise EngineError(f"{self._where} ended its stream before the answer was whole.")
+            raise EngineError(f"{self._where} ended its stream before the answer was complete.")
 
     def _take(self, ex: Exchange, events: list[str], emit: Callable[[Chunk], None]) -> bool:
-        """Publishes events; True behind the last one."""
+        """Publishes events. True after the last one."""
         for data in events:
             if data == _DONE:
                 return True
             doc = document(data)
-            if (wrong := error_inside(doc, self._key.get_secret_value())) is not None:
-                raise wrong
+            if (failure := error_inside(doc, self._key.get_secret_value())) is not None:
+                raise failure
             before = ex.tokens()
             with readable():
                 chunk = ex.chunk(doc, data)
@@ -371,10 +371,10 @@ class OpenAIBackend(Backend):
 
 
 async def _whole(reply: httpx.Response) -> bytes:
-    """A reply's body.
+    """Reads the body of a reply.
 
     Raises:
-        EngineError: it is larger than any sound one.
+        EngineError: it is larger than MAX_BYTES.
     """
     parts: list[bytes] = []
     size = 0
@@ -382,5 +382,5 @@ async def _whole(reply: httpx.Response) -> bytes:
         parts.append(part)
         size += len(part)
         if size > MAX_BYTES:
-            raise EngineError("The server sent a body that does not end.")
+            raise EngineError(f"The server sent a body of more than {MAX_BYTES >> 20} MiB.")
     return b"".join(parts)

@@ -1,8 +1,8 @@
-"""Going on with a streamed OpenAI call on another server, from the chunks that its earlier attempts have published.
+"""Resumes a streamed OpenAI call on another server, from the chunks that its earlier attempts have published.
 
-What was said is sent along as the beginning of the answer: behind the prompt of `completions`, and in a chat as a last
-message that the server is to go on with (vLLM's `continue_final_message`). The stream that comes back is then made to
-look like the rest of the first one. A stop string that began in there and ends in here is not seen.
+The published text is sent as the beginning of the answer: after the prompt of `completions`, and in a chat as a last
+message for the server to continue (vLLM's `continue_final_message`). The new stream is then adapted so that it looks
+like the rest of the first one. A stop string that began in the published text and ends in the new one is not found.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from rsm.workers.backends.base import CallRejected
 from rsm.workers.backends.openai.wire import Assembler
 
-CANNOT_CONTINUE = (
-    "The remote server died in the middle of this stream and it cannot be continued; "
-    'submit the call again, with on_engine_loss="restart" if it is to begin anew by itself.'
+CANNOT_RESUME = (
+    "The remote server died during this stream, which cannot be resumed. Submit the call again, with "
+    'on_engine_loss="restart" if a lost stream should start over.'
 )
-# A grammar would begin anew; what these add to what was said already is lost.
-_BEGINS_ANEW = ("response_format", "structured_outputs", "logprobs", "prompt_logprobs", "echo", "suffix")
+# A grammar would start over; the others add output that cannot be resumed.
+_NOT_RESUMABLE = ("response_format", "structured_outputs", "logprobs", "prompt_logprobs", "echo", "suffix")
 _PLAIN = {"role", "content"}
 
 
-class Said:
-    """What is out of one streamed call so far, over all its attempts.
+class Transcript:
+    """The published part of one streamed call, over all of its attempts.
 
     Attributes:
         tokens: chunks with text, nearly always one token each.
@@ -36,40 +36,40 @@ class Said:
         self.tokens = 0
         self.chunks = 0
         for chunk in published:
-            self.take(json.loads(chunk))
+            self.add(json.loads(chunk))
             self.chunks += 1
 
     @property
     def text(self) -> str:
         return self.assembler.text
 
-    def take(self, doc: dict[str, Any]) -> bool:
-        """Takes in one chunk; True if it brought text."""
+    def add(self, doc: dict[str, Any]) -> bool:
+        """Adds one chunk. True if it has new text."""
         before = len(self.text)
         self.assembler.add(doc)
         grew = len(self.text) > before
         self.tokens += grew
         return grew
 
-    def continuable(self, kind: str, body: dict[str, Any], chats: bool) -> bool:
-        """Whether a server can go on from here. `chats`: it knows `continue_final_message`."""
+    def resumable(self, kind: str, body: dict[str, Any], chats: bool) -> bool:
+        """Whether a server can resume from here. `chats`: it supports `continue_final_message`."""
         parts = self.assembler.parts()
         if not parts - {"role"}:
             return True
-        if body.get("n", 1) not in (None, 1) or any(body.get(name) for name in _BEGINS_ANEW):
+        if body.get("n", 1) not in (None, 1) or any(body.get(name) for name in _NOT_RESUMABLE):
             return False
         if kind != "chat.completions":
             return kind == "completions" and isinstance(body.get("prompt"), str)
         return chats and not parts - _PLAIN and _turns(body) is not None
 
-    def continued(self, kind: str, body: dict[str, Any], chats: bool) -> dict[str, Any]:
-        """The body that asks for the rest.
+    def resumed(self, kind: str, body: dict[str, Any], chats: bool) -> dict[str, Any]:
+        """The body of a request for the rest.
 
         Raises:
-            CallRejected: nobody can give it.
+            CallRejected: the call cannot be resumed.
         """
-        if not self.continuable(kind, body, chats):
-            raise CallRejected(CANNOT_CONTINUE)
+        if not self.resumable(kind, body, chats):
+            raise CallRejected(CANNOT_RESUME)
         if not self.tokens:
             return body
         limits = {
@@ -77,15 +77,15 @@ class Said:
         }
         if kind == "completions":
             return {**body, **limits, "prompt": body["prompt"] + self.text}
-        turns = [*(_turns(body) or ()), {"role": "assistant", "content": self._begun(body) + self.text}]
+        turns = [*(_turns(body) or ()), {"role": "assistant", "content": self._prefix(body) + self.text}]
         return {**body, **limits, "messages": turns, "continue_final_message": True, "add_generation_prompt": False}
 
-    def _begun(self, body: dict[str, Any]) -> str:
-        """What the caller itself had put into the assistant's mouth."""
+    def _prefix(self, body: dict[str, Any]) -> str:
+        """The beginning of the answer that the caller itself gave."""
         return str(body["messages"][-1]["content"]) if body.get("continue_final_message") else ""
 
     def adapt(self, doc: dict[str, Any]) -> dict[str, Any] | None:
-        """A chunk of a later attempt as the next one of the stream that had begun; None: it was there already."""
+        """Adapts a chunk of a later attempt to the stream's first attempt; None if it was published before."""
         if not self.chunks:
             return doc
         adapted = {**doc, **{k: v for k, v in self.assembler.head.items() if k in ("id", "created", "model")}}
@@ -97,7 +97,7 @@ class Said:
 
 
 def _turns(body: dict[str, Any]) -> list[Any] | None:
-    """The messages before the assistant's answer; None if they are not such that it can be gone on with."""
+    """The messages before the assistant's answer; None if the answer cannot be resumed."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         return None

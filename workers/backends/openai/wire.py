@@ -1,4 +1,4 @@
-"""The wire of an OpenAI-compatible server: event streams, chunks put together, errors read. Nothing here does I/O."""
+"""The wire format of an OpenAI-compatible server: event streams, assembled chunks, errors. No I/O."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from typing import Any
 
 from rsm.workers.backends.base import CallRejected, EngineError
 
-# A carriage return at the very end may be half of a CRLF: it waits for the next network chunk.
+# A carriage return at the end of the data may be half of a CRLF, so it waits for the next data.
 _END_OF_LINE = re.compile(rb"\r\n|\n|\r(?=.)", re.DOTALL)
 _RETRY_ELSEWHERE = frozenset({401, 408, 429})
-_ONCE = frozenset({"role", "id", "type", "name"})  # of a delta's texts, those that are not pieces of a longer one
+_ONCE = frozenset({"role", "id", "type", "name"})  # texts of a delta that are not parts of a longer text
 _MAX_MESSAGE = 500
 
 
-# An event, or a whole body, that is larger comes from no sound server.
+# The limit on the size of an event or a body.
 MAX_BYTES = 64 << 20
 
 
 class SseParser:
-    """Server-sent events out of bytes, however the network cut them. Only `data` matters; comments are skipped.
+    """Parses server-sent events from bytes that may be split anywhere. Reads only `data`; skips comments.
 
-    Lines end as the standard says: not at the Unicode separators that JSON texts may hold.
+    Lines end as the standard requires, not at the Unicode separators that JSON texts may contain.
     """
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._rest: list[bytes] = []  # of a line that has not ended; joined once, or a long one would cost its square
+        self._rest: list[bytes] = []  # parts of an unfinished line; joined only once, to avoid quadratic cost
         self._data: list[bytes] = []
-        self._held = 0  # bytes in both
+        self._size = 0  # bytes in both
 
     def feed(self, data: bytes) -> list[str]:
-        """The data of each event that is now complete.
+        """Returns the data of each event that is now complete.
 
         Raises:
-            EngineError: an event grows beyond all bounds.
+            EngineError: an event is too large.
         """
         if not data:
             return []
         ends_here = b"\n" in data or b"\r" in data or (self._rest and self._rest[-1].endswith(b"\r"))
         self._rest.append(data)
-        self._held += len(data)
+        self._size += len(data)
         events: list[str] = []
         if ends_here:
             *lines, rest = _END_OF_LINE.split(b"".join(self._rest))
-            self._held -= sum(map(len, self._rest))
+            self._size -= sum(map(len, self._rest))
             self._rest = [rest] if rest else []
             events = [event for line in lines if (event := self._line(line)) is not None]
-            self._held += len(rest)
-        if self._held > self._max_bytes:
-            raise EngineError("The server sent an event that does not end.")
+            self._size += len(rest)
+        if self._size > self._max_bytes:
+            raise EngineError(f"The server sent an event of more than {self._max_bytes} bytes.")
         return events
 
     def close(self) -> list[str]:
-        """What is left when the connection ends: some servers leave out the last empty line."""
+        """Returns the last event when the connection ends, because some servers omit the last empty line."""
         events = self.feed(b"\n\n") if self._rest or self._data else []
-        self._rest, self._held = [], 0
+        self._rest, self._size = [], 0
         return events
 
     def _line(self, line: bytes) -> str | None:
@@ -67,15 +67,15 @@ class SseParser:
             name, _, value = line.partition(b":")
             if name == b"data":
                 self._data.append(value.removeprefix(b" "))
-                self._held += len(value)
+                self._size += len(value)
             return None
         event, self._data = b"\n".join(self._data), []
-        self._held = 0
+        self._size = 0
         return event.decode("utf-8", "replace") if event else None
 
 
 def single_line(data: str) -> str:
-    """A JSON document without line breaks, so that it can be sent on as one line.
+    """Returns a JSON document without line breaks, so that it can be forwarded as one line.
 
     Raises:
         EngineError: it is not JSON.
@@ -84,15 +84,15 @@ def single_line(data: str) -> str:
 
 
 def document(data: str | bytes) -> dict[str, Any]:
-    """A JSON object that the server sent.
+    """Parses a JSON object from the server.
 
     Raises:
-        EngineError: it is none.
+        EngineError: it is not a JSON object.
     """
     try:
         value = json.loads(data)
         if (b"\\u" if isinstance(data, bytes) else "\\u") in data:  # type: ignore[operator]
-            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate is text that Redis could not be sent
+            json.dumps(value, ensure_ascii=False).encode()  # fails on a lone surrogate, which cannot be sent to Redis
     except (ValueError, RecursionError) as e:
         raise EngineError("The server sent something that is not JSON.") from e
     if not isinstance(value, dict):
@@ -102,29 +102,29 @@ def document(data: str | bytes) -> dict[str, Any]:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Around whatever takes a server's documents apart.
+    """Wraps code that reads a server's documents.
 
     Raises:
-        EngineError: a document is of another shape than OpenAI's API says.
+        EngineError: a document does not have the format of OpenAI's API.
     """
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as e:
-        raise EngineError(f"The server sent something of another shape ({type(e).__name__}).") from None
+        raise EngineError(f"The server sent a document in an unexpected format ({type(e).__name__}).") from None
 
 
 def error(status: int, body: str | bytes, secret: str = "") -> CallRejected | EngineError:
-    """What an HTTP status other than 200 means for the call. `secret` is kept out of the message.
+    """The error for an HTTP status other than 200. `secret` is removed from the message.
 
-    A bad key, a timeout and a rate limit are not the call's fault: it may run elsewhere, or later.
+    A wrong key, a timeout and a rate limit are not the call's fault: it may run on another server, or later.
     """
-    said = f"The server answered {status}: {_message(body)}"
-    said = said.replace(secret, "***") if secret else said
-    return CallRejected(said) if 400 <= status < 500 and status not in _RETRY_ELSEWHERE else EngineError(said)
+    message = f"The server answered {status}: {_message(body)}"
+    message = message.replace(secret, "***") if secret else message
+    return CallRejected(message) if 400 <= status < 500 and status not in _RETRY_ELSEWHERE else EngineError(message)
 
 
 def error_inside(doc: dict[str, Any], secret: str = "") -> CallRejected | EngineError | None:
-    """The error that a server sends in a stream that had begun with status 200."""
+    """The error inside a stream that began with status 200; None if the document is no error."""
     inner = doc.get("error") or (doc if doc.get("object") == "error" else None)
     if not inner:
         return None
@@ -137,7 +137,7 @@ def _message(body: str | bytes) -> str:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return text[:_MAX_MESSAGE].strip() or "(nothing)"
+        return text[:_MAX_MESSAGE].strip() or "(empty body)"
     for name in ("error", "message", "detail"):
         if isinstance(value, dict) and value.get(name):
             value = value[name]
@@ -145,7 +145,7 @@ def _message(body: str | bytes) -> str:
 
 
 class Assembler:
-    """Puts the chunks of a stream together into the body that the call would have had without streaming."""
+    """Assembles the chunks of a stream into the body that the call would have without streaming."""
 
     def __init__(self) -> None:
         self._head: dict[str, Any] = {}
@@ -153,18 +153,18 @@ class Assembler:
 
     @property
     def head(self) -> dict[str, Any]:
-        """What all chunks have in common: id, model, time of creation."""
+        """The fields common to all chunks: id, model, creation time."""
         return self._head
 
     def parts(self) -> set[str]:
-        """What the choices hold so far: role, text or content, tool calls, reasoning."""
+        """The names of the parts of the choices so far: role, text or content, tool calls, reasoning."""
         choices = self._choices.values()
-        held = [*(c.get("message") or {} for c in choices), *({"text": c.get("text")} for c in choices)]
-        return {name for part in held for name, value in part.items() if value}
+        found = [*(c.get("message") or {} for c in choices), *({"text": c.get("text")} for c in choices)]
+        return {name for part in found for name, value in part.items() if value}
 
     @property
     def finished(self) -> bool:
-        """All choices seen so far have ended."""
+        """Whether all choices seen so far have ended."""
         return bool(self._choices) and all(c.get("finish_reason") for c in self._choices.values())
 
     @property
@@ -177,7 +177,7 @@ class Assembler:
         return str(self._choices.get(0, {}).get("finish_reason") or "stop")
 
     def add(self, chunk: dict[str, Any]) -> None:
-        """Takes in one chunk."""
+        """Adds one chunk."""
         self._head = self._head or {k: v for k, v in chunk.items() if k not in ("choices", "usage")}
         for choice in chunk.get("choices") or ():
             index = choice.get("index", 0)
@@ -185,7 +185,7 @@ class Assembler:
             merge(self._choices.setdefault(index, {"index": index}), part)
 
     def response(self, usage: dict[str, Any] | None, reason: str = "") -> dict[str, Any]:
-        """The whole body. `reason`: why a choice that has not finished ends all the same."""
+        """The whole body. `reason`: the finish reason of choices that have not finished."""
         for choice in self._choices.values():
             choice["finish_reason"] = choice.get("finish_reason") or reason or None
         kind = str(self._head.get("object", "")).removesuffix(".chunk")
@@ -229,6 +229,6 @@ def _merge_tools(whole: list[dict[str, Any]], parts: list[dict[str, Any]]) -> No
 
 
 def choice_text(choice: dict[str, Any]) -> str:
-    """The text of a choice of either kind, "" if it has none."""
+    """The text of a choice of either kind; "" if it has none."""
     text = choice.get("text") or (choice.get("message") or {}).get("content")
     return text if isinstance(text, str) else ""

@@ -1,3 +1,3 @@
-"""A simulated engine."""
+"""A modelled engine."""
 
 __all__: list[str] = []

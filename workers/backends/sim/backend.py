@@ -1,7 +1,7 @@
-"""An engine that is only modelled: for tests, for planning, and for machines without a GPU. Many fit into one process.
+"""A modelled engine, for tests, for planning and for machines without a GPU. Many fit into one process.
 
-Answers are a function of the prompt alone, so that an attempt that goes on elsewhere says what an undisturbed one says.
-With `SimTimes.zero()` a call is a no-op: it never waits, takes no slot and has no KV cache.
+Answers are a function of the prompt, so an attempt that resumes on another engine gives the same answer as an
+undisturbed one. With `SimTimes.zero()` a call is a no-op: it never waits, takes no slot and has no KV cache.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rsm.workers.meters.rate import RateMeter
 from rsm.workers.meters.speed import SpeedMeter
 
 Emit = Callable[[Chunk], None]
-# How far, in real seconds, the model may lag behind the clock and still catch up: a busy event loop must not slow the
-# modelled engine down, but one that stood still must not make it race.
+# How far, in real seconds, the model may lag behind the clock and still catch up. A busy event loop must not slow the
+# modelled engine down, but after a hang it must not race.
 _MAX_LAG_S = 0.25
 _HANG_S = 86_400.0
 
@@ -43,11 +43,11 @@ class SimBackend(Backend):
         self._death = asyncio.Event()
         self._steps_done = 0
         self._stalled = False
-        self._gone = "The engine was not started."  # why no call can run, "" while it can
+        self._gone = "The engine was not started."  # why no call can run; "" while it can
         self._driver: asyncio.Task[None] | None = None
 
     async def start(self) -> EngineFacts:
-        """Brings the model up."""
+        """Starts the model."""
         time.sleep(self.config.load_s)  # noqa: ASYNC251
         self._gone, self._stalled = "", False
         self._death.clear()
@@ -56,7 +56,7 @@ class SimBackend(Backend):
         return EngineFacts(c.model, c.max_num_seqs, c.num_blocks * c.block_size, "sim")
 
     async def run(self, job: Job, emit: Emit) -> Outcome:
-        """Runs one call; `ttft_ms` is real time from here to the first new token."""
+        """Runs one call. `ttft_ms` is the real time until its first new token."""
         began = time.perf_counter()
         if self._gone:
             raise EngineDied(self._gone)
@@ -67,14 +67,14 @@ class SimBackend(Backend):
             if request.fatal:
                 self._die()
                 raise EngineDied(self._gone)
-            live.to_the_end()
+            live.finish()
             self._rate.add(live.done - request.published, began)
         else:
             await self._in_batch(live)
         return live.outcome()
 
     def abort(self, key: str) -> None:
-        """Stops a call at once: what its last step computed is lost."""
+        """Stops a call at once. The output of the step in progress is lost."""
         if (live := self._live.get(key)) is not None and not self._stalled:
             live.aborted = True
             live.settle()
@@ -93,7 +93,7 @@ class SimBackend(Backend):
 
     @property
     def gone(self) -> str:
-        """Why it can run no call; "" while it can."""
+        """Why no call can run; "" while it can."""
         return self._gone
 
     @property
@@ -103,26 +103,26 @@ class SimBackend(Backend):
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a slot or for room in the cache."""
+        """Calls that wait for a slot or for KV blocks."""
         return self._engine.waiting
 
     async def died(self) -> str:
-        """Waits for `kill`."""
+        """Waits until the engine dies."""
         await self._death.wait()
         return self._gone
 
     def kill(self, reason: str) -> None:
-        """Failure injection: the engine dies now, and all its calls with it."""
+        """Failure injection: kills the engine with all of its calls."""
         self._lose(reason)
         self._death.set()
 
     def _die(self) -> None:
         if self.config.die_hard:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.kill("A call had the text of die_on in its prompt.")
+        self.kill("The prompt of a call had the text of die_on.")
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more calls, gives those that run `grace_s` seconds, then ends the rest with EngineDied."""
+        """Takes no more calls, gives running ones `grace_s` seconds, then ends the rest with EngineDied."""
         self._gone = self._gone or "The engine was stopped."
         if futures := [live.future for live in self._live.values()]:
             await asyncio.wait(futures, timeout=grace_s)
@@ -146,11 +146,11 @@ class SimBackend(Backend):
 
     async def _in_batch(self, live: _Live) -> None:
         if not live.left:
-            live.to_the_end()  # an earlier attempt had published all tokens, if not all text
+            live.finish()  # an earlier attempt published all tokens, if not all text
             return
         key = live.job.key
         if key in self._live:
-            raise EngineError(f"A job with the key {key} is running already.")
+            raise EngineError(f"A job with the key {key} is already running.")
         call = live.enter(self._engine, self._now())
         self._live[key] = live
         self._wake.set()
@@ -167,8 +167,8 @@ class SimBackend(Backend):
     async def _drive(self) -> None:
         try:
             await self._steps()
-        except Exception as e:  # a model that stands still without a word would hang all its calls
-            self.kill(f"The simulated engine failed: {type(e).__name__}: {e}")
+        except Exception as e:  # otherwise all calls would hang without an error
+            self.kill(f"The modelled engine failed: {type(e).__name__}: {e}")
 
     async def _steps(self) -> None:
         speed, now = self.config.speed, self._now()
@@ -201,7 +201,7 @@ class SimBackend(Backend):
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """A job on its way through the engine. `done` counts output tokens, those of earlier attempts included."""
+    """A job in the engine. `done` counts its output tokens, including those of earlier attempts."""
 
     job: Job
     request: Request
@@ -224,7 +224,7 @@ class _Live:
         return max(0, len(self.request.answer.ids) - self.done)
 
     def enter(self, engine: SimEngine, now: float) -> SimCall:
-        """Joins the engine's queue: what was published already is computed again, as a prompt."""
+        """Joins the engine's queue. What earlier attempts published is computed again, as part of the prompt."""
         ids, prompt = self.request.answer.ids, self.request.prompt.tokens()
         job = self.job
         prompt, output = prompt + ids[: self.done], ids[self.done :]
@@ -245,8 +245,8 @@ class _Live:
         return call
 
     def advance(self) -> None:
-        """One more token is out."""
-        if self.future.done():  # aborted, and `run` has not come round to leaving the engine yet
+        """Publishes one more token."""
+        if self.future.done():  # aborted, but `run` has not left the engine yet
             return
         if self.first is None:
             self.first = time.perf_counter()
@@ -255,13 +255,13 @@ class _Live:
             self.publisher.token(self.done)
             if not self.left:
                 self.publisher.end(self.counts())
-        except Exception as e:  # what the caller's emit raised is for the caller, not for the engine
+        except Exception as e:  # an error of the caller's emit goes to the caller, not to the engine
             self.settle(e)
         if not self.left:
             self.settle()
 
-    def to_the_end(self) -> None:
-        """All that is left, without the engine."""
+    def finish(self) -> None:
+        """Publishes all that is left, without the engine."""
         if self.left and self.first is None:
             self.first = time.perf_counter()
         total = len(self.request.answer.ids)
@@ -270,7 +270,7 @@ class _Live:
         self.publisher.end(self.counts())
 
     def settle(self, error: Exception | None = None) -> None:
-        """Lets `run` go on."""
+        """Lets `run` return or raise."""
         if self.future.done():
             return
         if error is None:
@@ -279,7 +279,7 @@ class _Live:
             self.future.set_exception(error)
 
     def counts(self) -> tuple[int, int, int]:
-        """Tokens of prompt and output, and how many of the prompt were cached."""
+        """Prompt tokens, output tokens, and how many of the prompt tokens were cached."""
         prompt, total = self.request.prompt_tokens, len(self.request.answer.ids)
         cached = self.call.cached if self.call is not None else 0
         return prompt, min(self.done, total), max(0, min(cached, prompt))
@@ -302,7 +302,7 @@ def _publisher(job: Job, request: Request, emit: Emit, model: str) -> _Silent:
 
 
 class _Silent:
-    """What a job publishes while it runs: here nothing."""
+    """Publishes a job's output while it runs; this base class publishes nothing."""
 
     __slots__ = ("answer", "emit", "request", "sent")
 
@@ -313,13 +313,13 @@ class _Silent:
         self.sent = request.sent
 
     def token(self, done: int) -> None:
-        """Publishes what token number `done`, from 1, allows."""
+        """Publishes token number `done`, from 1."""
 
     def tokens(self, done: int, total: int) -> None:
-        """Publishes all tokens behind the first `done`."""
+        """Publishes all tokens after the first `done`."""
 
     def end(self, counts: tuple[int, int, int]) -> None:
-        """Publishes what is due behind the last token."""
+        """Publishes what follows the last token."""
 
     def response(self, text: str, reason: str, counts: tuple[int, int, int]) -> dict[str, Any] | None:
         """The response body, for the OpenAI kinds."""
@@ -363,7 +363,7 @@ class _Document(_Silent):
 
 
 class _Chunks(_Document):
-    """An OpenAI kind, streamed. Each chunk's replay says how many tokens and characters are out with it."""
+    """An OpenAI kind, streamed. Each chunk's replay has the tokens and characters published so far."""
 
     __slots__ = ("opened",)
 
@@ -384,7 +384,7 @@ class _Chunks(_Document):
             self.token(n)
 
     def end(self, counts: tuple[int, int, int]) -> None:
-        # Published tokens beyond the answer's mean that the earlier attempt had sent this chunk, too.
+        # More published tokens than the answer has mean that an earlier attempt has sent this chunk, too.
         total = len(self.answer.ids)
         if self.shape.usage_wanted and self.request.published <= total:
             self._chunk(self.shape.usage_chunk(usage(*counts)), total + 1)

@@ -1,14 +1,14 @@
-"""The KV cache of a modelled engine: blocks in use, and a tree of cached beginnings, evicted least recently used first.
+"""The KV cache of a modelled engine: blocks in use, and a radix tree of cached prefixes with LRU eviction.
 
-What a call says is a `Path`: texts one behind the other, cut into blocks. A block is known by everything up to its last
-token. So blocks are kept not one by one but as stretches, in a radix tree: what lies between two places where paths
-part is one stretch, be it a hundred turns of a conversation and nine thousand blocks. The order of eviction is that of
-single blocks, exactly: those given back first go first, and of those given back together a call's end before its
-beginning.
+The tokens of a call are a `Path`: a sequence of texts, cut into blocks. A block is identified by all tokens up to its
+last one. The tree does not store single blocks but stretches: all blocks between two branching points, even if they are
+a hundred turns of a conversation and nine thousand blocks. The order of eviction is exactly that of single blocks:
+blocks that were released first are evicted first; among blocks that were released together, a call's end is evicted
+before its beginning.
 
-One thing differs from vLLM: a full block that two calls computed alike is kept once from the moment both are known;
-vLLM keeps both copies while both calls run. It is at most one block a call, for at least one token of a prompt is
-computed anew.
+One difference from vLLM: if two calls compute the same full block, it is stored once as soon as both have published it;
+vLLM keeps both copies while both calls run. That is at most one block per call, because at least one token of a prompt
+is always computed.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import NamedTuple
 
-# A text: its name behind what was before, and how many full blocks the path has up to its end.
+# A text: its name, which includes its offset, and the number of full blocks of the path up to its end.
 Element = tuple[Hashable, int]
 Path = Sequence[Element]
 
 
 class PathBuilder:
-    """Makes the path of texts, one after the other. Each is given as its number and how many tokens of it there are.
+    """Builds a path from texts, each given as its number and its length in tokens.
 
-    A block that reaches over the end of a text belongs to the text that its last token is of. Texts without a block of
-    their own are part of the name of the next one.
+    A block that spans several texts belongs to the text of its last token. Texts without a block of their own are part
+    of the name of the next one.
     """
 
     __slots__ = ("_blocks", "_name", "_size", "path", "tokens")
@@ -41,7 +41,7 @@ class PathBuilder:
         self.path: list[Element] = []
 
     def add(self, texts: Iterable[tuple[int, int]]) -> None:
-        """Goes on with these texts."""
+        """Appends texts."""
         size, tokens, blocks, name = self._size, self.tokens, self._blocks, self._name
         for text, length in texts:
             name += (tokens, text)
@@ -53,30 +53,30 @@ class PathBuilder:
         self.tokens, self._blocks, self._name = tokens, blocks, name
 
     def copy(self) -> PathBuilder:
-        """One that goes on from here by itself."""
+        """An independent copy."""
         other = PathBuilder(self._size)
         other._name, other._blocks, other.tokens, other.path = self._name, self._blocks, self.tokens, self.path[:]
         return other
 
 
 def path_of_texts(texts: Iterable[tuple[int, int]], block_size: int) -> list[Element]:
-    """The path of whole texts, at once."""
+    """The path of texts."""
     builder = PathBuilder(block_size)
     builder.add(texts)
     return builder.path
 
 
 def path_of_ids(ids: Sequence[int], block_size: int) -> list[Element]:
-    """The path of token ids: each block is a text of its own."""
+    """The path of token ids. Each block is a text of its own."""
     blocks = len(ids) // block_size
     return [(hash(tuple(ids[i * block_size : (i + 1) * block_size])), i + 1) for i in range(blocks)]
 
 
 class _Stretch:
-    """Blocks `first` to `cached` of paths that begin alike, those up to `live` in use; counted from the path's start.
+    """Blocks `first` to `cached` of paths with a common prefix, in use up to `live`; counted from the path's start.
 
-    A stretch in use holds its parent up to `first`; so a parent's blocks are given back later than its children's. Of
-    its last text it may hold more than a child goes on behind: the same text, longer, is in no child.
+    A stretch in use holds its parent up to `first`, so a parent's blocks are released after its children's. It may have
+    more of its last text than the part after which a child begins; no child has a longer copy of the same text.
     """
 
     __slots__ = ("cached", "children", "elements", "first", "holders", "idle", "live", "parent")
@@ -86,12 +86,12 @@ class _Stretch:
         self.elements = elements
         self.first = self.live = self.cached = first
         self.children: dict[Hashable, _Stretch] = {}
-        self.holders: dict[int, int] = {}  # up to which block -> how many calls and children use it
-        self.idle: list[_Idle] = []  # deepest and oldest first; together they are the blocks from live to cached
+        self.holders: dict[int, int] = {}  # last block in use -> the number of calls and children that use it
+        self.idle: list[_Idle] = []  # the blocks from live to cached, deepest and oldest first
 
     def common(self, path: Path, at: int) -> tuple[int, int]:
-        """With a path that has its first text at index `at`: how many texts they share, the last one perhaps not to
-        its end, and how many blocks the path has up to there."""
+        """Compares with a path whose text at index `at` is the stretch's first one. Returns how many texts they share,
+        the last one perhaps only in part, and the number of blocks of the path up to there."""
         own = self.elements
         last = len(own) - 1
         if (not last or path[at : at + last] == own[:last]) and at + last < len(path):
@@ -108,7 +108,7 @@ class _Stretch:
 
 @dataclass(slots=True, eq=False)
 class _Idle:
-    """Blocks of a stretch that were given back together, at the time `stamp`."""
+    """Blocks of a stretch that were released together, at time `stamp`."""
 
     stretch: _Stretch
     begin: int
@@ -117,20 +117,20 @@ class _Idle:
 
 
 class Found(NamedTuple):
-    """What the cache has of a path: `cached` leading blocks, `live` of them in use by some call."""
+    """The cached part of a path: `cached` leading blocks, `live` of them in use."""
 
     cached: int
     live: int
 
 
 class Hold(NamedTuple):
-    """One call's use of a path: up to a block of this stretch, or of one above it that was once a part of it."""
+    """One call's use of a path, up to a block of this stretch or of an ancestor that was split off it."""
 
     stretch: _Stretch
     upto: int
 
     def place(self) -> tuple[_Stretch, int]:
-        """The stretch that has the last of the blocks now, and that block."""
+        """The stretch that now has the last block, and that block."""
         node, upto = self
         while upto <= node.first and node.parent is not None:
             node = node.parent
@@ -138,7 +138,7 @@ class Hold(NamedTuple):
 
 
 class KVCache:
-    """All blocks of an engine: private ones, cached ones in use, and idle cached ones that are kept until needed.
+    """All blocks of an engine: private ones, cached ones in use, and idle cached ones that can be evicted.
 
     Attributes:
         version: changes whenever a call that did not fit may fit.
@@ -150,22 +150,22 @@ class KVCache:
         self.version = 0
         self._root = _Stretch(None, [], 0)
         self._stamps = count()
-        # What is evicted first, by time and within it from the end; a heap, parts that are in use again are empty.
+        # A heap in the order of eviction: by time, then from the end. Parts that are in use again are empty.
         self._lru: list[tuple[int, int, int, _Idle]] = []
-        self._parts = 0  # those that are not
+        self._parts = 0  # those that are not empty
 
     @property
     def used(self) -> int:
-        """Blocks that calls hold now."""
+        """Blocks that calls use now."""
         return self.private + self.live
 
     @property
     def free(self) -> int:
-        """Blocks that can be had, idle ones included."""
+        """Blocks that can be taken, including idle ones."""
         return self.size - self.private - self.live
 
     def find(self, path: Path, most: int) -> Found:
-        """What is cached of the first `most` blocks of a path."""
+        """The cached part of the first `most` blocks of a path."""
         node, at, cached, live = self._root, 0, 0, 0
         while at < len(path) and cached < most and (child := node.children.get(path[at][0])) is not None:
             texts, end = child.common(path, at)
@@ -179,22 +179,22 @@ class KVCache:
         return Found(cached, live)
 
     def take(self, blocks: int) -> None:
-        """Hands out private blocks, of which enough must be free; evicts idle ones for them."""
+        """Takes private blocks, evicting idle ones if needed. Enough must be free."""
         self.private += blocks
         over = self.private + self.live + self.idle - self.size
         if over > 0:
             self._evict(over)
 
     def drop(self, blocks: int) -> None:
-        """Takes private blocks back."""
+        """Frees private blocks."""
         self.private -= blocks
         self.version += 1
 
     def hold(self, path: Path, blocks: int, private: int) -> Hold | None:
-        """Uses the first `blocks` blocks of a path. Those that were not cached are so from now on.
+        """Uses the first `blocks` blocks of a path. All of them are cached from now on.
 
         Args:
-            private: how many of the blocks were private ones of this call; all that were not cached must be.
+            private: how many of the blocks were private ones of this call; those that were not cached must be.
         """
         if not blocks:
             return None
@@ -202,7 +202,7 @@ class KVCache:
         while reached < blocks:
             child = node.children.get(path[at][0])
             if child is None:
-                node = self._go_on(node, path, at, reached, blocks)
+                node = self._append(node, path, at, reached, blocks)
                 break
             texts, end = child.common(path, at)
             if texts < len(child.elements) and end < blocks:
@@ -215,14 +215,14 @@ class KVCache:
         self.version += 1
         return Hold(node, blocks)
 
-    def let_go(self, held: Hold | None) -> None:
-        """Ends one use. What nobody uses any more is idle."""
+    def release(self, held: Hold | None) -> None:
+        """Ends one use. Blocks that no call uses any more become idle."""
         if held is not None:
-            self._give_back(*held.place())
+            self._release(*held.place())
             self.version += 1
 
-    def alone(self, held: Hold | None) -> int:
-        """Blocks that nobody else uses: idle if this one is let go."""
+    def only_used_by(self, held: Hold | None) -> int:
+        """Blocks that only this call uses; releasing it would make them idle."""
         blocks = 0
         node, upto = held.place() if held is not None else (self._root, 0)
         while node.parent is not None and node.holders[upto] == 1:
@@ -234,8 +234,8 @@ class KVCache:
 
     # -- the tree
 
-    def _go_on(self, node: _Stretch, path: Path, at: int, reached: int, blocks: int) -> _Stretch:
-        """New texts behind a stretch: in it, if nothing else follows it, else in a child."""
+    def _append(self, node: _Stretch, path: Path, at: int, reached: int, blocks: int) -> _Stretch:
+        """Appends texts after a stretch: to the stretch itself if nothing follows it, otherwise in a new child."""
         new = []
         for element in path[at:]:
             new.append(element)
@@ -252,7 +252,7 @@ class KVCache:
         return node
 
     def _split(self, node: _Stretch, texts: int) -> _Stretch:
-        """Cuts a stretch behind so many texts; returns the upper part. The lower one stays the same object, for calls
+        """Splits a stretch after `texts` texts; returns the upper part. The lower part stays the same object, for calls
         that hold it (`Hold.place`)."""
         parent, cut = node.parent, node.elements[texts - 1][1]
         top = _Stretch(parent, node.elements[:texts], node.first)
@@ -281,7 +281,7 @@ class KVCache:
             if part.begin < cut:
                 self._note(_Idle(top, part.begin, cut, part.stamp))
                 part.begin = cut
-                self._queue(part)  # once more, where it belongs now
+                self._queue(part)  # again, at its new position
             node.idle.append(part)
 
     # -- use
@@ -291,12 +291,12 @@ class KVCache:
             was_in_use = bool(node.holders)
             node.holders[upto] = node.holders.get(upto, 0) + 1
             if upto > node.live:
-                self._wake(node, upto)
+                self._revive(node, upto)
             if was_in_use:
                 return
             node, upto = node.parent, node.first
 
-    def _wake(self, node: _Stretch, upto: int) -> None:
+    def _revive(self, node: _Stretch, upto: int) -> None:
         while node.idle and node.idle[-1].begin < upto:
             part = node.idle[-1]
             self.idle -= min(part.end, upto) - part.begin
@@ -307,19 +307,19 @@ class KVCache:
         self.live += upto - node.live
         node.live = upto
 
-    def _give_back(self, node: _Stretch, upto: int) -> None:
+    def _release(self, node: _Stretch, upto: int) -> None:
         stamp = next(self._stamps)
         while node.parent is not None:
             node.holders[upto] -= 1
             if not node.holders[upto]:
                 del node.holders[upto]
                 if upto == node.live:
-                    self._lay_down(node, max(node.holders, default=node.first), stamp)
+                    self._make_idle(node, max(node.holders, default=node.first), stamp)
             if node.holders:
                 return
             node, upto = node.parent, node.first
 
-    def _lay_down(self, node: _Stretch, upto: int, stamp: int) -> None:
+    def _make_idle(self, node: _Stretch, upto: int, stamp: int) -> None:
         self._note(_Idle(node, upto, node.live, stamp))
         self.idle += node.live - upto
         self.live -= node.live - upto
@@ -352,7 +352,7 @@ class KVCache:
                     self._emptied(part.stretch)
 
     def _emptied(self, node: _Stretch) -> None:
-        """The deepest part of a stretch is gone."""
+        """The deepest part of a stretch was evicted."""
         node.idle.pop(0)
         if node.cached == node.first and node.parent is not None:
             del node.parent.children[node.elements[0][0]]

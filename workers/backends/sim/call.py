@@ -1,4 +1,4 @@
-"""A call in the model of an engine, and a step of it."""
+"""A call and a step of the modelled engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Order = tuple[int, int, float, int]  # class, level, arrival, number; the smalle
 
 
 class Phase(Enum):
-    """Where a call is in the engine."""
+    """The phase of a call in the engine."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -24,17 +24,17 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class Ticks:
-    """How many times an engine's decoding calls have moved on by one token."""
+    """Counts the engine's decoding steps; each gives every decoding call one token."""
 
     now: int = 0
 
 
 class SimCall:
-    """A call in the model. The length of its output is known from the start; `produced` says how much of it is out.
+    """A call in the model. The length of its output is known from the start; `produced` counts the tokens so far.
 
     Attributes:
         cached: prompt tokens found in the prefix cache at its first start, -1 before.
-        started_s: when it first had a place, first_s: when its first token was out, on the model's clock; -1 before.
+        started_s, first_s: when it first got a slot and its first token, on the model's clock; -1 before.
     """
 
     __slots__ = (
@@ -78,7 +78,7 @@ class SimCall:
         ran_s: float = 0.0,
     ) -> None:
         if prompt_tokens < 1 or output_tokens < 1:
-            raise ValueError("A simulated call needs at least one token of prompt and one of output.")
+            raise ValueError("A modelled call needs at least one prompt token and one output token.")
         self.key = key
         self.priority = priority
         self.level = level
@@ -94,24 +94,24 @@ class SimCall:
         self.started_s = self.first_s = -1.0
         self.phase = Phase.WAITING
         self.order: Order = (priority, level, 0.0, 0)
-        self.turn = 0  # numbers the starts of calls in an engine
+        self.turn = 0  # the number of its last start, among all starts in the engine
         self.held: Hold | None = None  # blocks that others may share
         self.private = 0  # further blocks, while it is prefilled
-        self._computed = 0  # tokens whose KV is in the cache, at tick `_since` of the engine
+        self._computed = 0  # tokens whose KV is in the cache, at the engine's tick `_since`
         self._produced = 0
         self._since = 0
         self._clock: Ticks | None = None  # the engine's, while the call decodes
 
     @classmethod
     def of_ids(cls, key: str, prompt: Sequence[int], output: Sequence[int], block_size: int, **more: Any) -> SimCall:
-        """A call of token ids. `more`: further arguments of the class, as below."""
+        """A call from token ids. `more`: further arguments of the constructor."""
         return cls(key, len(prompt), len(output), path_of_ids([*prompt, *output], block_size), **more)
 
     @classmethod
     def of_texts(
         cls, key: str, texts: Sequence[tuple[int, int]], output: tuple[int, int], block_size: int, **more: Any
     ) -> SimCall:
-        """A call of texts: (number, tokens), each the first tokens of the text of that number."""
+        """A call from texts as (number, tokens): the first tokens of the text with that number."""
         prompt_tokens = sum(tokens for _, tokens in texts)
         return cls(key, prompt_tokens, output[1], path_of_texts([*texts, output], block_size), **more)
 
@@ -125,12 +125,12 @@ class SimCall:
 
     @property
     def produced(self) -> int:
-        """Tokens of output that are out."""
+        """Output tokens so far."""
         return self._produced if self._clock is None else self._produced + self._clock.now - self._since
 
     @property
     def known(self) -> int:
-        """Tokens that exist so far: the prompt and what was produced."""
+        """Tokens so far: prompt and output."""
         return self.prompt_tokens + self.produced
 
     @property
@@ -139,26 +139,26 @@ class SimCall:
 
     @property
     def last_tick(self) -> int:
-        """The tick of the engine at which its last token is out, while it decodes."""
+        """The engine's tick at which it gets its last token, while it decodes."""
         return self._since + self.output_tokens - self._produced
 
     def join(self, clock: Ticks) -> None:
-        """Begins to decode: from now on each tick computes one token and says one."""
+        """Begins to decode: from now on each tick computes and produces one token."""
         self._clock, self._since, self.phase = clock, clock.now, Phase.DECODE
 
     def leave(self, phase: Phase) -> None:
-        """Decodes no more."""
+        """Stops decoding."""
         self._computed, self._produced, self._clock, self.phase = self.computed, self.produced, None, phase
 
 
 @dataclass(slots=True)
 class Step:
-    """One step of the engine, or `ticks` of them in which nothing but decoding happens. Times in seconds.
+    """One step of the engine, or `ticks` steps in which calls only decode. Times in seconds.
 
     Attributes:
-        work: tokens of prompt to compute, by call.
-        prefill_pairs: of a prompt token and one before it in its call.
-        decode_seqs, context_tokens: those of the first of the steps.
+        work: prompt tokens to compute, by call.
+        prefill_pairs: pairs of a prompt token and an earlier one of the same call.
+        decode_seqs, context_tokens: those of the first step.
     """
 
     starts_at: float
@@ -169,19 +169,19 @@ class Step:
     prefill_pairs: int = 0
     decode_seqs: int = 0
     context_tokens: int = 0
-    first_s: float = 0.0  # what the first of its steps costs
-    growth_s: float = 0.0  # what each costs more than the one before
+    first_s: float = 0.0  # the cost of the first step
+    growth_s: float = 0.0  # the cost of each step beyond that of the step before
 
     def end_of(self, ticks: int) -> float:
-        """When so many of its steps are done."""
+        """When `ticks` of its steps are done."""
         return self.starts_at + ticks * self.first_s + self.growth_s * (ticks * (ticks - 1) // 2)
 
     def ticks_until(self, now: float) -> int:
-        """How many of its steps are done, or begun, at a time."""
+        """How many of its steps have begun at a time."""
         a, g, t = self.first_s, self.growth_s, now - self.starts_at
         b = a - g / 2
         guess = t / b if g * t < 1e-9 * b * b else (sqrt(b * b + 2 * g * t) - b) / g
         n = max(1, ceil(guess) - 1)
-        while self.end_of(n) < now:  # the root is right up to rounding
+        while self.end_of(n) < now:  # corrects the rounding of the root
             n += 1
         return n

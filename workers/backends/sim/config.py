@@ -1,4 +1,4 @@
-"""What engine to model, and how fast it is."""
+"""The configuration of a modelled engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SchedulerName = Literal["fcfs", "priority", "plas"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimTimes:
-    """What a step costs, in seconds.
+    """The cost of a step, in seconds.
 
-    The defaults are sums for an 8B model in bfloat16 on one H100, not measurements.
+    The defaults are calculated for an 8B model in bfloat16 on one H100, not measured.
 
     Attributes:
         step_s: every step: 16 GB of weights at 3.35 TB/s, and launching the kernels.
@@ -35,38 +35,37 @@ class SimTimes:
 
     def __post_init__(self) -> None:
         if min(astuple(self)) < 0:
-            raise ValueError("The times of a simulated engine must not be negative.")
+            raise ValueError("The times of a modelled engine must not be negative.")
 
     def scaled(self, factor: float) -> SimTimes:
-        """Of an engine that takes so many times as long."""
+        """The times of an engine that takes `factor` times as long."""
         return SimTimes(**{f.name: factor * getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def zero(cls) -> SimTimes:
-        """All times zero: calls that cost nothing."""
+        """All times zero: calls cost nothing."""
         return cls(**{f.name: 0 for f in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimConfig:
-    """What engine to model.
+    """The configuration of a modelled engine.
 
     Attributes:
-        kv_tokens: capacity of the KV cache in tokens, rounded down to whole blocks.
+        kv_tokens: the capacity of the KV cache in tokens, rounded down to whole blocks.
         block_size: tokens in one block.
-        max_num_batched_tokens: token budget of one step; no more calls run than that, whatever max_num_seqs is.
-        scheduler: fcfs (by arrival), priority (by class, level, arrival; whoever runs, runs on), plas (programs by
-            their service, with preemption: workers/scheduling/plas.py).
-        plas, service_unit: the rules of that scheduler, and what it counts (workers/scheduling/service.py).
-        max_model_len: most tokens of one call, prompt and output; never more than the KV cache holds.
-        eos_mean: mean length, in tokens, at which an answer ends by itself; 0: never, it runs to `max_tokens`.
-        speed: how many modelled seconds pass in one real second.
-        die_on: failure injection: a call whose prompt has this text takes the engine down, when its first token is due.
-        die_hard: so it takes the whole process down, by SIGKILL, as a fault in a driver would.
-        load_s: real seconds it takes to come up, in which the event loop stands still, as it does while vLLM loads.
-        stall_on: failure injection: a call whose prompt holds this text makes the engine stand still for ever, and all
-            its calls with it; "" = none.
-        hang_on: the same, but the whole event loop stands still.
+        max_num_batched_tokens: the token budget of one step. It also limits the calls that run at once.
+        scheduler: fcfs (by arrival), priority (by class, level, arrival, without preemption) or plas (by the service of
+            programs, with preemption: workers/scheduling/plas.py).
+        plas, service_unit: the rules and the service unit of plas (workers/scheduling/service.py).
+        max_model_len: the most tokens of one call, prompt and output; limited by the KV cache.
+        eos_mean: the mean length of answers that end with EOS, in tokens; 0: answers always run to `max_tokens`.
+        speed: modelled seconds per real second.
+        die_on: failure injection: a call whose prompt has this text kills the engine when its first token is due.
+        die_hard: with `die_on`, kills the whole process by SIGKILL, as a driver fault would.
+        load_s: real seconds to start, in which the event loop is blocked, as it is while vLLM loads.
+        stall_on: failure injection: a call whose prompt has this text makes the engine hang with all of its calls.
+        hang_on: the same, but the whole event loop hangs.
     """
 
     model: str = "sim-8b"
@@ -90,11 +89,14 @@ class SimConfig:
 
     def __post_init__(self) -> None:
         if min(self.max_num_seqs, self.block_size, self.num_blocks, self.max_num_batched_tokens) < 1:
-            raise ValueError("A simulated engine needs at least one slot, one block and one token a step.")
+            raise ValueError(
+                "A modelled engine needs at least one slot, one block and one token per step; raise max_num_seqs, "
+                "kv_tokens or max_num_batched_tokens."
+            )
         if not isinstance(self.die_on, str):
-            raise ValueError("die_on is a text; one that reads as JSON needs quotation marks of its own.")
+            raise ValueError('die_on must be text; quote a value that is valid JSON, such as "1".')
         if self.max_len < 2 or self.eos_mean < 0 or not self.speed > 0:
-            raise ValueError("A simulated engine needs room for two tokens, eos_mean >= 0 and speed > 0.")
+            raise ValueError("A modelled engine needs max_model_len and kv_tokens >= 2, eos_mean >= 0 and speed > 0.")
 
     @property
     def num_blocks(self) -> int:
@@ -107,24 +109,24 @@ class SimConfig:
 
     @property
     def max_len(self) -> int:
-        """Most tokens of one call, in effect: a call that could never fit would preempt itself for ever."""
+        """The effective limit on the tokens of one call: a call that never fits would preempt itself forever."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
     @property
     def instant(self) -> bool:
-        """Nothing takes any time."""
+        """Whether nothing takes any time."""
         return self.times == SimTimes.zero()
 
 
 def config_of(args: Mapping[str, Any], **given: Any) -> SimConfig:
-    """A configuration of loose arguments: the fields of SimTimes and SimConfig, `instant` for calls that cost nothing,
-    and `times_file`, what `rsm calibrate` wrote: its figures hold where no argument says otherwise.
+    """Creates a configuration from arguments: the fields of SimTimes and SimConfig, `instant` for calls that cost
+    nothing, and `times_file`, the path of a file from `rsm calibrate`. Arguments override the values of the file.
 
     Args:
-        given: what holds where neither does.
+        given: defaults, for what is neither an argument nor in the file.
 
     Raises:
-        ValueError, TypeError: an argument is unknown or makes no sense, or the file cannot be read.
+        ValueError, TypeError: an argument is unknown or wrong, or the file cannot be read.
     """
     more = dict(args)
     times, engine = read_times(Path(more.pop("times_file"))) if "times_file" in more else ({}, {})
@@ -135,7 +137,7 @@ def config_of(args: Mapping[str, Any], **given: Any) -> SimConfig:
 
 
 def read_times(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """The `times` and the `engine` of a file that `rsm calibrate` wrote: fields of SimTimes and of SimConfig.
+    """Reads `times` and `engine` from a file of `rsm calibrate`: fields of SimTimes and of SimConfig.
 
     Raises:
         ValueError: it cannot be read; the message says why.
@@ -146,4 +148,6 @@ def read_times(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
     except OSError as e:
         raise ValueError(f"times_file {path} cannot be read: {e.strerror}.") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"times_file {path} is not what `rsm calibrate` writes: {type(e).__name__}: {e}") from e
+        raise ValueError(
+            f"times_file {path} was not written by `rsm calibrate` ({type(e).__name__}: {e}); run it to make one."
+        ) from e

@@ -1,4 +1,4 @@
-"""In which order a modelled engine's calls run, and which of them give way: its scheduler."""
+"""The schedulers of a modelled engine: the order of its calls, and preemption."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from rsm.workers.backends.sim.config import SimConfig
 from rsm.workers.scheduling.plas import NOTHING_IS_BETTER, Plas, PlasCall, PlasRules, Rank
 from rsm.workers.scheduling.service import ServiceUnit, Tokens, Used, Work, create_unit
 
-# What a token of an answer costs in units that go by tokens alone.
+# The service of a completion token in the units that depend only on tokens.
 _OUTPUT = 2
-# After so many steps a running call is looked at again, in a unit of which nothing more is known.
-_LOOK_AGAIN = 16
+# Ticks between two checks of a running call, in a unit whose growth cannot be predicted.
+_CHECK_TICKS = 16
 
 
 class Scheduler:
-    """The order of arrival, or with `by_rank` of class, level and arrival; whoever runs, runs on."""
+    """Orders calls by arrival, or with `by_rank` by class, level and arrival. Does not preempt."""
 
     def __init__(self, by_rank: bool) -> None:
         self._by_rank = by_rank
 
     def add(self, call: SimCall, now: float, number: int) -> Order:
-        """A call has come; where it stands."""
+        """A call has arrived; returns its place in the order."""
         return (call.priority, call.level, now, number) if self._by_rank else (0, 0, now, number)
 
     def start(self, call: SimCall, now: float) -> None:
-        """It has a place."""
+        """The call has got a slot."""
 
     def prefilled(self, call: SimCall, now: float) -> None:
-        """More of its prompt is computed."""
+        """More of the call's prompt is computed."""
 
     def decodes(self, call: SimCall, now: float, tick: int) -> None:
-        """From this tick on it says a token a tick."""
+        """From this tick on the call produces one token per tick."""
 
     def stop(self, call: SimCall, now: float) -> None:
-        """It has lost its place and waits again. It does not decode any more."""
+        """The call has lost its slot and waits again. It has stopped decoding."""
 
     def end(self, call: SimCall) -> None:
-        """It is gone. It does not decode any more."""
+        """The call has ended. It has stopped decoding."""
 
     def settle(self, now: float, tick: int) -> Iterable[SimCall]:
-        """Brings all orders up to date; returns those waiting calls whose order has changed."""
+        """Updates the order; returns the waiting calls whose place has changed."""
         return ()
 
     def quiet_until(self, tick: int) -> tuple[int, float]:
-        """The tick and the time before which no order changes, if nothing happens."""
+        """The tick and the time before which the order does not change, if nothing happens."""
         return 1 << 62, inf
 
     def outranks(self, call: SimCall) -> bool:
-        """Whether a running call should give way to this waiting one."""
+        """Whether a running call should be preempted for this waiting one."""
         return False
 
     def preemption_threshold(self) -> Rank | None:
-        """What a waiting call must be better than to take the place of a running one; None: no call ever does."""
+        """The rank that a waiting call must beat to displace a running one; None: no preemption."""
         return None
 
     def prompt_tokens(self, call: SimCall, most: int) -> int:
-        """Up to how many prompt tokens of a step this call's may be."""
+        """The most prompt tokens of this call in one step."""
         return most
 
     def victims(
@@ -69,22 +69,22 @@ class Scheduler:
         running: Iterable[SimCall],
         free: int,
         need: int,
-        room_of: Callable[[SimCall], int],
+        freed_by: Callable[[SimCall], int],
     ) -> list[SimCall]:
-        """Running calls that lose their places now.
+        """Running calls to preempt now.
 
         Args:
             waiting: the best first, at least one that `outranks`.
-            free: slots that are free.
-            need: blocks that the first one lacks.
-            room_of: blocks that would be free without a call.
+            free: free slots.
+            need: blocks that the first waiting call lacks.
+            freed_by: gives the blocks that preempting a call would free.
         """
         return []
 
 
 @dataclass(slots=True)
 class _Charged:
-    """A call as the core knows it, and what it has been charged for. `since`: when it got its place; times in s."""
+    """A call's entry in the core, and what it was charged for. `since`: when it got its slot. Times in seconds."""
 
     entry: PlasCall
     service: float = 0.0
@@ -102,7 +102,7 @@ class _Charged:
 
 
 class PlasScheduler(Scheduler):
-    """Programs by their service, with quanta and preemption: `plas.py`, as the plug-in for vLLM has it."""
+    """Orders calls by the service of their programs, with quanta and preemption: `plas.py`, as in the vLLM plug-in."""
 
     def __init__(self, rules: PlasRules, unit: ServiceUnit) -> None:
         super().__init__(by_rank=True)
@@ -112,8 +112,8 @@ class PlasScheduler(Scheduler):
         self._calls: dict[SimCall, _Charged] = {}
         self._names: dict[PlasCall, SimCall] = {}
         self._ranks: dict[Rank, int] = {}  # how many calls run, by rank
-        # The ticks at which decoding calls may have used up their level; a heap, entries may be out of date.
-        self._looks: list[tuple[int, int, SimCall]] = []
+        # A heap of the ticks at which decoding calls may have used up their level, with stale entries.
+        self._checks: list[tuple[int, int, SimCall]] = []
 
     def add(self, call: SimCall, now: float, number: int) -> Order:
         entry = self._plas.add(
@@ -134,14 +134,14 @@ class PlasScheduler(Scheduler):
         self._count(found.entry.rank, 1)
         found.since = now
         if call.preemptions == 0:
-            found.prompt = call.computed  # what was cached costs nothing
+            found.prompt = call.computed  # cached tokens cost nothing
 
     def prefilled(self, call: SimCall, now: float) -> None:
         self._charge(call, now)
 
     def decodes(self, call: SimCall, now: float, tick: int) -> None:
         self._charge(call, now)
-        self._look_later(call, tick)
+        self._check_later(call, tick)
 
     def stop(self, call: SimCall, now: float) -> None:
         self._charge(call, now)
@@ -159,11 +159,11 @@ class PlasScheduler(Scheduler):
         del self._names[entry]
 
     def settle(self, now: float, tick: int) -> Iterable[SimCall]:
-        while self._looks and self._looks[0][0] <= tick:
-            _, turn, call = heappop(self._looks)
+        while self._checks and self._checks[0][0] <= tick:
+            _, turn, call = heappop(self._checks)
             if call.phase is Phase.DECODE and call.turn == turn and call in self._calls:
                 self._charge(call, now)
-                self._look_later(call, tick)
+                self._check_later(call, tick)
         if self._plas.next_promotion() > now:
             return ()
         promoted = [self._names[entry] for entry in self._plas.promote(now)]
@@ -172,7 +172,7 @@ class PlasScheduler(Scheduler):
         return promoted
 
     def quiet_until(self, tick: int) -> tuple[int, float]:
-        return (max(self._looks[0][0], tick + 1) if self._looks else 1 << 62), self._plas.next_promotion()
+        return (max(self._checks[0][0], tick + 1) if self._checks else 1 << 62), self._plas.next_promotion()
 
     def outranks(self, call: SimCall) -> bool:
         return bool(self._ranks) and self._calls[call].entry.rank < max(self._ranks)
@@ -190,25 +190,25 @@ class PlasScheduler(Scheduler):
         running: Iterable[SimCall],
         free: int,
         need: int,
-        room_of: Callable[[SimCall], int],
+        freed_by: Callable[[SimCall], int],
     ) -> list[SimCall]:
         entries = sorted((self._calls[c].entry for c in running), key=lambda e: e.order)
         first = [self._calls[c].entry for c in waiting]
         if free > 0:
-            found = self._plas.victims_for_room(first[0], entries, need, lambda e: room_of(self._names[e]))
+            found = self._plas.victims_to_free(first[0], entries, need, lambda e: freed_by(self._names[e]))
         else:
             found = self._plas.victims(first, entries, free)
         return [self._names[e] for e in found]
 
-    def _look_later(self, call: SimCall, tick: int) -> None:
-        """Notes the tick from which on the call may have used up its level."""
+    def _check_later(self, call: SimCall, tick: int) -> None:
+        """Notes the earliest tick at which the call may have used up its level."""
         left = self._plas.until_demotion(self._calls[call].entry)
         if left != inf:
-            ticks = ceil(left / _OUTPUT) if self._by_tokens else _LOOK_AGAIN
-            heappush(self._looks, (tick + ticks, call.turn, call))
+            ticks = ceil(left / _OUTPUT) if self._by_tokens else _CHECK_TICKS
+            heappush(self._checks, (tick + ticks, call.turn, call))
 
     def _charge(self, call: SimCall, now: float) -> None:
-        """For what it has used since the last time. What is computed again after a preemption costs nothing."""
+        """Charges what the call has used since the last charge. Recomputation after a preemption costs nothing."""
         found = self._calls[call]
         units = self._unit.service(found.used(call, now)) - found.service
         if units <= 0:
@@ -230,7 +230,7 @@ class PlasScheduler(Scheduler):
 
 
 def create_scheduler(config: SimConfig) -> Scheduler:
-    """The scheduler that an engine's configuration names."""
+    """Creates the scheduler that a configuration names."""
     if config.scheduler == "plas":
         return PlasScheduler(config.plas, create_unit(config.service_unit))
     return Scheduler(by_rank=config.scheduler == "priority")

@@ -1,4 +1,4 @@
-"""Bodies that a simulated engine accepts, and the shapes of its OpenAI responses."""
+"""The bodies that a modelled engine accepts, and its OpenAI responses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rsm.workers.backends.sim.text import Answer, Prompt, answer
 
 DEFAULT_MAX_TOKENS = 16
 _NO_STOPS: tuple[str, ...] = ()
-# Sampling params whose range is obvious: lowest and highest value, and whether only whole numbers do.
+# The ranges of sampling params: lowest value, highest value, integers only.
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "max_tokens": (1, 1 << 31, True),
     "max_completion_tokens": (1, 1 << 31, True),
@@ -32,20 +32,20 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A job, checked, with the answer that it will get.
+    """A checked job with its answer.
 
     Attributes:
-        prompt_tokens: size of the prompt.
-        published: output tokens that an earlier attempt has published already; more than all: its usage chunk too.
+        prompt_tokens: the size of the prompt.
+        published: output tokens published by earlier attempts; more than the answer has: the usage chunk, too.
     """
 
     prompt: Prompt
     prompt_tokens: int
     answer: Answer
     published: int = 0
-    sent: int = 0  # characters of the text published already
-    created: int = 0  # epoch s of the earlier attempt's chunks
-    fatal: bool = False  # it takes the engine down
+    sent: int = 0  # characters published by earlier attempts
+    created: int = 0  # creation time of the earlier attempt's chunks, in epoch seconds
+    fatal: bool = False  # it kills the engine
 
 
 def read(job: Job, config: SimConfig) -> Request:
@@ -57,16 +57,16 @@ def read(job: Job, config: SimConfig) -> Request:
     prompt = read_prompt(job)
     body, size = job.body, prompt.size()
     _check_ranges(body)
-    room = config.max_len - size
-    if room < 1:
+    left = config.max_len - size
+    if left < 1:
         raise CallRejected(
             f"The prompt has {size} tokens; this engine takes at most {config.max_len - 1}. Shorten the prompt."
         )
     asked = body.get("max_completion_tokens") or body.get("max_tokens") or DEFAULT_MAX_TOKENS
     stops = _stops(body["stop"]) if body.get("stop") else _NO_STOPS
     eos_mean = 0 if body.get("ignore_eos") else config.eos_mean
-    seed, said = prompt.origin()
-    found = answer(seed, min(asked, room), stops, eos_mean, said)
+    seed, skip = prompt.origin()
+    found = answer(seed, min(asked, left), stops, eos_mean, skip)
     fatal = bool(config.die_on) and config.die_on in prompt.text
     if job.resumed is None:
         return Request(prompt, size, found, fatal=fatal)
@@ -77,7 +77,7 @@ def read_prompt(job: Job) -> Prompt:
     """The prompt of a job.
 
     Raises:
-        CallRejected: it has none that can run.
+        CallRejected: it has no valid prompt.
     """
     return Prompt.of(_prompt(job))
 
@@ -89,7 +89,7 @@ def _prompt(job: Job) -> Any:
         return _chat_prompt(job.body)
     if job.kind == "completions":
         return _single(job.body.get("prompt"))
-    raise CallRejected(f"A simulated engine does not serve {job.kind}.")
+    raise CallRejected(f"A modelled engine does not serve {job.kind}; use generate, completions or chat.completions.")
 
 
 def _generate_prompt(body: dict[str, Any]) -> Any:
@@ -97,15 +97,15 @@ def _generate_prompt(body: dict[str, Any]) -> Any:
     if (text is None) == (ids is None):
         raise CallRejected("Give either prompt or prompt_token_ids.")
     if text is not None and not isinstance(text, str):
-        raise CallRejected("The prompt must be a text; token ids belong into prompt_token_ids.")
+        raise CallRejected("The prompt must be a text; pass token ids in prompt_token_ids.")
     return ids if text is None else text
 
 
 def _single(prompt: Any) -> Any:
-    """The one prompt of a list of one, as OpenAI's API allows it."""
+    """Unwraps a list with one prompt, as OpenAI's API allows it."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
         if len(prompt) > 1:
-            raise CallRejected("Several prompts in one call are not supported; submit one call for each.")
+            raise CallRejected("Several prompts in one call are not supported; submit one call per prompt.")
         return prompt[0]
     return prompt
 
@@ -127,7 +127,7 @@ def _content(message: dict[str, Any]) -> str:
         return content
     parts: list[Any] = content if isinstance(content, list) else [None]
     if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
-        raise CallRejected("The content of a message must be text or parts of type text.")
+        raise CallRejected("The content of a message must be a text or a list of parts of type text.")
     return "".join(part["text"] for part in parts)
 
 
@@ -145,18 +145,18 @@ def _allowed(low: float, high: float, whole: bool) -> str:
     number = "a whole number" if whole else "a number"
     if low == high:
         return f"{low:g}"
-    return f"{number} from {low:g}" + (f" to {high:g}" if high < 1 << 31 else "")
+    return f"{number} from {low:g} to {high:g}" if high < 1 << 31 else f"{number}, at least {low:g}"
 
 
 def _stops(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-        raise CallRejected("stop must be a text or a list of texts, none of them empty.")
+        raise CallRejected("stop must be a non-empty text or a list of non-empty texts.")
     return tuple(stops)
 
 
 def _position(kind: str, resumed: Resumed) -> tuple[int, int, int]:
-    """Tokens and characters published already, and the chunks' creation time."""
+    """The tokens and characters published by earlier attempts, and the chunks' creation time."""
     if kind == "generate":
         return len(resumed.token_ids), len(resumed.text), 0
     if not resumed.chunks:
@@ -164,20 +164,20 @@ def _position(kind: str, resumed: Resumed) -> tuple[int, int, int]:
     match = re.fullmatch(r"sim (\d+) (\d+) (\d+)", resumed.replays[-1] if resumed.replays else "")
     if match is None:
         raise CallRejected(
-            "This stream began on another kind of engine and cannot go on here; "
-            'submit the call again, with on_engine_loss="restart" if it is to begin anew by itself.'
+            "This stream began on another kind of engine and cannot resume here. Submit the call again, with "
+            'on_engine_loss="restart" if a lost stream should start over.'
         )
     return int(match[1]), int(match[2]), int(match[3])
 
 
 def replay(tokens: int, sent: int, created: int) -> str:
-    """What `_position` reads back."""
+    """The replay text that `_position` reads."""
     return f"sim {tokens} {sent} {created}"
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The OpenAI documents of one call. `created` is epoch s."""
+    """The OpenAI documents of one call. `created` is in epoch seconds."""
 
     chat: bool
     id: str
@@ -195,19 +195,19 @@ class Shape:
 
     def response(self, text: str, reason: str, usage: dict[str, Any]) -> dict[str, Any]:
         """The body of a call that does not stream."""
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return self._document("chat.completion", [self._choice(said, reason)]) | {"usage": usage}
+        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
+        return self._document("chat.completion", [self._choice(content, reason)]) | {"usage": usage}
 
     def role_chunk(self) -> str:
         """The chunk that opens a chat's stream."""
         return self._chunk([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])
 
     def text_chunk(self, text: str, reason: str | None) -> str:
-        """New text; the last chunk says why it ends."""
+        """A chunk with new text. The last one has the finish reason."""
         return self._chunk([self._choice({"delta": {"content": text}} if self.chat else {"text": text}, reason)])
 
     def usage_chunk(self, usage: dict[str, Any]) -> str:
-        """The chunk behind the last choice."""
+        """The chunk after the last choice."""
         return self._chunk([], usage=usage)
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
@@ -217,12 +217,12 @@ class Shape:
         kind = kind if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
-    def _choice(self, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+    def _choice(self, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """Token counts as OpenAI's API gives them."""
+    """Token counts in OpenAI's format."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

@@ -1,8 +1,7 @@
-"""A modelled engine behind OpenAI's HTTP API, as `vllm serve` stands before a real one: for tests and benchmarks of
-whatever speaks to such a server, on a machine without a GPU.
+"""A modelled engine behind OpenAI's HTTP API, like `vllm serve`, for tests and benchmarks on a machine without a GPU.
 
 GET /health, /v1/models, /metrics (with vLLM's names); POST /v1/chat/completions, /v1/completions, /tokenize.
-A client that goes away ends its call in the engine.
+When a client disconnects, its call is aborted.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
 
-MISSING = "The server of a simulated engine needs starlette and uvicorn: pip install rsm-engine[server]"
+MISSING = "The server of a modelled engine needs starlette and uvicorn: pip install 'rsm-engine[server]'"
 _KINDS = {"/v1/chat/completions": "chat.completions", "/v1/completions": "completions"}
 _BACKLOG = 2048
 
@@ -38,7 +37,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclass(slots=True)
 class Totals:
-    """What the engine has done since it came up; the counters of /metrics."""
+    """The engine's totals since its start; the counters of /metrics."""
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -53,7 +52,7 @@ class Totals:
 
 
 class SimServer:
-    """The HTTP side of one modelled engine. `app` is an ASGI application; the backend must be started before."""
+    """The HTTP API of one modelled engine. `app` is an ASGI application. Start the backend first."""
 
     def __init__(self, backend: SimBackend) -> None:
         self.backend = backend
@@ -88,7 +87,7 @@ class SimServer:
         return PlainTextResponse(metrics(self), media_type="text/plain; version=0.0.4")
 
     async def _tokenize(self, request: Request) -> Any:
-        """As vLLM's: routers that schedule by size ask for it."""
+        """vLLM's tokenize API, which routers that schedule by size use."""
         from starlette.responses import JSONResponse
 
         try:
@@ -108,7 +107,7 @@ class SimServer:
 
 @dataclass(slots=True)
 class _Reply:
-    """The answer to one call, as an ASGI application of its own: it hears of a client that leaves, streaming or not."""
+    """The response to one call, as an ASGI application, so that it notices a disconnect, streaming or not."""
 
     server: SimServer
     job: Job
@@ -118,14 +117,14 @@ class _Reply:
         chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
         run = asyncio.create_task(backend.run(self.job, chunks.put_nowait))
         run.add_done_callback(lambda _: chunks.put_nowait(None))
-        gone = asyncio.create_task(_gone(receive))
-        gone.add_done_callback(lambda _: backend.abort(key))
+        disconnected = asyncio.create_task(_disconnected(receive))
+        disconnected.add_done_callback(lambda _: backend.abort(key))
         try:
             response = await (self._stream(chunks, run, send) if self.job.stream else self._whole(run))
             if response is not None:
                 await response(scope, receive, send)
         finally:
-            gone.cancel()  # which aborts what still runs
+            disconnected.cancel()  # which aborts the call if it still runs
             await asyncio.wait([run])
 
     async def _whole(self, run: asyncio.Task[Outcome]) -> Any:
@@ -139,7 +138,7 @@ class _Reply:
         return JSONResponse(outcome.response)
 
     async def _stream(self, chunks: asyncio.Queue[Chunk | None], run: asyncio.Task[Outcome], send: Send) -> Any:
-        """Sends the stream; returns the response to send instead if the call failed before its first word."""
+        """Sends the stream; returns the response to send instead if the call failed before its first chunk."""
         began = False
         while (chunk := await chunks.get()) is not None:
             if not began:
@@ -154,7 +153,7 @@ class _Reply:
             await _event(send, json.dumps(error_object(500, str(e), "InternalServerError")))
         else:
             self.server.totals.add(outcome)
-            if not began:  # the client left before the first word
+            if not began:  # the client disconnected before the first chunk
                 return None
             await _event(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -168,8 +167,8 @@ async def _event(send: Send, data: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
-async def _gone(receive: Receive) -> None:
-    """Waits until the client has left. The request's body was read before."""
+async def _disconnected(receive: Receive) -> None:
+    """Waits until the client disconnects. The request's body was read before."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -178,14 +177,14 @@ async def _gone(receive: Receive) -> None:
 
 
 class UnknownModel(Exception):
-    """The call asks for a model that this server does not serve."""
+    """The call names a model that this server does not serve."""
 
 
 def read_job(kind: str, content: bytes, model: str) -> Job:
-    """The job of a request's body.
+    """Reads the job from a request's body.
 
     Raises:
-        CallRejected: it is no JSON object.
+        CallRejected: it is not a JSON object.
         UnknownModel: see there.
     """
     try:
@@ -195,7 +194,7 @@ def read_job(kind: str, content: bytes, model: str) -> Job:
     if not isinstance(body, dict):
         raise CallRejected("The body must be a JSON object.")
     if body.get("model") not in (None, "", model):
-        raise UnknownModel(f"The model {str(body['model'])[:100]!r} does not exist; this server has {model!r}.")
+        raise UnknownModel(f"The model {str(body['model'])[:100]!r} does not exist; this server serves {model!r}.")
     call_id = new_id()
     return Job(call_id, call_id, call_id, kind, body, stream=bool(body.get("stream")))
 
@@ -216,7 +215,7 @@ def failure(status: int, message: str, kind: str) -> Any:
 
 
 def error_object(status: int, message: str, kind: str) -> dict[str, Any]:
-    """OpenAI's error object, with the fields that vLLM fills."""
+    """OpenAI's error object, with the fields that vLLM sets."""
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
@@ -224,7 +223,7 @@ def error_object(status: int, message: str, kind: str) -> dict[str, Any]:
 
 
 def metrics(server: SimServer) -> str:
-    """Prometheus text under vLLM's names, for those that routers and dashboards read."""
+    """Prometheus text with the vLLM metrics that routers and dashboards read."""
     backend, totals, config = server.backend, server.totals, server.backend.config
     blocks = f'block_size="{config.block_size}",num_gpu_blocks="{config.num_blocks}"'
     finished: list[tuple[str, float]] = [
@@ -257,17 +256,17 @@ def _escaped(value: str) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 = any free one.
+    """Opens a listening socket; port 0 = any free one.
 
     Raises:
-        InvalidRequest: the address cannot be had.
+        InvalidRequest: it cannot listen on this address.
     """
     try:
         listener = socket.create_server((host, port), backlog=_BACKLOG)
     except (OSError, OverflowError) as e:
-        raise InvalidRequest(f"Cannot listen on {host}:{port}: {e}.") from None
-    # Connections inherit it. asyncio sets it only where the socket names its protocol, which this one does not; and
-    # without it a reply's body waits for the client's delayed acknowledgement of its head, some 40 ms.
+        raise InvalidRequest(f"Cannot listen on {host}:{port}: {e}. Choose another host or port.") from None
+    # Connections inherit it. asyncio sets it only if the socket names its protocol, which this one does not. Without
+    # it, a response's body waits about 40 ms for the client's delayed acknowledgement of its head.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -278,10 +277,10 @@ async def serve(
     """Serves until SIGTERM or SIGINT; then open calls have `grace_s` seconds.
 
     Args:
-        announce: called with the port once it is listened on.
+        announce: called with the port once the server listens.
 
     Raises:
-        InvalidRequest: the extra `server` is not installed, or the address cannot be had.
+        InvalidRequest: the extra `server` is not installed, or the server cannot listen on this address.
     """
     try:
         import starlette  # noqa: F401
@@ -290,7 +289,7 @@ async def serve(
         raise InvalidRequest(MISSING) from e
     with listen(host, port) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # uvicorn takes them, and raises them once more when it has stopped
+            signal.signal(number, lambda *_: None)  # uvicorn handles them and raises them again after its shutdown
         announce(listener.getsockname()[1])
         await backend.start()
         try:

@@ -1,4 +1,4 @@
-"""What a simulated engine reads and says: tokens without a tokenizer, and answers that are a function of the prompt."""
+"""The texts of a modelled engine: tokens without a tokenizer, and answers that are a function of the prompt."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ EOS = 2
 _FIRST_WORD = 3  # ids below are special, as in most vocabularies
 _CYCLE = 1 << 15
 
-# About 4 characters a token; no piece spans a space, so that an answer read back in a later prompt gives its own ids.
-_PIECE = re.compile(r" w[0-9]{1,5}(?![0-9])|\s?\S{1,4}|\s+(?=\s\S)|\s+")
-# A text of nothing but the words that ids are printed as; benchmarks send these, and they are read ten times faster.
+# About 4 characters per token. No token spans a space, so an answer that is part of a later prompt gives the same ids.
+_TOKEN = re.compile(r" w[0-9]{1,5}(?![0-9])|\s?\S{1,4}|\s+(?=\s\S)|\s+")
+# A text that consists of printed ids. Benchmarks send these, and they are read ten times faster.
 _IDS = re.compile(r"(?: w(?:[1-9][0-9]{1,4}|[013-9]))++")
 
 
 def tokenize(text: str) -> list[int]:
-    """Token ids of a text: a longer text keeps all ids of its beginning but the last."""
+    """The token ids of a text. A longer text keeps the ids of its prefix, except the last one."""
     if _IDS.fullmatch(text):
         return [int(word) % VOCABULARY for word in text[2:].split(" w")]
-    return [_token(piece) for piece in _PIECE.findall(text)]
+    return [_token_id(token) for token in _TOKEN.findall(text)]
 
 
 def token_text(token: int) -> str:
@@ -37,14 +37,14 @@ def token_text(token: int) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _token(piece: str) -> int:
-    if piece.startswith(" w") and piece[2:].isdecimal() and token_text(int(piece[2:])) == piece:
-        return int(piece[2:]) % VOCABULARY
-    return _FIRST_WORD + crc32(piece.encode("utf-8", "surrogatepass")) % (VOCABULARY - _FIRST_WORD)
+def _token_id(token: str) -> int:
+    if token.startswith(" w") and token[2:].isdecimal() and token_text(int(token[2:])) == token:
+        return int(token[2:]) % VOCABULARY
+    return _FIRST_WORD + crc32(token.encode("utf-8", "surrogatepass")) % (VOCABULARY - _FIRST_WORD)
 
 
 class _Words:
-    """One long cycle of words, twice over. An answer is a slice of it, so its length costs no loop."""
+    """Two copies of one long cycle of words. An answer is a slice, so a long one needs no loop."""
 
     def __init__(self) -> None:
         words = [crc32(n.to_bytes(4, "little")) % (VOCABULARY - _FIRST_WORD) + _FIRST_WORD for n in range(_CYCLE)]
@@ -72,10 +72,10 @@ def _words() -> _Words:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Everything that the engine will say to one prompt.
+    """The whole answer to one prompt.
 
     Attributes:
-        held: characters kept back while it streams, because a stop string may have begun in them.
+        held: characters held back while it streams, because a stop string may begin in them.
     """
 
     ids: list[int] = field(repr=False)
@@ -85,11 +85,11 @@ class Answer:
     held: int = 0
 
     def chars(self, tokens: int) -> int:
-        """Characters of text that this many tokens give."""
+        """The characters of the first `tokens` tokens."""
         return min(_words().chars(self.start, tokens), len(self.text))
 
     def released(self, tokens: int) -> int:
-        """Characters that may be published after this many tokens."""
+        """The characters that may be published after `tokens` tokens."""
         if tokens >= len(self.ids):
             return len(self.text)
         return max(0, min(_words().chars(self.start, tokens) - self.held, len(self.text)))
@@ -97,14 +97,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt, and what makes its answer. Either `text` or `ids` was given."""
+    """A prompt and the seed of its answer. It has either `text` or `ids`."""
 
     text: str = field(default="", repr=False)
     ids: list[int] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, value: Any) -> Prompt:
-        """Reads a prompt out of a body.
+        """Reads the prompt of a body.
 
         Raises:
             CallRejected: it is neither text nor token ids, or empty.
@@ -113,23 +113,23 @@ class Prompt:
             return cls(text=value)
         if isinstance(value, list) and value:
             return cls(ids=value)
-        raise CallRejected("The prompt must be a text or a list of token ids, and not empty.")
+        raise CallRejected("The prompt must be a non-empty text or list of token ids.")
 
     def size(self) -> int:
-        """How many tokens it has."""
+        """The number of its tokens."""
         if self.ids:
             return len(self.ids)
-        return self.text.count(" w") if _IDS.fullmatch(self.text) else len(_PIECE.findall(self.text))
+        return self.text.count(" w") if _IDS.fullmatch(self.text) else len(_TOKEN.findall(self.text))
 
     def tokens(self) -> list[int]:
         """Its token ids."""
         return self.ids or tokenize(self.text)
 
     def origin(self) -> tuple[int, int]:
-        """The seed of the answer, and how many words of that very answer the prompt ends with already.
+        """The seed of the answer, and how many words of that answer the prompt ends with.
 
-        A greedy model that reads the beginning of its own answer goes on where it ends; that is how an attempt goes on
-        on another server. Known by text alone; a prompt that ends in words of the same form by itself is not seen.
+        A greedy model that reads the beginning of its own answer continues it; that is how an attempt resumes on
+        another server. Only for text prompts; a prompt that itself ends in words of this form is not recognized.
         """
         words = [] if _IDS.fullmatch(self.text) else _trailing_words(self.text)
         if words:
@@ -139,21 +139,21 @@ class Prompt:
         return self.seed(), 0
 
     def seed(self) -> int:
-        """A number that stands for the prompt, the same in every process.
+        """A number derived from the prompt, the same in every process.
 
         Raises:
-            CallRejected: its ids are not whole numbers from 0.
+            CallRejected: its ids are not whole numbers of at least 0.
         """
         if self.text:
             return crc32(self.text.encode("utf-8", "surrogatepass"))
         try:
             return crc32(array("Q", self.ids).tobytes())
         except (TypeError, OverflowError) as e:
-            raise CallRejected("Token ids must be whole numbers from 0.") from e
+            raise CallRejected("Token ids must be whole numbers, at least 0.") from e
 
 
 def _trailing_words(text: str) -> list[str]:
-    """The words, as answers have them, that a text ends with."""
+    """The words at the end of a text that have the form of an answer's words."""
     words, end = [], len(text)
     while (at := text.rfind(" w", 0, end)) >= 0 and text[at + 2 : end].isdecimal():
         words.append(text[at:end])
@@ -161,15 +161,15 @@ def _trailing_words(text: str) -> list[str]:
     return words[::-1]
 
 
-def answer(seed: int, limit: int, stops: tuple[str, ...] = (), eos_mean: int = 0, said: int = 0) -> Answer:
-    """The answer to a prompt with this seed: at most `limit` tokens, less where it ends by itself or at a stop string.
+def answer(seed: int, limit: int, stops: tuple[str, ...] = (), eos_mean: int = 0, skip: int = 0) -> Answer:
+    """The answer to a prompt with this seed: at most `limit` tokens, fewer if it ends with EOS or at a stop string.
 
-    `eos_mean` 0: it never ends by itself. Its first `said` tokens are out already. Like vLLM, the text ends before a
-    stop string, the ids behind it.
+    `eos_mean` 0: it never ends with EOS. `skip`: how many of its tokens are already in the prompt. As in vLLM, the text
+    ends before a stop string, the ids after it.
     """
-    start = (seed + said) % _CYCLE
+    start = (seed + skip) % _CYCLE
     length, reason = limit, "length"
-    if eos_mean and (own := max(1, 1 + crc32(seed.to_bytes(4, "little")) % (2 * eos_mean) - said)) < limit:
+    if eos_mean and (own := max(1, 1 + crc32(seed.to_bytes(4, "little")) % (2 * eos_mean) - skip)) < limit:
         length, reason = own, "stop"
     ids, text = _words().slice(start, length)
     if reason == "stop":
@@ -179,7 +179,7 @@ def answer(seed: int, limit: int, stops: tuple[str, ...] = (), eos_mean: int = 0
 
 
 def _stopped(whole: Answer, stops: tuple[str, ...]) -> Answer:
-    """The answer up to the stop string that is complete first."""
+    """The answer up to the first complete stop string."""
     hits = [(at + len(stop), at) for stop in stops if (at := whole.text.find(stop)) >= 0]
     if not hits:
         return whole

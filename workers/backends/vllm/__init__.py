@@ -1,3 +1,3 @@
-"""vLLM in this process."""
+"""vLLM in the worker's process."""
 
 __all__: list[str] = []

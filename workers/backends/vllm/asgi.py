@@ -16,25 +16,25 @@ async def post(
     headers: Sequence[tuple[bytes, bytes]],
     on_start: Callable[[int, dict[bytes, bytes]], None],
     on_body: Callable[[bytes], None],
-    gone: asyncio.Event,
+    disconnected: asyncio.Event,
 ) -> None:
     """Runs the request to its end.
 
-    Never cancel it: vLLM would go on with the request in its engine. Set `gone` instead, which is how an HTTP server
-    tells of a client that has left.
+    Never cancel it, because vLLM would keep running the request in its engine. Set `disconnected` instead, which acts
+    like the disconnect of an HTTP client.
 
     Args:
-        on_start: gets status and headers of the response.
+        on_start: gets the status and headers of the response.
         on_body: gets each part of the response as it is sent.
     """
-    given = False
+    body_sent = False
 
     async def receive() -> Message:
-        nonlocal given
-        if not given:
-            given = True
+        nonlocal body_sent
+        if not body_sent:
+            body_sent = True
             return {"type": "http.request", "body": body, "more_body": False}
-        await gone.wait()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:

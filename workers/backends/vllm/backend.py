@@ -1,6 +1,6 @@
-"""vLLM in this process: an AsyncLLM, and vLLM's own HTTP application without a socket.
+"""vLLM in the worker's process: an AsyncLLM, and vLLM's own HTTP application without a socket.
 
-vLLM is imported by `start` alone: whoever only names this backend needs none of it.
+Only `start` imports vLLM, so that importing this module does not need it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from rsm.workers.backends.base import (
     Job,
     Outcome,
 )
-from rsm.workers.backends.vllm.engine import GONE, Engine
+from rsm.workers.backends.vllm.engine import PROCESS_ENDED, Engine
 from rsm.workers.backends.vllm.generate import GenerateCall
 from rsm.workers.backends.vllm.openai import PATHS, OpenAICall, ProxyEngineClient
 from rsm.workers.backends.vllm.preemption import worst_rank
-from rsm.workers.backends.vllm.start.args import TINY_NAME, displaces, parse, prepare_environment
+from rsm.workers.backends.vllm.start.args import TINY_NAME, parse, preempts, prepare_environment
 from rsm.workers.backends.vllm.start.failure import failure, misconfigured, require_model
 from rsm.workers.backends.vllm.start.output import Output
 from rsm.workers.backends.vllm.start.tiny_model import ensure_tiny_model
@@ -45,7 +45,7 @@ log = logging.getLogger("rsm.worker")
 
 _NOT_STARTED = "The engine is not running."
 _POLL_S = 0.2
-_READY_S = 120.0  # for the first answer of an engine process that says it is up
+_READY_S = 120.0  # for the first answer of an engine process that reports that it is up
 _SETTLE_S = 5.0
 
 
@@ -57,7 +57,7 @@ class _Run:
 
 
 class Meter:
-    """What vLLM calls a stat logger: it hears of every step of the engine."""
+    """A vLLM stat logger, which gets the statistics of every step of the engine."""
 
     def __init__(self) -> None:
         self.kv_usage = 0.0
@@ -65,15 +65,15 @@ class Meter:
         self.speed = SpeedMeter()
         self.steps = 0
         self._window = StepWindow(self.speed)
-        self._busy_since: float | None = None  # the end of the step before, if calls were left then
+        self._busy_since: float | None = None  # the end of the last step, if calls were left then
 
     def begin(self) -> None:
-        """A call is handed over: if the engine was idle, its next step begins now."""
+        """A call is submitted. If the engine was idle, its next step begins now."""
         if self._busy_since is None:
             self._busy_since = time.perf_counter()
 
     def idle(self) -> None:
-        """No call is left: what passes from now on is no work."""
+        """No call is left. The time from now on does not count as work."""
         self._busy_since = None
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
@@ -92,13 +92,13 @@ class Meter:
                 self._window.flush()
 
     def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+        """Not used."""
 
     def log(self) -> None:
-        """Nothing to say."""
+        """Not used."""
 
     def record_sleep_state(self, *_: Any, **__: Any) -> None:
-        """Nothing to say."""
+        """Not used."""
 
 
 def _generated(stats: Any) -> int:
@@ -106,18 +106,18 @@ def _generated(stats: Any) -> int:
 
 
 def _computed(stats: Any) -> int:
-    """Tokens of the prompts whose last part this step computed, without those that were cached."""
+    """Uncached tokens of the prompts that this step completed."""
     tokens = getattr(stats, "prompt_token_stats", None)
     if tokens is not None:
         return int(tokens.computed)
-    return int(getattr(stats, "num_prompt_tokens", 0))  # a vLLM that does not tell them apart
+    return int(getattr(stats, "num_prompt_tokens", 0))  # an older vLLM, which counts cached ones too
 
 
 class VllmBackend(Backend):
     """One vLLM engine.
 
-    `start` builds it in the thread that calls it, which must live as long as the engine: the engine's process is told
-    to end when that thread does.
+    The thread that calls `start` must live as long as the engine: when the thread ends, the engine's process is
+    stopped.
     """
 
     def __init__(self, config: EngineConfig, settings: Settings) -> None:
@@ -126,14 +126,14 @@ class VllmBackend(Backend):
         self._engine: Engine | None = None
         self._meter = Meter()
         self._runs: dict[str, _Run] = {}
-        self._unit = create_unit(settings.service_unit) if displaces(config, settings) else None
+        self._unit = create_unit(settings.service_unit) if preempts(config, settings) else None
         self._rules = rules_of(settings)
 
     async def start(self) -> EngineFacts:
-        """Loads vLLM and the model; takes seconds to minutes, during most of which the event loop stands still.
+        """Loads vLLM and the model. Takes seconds to minutes, and blocks the event loop for most of that time.
 
         Raises:
-            EngineMisconfigured: vLLM is missing, or will never start with this configuration.
+            EngineMisconfigured: vLLM is missing, or can never start with this configuration.
             EngineDied: it did not start this time.
         """
         require_model(self._config.model)
@@ -167,12 +167,12 @@ class VllmBackend(Backend):
         except BaseException as e:
             await asyncio.shield(asyncio.to_thread(llm.shutdown))
             if isinstance(e, Exception) and not isinstance(e, EngineDied):
-                raise EngineDied(f"vLLM started and failed at once: {type(e).__name__}: {e}") from e
+                raise EngineDied(f"vLLM failed right after its start: {type(e).__name__}: {e}") from e
             raise
         return self._facts(vllm.version, config)
 
     def _configure(self, vllm: Any) -> tuple[Any, Any]:
-        """vLLM's arguments, and the configuration that it makes of them. Reads the model's files."""
+        """vLLM's arguments, and its configuration from them. Reads the model's files."""
         model = self._config.model or str(ensure_tiny_model(self._settings.cache_dir()))
         args = parse(self._config, model, self._settings)
         return args, vllm.AsyncEngineArgs.from_cli_args(args).create_engine_config(vllm.usage)
@@ -182,7 +182,7 @@ class VllmBackend(Backend):
         engine = Engine.of(llm, self._config.served_name or TINY_NAME)
         engine.app = vllm.build_app(args, tasks, llm.model_config)
         await vllm.init_app_state(ProxyEngineClient(llm), engine.app.state, args, tasks)
-        # Its exception handler tells the server to exit when the engine is dead; here there is none.
+        # Its exception handler sets `should_exit` on the server when the engine is dead; there is no server here.
         engine.app.state.server = SimpleNamespace(should_exit=False)
         return engine
 
@@ -196,14 +196,14 @@ class VllmBackend(Backend):
         )
 
     async def run(self, job: Job, emit: Callable[[Chunk], None]) -> Outcome:
-        """Runs one call. `ttft_ms` counts from here; a call that does not stream has it from vLLM's own clock."""
+        """Runs one call. `ttft_ms` counts from here; without streaming it is vLLM's own measurement."""
         engine = self._engine
         if engine is None:
             raise EngineDied(_NOT_STARTED)
         if engine.dead:
-            raise EngineDied(GONE)
+            raise EngineDied(PROCESS_ENDED)
         if engine.ending:
-            await asyncio.sleep(_POLL_S)  # not at once: the call may well be given to us again until we are gone
+            await asyncio.sleep(_POLL_S)  # not at once: the call may come back to this engine until it has ended
             return Outcome("abort")
         call: GenerateCall | OpenAICall
         if job.kind == "generate":
@@ -211,7 +211,7 @@ class VllmBackend(Backend):
         elif job.kind in PATHS:
             call = OpenAICall(engine, job, emit)
         else:
-            raise CallRejected(f"vLLM does not serve {job.kind}.")
+            raise CallRejected(f"vLLM does not serve {job.kind}; use generate, {', '.join(sorted(PATHS))}.")
         run = self._runs[job.key] = _Run(job, call)
         self._meter.begin()
         try:
@@ -227,7 +227,7 @@ class VllmBackend(Backend):
             run.call.abort()
 
     def load(self) -> EngineLoad:
-        """From vLLM's own statistics. It sends none while it idles, when nothing of the cache is in use."""
+        """From vLLM's own statistics. An idle engine sends none, and none of its cache is in use."""
         kv_usage = self._meter.kv_usage if self._runs else 0.0
         speed = self._meter.speed
         tokens_per_s = self._meter.rate.per_s(time.perf_counter())
@@ -240,17 +240,17 @@ class VllmBackend(Backend):
         return worst_rank(used, self._config.max_num_seqs, self._unit, self._rules)
 
     def progress(self) -> int:
-        """Steps of the engine, also those that only prefill a part of a prompt."""
+        """Steps of the engine, including those that only prefill a chunk of a prompt."""
         return self._meter.steps
 
     async def died(self) -> str:
-        while True:  # vLLM has no event for it that outlives its own tasks
+        while True:  # vLLM has no event for its death that outlives its own tasks
             if self._engine is not None and (self._engine.dead or self._engine.ending):
-                return GONE
+                return PROCESS_ENDED
             await asyncio.sleep(_POLL_S)
 
     async def stop(self, grace_s: float) -> None:
-        """Gives running calls `grace_s` seconds, aborts the rest, and ends vLLM's processes."""
+        """Gives running calls `grace_s` seconds, aborts the rest, and stops vLLM's processes."""
         engine = self._engine
         if engine is None:
             return
@@ -258,17 +258,17 @@ class VllmBackend(Backend):
         for run in list(self._runs.values()):
             run.call.abort()
         await self._settle(_SETTLE_S)
-        self._engine = None  # from here on its death is no news
+        self._engine = None  # its death is no longer reported
         engine.close()
         if (listener := getattr(engine.llm, "output_handler", None)) is not None:
-            listener.cancel()  # it would take the end of the engine for an accident, and say so in the log
+            listener.cancel()  # it would log the end of the engine as an error
         await asyncio.to_thread(partial(_shut_down, engine.llm))
         await asyncio.sleep(0)  # its sockets are closed in the event loop
-        with suppress(Exception):  # nothing hangs on it but a warning
-            _forget(engine.llm)
+        with suppress(Exception):  # a failure only causes a warning
+            _close_sockets(engine.llm)
 
     async def _settle(self, timeout_s: float) -> None:
-        """Waits until no call is running, at most so long."""
+        """Waits until no call is running, at most `timeout_s` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 for run in list(self._runs.values()):
@@ -276,7 +276,7 @@ class VllmBackend(Backend):
 
 
 def _import() -> Any:
-    """Everything that is needed of vLLM; takes seconds."""
+    """Imports the needed parts of vLLM, which takes seconds."""
     try:
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -299,10 +299,10 @@ def _import() -> Any:
     )
 
 
-def _forget(llm: Any) -> None:
-    """Ends what vLLM leaves open of ZeroMQ: the context that its sockets were made from, by way of an asyncio one."""
+def _close_sockets(llm: Any) -> None:
+    """Closes the ZeroMQ sockets and contexts that vLLM leaves open."""
     core = llm.engine_core
-    for left in list(getattr(core.ctx, "_sockets", ())):  # it would wait for these for ever
+    for left in list(getattr(core.ctx, "_sockets", ())):  # destroying the context would wait for these forever
         left.close(linger=0)
     core.resources.ctx.destroy(linger=0)
 
@@ -310,5 +310,5 @@ def _forget(llm: Any) -> None:
 def _shut_down(llm: Any) -> None:
     try:
         llm.shutdown()
-    except Exception as e:  # its processes are gone all the same
-        log.debug("vLLM's shutdown said %s", type(e).__name__)
+    except Exception as e:  # its processes have ended even so
+        log.debug("vLLM's shutdown raised %s", type(e).__name__)

@@ -1,4 +1,4 @@
-"""What calls need of a running vLLM engine, and what its exceptions mean for them."""
+"""A running vLLM engine, and the translation of its exceptions."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 from rsm.workers.backends.base import CallRejected, EngineDied, EngineError, Job
 from rsm.workers.scheduling.program import LEVELS, Program
 
-CANNOT_CONTINUE = (
-    "The engine died in the middle of this stream and it cannot be continued; "
-    'submit the call again, with on_engine_loss="restart" if it is to begin anew by itself.'
+CANNOT_RESUME = (
+    "The engine died during this stream, which cannot be resumed. Submit the call again, with "
+    'on_engine_loss="restart" if a lost stream should start over.'
 )
-GONE = "vLLM's engine process has ended."
+PROCESS_ENDED = "vLLM's engine process has ended."
 
-_LONG_PROMPT = 4000  # characters; shorter ones take less time than a trip to a thread
+_LONG_PROMPT = 4000  # characters; shorter prompts take less time than a switch to a thread
 _MAX_MESSAGE = 1000
-# As pydantic's errors are printed: 'loc': ('body', 'messages'), 'msg': 'Field required'
+# The format of pydantic's errors: 'loc': ('body', 'messages'), 'msg': 'Field required'
 _WRONG_FIELD = re.compile(r"""'loc': ('[^']*'|\([^)]*\)), 'msg': (['"])(.*?)\2, '""")
 
 
@@ -30,8 +30,8 @@ class Engine:
     """An AsyncLLM and its HTTP application.
 
     Attributes:
-        ending: it has stopped a call that nobody asked to stop, so its process is on the way out (SIGTERM).
-        by_priority: its scheduler heeds priorities.
+        ending: it has stopped a call without an abort, so its process is shutting down (SIGTERM).
+        by_priority: its scheduler uses priorities.
     """
 
     llm: Any
@@ -56,7 +56,7 @@ class Engine:
             traces=config.observability_config.otlp_traces_endpoint is not None,
             max_len=llm.model_config.max_model_len,
             tokenizer=tokenizer,
-            # Tokenizers are not safe across threads, and vLLM uses its own in a thread.
+            # Tokenizers are not thread-safe, and vLLM uses its own in a thread.
             _own_tokenizer=copy.deepcopy(tokenizer),
         )
 
@@ -65,7 +65,7 @@ class Engine:
         return bool(self.llm.errored)
 
     async def tokenize(self, prompt: str) -> list[int]:
-        """The token ids of a prompt, off the event loop if it is long."""
+        """The token ids of a prompt; a long one is tokenized in a thread."""
         if self._own_tokenizer is None:
             raise CallRejected("This engine has no tokenizer; give prompt_token_ids instead of prompt.")
         if len(prompt) < _LONG_PROMPT:
@@ -74,7 +74,7 @@ class Engine:
         return list(await loop.run_in_executor(self._threads, self._own_tokenizer.encode, prompt))
 
     def priority(self, job: Job) -> int:
-        """For vLLM, where lower is earlier."""
+        """vLLM's priority for a job; lower runs first."""
         return job.priority * LEVELS + job.level if self.by_priority else 0
 
     def trace_headers(self, job: Job) -> dict[str, str] | None:
@@ -85,34 +85,34 @@ class Engine:
 
 
 def program_args(job: Job, own: dict[str, Any] | None) -> dict[str, Any]:
-    """A request's extra_args, with the program that it belongs to, for a program-aware scheduler in the engine."""
+    """A request's extra_args with its program, for a program-aware scheduler in the engine."""
     program = Program(job.program or job.session, job.inherited, job.waited_ms, job.ran_ms)
     return {**(own or {}), **asdict(program)}
 
 
 def explained(e: Exception, dead: bool) -> Exception:
-    """What an exception out of vLLM means for the call."""
+    """Translates an exception from vLLM into one of the backend's."""
     if isinstance(e, (CallRejected, EngineError, EngineDied)):
         return e
     if dead or type(e).__name__ == "EngineDeadError":
-        return EngineDied(GONE)
+        return EngineDied(PROCESS_ENDED)
     if isinstance(e, refusals()):
-        return CallRejected(sentence(str(e)))
-    return EngineError(f"{type(e).__name__} in vLLM")  # the type alone: the message may quote the prompt
+        return CallRejected(short_message(str(e)))
+    return EngineError(f"{type(e).__name__} in vLLM")  # only the type, because the message may quote the prompt
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a request that it will never run: a ValueError in 0.20, a class of its own since."""
+    """The exceptions that vLLM raises for an invalid request: ValueError in 0.20, a class of its own since."""
     found: Any = getattr(importlib.import_module("vllm.exceptions"), "VLLMValidationError", ValueError)
     return (ValueError, found)
 
 
-def sentence(message: str) -> str:
-    """vLLM's message, cut to a length that fits a record. A list of wrong fields is reduced to where and why."""
+def short_message(message: str) -> str:
+    """vLLM's message, shortened for a record. A list of wrong fields is reduced to each field and its error."""
     wrong = _WRONG_FIELD.findall(message)
     if wrong:
         message = "; ".join(f"{_field(where)}: {why}" for where, _, why in wrong)
-    return message.strip()[:_MAX_MESSAGE] or "vLLM refused this request and gave no reason."
+    return message.strip()[:_MAX_MESSAGE] or "vLLM rejected this request without a reason."
 
 
 def _field(where: str) -> str:

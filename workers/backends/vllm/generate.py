@@ -1,4 +1,4 @@
-"""Kind `generate`: a prompt or its token ids, and flat sampling params, straight to vLLM's engine."""
+"""Kind `generate`: a prompt or its token ids and flat sampling params, passed directly to vLLM's engine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from contextlib import aclosing
 from typing import Any
 
 from rsm.workers.backends.base import CallRejected, Chunk, EngineDied, EngineError, Job, Outcome, Resumed
-from rsm.workers.backends.vllm.engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args, refusals, sentence
+from rsm.workers.backends.vllm.engine import (
+    CANNOT_RESUME,
+    PROCESS_ENDED,
+    Engine,
+    explained,
+    program_args,
+    refusals,
+    short_message,
+)
 from rsm.workers.backends.vllm.reply import running_ms
-from rsm.workers.backends.vllm.resume import Outputs, Said, continued
+from rsm.workers.backends.vllm.resume import Outputs, PublishedOutput, resumed_outputs
 from rsm.workers.scheduling.service import Used
 
 _PROMPT = frozenset({"prompt", "prompt_token_ids"})
-# Fields of SamplingParams that are vLLM's own business, or that a text and token ids cannot answer.
+# Fields of SamplingParams that are internal to vLLM, or that need more than text and token ids in the answer.
 _RESERVED = frozenset({"output_kind", "skip_clone", "output_text_buffer_length", "flat_logprobs"})
 _LOGPROBS = frozenset(
     {"logprobs", "prompt_logprobs", "logprob_token_ids", "prompt_logprob_token_ids", "prompt_logprob_start"}
@@ -25,7 +33,7 @@ _END = "end "  # begins the replay of the last chunk; the finish reason follows
 
 
 class GenerateCall:
-    """One call. `abort` may come at any time."""
+    """One call. `abort` may be called at any time."""
 
     def __init__(self, engine: Engine, job: Job, emit: Callable[[Chunk], None]) -> None:
         self._engine = engine
@@ -33,7 +41,7 @@ class GenerateCall:
         self._emit = emit
         self._began = time.perf_counter()
         self._first: float | None = None
-        # Never a timeout: a scope that `abort` closes from outside, and whose end can be told from a cancelled caller.
+        # Not a timeout, but a scope that `abort` can close from outside, and that differs from a cancelled caller.
         self._scope = asyncio.timeout(None)
         self._aborted = False
         self._prompt_ids: list[int] = []
@@ -49,7 +57,7 @@ class GenerateCall:
             self._scope.reschedule(0)
 
     def used(self) -> Used:
-        """What it has used so far, as far as its answer tells."""
+        """What it has used so far, as its answer shows."""
         if self._first is None:
             return Used(0, 0)
         ran_s = time.perf_counter() - self._began
@@ -72,7 +80,7 @@ class GenerateCall:
             raise explained(e, self._engine.dead) from e
         if self._reason == "abort" and not self._aborted:
             if self._engine.dead:
-                raise EngineDied(GONE)
+                raise EngineDied(PROCESS_ENDED)
             self._engine.ending = True
         return self._outcome()
 
@@ -82,17 +90,19 @@ class GenerateCall:
         if before is None:
             await self._consume(self._start(_input(self._prompt_ids), params), 0)
             return
-        if not before.token_ids:  # published by another kind of engine, which knew no ids
-            raise CallRejected(CANNOT_CONTINUE)
+        if not before.token_ids:  # published by another kind of engine, without ids
+            raise CallRejected(CANNOT_RESUME)
         self._text, self._ids = [before.text], list(before.token_ids)
         last = before.replays[-1] if before.replays else ""
         if last.startswith(_END):
             self._reason = last.removeprefix(_END)
             return
-        said = [Said(before.token_ids)]
+        published = [PublishedOutput(before.token_ids)]
         engine = self._engine
-        outputs = continued(self._start, engine.tokenizer, _input(self._prompt_ids), params, said, engine.max_len)
-        await self._consume(outputs, len(said))
+        outputs = resumed_outputs(
+            self._start, engine.tokenizer, _input(self._prompt_ids), params, published, engine.max_len
+        )
+        await self._consume(outputs, len(published))
 
     def _start(self, prompt: Any, params: Any) -> Outputs:
         found: Outputs = self._engine.llm.generate(
@@ -105,7 +115,7 @@ class GenerateCall:
         return found
 
     async def _consume(self, outputs: Outputs, known: int) -> None:
-        """Takes all outputs in; the first `known` of them were published by an earlier attempt."""
+        """Processes all outputs. Earlier attempts published the first `known` of them."""
         async with aclosing(outputs):
             async for output in outputs:
                 if known:
@@ -124,8 +134,8 @@ class GenerateCall:
         if output.finished:
             self._reason = one.finish_reason
         if self._reason == "error":
-            raise EngineError("vLLM gave this request up")
-        # What an abort sets free (held back for a stop string) is not published: the next attempt will say it.
+            raise EngineError("vLLM ended this request with an error.")
+        # Text that was held back for a stop string and comes with an abort is left to the next attempt.
         if self._job.stream and one.finish_reason != "abort":
             replay = f"{_END}{self._reason}" if output.finished else ""
             self._emit(Chunk(one.text, list(one.token_ids), replay=replay))
@@ -143,18 +153,18 @@ class GenerateCall:
             raise CallRejected("Give either prompt or prompt_token_ids.")
         if text is not None:
             if not isinstance(text, str):
-                raise CallRejected("The prompt must be a text; token ids belong into prompt_token_ids.")
+                raise CallRejected("The prompt must be a text; pass token ids in prompt_token_ids.")
             return await self._engine.tokenize(text)
         if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise CallRejected("prompt_token_ids must be a list of at least one whole number from 0.")
+            raise CallRejected("prompt_token_ids must be a non-empty list of whole numbers, at least 0.")
         return ids
 
 
 def sampling_params(job: Job) -> Any:
-    """vLLM's sampling params out of a body.
+    """vLLM's sampling params from a body.
 
     Raises:
-        CallRejected: a parameter is unknown or has a value that does not fit.
+        CallRejected: a parameter is unknown or has an invalid value.
     """
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -165,15 +175,15 @@ def sampling_params(job: Job) -> Any:
     given["extra_args"] = program_args(job, _mapping(given, "extra_args"))
     if "logit_bias" in given:
         given["logit_bias"] = _logit_bias(_mapping(given, "logit_bias"))
-    if not -(1 << 63) <= _number(given.get("seed", 0)) < 1 << 63:  # its generator would take the engine down
-        raise CallRejected("seed must be a whole number of 64 bits.")
+    if not -(1 << 63) <= _number(given.get("seed", 0)) < 1 << 63:  # a larger one would kill the engine
+        raise CallRejected("seed must be a whole number that fits in 64 bits.")
     convert = importlib.import_module("msgspec").convert
     wrong: tuple[type[Exception], ...] = (TypeError, *refusals())
     try:
-        # As the engine process will do it: a value of the wrong type must fail here, not there.
+        # The engine process converts them in the same way. A value of the wrong type must fail here, not there.
         params = convert(given, SamplingParams)
     except wrong as e:
-        raise CallRejected(f"The sampling params do not fit: {sentence(str(e))}") from e
+        raise CallRejected(f"The sampling params are invalid: {short_message(str(e))}") from e
     params.output_kind = RequestOutputKind.DELTA
     return params
 
@@ -183,7 +193,7 @@ def _check_names(given: dict[str, Any], allowed: set[str]) -> None:
         if name in _LOGPROBS:
             raise CallRejected(f"generate returns no {name}; submit a completions call instead.")
         if name not in allowed:
-            raise CallRejected(f"generate knows no parameter {name}.")
+            raise CallRejected(f"generate has no parameter {name}; remove it.")
 
 
 def _mapping(given: dict[str, Any], name: str) -> dict[Any, Any]:
@@ -194,7 +204,7 @@ def _mapping(given: dict[str, Any], name: str) -> dict[Any, Any]:
 
 
 def _logit_bias(bias: dict[Any, Any]) -> dict[int, Any]:
-    """JSON has texts only as keys."""
+    """Converts the keys to numbers, because keys in JSON are texts."""
     try:
         return {int(token): value for token, value in bias.items()}
     except (TypeError, ValueError) as e:

@@ -1,7 +1,7 @@
 """The OpenAI kinds, through vLLM's own HTTP application: templates, tools, grammars and errors are vLLM's.
 
-The application is given a stand-in for the engine. There a call's priority and program are set, its tokens counted,
-its partial text kept, and, for a stream that another attempt began, the outputs of that attempt put in front.
+The application uses a proxy of the engine. The proxy sets a call's priority and program, counts its tokens and keeps
+its partial text. For a stream that an earlier attempt began, it first yields the outputs of that attempt.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from rsm.workers.backends.base import CallRejected, Chunk, EngineDied, EngineError, Job, Outcome
 from rsm.workers.backends.openai.wire import Assembler, SseParser, choice_text, document, error_inside, single_line
 from rsm.workers.backends.vllm.asgi import post
-from rsm.workers.backends.vllm.engine import CANNOT_CONTINUE, GONE, Engine, explained, program_args
+from rsm.workers.backends.vllm.engine import CANNOT_RESUME, PROCESS_ENDED, Engine, explained, program_args
 from rsm.workers.backends.vllm.reply import Counts, Replay, refusal, request
-from rsm.workers.backends.vllm.resume import Outputs, continued
+from rsm.workers.backends.vllm.resume import Outputs, resumed_outputs
 from rsm.workers.scheduling.service import Used
 
 PATHS = {
@@ -30,12 +30,12 @@ PATHS = {
 }
 _current: ContextVar[OpenAICall | None] = ContextVar("rsm_openai_call", default=None)
 _DONE = "[DONE]"
-_PATIENCE_S = 1.0  # for vLLM to answer with the partial output of an aborted request
+_ABORT_S = 1.0  # how long to wait for the partial output of an aborted request
 _LEAVE_S = 5.0
 
 
 class ProxyEngineClient:
-    """What vLLM's application takes for its engine. Which call asks is told by the context that it runs in."""
+    """The engine for vLLM's application. A context variable identifies the call."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -53,13 +53,13 @@ class ProxyEngineClient:
     def encode(self, prompt: Any, pooling_params: Any, request_id: str, **more: Any) -> AsyncGenerator[Any, None]:
         call = _current.get()
         if call is not None:
-            request_id, more["priority"] = call.enlist(several=False), call.priority
+            request_id, more["priority"] = call.new_request_id(several=False), call.priority
         outputs: AsyncGenerator[Any, None] = self._llm.encode(prompt, pooling_params, request_id, **more)
         return outputs
 
 
 class OpenAICall:
-    """One call. `abort` may come at any time."""
+    """One call. `abort` may be called at any time."""
 
     def __init__(self, engine: Engine, job: Job, emit: Callable[[Chunk], None]) -> None:
         self._engine = engine
@@ -68,11 +68,11 @@ class OpenAICall:
         self.priority = engine.priority(job)
         self._counts = Counts(time.perf_counter())
         self._replay = Replay.of(job)
-        self._gone = asyncio.Event()
+        self._disconnected = asyncio.Event()
         self._ids: list[str] = []
         self._several = False
-        self._aborted = False  # by us
-        self._cut = False  # by anybody
+        self._aborted = False  # by `abort`
+        self._cut = False  # its output ended with an abort, for any reason
         self._aborting: asyncio.Task[Any] | None = None
         self._failure: Exception | None = None
         self._status = 0
@@ -90,14 +90,14 @@ class OpenAICall:
         Raises:
             CallRejected, EngineError, EngineDied: see there.
         """
-        if self._job.resumed is not None and self._job.resumed.chunks and not self._replay.said:
-            raise CallRejected(CANNOT_CONTINUE)
+        if self._job.resumed is not None and self._job.resumed.chunks and not self._replay.published:
+            raise CallRejected(CANNOT_RESUME)
         body = request(self._job, self._engine.model)
-        task = asyncio.create_task(self._converse(body))
+        task = asyncio.create_task(self._exchange(body))
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._gone.set()
+            self._disconnected.set()
             await asyncio.wait([task], timeout=_LEAVE_S)
             raise
         except Exception as e:
@@ -113,35 +113,37 @@ class OpenAICall:
             return
         self._aborted = True
         if not self._ids or self._several:
-            # Several choices share one request, which vLLM forgets to clear away if it is aborted by its name.
-            self._gone.set()
+            # Several choices share one request, which vLLM does not clean up if it is aborted by its id.
+            self._disconnected.set()
             return
-        # By its name vLLM hands out what the request has said so far; a client that leaves gets nothing.
+        # An abort by id returns the partial output; a disconnect returns nothing.
         self._aborting = asyncio.ensure_future(self._engine.llm.abort(self._ids))
-        asyncio.get_running_loop().call_later(_PATIENCE_S, self._gone.set)
+        asyncio.get_running_loop().call_later(_ABORT_S, self._disconnected.set)
 
-    # -- from vLLM's application, by way of the stand-in
+    # -- from vLLM's application, through the proxy
 
-    def enlist(self, several: bool) -> str:
-        """A name for one more request in the engine, its own even if an older attempt of the call still runs."""
+    def new_request_id(self, several: bool) -> str:
+        """An id for one more request in the engine. It is unique even if an older attempt still runs."""
         if self._aborted:
-            self._gone.set()
+            self._disconnected.set()
         self._several = self._several or several
         self._ids.append(f"{self._job.key}#{len(self._ids)}")
         return self._ids[-1]
 
     def generate(self, prompt: Any, params: Any, **more: Any) -> Outputs:
         number = len(self._ids)
-        name = self.enlist(params.n != 1 or number > 0)
+        name = self.new_request_id(params.n != 1 or number > 0)
         params.extra_args = program_args(self._job, params.extra_args)
         more["priority"] = self.priority
         start = partial(self._start, name, more)
-        if not self._replay.said:
+        if not self._replay.published:
             return self._watched(start(prompt, params), number)
         if number or "prompt_token_ids" not in prompt:
-            raise self._failed(CallRejected(CANNOT_CONTINUE))
+            raise self._failed(CallRejected(CANNOT_RESUME))
         engine, replay = self._engine, self._replay
-        outputs = continued(start, engine.tokenizer, prompt, params, replay.said, engine.max_len, replay.cached_tokens)
+        outputs = resumed_outputs(
+            start, engine.tokenizer, prompt, params, replay.published, engine.max_len, replay.cached_tokens
+        )
         return self._watched(outputs, number)
 
     def _start(self, name: str, more: dict[str, Any], prompt: Any, params: Any) -> Outputs:
@@ -155,25 +157,25 @@ class OpenAICall:
                     self._counts.add(output, number)
                     self._cut = self._cut or any(one.finish_reason == "abort" for one in output.outputs)
                     if not self._several and self._job.stream:
-                        self._replay.heard(output)
+                        self._replay.record(output)
                     yield output
             except CallRejected as e:
                 raise self._failed(e) from e
 
     def _failed(self, e: Exception) -> Exception:
-        """Keeps an error past vLLM's application, which would make an HTTP status of it."""
+        """Keeps an error, because vLLM's application would turn it into an HTTP status."""
         self._failure = self._failure or e
         return e
 
     # -- the exchange
 
-    async def _converse(self, body: bytes) -> None:
+    async def _exchange(self, body: bytes) -> None:
         _current.set(self)
         job = self._job
         headers = [(b"x-request-id", job.call_id.encode("ascii", "replace"))]  # the same for every attempt
         if self._engine.trace_headers(job):
             headers.append((b"traceparent", job.traceparent.encode("ascii", "replace")))
-        await post(self._engine.app, PATHS[job.kind], body, headers, self._on_start, self._on_body, self._gone)
+        await post(self._engine.app, PATHS[job.kind], body, headers, self._on_start, self._on_body, self._disconnected)
 
     def _on_start(self, status: int, headers: dict[bytes, bytes]) -> None:
         self._status = status
@@ -190,7 +192,7 @@ class OpenAICall:
             self._failed(e)
 
     def _on_event(self, data: str) -> None:
-        # Behind an abort vLLM says that the stream has ended; whoever goes on with it must not find that there.
+        # After an abort vLLM sends the end of the stream. It must not be published, because the call may be resumed.
         if data == _DONE or self._failure is not None or self._cut:
             return
         doc = document(data)
@@ -215,7 +217,7 @@ class OpenAICall:
         if self._failure is None and self._status != 200:
             self._failure = refusal(self._status, bytes(self._body), self._job.kind)
         if self._engine.dead and (self._cut or isinstance(self._failure, EngineError)):
-            raise EngineDied(GONE) from self._failure
+            raise EngineDied(PROCESS_ENDED) from self._failure
         if self._failure is not None:
             raise self._failure
         if self._cut:
@@ -224,19 +226,19 @@ class OpenAICall:
         return self._streamed() if self._streams else self._whole()
 
     def _partial(self) -> Outcome:
-        """What there is of an answer that was cut off: of a stream what its reader has, which may lack the words that
-        came together with the cut."""
+        """The outcome of an aborted call. For a stream it has the published text, which may lack the text that arrived
+        with the abort."""
         return self._counts.outcome("abort", self._assembler.text if self._streams else self._counts.text)
 
     def _complete(self) -> bool:
-        """The answer came whole. An application whose client has left answers `null`."""
+        """Whether the answer is complete. After a disconnect the application answers `null`."""
         if self._streams:
             return self._assembler.finished
         return self._status == 200 and bytes(self._body) != b"null"
 
     def _streamed(self) -> Outcome:
         if not self._assembler.finished:
-            raise EngineError("vLLM ended a stream before its answer was whole")
+            raise EngineError("vLLM ended a stream before its answer was complete.")
         response = self._assembler.response(self._counts.usage())
         return self._counts.outcome(self._assembler.finish_reason, self._assembler.text, response)
 

@@ -1,4 +1,4 @@
-"""Requests to vLLM's HTTP application and what comes back: bodies, counts, refusals, and how to go on with a stream."""
+"""Requests to vLLM's HTTP application and its replies: bodies, counts, refusals, and the replay of a stream."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rsm.workers.backends.base import CallRejected, EngineError, Job, Outcome
-from rsm.workers.backends.vllm.engine import CANNOT_CONTINUE, sentence
-from rsm.workers.backends.vllm.resume import Said
+from rsm.workers.backends.vllm.engine import CANNOT_RESUME, short_message
+from rsm.workers.backends.vllm.resume import PublishedOutput
 from rsm.workers.scheduling.service import Used
 
-_LATER = frozenset({408, 429})  # not the call's fault
+_RETRY_LATER = frozenset({408, 429})  # not the call's fault
 _NOT_SERVED = 501
 
 
 def request(job: Job, model: str) -> bytes:
-    """The body that vLLM gets.
+    """The body for vLLM.
 
     Raises:
-        CallRejected: it holds something that JSON cannot express.
+        CallRejected: it has a value that JSON cannot express.
     """
     body = {**job.body, "model": job.body.get("model") or model}
     if job.kind == "chat.completions" and not isinstance(body.get("messages", []), list):
-        raise CallRejected("messages must be a list of messages.")  # vLLM's own answer says nothing of messages
+        raise CallRejected("messages must be a list of messages.")  # vLLM's own error does not mention messages
     if job.kind != "embeddings":
         body["stream"] = job.stream
     if not job.stream:
@@ -32,11 +32,13 @@ def request(job: Job, model: str) -> bytes:
     try:
         return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as e:
-        raise CallRejected("The body holds something that JSON cannot express; use text, numbers and lists.") from e
+        raise CallRejected(
+            "The body has a value that JSON cannot express; use texts, numbers, lists and objects."
+        ) from e
 
 
 def refusal(status: int, body: bytes, kind: str) -> CallRejected | EngineError:
-    """What a status other than 200 means for the call."""
+    """The error for a status other than 200."""
     try:
         doc = json.loads(body)
     except ValueError:
@@ -45,14 +47,14 @@ def refusal(status: int, body: bytes, kind: str) -> CallRejected | EngineError:
     message = inner.get("message") if isinstance(inner, dict) else None
     if message is None and status in (404, 405, _NOT_SERVED):
         return CallRejected(f"The model of this engine does not serve {kind}.")
-    if (400 <= status < 500 and status not in _LATER) or status == _NOT_SERVED:
-        return CallRejected(sentence(str(message or "")))
-    return EngineError(f"vLLM answered {status}: {sentence(str(message or 'nothing'))}")
+    if (400 <= status < 500 and status not in _RETRY_LATER) or status == _NOT_SERVED:
+        return CallRejected(short_message(str(message or "")))
+    return EngineError(f"vLLM answered {status}: {short_message(str(message or 'no message'))}")
 
 
 @dataclass(slots=True)
 class Counts:
-    """What the engine's outputs of one call add up to; vLLM's own usage, where there is one, has the last word."""
+    """The token counts of one call, from the engine's outputs. vLLM's own usage, if there is one, takes precedence."""
 
     began: float
     text: str = ""
@@ -65,7 +67,7 @@ class Counts:
     _usage: dict[str, Any] = field(default_factory=dict)
 
     def add(self, output: Any, number: int) -> None:
-        """Takes in an output of the call's request `number`."""
+        """Adds an output of the call's request `number`."""
         if self._first is None:
             self._first = time.perf_counter()
             self._ttft_ms = _engine_ttft_ms(output) or (self._first - self.began) * 1000
@@ -81,7 +83,7 @@ class Counts:
                 self.text += one.text
 
     def used(self) -> Used:
-        """What the call has used so far, as far as the engine has told."""
+        """What the call has used so far, as its outputs show."""
         if self._first is None:
             return Used(0, 0)
         prompt, ran_s = sum(self._prompts.values()), time.perf_counter() - self.began
@@ -91,7 +93,7 @@ class Counts:
         self._usage = doc.get("usage") or self._usage
 
     def usage(self) -> dict[str, Any]:
-        """As OpenAI's API gives it."""
+        """The usage in OpenAI's format."""
         if self._usage:
             return self._usage
         prompt = sum(self._prompts.values())
@@ -105,35 +107,35 @@ class Counts:
 
 
 def running_ms(metrics: Any) -> float | None:
-    """From its first step to its latest token, by the clock of vLLM's core; None: it has not run, or nobody says."""
+    """From its first step to its latest token, on the clock of vLLM's core; None if it has not run or is unknown."""
     began, last = getattr(metrics, "scheduled_ts", 0.0), getattr(metrics, "last_token_ts", 0.0)
     return (last - began) * 1000 if last > began > 0 else None
 
 
 def _engine_ttft_ms(output: Any) -> float | None:
-    """vLLM's own, where only the final output comes here."""
+    """vLLM's own measurement, for a call that has only a final output."""
     latency = getattr(output.metrics, "first_token_latency", 0.0) if output.finished else 0.0
     return latency * 1000 if latency else None
 
 
 @dataclass(slots=True)
 class Replay:
-    """The memory of a stream: which outputs of the engine led to which chunk.
+    """The replay of a stream: which outputs of the engine led to which chunk.
 
-    Each published chunk carries the outputs that vLLM's application took in since the last one, so that the next
-    attempt can feed them to it again: its parsers then stand where they stood, and it says the same chunks, of which
-    the first `chunks` are dropped.
+    Each published chunk has the outputs that vLLM's application got since the last one. The next attempt feeds them to
+    the application again, so that its parsers reach the same state. It produces the same chunks again; the first
+    `chunks` of them are dropped.
 
     Attributes:
-        said: outputs of earlier attempts.
-        created: epoch s that all chunks of the stream carry, 0 = those of this attempt are its own.
+        published: outputs of earlier attempts.
+        created: creation time of all chunks of the stream, in epoch seconds; 0 = this attempt is the first.
     """
 
-    said: list[Said] = field(default_factory=list)
+    published: list[PublishedOutput] = field(default_factory=list)
     chunks: int = 0
     created: int = 0
     cached_tokens: int = 0
-    _heard: list[list[int]] = field(default_factory=list)
+    _recorded: list[list[int]] = field(default_factory=list)
     _finish: str = ""
     _stop: int | str | None = None
     _count: int = 0
@@ -141,7 +143,7 @@ class Replay:
 
     @classmethod
     def of(cls, job: Job) -> Replay:
-        """From what the earlier attempts wrote down.
+        """Reads the replay of earlier attempts.
 
         Raises:
             CallRejected: another kind of engine wrote it.
@@ -153,35 +155,35 @@ class Replay:
             for line in job.resumed.replays:
                 made._read(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise CallRejected(CANNOT_CONTINUE) from e
+            raise CallRejected(CANNOT_RESUME) from e
         return made
 
     def _read(self, line: dict[str, Any]) -> None:
-        outputs = [Said(ids) for ids in line["d"]]
+        outputs = [PublishedOutput(ids) for ids in line["d"]]
         if "f" in line:
-            outputs[-1] = Said(outputs[-1].token_ids, line["f"], line.get("s"))
-        self.said += outputs
+            outputs[-1] = PublishedOutput(outputs[-1].token_ids, line["f"], line.get("s"))
+        self.published += outputs
         self.created = line.get("t", self.created)
         self.cached_tokens = line.get("k", self.cached_tokens)
 
-    def heard(self, output: Any) -> None:
-        """An output goes to vLLM's application; those of earlier attempts are written down already."""
+    def record(self, output: Any) -> None:
+        """Records an output for vLLM's application, unless it comes from an earlier attempt."""
         self._count += 1
-        if self._count <= len(self.said):
+        if self._count <= len(self.published):
             return
         one = output.outputs[0]
-        self._heard.append(list(one.token_ids))
+        self._recorded.append(list(one.token_ids))
         self._finish, self._stop = one.finish_reason or "", one.stop_reason
 
     def line(self, chunk: dict[str, Any], cached_tokens: int) -> str:
-        """What to publish with a chunk."""
-        if not self._heard:
+        """The replay text to publish with a chunk."""
+        if not self._recorded:
             return ""
-        line: dict[str, Any] = {"d": self._heard}
+        line: dict[str, Any] = {"d": self._recorded}
         if not self._began:
             self._began = True
             line |= {"t": chunk.get("created", 0), "k": cached_tokens}
         if self._finish:
             line |= {"f": self._finish, "s": self._stop}
-        self._heard = []
+        self._recorded = []
         return json.dumps(line, separators=(",", ":"))

@@ -1,8 +1,7 @@
-"""Going on with a request whose first tokens an earlier, lost attempt has published.
+"""Resumes a request whose first tokens an earlier, lost attempt has published.
 
-What was said is tokenized output: the engine takes it as part of the prompt and goes on from there. Text is made here,
-by vLLM's own incremental detokenizer, which is first fed what was said: so a character or a stop string that began
-before the border and ends behind it comes out as if there had been no border.
+The engine gets the published tokens as part of the prompt. Text is made here, by vLLM's own incremental detokenizer,
+which gets the published tokens first. So a character or a stop string that spans both attempts is handled correctly.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from rsm.workers.backends.base import CallRejected
-from rsm.workers.backends.vllm.engine import CANNOT_CONTINUE
+from rsm.workers.backends.vllm.engine import CANNOT_RESUME
 
 Outputs = AsyncGenerator[Any, None]
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """One output of the earlier attempt. `stop`: the string or token that ended it, None = the end of sequence."""
+class PublishedOutput:
+    """One output of an earlier attempt. `stop`: the string or token that ended it; None = end of sequence."""
 
     token_ids: list[int]
     finish: str = ""
@@ -38,7 +37,7 @@ class _Detokenizer:
         self._inner = IncrementalDetokenizer.from_new_request(tokenizer if params.detokenize else None, request)
 
     def add(self, token_ids: Sequence[int], finish: str, stop: int | str | None) -> tuple[str, str | None, int]:
-        """New text, the stop string that it completes, and how many of the tokens belong to the output."""
+        """Returns the new text, the stop string that it completes, and how many of the tokens belong to the output."""
         before = self._inner.num_output_tokens()
         by_token = finish == "stop" and not isinstance(stop, str)
         found: str | None = self._inner.update(list(token_ids), by_token)
@@ -46,40 +45,40 @@ class _Detokenizer:
         return text, found, self._inner.num_output_tokens() - before
 
 
-def check_continuable(params: Any) -> None:
-    """Some requests depend on more than the tokens so far.
+def check_resumable(params: Any) -> None:
+    """Checks that a request depends only on the tokens so far.
 
     Raises:
-        CallRejected: this one does.
+        CallRejected: it depends on more.
     """
-    # A grammar would begin anew; log probabilities of what was said are lost.
+    # A grammar would start over; log probabilities of published tokens are lost.
     parts = (params.structured_outputs, params.logprobs, params.prompt_logprobs)
     if params.n != 1 or any(part is not None for part in parts):
-        raise CallRejected(CANNOT_CONTINUE)
+        raise CallRejected(CANNOT_RESUME)
 
 
-async def continued(
+async def resumed_outputs(
     start: Callable[[Any, Any], Outputs],
     tokenizer: Any,
     prompt: dict[str, Any],
     params: Any,
-    said: Sequence[Said],
+    published: Sequence[PublishedOutput],
     max_len: int,
     cached_tokens: int = 0,
 ) -> Outputs:
-    """The outputs of a whole request, of which `said` are not computed again.
+    """Yields the outputs of a whole request. Those that were published are not computed again.
 
     Args:
         start: starts a request in the engine, with a prompt and sampling params.
         prompt: vLLM's engine input.
-        params: of the whole request.
-        cached_tokens: of the prompt, in the earlier attempt.
+        params: the sampling params of the whole request.
+        cached_tokens: prompt tokens that were cached in the earlier attempt.
     """
-    check_continuable(params)
+    check_resumable(params)
     prompt_ids = list(prompt["prompt_token_ids"])
     detokenizer = _Detokenizer(tokenizer, prompt_ids, params)
     ids: list[int] = []
-    for one in said:
+    for one in published:
         ids += one.token_ids
         text, _, _ = detokenizer.add(one.token_ids, one.finish, one.stop)
         yield _output(prompt, one, text, cached_tokens)
@@ -89,7 +88,7 @@ async def continued(
     if params.max_tokens is not None:
         left = min(left, params.max_tokens - len(ids))
     if left <= 0:
-        yield _output(prompt, Said([], "length"), detokenizer.add([], "length", None)[0], cached_tokens)
+        yield _output(prompt, PublishedOutput([], "length"), detokenizer.add([], "length", None)[0], cached_tokens)
         return
     rest = params.clone()
     rest.max_tokens, rest.min_tokens = left, max(0, params.min_tokens - len(ids))
@@ -97,7 +96,7 @@ async def continued(
         async for output in outputs:
             _rewrite(output, detokenizer, prompt_ids)
             yield output
-            if output.finished:  # perhaps by a stop string that the engine does not see
+            if output.finished:  # perhaps by a stop string that the engine cannot find
                 return
 
 
@@ -110,17 +109,17 @@ def _rewrite(output: Any, detokenizer: _Detokenizer, prompt_ids: list[int]) -> N
         one.finish_reason, one.stop_reason, output.finished = "stop", found, True
 
 
-def _output(prompt: dict[str, Any], said: Said, text: str, cached_tokens: int) -> Any:
+def _output(prompt: dict[str, Any], published: PublishedOutput, text: str, cached_tokens: int) -> Any:
     from vllm.outputs import CompletionOutput, RequestOutput
 
     one = CompletionOutput(
         index=0,
         text=text,
-        token_ids=said.token_ids,
+        token_ids=published.token_ids,
         cumulative_logprob=None,
         logprobs=None,
-        finish_reason=said.finish or None,
-        stop_reason=said.stop,
+        finish_reason=published.finish or None,
+        stop_reason=published.stop,
     )
     return RequestOutput(
         request_id="",
@@ -128,6 +127,6 @@ def _output(prompt: dict[str, Any], said: Said, text: str, cached_tokens: int) -
         prompt_token_ids=prompt["prompt_token_ids"],
         prompt_logprobs=None,
         outputs=[one],
-        finished=bool(said.finish),
+        finished=bool(published.finish),
         num_cached_tokens=cached_tokens,
     )

@@ -1,9 +1,9 @@
-"""Writes down every step of a vLLM engine: what was planned, how long the planning took, when its tokens were there.
+"""Logs every step of a vLLM engine for `rsm calibrate`: what was planned, the planning time, and when its tokens came.
 
-`make_scheduler` is a factory for vLLM's `scheduler_cls`, named by its dotted path: it makes the scheduler that
-`steps_scheduler` names (a class or factory, as in `scheduler_cls`; none = vLLM's own) and times two of its methods. A
-thread writes the rows to the file `steps_file`, so that the engine's loop does not wait for a disk. Beside it stands
-what engine that is (`described`). Both names stand in vLLM's `additional_config` under "rsm". Made for `rsm calibrate`.
+`make_scheduler` is a factory for vLLM's `scheduler_cls`. It creates the scheduler named by `steps_scheduler` (a class
+or factory, as in `scheduler_cls`; default: vLLM's own) and times two of its methods. A thread writes the rows to the
+file `steps_file`, so that the engine's loop does not wait for a disk. A second file describes the engine (`described`).
+Both names are in vLLM's `additional_config` under "rsm".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from rsm.workers.backends.vllm.guard import CONFIG_KEY, given, made
+from rsm.workers.backends.vllm.guard import CONFIG_KEY, create, setting
 
 FACTORY = "rsm.workers.backends.vllm.steps.make_scheduler"
 SCHEDULER, FILE = "steps_scheduler", "steps_file"
@@ -25,18 +25,18 @@ EVERY_S = 0.5
 
 @dataclass(slots=True)
 class Step:
-    """One step of an engine. Times are of the monotonic clock, in seconds.
+    """One step of an engine. Times are on the monotonic clock, in seconds.
 
     Attributes:
         planned_from, planned_to: around `schedule`.
-        done_from, done_to: around `update_from_output`; with asynchronous scheduling later steps are planned between.
-        prefill_tokens: prompt tokens computed, in so many calls.
-        prefill_pairs: pairs of such a token and one before it in its call: what attention has to do for them.
+        done_from, done_to: around `update_from_output`; asynchronous scheduling plans later steps in between.
+        prefill_tokens, prefill_calls: prompt tokens computed, and the number of their calls.
+        prefill_pairs: pairs of such a token and an earlier one of the same call: the work of attention.
         decode_seqs: calls that get one more token.
-        context_tokens: tokens that these and those have computed before.
+        context_tokens: tokens that all of these calls have computed before.
         running, waiting: calls after the planning.
         preempted: calls that ran before the planning and wait after it.
-        left: calls that are not done when this step is.
+        left: calls that are not done at the end of this step.
     """
 
     planned_from: float = 0.0
@@ -55,20 +55,20 @@ class Step:
 
 
 def make_scheduler(*args: Any, **kwargs: Any) -> Any:
-    """Stands in for the scheduler class: takes what vLLM gives it."""
+    """The scheduler factory that vLLM calls in place of a class, with the same arguments."""
     config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
-    scheduler = made(given(config, SCHEDULER), *args, **kwargs)
-    Log(scheduler, Path(given(config, FILE)))
+    scheduler = create(setting(config, SCHEDULER), *args, **kwargs)
+    Log(scheduler, Path(setting(config, FILE)))
     return scheduler
 
 
 def logged(file: Path, scheduler: str = "") -> dict[str, Any]:
-    """vLLM's `additional_config` by which the steps of an engine are written to a file."""
+    """vLLM's `additional_config` that logs the steps of an engine to a file."""
     return {CONFIG_KEY: {FILE: str(file), SCHEDULER: scheduler}}
 
 
 def read(file: Path) -> Iterator[Step]:
-    """The steps in a log, in the order in which they ended."""
+    """The steps of a log, in the order of their ends."""
     with file.open() as lines:
         for line in lines:
             if line.endswith("\n"):
@@ -76,7 +76,7 @@ def read(file: Path) -> Iterator[Step]:
 
 
 def described(file: Path) -> dict[str, int]:
-    """What engine wrote this log: fields of SimConfig."""
+    """The engine that wrote this log, as fields of SimConfig."""
     read: dict[str, int] = json.loads(file.with_suffix(".json").read_text())
     return read
 
@@ -93,7 +93,7 @@ def _description(scheduler: Any) -> dict[str, int]:
 
 
 class Log:
-    """Stands before the two methods of one scheduler."""
+    """Wraps two methods of one scheduler and logs their calls."""
 
     def __init__(self, scheduler: Any, file: Path) -> None:
         self._scheduler = scheduler
@@ -127,7 +127,7 @@ class Log:
         requests = self._scheduler.requests
         for request_id, tokens in output.num_scheduled_tokens.items():
             request = requests[request_id]
-            computed = request.num_computed_tokens - tokens  # it has been raised already
+            computed = request.num_computed_tokens - tokens  # it already includes this step
             step.context_tokens += computed
             if tokens == 1 and computed >= request.num_prompt_tokens:
                 step.decode_seqs += 1
@@ -141,7 +141,7 @@ class Log:
         step.preempted = len((before & requests.keys()) - after)
 
     def flush(self) -> None:
-        """Writes what there is to the file."""
+        """Writes the finished rows to the file."""
         rows, self._rows = self._rows, []
         self._file.writelines(json.dumps(astuple(row)) + "\n" for row in rows)
         self._file.flush()

@@ -1,3 +1,3 @@
-"""What it takes to start vLLM: arguments, GPUs, a model to try it with, and the cause where it fails."""
+"""Starting vLLM: arguments, GPUs, a tiny test model, and the cause of a failed start."""
 
 __all__: list[str] = []

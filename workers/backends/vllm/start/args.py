@@ -1,4 +1,4 @@
-"""From an EngineConfig to vLLM's own arguments and environment."""
+"""Turns an EngineConfig into vLLM's own arguments and environment."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from rsm.workers.scheduling.program import as_config
 
 TINY_NAME = "tiny-llama"
 
-# vLLM moves this module about: 0.20, 0.32, 0.33.
+# The location of this module in vLLM 0.20, 0.32 and 0.33.
 _PARSER_MODULES = ("common", "launchers", "openai")
 _CPU_KV_BYTES = 256 << 20
 _CPU_BATCHED_TOKENS = 2048
 _CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # more threads than cores make every token wait for the slowest
+    "OMP_NUM_THREADS": "1",  # with more threads than cores, every token waits for the slowest
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs inside EngineCore: one process less
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs inside EngineCore, which saves a process
     "TORCH_COMPILE_DISABLE": "1",
 }
 
 
 def prepare_environment(config: EngineConfig) -> None:
-    """Sets what must stand in the environment before torch or vLLM is imported.
+    """Sets the environment variables that torch and vLLM read when they are imported.
 
     Raises:
-        EngineMisconfigured: the machine has fewer GPUs than the engine wants.
+        EngineMisconfigured: the machine has fewer GPUs than the engine needs.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if on_gpu():
-        # A fork would take this process's Redis connections along, and locks that its threads hold.
+        # A fork would inherit this process's Redis connections, and locks that its threads hold.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ["CUDA_VISIBLE_DEVICES"] = _devices(config.gpu_id, config.tensor_parallel_size)
         return
@@ -47,10 +47,10 @@ def prepare_environment(config: EngineConfig) -> None:
 
 
 def _devices(first: int, count: int) -> str:
-    """GPUs are counted among those that this process may see.
+    """The value of CUDA_VISIBLE_DEVICES for `count` GPUs, counted among those that this process can see.
 
     Raises:
-        EngineMisconfigured: there are not so many.
+        EngineMisconfigured: there are too few.
     """
     visible = visible_gpus()
     chosen = visible[first : first + count]
@@ -58,17 +58,17 @@ def _devices(first: int, count: int) -> str:
         wanted = f"GPU {first}" if count == 1 else f"GPUs {first} to {first + count - 1}"
         there = f"{len(visible)} here, counted from 0" if visible else "none here"
         raise EngineMisconfigured(
-            f"The engine wants {wanted}, and there {'is' if len(visible) == 1 else 'are'} {there}. "
-            "Name another (gpu_id, --gpu), start fewer engines, or let them share one: docs/operations.md, GPUs."
+            f"The engine needs {wanted}, and there {'is' if len(visible) == 1 else 'are'} {there}. "
+            "Choose another (gpu_id, --gpu), start fewer engines, or let them share one: docs/operations.md, GPUs."
         )
     return ",".join(chosen)
 
 
 def parse(config: EngineConfig, model: str, settings: Settings) -> Any:
-    """vLLM's namespace of engine and server arguments.
+    """Parses vLLM's engine and server arguments.
 
     Raises:
-        EngineMisconfigured: vLLM does not take an argument; the message names it.
+        EngineMisconfigured: vLLM does not accept an argument; the message names it.
     """
     parser, check = _parser()
     asked = {name.lstrip("-").replace("-", "_"): value for name, value in config.engine_args.items()}
@@ -77,14 +77,14 @@ def parse(config: EngineConfig, model: str, settings: Settings) -> Any:
         options = {option.lstrip("-").replace("-", "_"): None for option in parser._option_string_actions}
         close = [match for name in unknown for match in get_close_matches(name, options, 1)]
         hint = f" Did you mean {', '.join(close)}?" if close else ""
-        raise EngineMisconfigured(f"vLLM {_version()} knows no argument {', '.join(unknown)}.{hint}")
+        raise EngineMisconfigured(f"vLLM {_version()} has no argument {', '.join(unknown)}.{hint}")
     by_default = defaults(config, model, parser._option_string_actions)
     line = command_line({**by_default, **_scheduler(config, asked, settings), **asked})
 
     def refuse(message: str) -> None:
-        raise EngineMisconfigured(f"vLLM does not take its arguments: {message}")
+        raise EngineMisconfigured(f"vLLM does not accept its arguments: {message}")
 
-    parser.error = refuse  # argparse would end the process
+    parser.error = refuse  # argparse would exit the process
     args = parser.parse_args(line)
     try:
         check(args)
@@ -103,20 +103,23 @@ def _parser() -> tuple[Any, Any]:
             continue
         check = getattr(module, "validate_parsed_serve_args", lambda _: None)
         return module.make_arg_parser(FlexibleArgumentParser()), check
-    raise EngineMisconfigured("This version of vLLM is not supported: its command line is not where it was.")
+    raise EngineMisconfigured(
+        f"vLLM {_version()} is not supported: its argument parser was not found. Install a supported version: "
+        "pip install 'rsm-engine[vllm]'."
+    )
 
 
-def displaces(config: EngineConfig, settings: Settings) -> bool:
-    """The engine runs with our scheduler, which lets a better call take a running one's place."""
+def preempts(config: EngineConfig, settings: Settings) -> bool:
+    """Whether the engine runs the plas scheduler, which preempts running calls for better ones."""
     asked = {name.lstrip("-").replace("-", "_") for name in config.engine_args}
     return config.scheduler(settings) == "plas" and not asked & {"scheduler_cls", "scheduling_policy"}
 
 
 def _scheduler(config: EngineConfig, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Arguments about the scheduler. Whichever it is, our factory makes it, so that the engine dies with its worker."""
+    """The scheduler arguments. guard.py creates every scheduler, so that the engine dies with its worker."""
     own = asked.pop("scheduler_cls", None) or ""
     named = own if isinstance(own, str) else f"{own.__module__}.{own.__qualname__}"
-    ours = {SCHEDULER: PLAS if displaces(config, settings) else named, "settings": as_config(settings)}
+    ours = {SCHEDULER: PLAS if preempts(config, settings) else named, "settings": as_config(settings)}
     further = asked.pop("additional_config", None) or {}
     policy = "fcfs" if config.scheduler(settings) == "fcfs" and not named else "priority"
     return {
@@ -127,7 +130,7 @@ def _scheduler(config: EngineConfig, asked: dict[str, Any], settings: Settings) 
 
 
 def defaults(config: EngineConfig, model: str, known: Any) -> dict[str, Any]:
-    """Arguments unless the user says otherwise; those that this vLLM does not know are left out."""
+    """Default arguments, without those that this version of vLLM does not have."""
     tiny = not config.model
     found: dict[str, Any] = {
         "model": model,
@@ -138,7 +141,7 @@ def defaults(config: EngineConfig, model: str, known: Any) -> dict[str, Any]:
         "trust_remote_code": config.trust_remote_code or None,
         "dtype": config.dtype,
         "enable_prefix_caching": True,
-        "disable_log_stats": True,  # the logger would print what the monitor shows; the numbers come all the same
+        "disable_log_stats": True,  # the monitor shows these numbers, and `Meter` gets them in any case
     }
     if tiny:
         tools = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "tool_strict_level": "parameter"}
@@ -161,7 +164,7 @@ def _cpu_defaults(config: EngineConfig, tiny: bool) -> dict[str, Any]:
 
 
 def command_line(arguments: dict[str, Any]) -> list[str]:
-    """As one would type them: flags for truths, JSON for objects, nothing for None."""
+    """The arguments as a command line: flags for booleans, JSON for objects, nothing for None."""
     line: list[str] = []
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, as this process may see them. Asks without loading CUDA, which cannot be forked after."""
+"""The GPUs that this process can use, found without loading CUDA, after which a process cannot fork."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ASK_S = 20.0
 
 
 def on_gpu() -> bool:
-    """There is an NVIDIA GPU, and vLLM is not built for CPUs."""
+    """Whether there is an NVIDIA GPU, and vLLM is not a CPU build."""
     has_device = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
     return has_device and not _is_cpu_build()
 
@@ -30,9 +30,9 @@ def _is_cpu_build() -> bool:
 
 @cache
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs in the order in which they are counted here, by the names that CUDA_VISIBLE_DEVICES gives them.
+    """The visible GPUs in order, by their names in CUDA_VISIBLE_DEVICES, which a job scheduler may have set.
 
-    A job scheduler has set that variable before; without it all of the machine's are visible, "0", "1", …
+    Without that variable all GPUs of the machine are visible: "0", "1", …
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
@@ -41,7 +41,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def _count() -> int:
-    """As the driver's own tool says, which knows what a container was given; else the device files."""
+    """The number of GPUs, from the driver's own tool, which respects containers; otherwise from the device files."""
     if shutil.which("nvidia-smi"):
         try:
             done = subprocess.run(

@@ -1,7 +1,7 @@
-"""What vLLM's processes print while they start: passed on as it comes, and remembered for the cause of a failure.
+"""Captures the output of vLLM's processes while they start, to find the cause of a failure. The output is passed on.
 
-vLLM's engine runs in a process of its own. When that cannot start, the exception here says "see root cause above": the
-cause is in the output alone.
+vLLM's engine runs in a process of its own. If it cannot start, the exception here says "see root cause above", and the
+cause is only in the output.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from contextlib import suppress
 from types import TracebackType
 
 _KEPT = 400  # lines
-# A line on which an exception ends, behind whatever a logger has put before it: "… ValueError: what is wrong".
+# The last line of an exception, after any prefix of a logger: "… ValueError: what is wrong".
 _ERROR = re.compile(r"(?:^|[\s\]])((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (.+)$")
-# Of these the cause is another exception's, further up.
-_FOLLOWS = ("Engine core initialization failed", "EngineCore initialization failed", "Worker failed", "WorkerProc init")
+# The cause of these is another exception, further up.
+_CONSEQUENCES = (
+    "Engine core initialization failed", "EngineCore initialization failed", "Worker failed", "WorkerProc init",
+)  # fmt: skip
 
 
 class Output:
-    """A context in which this process and those it starts write to stdout and stderr through here.
+    """A context that captures stdout and stderr of this process and of the processes that it starts.
 
-    The processes keep writing here after the context has ended, until they end; this one writes as before.
+    After the context, those processes are captured until they end; this process is not.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,7 @@ class Output:
         for number in (1, 2):
             try:
                 original = os.dup(number)
-            except OSError:  # closed: there is nobody to write to
+            except OSError:  # it is closed
                 continue
             read, write = os.pipe()
             _flush()
@@ -55,10 +57,10 @@ class Output:
             os.close(original)
 
     def cause(self, wait_s: float = 2.0) -> str:
-        """The last exception that was printed, as "ValueError: what is wrong"; "" if none was. For after the context.
+        """The last printed exception, as "ValueError: what is wrong"; "" if there is none. Call it after the context.
 
         Args:
-            wait_s: how long what is still on its way may take, where all who could write have ended.
+            wait_s: how long to wait for output in flight, once all writing processes have ended.
         """
         for reader in self._readers:
             reader.join(wait_s)
@@ -67,7 +69,7 @@ class Output:
     def _pass_on(self, read: int, original: int) -> None:
         partial = ""
         while data := os.read(read, 1 << 16):
-            with suppress(OSError):  # whoever read that is gone, which must not end the engine
+            with suppress(OSError):  # a reader that is gone must not end the engine
                 os.write(original, data)
             *lines, partial = (partial + data.decode("utf-8", "replace")).split("\n")
             self._lines.extend(lines)
@@ -76,12 +78,12 @@ class Output:
 
 
 def is_consequence(message: str) -> bool:
-    """Whether an exception only says that another one, further up in the output, was the cause."""
-    return any(words in message for words in _FOLLOWS)
+    """Whether an exception only refers to another one, further up in the output."""
+    return any(words in message for words in _CONSEQUENCES)
 
 
 def root_cause(lines: list[str]) -> str:
-    """The last exception in some output that is not a consequence of another one."""
+    """The last exception in the output that is not a consequence of another one."""
     for line in reversed(lines):
         found = _ERROR.search(line.rstrip())
         if found and not is_consequence(found[2]):
@@ -93,5 +95,5 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):  # closed, or none
+        except (OSError, ValueError, AttributeError):  # it is closed or missing
             continue

@@ -1,19 +1,19 @@
-"""A tiny random Llama, built on the spot, so that real vLLM runs where no model can be downloaded.
+"""A tiny random Llama, built locally, so that real vLLM runs where no model can be downloaded.
 
-The demo and the tests want the real engine (its scheduler, prefix cache, tokenizer, grammars), not real answers. So the
-weights are random numbers of a fixed seed, and the text is noise. It is pleasant noise, though: the weights are written
-rather than left to vLLM's ``load_format="dummy"``, which lets four things be arranged that a dummy model lacks.
+The demo and the tests need the real engine (its scheduler, prefix cache, tokenizer, grammars), not real answers. So the
+weights are random numbers from a fixed seed, and the text is noise. Writing the weights, instead of using vLLM's
+``load_format="dummy"``, gives the model four properties that a dummy model lacks.
 
 1. The output is English words, not broken UTF-8, so that a terminal or a dashboard can show it.
-2. The end-of-sequence token is practically never drawn, so ``max_tokens`` decides how long a call runs.
-3. Under a JSON grammar strings and numbers end after one word or digit, so that structured output and forced
-   tool calls come to an end.
-4. Every engine that loads the folder gives the same greedy output, and the output depends on the whole prompt,
-   so that a wrong KV-cache hit would show.
+2. The end-of-sequence token is practically never sampled, so ``max_tokens`` decides how long a call runs.
+3. Under a JSON grammar, strings and numbers end after one word or digit, so that structured output and forced tool
+   calls come to an end.
+4. Every engine that loads the folder gives the same greedy output, and the output depends on the whole prompt, so that
+   a wrong KV-cache hit is noticed.
 
-How 1 to 3 work without a bias in Llama's output layer: some channels of the residual stream are kept for the *kind* of
-the current token (one-hot). No layer writes to them, so they reach the output layer unchanged, where each row holds the
-logit that its token shall have after a token of that kind.
+How 1 to 3 work without a bias in Llama's output layer: some channels of the residual stream are reserved for the *kind*
+of the current token (one-hot). No layer writes to them, so they reach the output layer unchanged, where each row has
+the logit of its token after a token of that kind.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from rsm.broker.settings import Settings
 __all__ = ["RECIPE", "ensure_tiny_model", "tiny_model_folder"]
 
 RECIPE = 1
-"""Part of the folder's name: raise it with any change to what is built, or an old folder is taken for the new."""
+"""Part of the folder's name. Raise it with any change to the model, or an old folder is used as the new one."""
 
 HIDDEN, HEADS, LAYERS, FEED_FORWARD, MAX_TOKENS = 128, 4, 2, 256, 8192
-"""Head size is 32: vLLM's CPU attention kernels take nothing smaller (it starts, then dies at the first call)."""
+"""Head size is 32, the smallest for vLLM's CPU attention kernels (a smaller one fails at the first call)."""
 
 HEAD = HIDDEN // HEADS
 ROPE_THETA = 10_000.0
 SEED = 20_260_101
 KIND_CHANNEL = 24.0
-"""Size of the one-hot channels: large beside the random ones, so that the last norm divides by about the same."""
+"""Size of the one-hot channels: much larger than the random ones, so that the last norm divides by a near constant."""
 
 KIND_AT_OUTPUT = 6.0
-"""What is left of it, roughly, after that norm; divides the wanted logits into weights."""
+"""Roughly the size of these channels after that norm; the desired logits are divided by it to get the weights."""
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 SPECIALS = (PAD, IM_START, IM_END)
 
 JSON_WORDS = "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa"
-"""Written inside JSON strings only, without a leading space; kept apart from the words of ordinary text."""
+"""Used only inside JSON strings, without a leading space; different from the words of ordinary text."""
 
 TEXT_WORDS = """
     a about above across act add after again agent air all almost alone along also always among an and animal
@@ -115,7 +115,7 @@ CHAT_TEMPLATE = """\
 
 
 class Kind(IntEnum):
-    """What a token is, as far as the choice of the next one goes; also the number of its residual channel."""
+    """The kind of a token, which influences the choice of the next one; also the number of its residual channel."""
 
     PLAIN = 0
     QUOTE = 1
@@ -125,22 +125,22 @@ class Kind(IntEnum):
 
 
 RECENT = slice(len(Kind), len(Kind) + HEAD)
-"""The residual channels, just behind those of the kinds, that hold which tokens came last."""
+"""The residual channels, right after those of the kinds, that encode the most recent tokens."""
 
 
 def tiny_model_folder(path: Path | None = None) -> Path:
-    """Where :func:`ensure_tiny_model` puts the model; the name tells the recipe."""
+    """The folder of the model that :func:`ensure_tiny_model` builds; its name has the recipe."""
     return (path or Settings.cache_dir()) / f"tiny-llama-{RECIPE}"
 
 
 def ensure_tiny_model(path: Path | None = None) -> Path:
-    """Build the model unless it is there, and return its folder.
+    """Builds the model unless it exists, and returns its folder.
 
-    Safe to call from many processes at once: each builds in a folder of its own, and the first rename wins. A folder
-    under its final name is therefore always complete.
+    Safe to call from many processes at once: each builds in a folder of its own, and the first rename wins. So a folder
+    with the final name is always complete.
 
     Args:
-        path: folder that holds the model's folder; by default one in the user's cache.
+        path: the parent folder. Default: one in the user's cache.
     """
     folder = tiny_model_folder(path)
     if folder.is_dir():
@@ -157,7 +157,7 @@ def ensure_tiny_model(path: Path | None = None) -> Path:
 
 
 def _publish(draft: Path, folder: Path) -> None:
-    """Rename, and take it as done if another process was first (POSIX refuses to replace a folder that has files)."""
+    """Renames the folder, unless another process was first (POSIX does not replace a folder that has files)."""
     try:
         draft.rename(folder)
     except OSError:
@@ -174,11 +174,11 @@ def _build(folder: Path) -> None:
     _write_json(folder / "generation_config.json", _special_ids(vocabulary))
     weights = folder / "model.safetensors"
     save_file(_weights(list(vocabulary)), weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors makes it 0600, unlike the files beside it
+    weights.chmod(0o644)  # safetensors creates it with 0600, unlike the other files
 
 
 def _vocabulary() -> dict[str, int]:
-    """Token to id, in byte-level BPE's alphabet: each byte is one printable character, and a space is written as Ġ."""
+    """Maps tokens to ids, in byte-level BPE's alphabet: each byte is one printable character, and a space is Ġ."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokens = [
@@ -191,7 +191,7 @@ def _vocabulary() -> dict[str, int]:
 
 
 def _write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
-    """A BPE without merges: a word of the vocabulary is one token, anything else one token a byte."""
+    """Writes a BPE without merges: a word of the vocabulary is one token, anything else is one token per byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
@@ -242,10 +242,10 @@ def _config(vocabulary: dict[str, int]) -> dict[str, Any]:
 
 
 def _weights(tokens: list[str]) -> Weights:
-    """All tensors, under the names that Hugging Face's Llama gives them."""
+    """All tensors, with the names of Hugging Face's Llama."""
     import numpy as np
 
-    # The legacy generator on purpose: numpy promises that its stream never changes, and promises it of no other.
+    # The legacy generator is the only one whose stream numpy promises never to change.
     random = np.random.RandomState(SEED)
 
     def noise(rows: int, columns: int, gain: float) -> Matrix:
@@ -279,24 +279,24 @@ def _layer(number: int, noise: Noise) -> Weights:
     (_attend_to_last_tokens if number == 0 else _attend_to_all_tokens)(layer)
     layer |= {f"mlp.{name}_proj": noise(FEED_FORWARD, HIDDEN, 1.5) for name in ("gate", "up")}
     layer["mlp.down_proj"] = noise(HIDDEN, FEED_FORWARD, 1.5)
-    for name in ("self_attn.o_proj", "mlp.down_proj"):  # what writes to the residual stream spares the kinds
+    for name in ("self_attn.o_proj", "mlp.down_proj"):  # these write to the residual stream, but not to the kinds
         layer[name][: len(Kind)] = 0.0
     for name in ("input_layernorm", "post_attention_layernorm"):
         layer[name] = np.ones(HIDDEN, dtype=np.float32)
-        if (number, name) != (0, "input_layernorm"):  # its queries need them; elsewhere they make some words favourites
+        if (number, name) != (0, "input_layernorm"):  # its queries need the kinds; elsewhere they would favour words
             layer[name][: len(Kind)] = 0.0
     return layer
 
 
 def _attend_to_last_tokens(attention: Weights) -> None:
-    """Make head h of the first layer look back h tokens, and subtract what it sees from the channels `RECENT`.
+    """Makes head h of the first layer attend to the token h positions back, and subtract it from the channels `RECENT`.
 
-    The output layer reads those channels with each token's own embedding, so the last few tokens are not said again,
-    and the next one depends on all of them: greedy text does not end in "word word word".
+    The output layer reads those channels with each token's own embedding, so the last few tokens are not repeated, and
+    the next one depends on all of them: greedy text does not end in "word word word".
 
-    Query and key are constants (the sum of the kind channels is one); what tells the distance is the rotary embedding,
-    which turns the pair of channels (i, i + half) by position x frequency i. A query turned back by h times the
-    frequencies meets the key best at distance h.
+    Query and key are constants (the sum of the kind channels is one). The distance comes from the rotary embedding,
+    which rotates the pair of channels (i, i + half) by position x frequency i. A query that is rotated back by h times
+    the frequencies matches the key best at distance h.
     """
     import numpy as np
 
@@ -314,10 +314,10 @@ def _attend_to_last_tokens(attention: Weights) -> None:
 
 
 def _attend_to_all_tokens(attention: Weights) -> None:
-    """Make the last layer's first head the mean of `RECENT` over all tokens, amplified.
+    """Makes the last layer's first head the mean of `RECENT` over all tokens, amplified.
 
-    That holds how often each token was said, with a minus: what was said often gets unlikely. So greedy text does not
-    stay in one circle, and a change far back in a long prompt still shows.
+    That is the negative frequency of each token: frequent tokens become unlikely. So greedy text does not loop, and a
+    change far back in a long prompt still has an effect.
     """
     import numpy as np
 
@@ -328,40 +328,40 @@ def _attend_to_all_tokens(attention: Weights) -> None:
     attention["self_attn.o_proj"][RECENT, :HEAD] = 8.0 * np.eye(HEAD)
 
 
-def _kind(piece: str) -> Kind:
-    if piece in JSON_WORDS.split():
+def _kind(word: str) -> Kind:
+    if word in JSON_WORDS.split():
         return Kind.JSON_WORD
-    if piece in string.digits:
+    if word in string.digits:
         return Kind.DIGIT
-    return {'"': Kind.QUOTE, ">": Kind.TAG_END}.get(piece, Kind.PLAIN)
+    return {'"': Kind.QUOTE, ">": Kind.TAG_END}.get(word, Kind.PLAIN)
 
 
-def _logits(piece: str) -> list[float]:
-    """The logit of ``piece`` after a token of each kind, before the noise.
+def _logits(word: str) -> list[float]:
+    """The logit of ``word`` after a token of each kind, before the noise.
 
     Only the order matters. In free text words win everywhere; their noise is about ±4, that of all else ±1. Under a
-    JSON grammar, where words are masked, JSON's own characters win over white space (which a grammar lets go on for
-    ever), and what closes wins over what goes on.
+    JSON grammar, which masks words, JSON's own characters win over white space (which a grammar allows without end),
+    and closing characters win over continuing ones.
     """
-    usual, after = _preference(piece)
+    usual, after = _preference(word)
     return [after.get(kind, usual) for kind in Kind]
 
 
-def _preference(piece: str) -> tuple[float, dict[Kind, float]]:
-    """A piece's usual logit, and where it differs."""
-    if piece == IM_END:  # beats another tool call after a closing tag, and nothing in free text
+def _preference(word: str) -> tuple[float, dict[Kind, float]]:
+    """A token's usual logit, and the kinds after which it differs."""
+    if word == IM_END:  # wins over another tool call after a closing tag, and over nothing in free text
         return -40.0, {Kind.TAG_END: -4.0}
-    if piece in SPECIALS or not piece.removeprefix("Ġ").isascii():
+    if word in SPECIALS or not word.removeprefix("Ġ").isascii():
         return -40.0, {}
-    if piece == "Ġ":
+    if word == "Ġ":
         return -24.0, {}
-    if piece.startswith("Ġ") or piece in ".,":
+    if word.startswith("Ġ") or word in ".,":
         return 0.0, {}
-    if piece == '"':
+    if word == '"':
         return -10.0, {Kind.JSON_WORD: 26.0}
-    if piece in JSON_WORDS.split():
+    if word in JSON_WORDS.split():
         return -14.0, {Kind.QUOTE: 26.0}
-    if piece in "]}":
+    if word in "]}":
         return -10.0, {Kind.QUOTE: 10.0, Kind.DIGIT: 14.0}
     return -12.0, {}
 
